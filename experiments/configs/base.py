@@ -1,0 +1,152 @@
+"""The full configuration with its defaults; every config starts from it."""
+
+import os
+import pathlib
+
+from ml_collections import ConfigDict, config_dict
+
+from pin_jax.types import InputError
+
+
+def default() -> ConfigDict:
+  """Every key that an experiment may set, with its default."""
+  return ConfigDict({
+    # Rows of the tables; see experiments/methods.py.
+    "methods": ("base", "pin_backbone", "pin"),
+    # One run of every method a seed; intervals average a user over seeds.
+    "seeds": (0,),
+    # `source` is 'simulator', 'files' or 'tfds'; the other keys are the
+    # arguments of its reader.
+    "data": {"source": "simulator"},
+    # 'leave_one_out', or 'temporal' with the shares of interactions that lie
+    # after the validation and the test cut.
+    "split": {"protocol": "leave_one_out", "validation": 0.1, "test": 0.1},
+    "groups": {
+      "num_groups": 5,
+      "rule": "users",  # 'users', 'interactions', 'thresholds', 'head_share'
+      "thresholds": (),
+      "head_share": 0.2,  # of users; also the border of the segments
+    },
+    # P(d): 'users', 'uniform', 'interactions' or 'custom' with `values`.
+    "prior": {"kind": "users", "values": ()},
+    "backbone": {
+      "name": "sasrec",
+      "length": 50,
+      "width": 64,
+      "blocks": 2,
+      "heads": 2,
+      "dropout": 0.2,
+      "expansion": 4,
+    },
+    "plugin": {"name": "bottleneck", "hidden": 32},
+    # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
+    # (positions) or 'users' (rows).
+    "joint": {"draw": "interactions", "mean": "interactions"},
+    "pin": {
+      "draw": "interactions",
+      "mean": "interactions",
+      "plugin_draw": "interactions",
+      "plugin_mean": "interactions",
+      "path": "sequential",
+      "clip_importance": 10.0,
+    },
+    "batch_size": 250,  # windows a step, shared out over the groups
+    "backbone_steps": 1500,
+    "plugin_steps": 300,
+    "classifier_steps": 300,
+    "optimizer": {
+      "learning_rate": 2e-3,
+      "plugin_learning_rate": 1e-3,
+      "classifier_learning_rate": 2e-3,
+      "warmup": 50,
+      "final": 0.01,
+      "b2": 0.98,
+      "weight_decay": 0.0,
+      "clip": 5.0,
+      "average": 0.0,
+    },
+    "validation": {
+      "every": 100,
+      "users": 0,  # validate on so many users, drawn once; 0 = all
+      "patience": 0,  # validations without improvement before a stop; 0 = off
+    },
+    "evaluation": {"user_chunk": 256, "item_chunk": 65_536},
+    "dispatch": 10,  # steps a dispatch
+  })
+
+
+def data_path(name: str) -> str:
+  """Path of a data file under $PIN_JAX_DATA (default ../shared/data)."""
+  root = pathlib.Path(__file__).parents[3] / "shared" / "data"
+  return str(pathlib.Path(os.environ.get("PIN_JAX_DATA", root)) / name)
+
+
+def parse(argument: str | None, **defaults: str) -> dict[str, str]:
+  """Reads the `key=value,…` after a config's file name.
+
+  Args:
+    argument: the text after the colon, or None.
+    **defaults: the keys that the config knows.
+
+  Returns:
+    The values, as strings.
+
+  Raises:
+    InputError: for a key that the config does not know.
+  """
+  values = dict(defaults)
+  for item in filter(None, (argument or "").split(",")):
+    key, _, value = item.partition("=")
+    if key not in defaults or not value:
+      raise InputError(
+        f"config argument {item!r} is unknown; give key=value with a key of "
+        f"{sorted(defaults)}"
+      )
+    values[key] = value
+  return values
+
+
+def files_section(path: str, **columns: str) -> ConfigDict:
+  """The `data` section of a file; every key of the reader can be overridden."""
+  optional = ("user", "item", "time", "separator")
+  return ConfigDict({
+    "source": "files",
+    "path": path,
+    **{
+      key: config_dict.placeholder(str) if not columns.get(key)
+      else columns[key]
+      for key in optional
+    },
+    "duplicates": "keep",
+    "k_core": 0,
+    "min_length": 1,
+    "max_history": config_dict.placeholder(int),
+  })
+
+
+def amazon(argument: str | None, file: str) -> ConfigDict:
+  """What the sparse review data sets share."""
+  config = default()
+  values = parse(argument, path=data_path(file))
+  config.data = files_section(values["path"])
+  config.backbone.update(length=32, dropout=0.5)
+  config.backbone_steps, config.plugin_steps = 2000, 400
+  config.batch_size = 255
+  config.validation.every = 400
+  return config
+
+
+def movielens(argument: str | None, file: str, name: str) -> ConfigDict:
+  """What the MovieLens data sets share."""
+  config = default()
+  values = parse(argument, path=data_path(file), source="files")
+  if values["source"] == "tfds":
+    config.data = ConfigDict({
+      "source": "tfds",
+      "name": name,
+      "data_dir": config_dict.placeholder(str),
+      "manual_dir": config_dict.placeholder(str),
+    })
+  else:
+    config.data = files_section(values["path"])
+  return config

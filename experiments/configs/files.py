@@ -1,0 +1,28 @@
+"""Your own interactions: CSV, TSV, Parquet or a RecBole .inter file.
+
+  python -m experiments.main \
+    --config=experiments/configs/files.py:path=my.csv --workdir=runs/mine
+
+Arguments besides path: user, item, time (column names, guessed where absent)
+and separator. Anything else as --config.data.k_core=5 and the like.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+from pin_jax.types import InputError
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration; argument: path=FILE[,user=…,item=…,time=…]."""
+  values = base.parse(
+    argument, path="", user="", item="", time="", separator=""
+  )
+  if not values["path"]:
+    raise InputError(
+      "files.py needs a path; give --config=experiments/configs/files.py:"
+      "path=my.csv"
+    )
+  config = base.default()
+  config.data = base.files_section(values.pop("path"), **values)
+  return config

@@ -1,0 +1,21 @@
+"""MovieLens-100k: 943 users, 1,682 items, 100,000 ratings.
+
+  python -m experiments.main --config=experiments/configs/ml100k.py \
+    --workdir=runs/ml100k
+
+Too small to tell methods apart; for trying things out.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration; argument: path=FILE, or source=tfds."""
+  config = base.movielens(argument, "ml-100k.inter", "movielens/100k")
+  config.backbone.update(length=50, dropout=0.5)
+  config.batch_size = 60
+  config.optimizer.learning_rate = 1.5e-3
+  config.backbone_steps, config.plugin_steps = 900, 200
+  return config

@@ -1,0 +1,19 @@
+"""MovieLens-1M: 6,040 users, 3,706 items, 1,000,209 ratings.
+
+  python -m experiments.main --config=experiments/configs/ml1m.py \
+    --workdir=runs/ml1m
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration; argument: path=FILE, or source=tfds."""
+  config = base.movielens(argument, "ml-1m.parquet", "movielens/1m")
+  config.backbone.update(length=100, dropout=0.2)
+  config.batch_size = 65
+  config.backbone_steps, config.plugin_steps = 4000, 600
+  config.validation.every = 500
+  return config

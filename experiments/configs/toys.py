@@ -1,0 +1,14 @@
+"""Amazon Toys and Games 2014, 5-core: 19,412 users, 11,924 items.
+
+  python -m experiments.main --config=experiments/configs/toys.py \
+    --workdir=runs/toys
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
+  return base.amazon(argument, "amazon_toys_s3rec.parquet")

@@ -1,0 +1,14 @@
+"""Yelp (the version of LLM-ESR): 15,720 users, 11,383 items.
+
+  python -m experiments.main --config=experiments/configs/yelp.py \
+    --workdir=runs/yelp
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
+  return base.amazon(argument, "yelp_llmesr.parquet")

@@ -1,0 +1,152 @@
+"""Logs of a job: JSON lines, TensorBoard event files, progress with ETA."""
+
+import json
+import math
+import time
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.progress
+from etils import epath
+from tensorboardX import SummaryWriter
+
+
+class RunLog:
+  """log.jsonl and event files of a workdir; one record a step.
+
+  A resumed run continues where its checkpoint stands: later records of that
+  run are dropped first.
+  """
+
+  def __init__(self, workdir: epath.Path) -> None:
+    """Opens the logs for appending."""
+    self._path = workdir / "log.jsonl"
+    self._events = workdir / "events"
+    self._writers: dict[str, SummaryWriter] = {}
+    self._file = self._path.open("a")
+
+  def rewind(self, run: str, step: int) -> None:
+    """Drops what `run` logged after its checkpoint of `step`."""
+    self._file.close()
+    lines = self._path.read_text().splitlines()
+    kept = [line for line in lines if not _is_later(line, run, step)]
+    self._path.write_text("".join(line + "\n" for line in kept))
+    self._file = self._path.open("a")
+    if run in self._writers:
+      self._writers.pop(run).close()
+    self._writers[run] = self._writer(run, step + 1)
+
+  def steps(self, run: str, start: int, logs: dict[str, np.ndarray]) -> None:
+    """Writes one record for each step of a dispatch."""
+    count = len(next(iter(logs.values())))
+    for offset in range(count):
+      record = {key: _plain(value[offset]) for key, value in logs.items()}
+      self._write({"run": run, "step": start + offset + 1, **record})
+    last = {key: value[-1] for key, value in logs.items()}
+    self._scalars(run, start + count, last)
+
+  def evaluation(self, run: str, step: int, values: dict[str, float]) -> None:
+    """Writes one validation record."""
+    plain = {key: _plain(value) for key, value in values.items()}
+    self._write({"run": run, "step": step, "validation": plain})
+    self._scalars(
+      run, step, {f"validation/{k}": np.asarray(v) for k, v in values.items()}
+    )
+    self._file.flush()
+
+  def close(self) -> None:
+    """Flushes and closes all files."""
+    self._file.close()
+    for writer in self._writers.values():
+      writer.close()
+
+  def _write(self, record: dict[str, Any]) -> None:
+    self._file.write(json.dumps(record) + "\n")
+
+  def _writer(self, run: str, purge: int | None = None) -> SummaryWriter:
+    return SummaryWriter(str(self._events / run), purge_step=purge)
+
+  def _scalars(self, run: str, step: int, values: dict[str, Any]) -> None:
+    if run not in self._writers:
+      self._writers[run] = self._writer(run)
+    for key, value in values.items():
+      for index in np.ndindex(np.shape(value)):
+        tag = "/".join([key, *map(str, index)])
+        if math.isfinite(value[index]):
+          self._writers[run].add_scalar(tag, float(value[index]), step)
+
+
+def read_log(workdir: epath.Path) -> list[dict[str, Any]]:
+  """The records of log.jsonl."""
+  lines = (workdir / "log.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _is_later(line: str, run: str, step: int) -> bool:
+  try:
+    record = json.loads(line)
+  except json.JSONDecodeError:  # the line a kill cut short
+    return True
+  return record["run"] == run and record["step"] > step
+
+
+def _plain(value: Any) -> Any:
+  """Lists and floats, with None where a number is not finite."""
+  if np.ndim(value):
+    return [_plain(x) for x in value]
+  value = float(value)
+  return round(value, 7) if math.isfinite(value) else None
+
+
+class JobProgress:
+  """One bar over all steps of a job, with an estimate of the time left.
+
+  On a terminal a live bar; elsewhere a line at most every ten seconds.
+  """
+
+  def __init__(self, total: int, console: rich.console.Console) -> None:
+    """Starts the clock; `total` counts the steps of all runs."""
+    self._console, self._total, self._done = console, total, 0
+    self._start = self._printed = time.monotonic()
+    self._skipped = 0
+    self._bar = None
+    if console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+      )
+      self._bar.start()
+      self._task = self._bar.add_task("starting", total=total)
+
+  def advance(self, run: str, steps: int) -> None:
+    """Counts steps that were trained."""
+    self._done += steps
+    if self._bar:
+      self._bar.update(self._task, completed=self._done, description=run)
+      return
+    now = time.monotonic()
+    if now - self._printed < 10 and self._done < self._total:
+      return
+    self._printed = now
+    trained = max(self._done - self._skipped, 1)
+    left = (self._total - self._done) * (now - self._start) / trained
+    self._console.print(
+      f"{run}: step {self._done:,} of {self._total:,} in all, "
+      f"{now - self._start:.0f} s gone, about {left:.0f} s left"
+    )
+
+  def skip(self, steps: int) -> None:
+    """Counts steps that need no training (resumed or stopped early)."""
+    self._done += steps
+    self._skipped += steps
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar:
+      self._bar.stop()

@@ -1,0 +1,236 @@
+"""Checks a configuration and loads the data it names, before any long work."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments.configs.base import default
+from experiments.methods import METHODS
+from pin_jax import aggregation, batches, training
+from pin_jax.datasets import files, simulator
+from pin_jax.interactions import Interactions
+from pin_jax.types import InputError
+
+_FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
+_WORLD = {
+  "num_items", "borders", "length_exponent", "prior_decay", "confounding",
+  "scale", "rank", "popularity_exponent", "popularity_tilt",
+}
+
+
+def _load_simulator(
+  *, seed: int = 0, num_users: int = 4000, **options: Any
+) -> tuple[Interactions, simulator.World]:
+  world = simulator.make_world(seed=seed, **options)
+  interactions, _ = simulator.simulate(world, num_users=num_users, seed=seed + 1)
+  return interactions, world
+
+
+def _load_file(*, path: str, **options: Any) -> tuple[Interactions, None]:
+  return files.read(path, **options), None
+
+
+def _load_tfds(*, name: str, **options: Any) -> tuple[Interactions, None]:
+  from pin_jax.datasets import tfds  # slow to import, seldom used
+
+  return tfds.read_tfds(name, **options), None
+
+
+_SOURCES: dict[str, tuple[Callable[..., tuple], set[str], set[str]]] = {
+  # source: (loader, keys it needs, keys it may have)
+  "simulator": (_load_simulator, set(), {"seed", "num_users"} | _WORLD),
+  "files": (
+    _load_file, {"path"}, {"user", "item", "time", "separator"} | _FILTERS
+  ),
+  "tfds": (_load_tfds, {"name"}, {"data_dir", "manual_dir"} | _FILTERS),
+}
+
+_CHOICES = {
+  "split.protocol": ("leave_one_out", "temporal"),
+  "groups.rule": ("users", "interactions", "thresholds", "head_share"),
+  "prior.kind": ("users", "uniform", "interactions", "custom"),
+  "backbone.name": ("sasrec",),
+  "plugin.name": ("bottleneck",),
+  "joint.draw": batches.DRAWS,
+  "joint.mean": training.MEANS,
+  "pin.draw": batches.DRAWS,
+  "pin.mean": training.MEANS,
+  "pin.plugin_draw": batches.DRAWS,
+  "pin.plugin_mean": training.MEANS,
+  "pin.path": aggregation.PATHS,
+}
+_AT_LEAST = {
+  "groups.num_groups": 1,
+  "backbone.length": 1,
+  "backbone.blocks": 1,
+  "backbone.expansion": 1,
+  "backbone_steps": 1,
+  "plugin_steps": 1,
+  "classifier_steps": 1,
+  "batch_size": 2,
+  "dispatch": 1,
+  "optimizer.warmup": 0,
+  "optimizer.weight_decay": 0,
+  "validation.every": 1,
+  "validation.users": 0,
+  "validation.patience": 0,
+  "evaluation.user_chunk": 1,
+  "evaluation.item_chunk": 1,
+}
+_POSITIVE = (
+  "optimizer.learning_rate", "optimizer.plugin_learning_rate",
+  "optimizer.classifier_learning_rate", "optimizer.clip",
+  "pin.clip_importance",
+)
+_SHARES = (
+  "groups.head_share", "split.validation", "split.test", "backbone.dropout",
+  "optimizer.average", "optimizer.b2", "optimizer.final",
+)
+
+
+def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
+  """Loads the interactions, and the simulator's world where there is one."""
+  options = {k: v for k, v in data.items() if v is not None}
+  return _SOURCES[options.pop("source")][0](**options)
+
+
+def check(config: ConfigDict) -> None:
+  """Checks keys, types and values of a whole configuration.
+
+  Raises:
+    InputError: for the first key or value that is wrong.
+  """
+  _check_keys(config)
+  _check_data(config.data)
+  flat = dict(flatten(config.to_dict()))
+  for key, choices in _CHOICES.items():
+    if flat[key] not in choices:
+      raise _bad(key, flat[key], f"use one of {list(choices)}")
+  for key, least in _AT_LEAST.items():
+    if flat[key] < least:
+      raise _bad(key, flat[key], f"give at least {least}")
+  for key in _POSITIVE:
+    if not flat[key] > 0:
+      raise _bad(key, flat[key], "give a positive number")
+  for key in _SHARES:
+    if not 0 <= flat[key] < 1:
+      raise _bad(key, flat[key], "give a share from 0 to below 1")
+  _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
+  unknown = [name for name in config.methods if name not in METHODS]
+  if unknown or len(config.methods) < 2:
+    raise _bad(
+      "methods", tuple(config.methods),
+      f"give two or more of {list(METHODS)}, first the one compared with",
+    )
+  if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+    raise _bad("seeds", tuple(config.seeds), "give one or more, each once")
+  if config.batch_size < config.groups.num_groups:
+    raise _bad(
+      "batch_size", config.batch_size,
+      f"give at least groups.num_groups={config.groups.num_groups}",
+    )
+  if config.validation.every % config.dispatch:
+    raise _bad(
+      "validation.every", config.validation.every,
+      f"give a multiple of dispatch={config.dispatch}",
+    )
+  for used, key, value in (
+    (config.groups.rule == "thresholds", "groups.thresholds",
+     config.groups.thresholds),
+    (config.prior.kind == "custom", "prior.values",
+     config.prior.get("values")),
+  ):
+    if used != bool(value):
+      other = key.split(".")[0] + (".rule" if "groups" in key else ".kind")
+      raise _bad(
+        key, tuple(value),
+        f"give numbers exactly where {other} asks for them",
+      )
+
+
+def _check_keys(config: ConfigDict) -> None:
+  known = dict(flatten(default().to_dict()))
+  given = {
+    k: v for k, v in flatten(config.to_dict()) if not k.startswith("data.")
+  }
+  known = {k: v for k, v in known.items() if not k.startswith("data.")}
+  for key, value in given.items():
+    if key not in known:
+      raise _bad(key, value, f"unknown key; {_nearest(key, known)}")
+  for key, value in known.items():
+    if key not in given:
+      raise InputError(f"config key {key} is missing; its default is {value!r}")
+    _check_type(key, given[key], value)
+
+
+def _check_type(key: str, value: Any, like: Any) -> None:
+  kinds = {int: (int,), float: (int, float), str: (str,), tuple: (tuple, list)}
+  wanted = kinds[type(like)]
+  if not isinstance(value, wanted) or isinstance(value, bool):
+    raise _bad(key, value, f"give a value of type {wanted[-1].__name__}")
+  if key == "seeds" and not all(isinstance(v, int) for v in value):
+    raise _bad(key, value, "give whole numbers")
+
+
+def _check_data(data: ConfigDict) -> None:
+  source = data.get("source")
+  if source not in _SOURCES:
+    raise _bad("data.source", source, f"use one of {list(_SOURCES)}")
+  _, needed, optional = _SOURCES[source]
+  given = {k for k, v in data.items() if v is not None} - {"source"}
+  for key in sorted(given - needed - optional):
+    raise _bad(
+      f"data.{key}", data[key],
+      f"source {source!r} does not use it; {_nearest(key, needed | optional)}",
+    )
+  for key in sorted(needed - given):
+    raise InputError(
+      f"config key data.{key} is missing; source {source!r} needs it"
+    )
+
+
+def _bad(key: str, value: Any, remedy: str) -> InputError:
+  return InputError(f"config key {key}={value!r}: {remedy}")
+
+
+def _nearest(key: str, known: Any) -> str:
+  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+  return f"did you mean {near[0]}?" if near else f"known: {sorted(known)}"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple]:
+  """Yields ('a.b', value) for every leaf of nested dictionaries."""
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from flatten(value, f"{prefix}{key}.")
+    else:
+      yield prefix + key, value
+
+
+def differences(mine: dict, theirs: dict) -> Iterator[tuple[str, Any, Any]]:
+  """Yields (key, mine, theirs) wherever two nested dictionaries differ."""
+  mine, theirs = dict(flatten(mine)), dict(flatten(theirs))
+  for key in sorted(mine.keys() | theirs.keys()):
+    if mine.get(key) != theirs.get(key):
+      yield key, mine.get(key), theirs.get(key)
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+  """Reads a JSON file of a workdir.
+
+  Raises:
+    InputError: if it is damaged.
+  """
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise InputError(
+      f"{path} is damaged ({error}); delete it or use another workdir"
+    ) from error

@@ -1,0 +1,307 @@
+"""Activeness: groups, segments and priors, from training data only.
+
+A user's activeness is the number of their training interactions. One order
+serves groups and segments alike: more active first, and among equals the lower
+user index first. So the head segment is always a prefix of that order, and
+groups are consecutive pieces of it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pin_jax.types import InputError
+
+GROUP_RULES = ("users", "interactions", "thresholds", "head_share")
+PRIORS = ("users", "uniform", "interactions", "custom")
+
+
+def assign_groups(
+  activeness: np.ndarray,
+  *,
+  num_groups: int = 5,
+  rule: str = "users",
+  thresholds: Sequence[float] | None = None,
+  head_share: float = 0.2,
+) -> np.ndarray:
+  """Stratifies users into groups by activeness; 0 is the least active.
+
+  Args:
+    activeness: [U] numbers of training interactions.
+    num_groups: G.
+    rule: 'users' (equal numbers of users), 'interactions' (equal numbers of
+      interactions), 'thresholds' (group = number of borders <= activeness),
+      'head_share' (the head segment against all others; G = 2).
+    thresholds: G-1 ascending borders, for that rule only.
+    head_share: Share of users in the head, for that rule only.
+
+  Returns:
+    [U] int32 in 0..G-1. Equal activeness may be separated by every rule but
+    'thresholds'; the lower user index then counts as more active.
+
+  Raises:
+    InputError: for bad activeness, an unknown rule, borders that do not fit, or
+      a group that would be empty.
+  """
+  activeness = _check_activeness(activeness)
+  if rule not in GROUP_RULES:
+    raise InputError(f"rule={rule!r} is unknown; use one of {GROUP_RULES}")
+  if not 1 <= num_groups <= len(activeness):
+    raise InputError(
+      f"num_groups={num_groups} does not suit {len(activeness)} users; "
+      f"give 1..{len(activeness)}"
+    )
+  if (thresholds is not None) != (rule == "thresholds"):
+    raise InputError(
+      f"rule={rule!r} with thresholds={thresholds!r}; give thresholds with "
+      "rule='thresholds' and only then"
+    )
+  if rule == "thresholds":
+    groups = _by_thresholds(activeness, thresholds, num_groups)
+  elif rule == "head_share":
+    groups = assign_segments(activeness, head_share=head_share)
+  else:
+    groups = _by_shares(activeness, rule, num_groups)
+  sizes = np.bincount(groups, minlength=num_groups)
+  if not sizes.all():
+    raise InputError(
+      f"rule={rule!r} leaves groups {np.flatnonzero(sizes == 0).tolist()} of "
+      f"num_groups={num_groups} empty; lower num_groups or change the rule"
+    )
+  return groups.astype(np.int32)
+
+
+def assign_segments(
+  activeness: np.ndarray, *, head_share: float = 0.2
+) -> np.ndarray:
+  """Splits users into tail (0) and head (1), the most active ones.
+
+  Args:
+    activeness: [U] numbers of training interactions.
+    head_share: The head has round(head_share * U) users, but at least one, and
+      leaves at least one to the tail.
+
+  Returns:
+    [U] int32. Among equals the lower user index goes first into the head.
+
+  Raises:
+    InputError: for bad activeness, fewer than two users, or a share outside
+      (0, 1).
+  """
+  activeness = _check_activeness(activeness)
+  if not 0 < head_share < 1:
+    raise InputError(
+      f"head_share={head_share} is no share of users; give 0 < head_share < 1"
+    )
+  num_users = len(activeness)
+  if num_users < 2:
+    raise InputError(
+      f"{num_users} user cannot form a tail and a head; give at least 2"
+    )
+  size = min(max(round(head_share * num_users), 1), num_users - 1)
+  segments = np.zeros(num_users, np.int32)
+  segments[_most_active_first(activeness)[:size]] = 1
+  return segments
+
+
+def prior(
+  kind: str,
+  groups: np.ndarray,
+  activeness: np.ndarray,
+  num_groups: int,
+  values: Sequence[float] | None = None,
+) -> np.ndarray:
+  """Returns P(d): the weights over groups that the adjustment sums with.
+
+  Args:
+    kind: 'users' (share of users), 'uniform' (1/G), 'interactions' (share of
+      `activeness`), or 'custom' (`values`, scaled to sum to 1).
+    groups: [U] group of each user.
+    activeness: [U] weight of each user for 'interactions'; pass the numbers of
+      training targets to get the distribution that joint training follows.
+    num_groups: G.
+    values: [G] numbers >= 0, for 'custom' only.
+
+  Returns:
+    [G] float64 that sums to 1.
+
+  Raises:
+    InputError: for an unknown kind, values that do not fit, groups outside
+      0..G-1, or nothing to share.
+  """
+  if kind not in PRIORS:
+    raise InputError(f"prior {kind!r} is unknown; use one of {PRIORS}")
+  if (values is not None) != (kind == "custom"):
+    raise InputError(
+      f"prior {kind!r} with values={values!r}; give values with 'custom' and "
+      "only then"
+    )
+  activeness = _check_activeness(activeness)
+  groups = _check_groups(groups, activeness, num_groups)
+  if kind == "custom":
+    weights = _check_values(values, num_groups)
+  elif kind == "uniform":
+    weights = np.ones(num_groups)
+  else:
+    counted = activeness if kind == "interactions" else None
+    weights = np.bincount(groups, counted, num_groups).astype(np.float64)
+  if not weights.sum() > 0:
+    raise InputError(f"prior {kind!r} sums to 0; every weight is 0")
+  return weights / weights.sum()
+
+
+def describe(
+  activeness: np.ndarray, groups: np.ndarray, segments: np.ndarray
+) -> dict[str, Any]:
+  """Summarises the distribution of activeness, for reports.
+
+  The Gini coefficient is sum_i (2 i - U - 1) a_i / (U sum_i a_i) over ascending
+  a_1..a_U: 0 if all users are equally active.
+
+  Args:
+    activeness: [U] numbers of training interactions.
+    groups: [U] group of each user.
+    segments: [U] segment of each user, 1 = head.
+
+  Returns:
+    users, interactions, min, median, mean, max, gini, head_users (share of
+    users in the head), head_interactions (share of interactions there), and
+    `groups` and `segments`: for each its number, users, interactions, min, max.
+  """
+  activeness = _check_activeness(activeness)
+  total = activeness.sum()
+  num_users = len(activeness)
+  ranks = 2 * np.arange(1, num_users + 1) - num_users - 1
+  gini = (ranks * np.sort(activeness)).sum() / max(num_users * total, 1)
+  head = np.asarray(segments) == 1
+  return {
+    "users": num_users,
+    "interactions": _number(total),
+    "min": _number(activeness.min()),
+    "median": float(np.median(activeness)),
+    "mean": float(activeness.mean()),
+    "max": _number(activeness.max()),
+    "gini": float(gini),
+    "head_users": float(head.mean()),
+    "head_interactions": float(activeness[head].sum() / max(total, 1)),
+    "groups": _describe_parts("group", activeness, groups),
+    "segments": _describe_parts("segment", activeness, segments),
+  }
+
+
+def _check_activeness(activeness: np.ndarray) -> np.ndarray:
+  """Returns activeness as a checked [U] array of numbers."""
+  activeness = np.asarray(activeness)
+  if activeness.ndim != 1 or not activeness.size:
+    raise InputError(
+      f"activeness has shape {activeness.shape}; give one number per user"
+    )
+  if activeness.dtype.kind not in "iuf":
+    raise InputError(f"activeness is {activeness.dtype}; give numbers")
+  valid = np.isfinite(activeness) & (activeness >= 0)
+  if not valid.all():
+    user = int(valid.argmin())
+    raise InputError(
+      f"activeness[{user}] = {activeness[user]}; give finite numbers >= 0"
+    )
+  kind = np.float64 if activeness.dtype.kind == "f" else np.int64
+  return activeness.astype(kind)
+
+
+def _check_groups(
+  groups: np.ndarray, activeness: np.ndarray, num_groups: int
+) -> np.ndarray:
+  """Returns groups as a checked [U] array of integers in 0..G-1."""
+  groups = np.asarray(groups)
+  if groups.shape != activeness.shape:
+    raise InputError(
+      f"groups have shape {groups.shape}, activeness {activeness.shape}; "
+      "give one of each per user"
+    )
+  if groups.dtype.kind not in "iu":
+    raise InputError(f"groups are {groups.dtype}; give integers")
+  if groups.min() < 0 or groups.max() >= num_groups:
+    raise InputError(
+      f"groups span {groups.min()}..{groups.max()}; give 0..{num_groups - 1}, "
+      "or another num_groups"
+    )
+  return groups
+
+
+def _check_values(values: Sequence[float], num_groups: int) -> np.ndarray:
+  """Returns custom weights as a checked [G] float64 array."""
+  weights = np.asarray(values, np.float64)
+  if weights.shape != (num_groups,):
+    raise InputError(
+      f"the custom prior has shape {weights.shape}; give ({num_groups},)"
+    )
+  if not (np.isfinite(weights) & (weights >= 0)).all():
+    raise InputError(
+      f"the custom prior is {weights.tolist()}; give finite numbers >= 0"
+    )
+  return weights
+
+
+def _most_active_first(activeness: np.ndarray) -> np.ndarray:
+  """Returns users by descending activeness; equals in order of index."""
+  return np.argsort(-activeness, kind="stable")
+
+
+def _by_shares(
+  activeness: np.ndarray, rule: str, num_groups: int
+) -> np.ndarray:
+  """Cuts the order of users into G pieces of about equal weight.
+
+  A user belongs to the piece that holds the middle of their own weight.
+  """
+  order = _most_active_first(activeness)[::-1]
+  if rule == "users":
+    weights = np.ones(len(order), np.int64)
+  else:
+    weights = activeness[order]
+  ends = np.cumsum(weights)
+  middles = (2 * ends - weights) / max(2 * ends[-1], 1)
+  groups = np.empty(len(order), np.int32)
+  groups[order] = np.minimum(middles * num_groups, num_groups - 1)
+  return groups
+
+
+def _by_thresholds(
+  activeness: np.ndarray, thresholds: Sequence[float], num_groups: int
+) -> np.ndarray:
+  """Returns the number of borders that each user has reached."""
+  borders = np.asarray(thresholds, np.float64)
+  if borders.shape != (num_groups - 1,):
+    raise InputError(
+      f"thresholds have shape {borders.shape} for num_groups={num_groups}; "
+      f"give {num_groups - 1} borders"
+    )
+  if not (np.diff(borders) > 0).all() or np.isnan(borders).any():
+    raise InputError(
+      f"thresholds={borders.tolist()} do not ascend; sort them, without repeats"
+    )
+  return np.searchsorted(borders, activeness, side="right")
+
+
+def _describe_parts(
+  part: str, activeness: np.ndarray, numbers: np.ndarray
+) -> list[dict[str, int | float]]:
+  """Summarises the users of each group or segment that occurs."""
+  numbers = np.asarray(numbers)
+  rows = []
+  for number in np.unique(numbers):
+    chosen = activeness[numbers == number]
+    rows.append({
+      part: int(number),
+      "users": len(chosen),
+      "interactions": _number(chosen.sum()),
+      "min": _number(chosen.min()),
+      "max": _number(chosen.max()),
+    })
+  return rows
+
+
+def _number(value: np.generic) -> int | float:
+  """Returns a plain Python number."""
+  return value.item()

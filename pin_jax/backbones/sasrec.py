@@ -1,0 +1,141 @@
+"""SASRec (Kang & McAuley, ICDM 2018, arXiv 1808.09781).
+
+Deviations from the paper: pre-norm blocks with a final LayerNorm; GELU MLP of
+`expansion` times the width; an item bias in the output; softmax training is
+left to the caller. Positions are counted from the end of the window, so the
+newest item always has the same position.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pin_jax.layers import Block, Dropout
+from pin_jax.types import Backbone, InputError, PyTree
+
+
+class _Encoder(nn.Module):
+  num_items: int
+  length: int
+  width: int
+  blocks: int
+  heads: int
+  dropout: float
+  expansion: int
+
+  @nn.compact
+  def __call__(self, history: jax.Array) -> jax.Array:
+    init = nn.initializers.normal(0.02)
+    table = self.param(
+      "items", nn.initializers.normal(self.width**-0.5),
+      (self.num_items + 1, self.width),
+    )
+    self.param("bias", nn.initializers.zeros, (self.num_items + 1,))
+    positions = self.param("positions", init, (self.length, self.width))
+    mask = history > 0
+    length = history.shape[-1]
+    x = table[history] * math.sqrt(self.width) + positions[-length:]
+    x = Dropout(self.dropout)(x * mask[..., None])
+    for _ in range(self.blocks):
+      x = Block(self.heads, self.expansion * self.width, self.dropout, init)(
+        x, mask
+      )
+    return nn.LayerNorm()(x) * mask[..., None]
+
+
+def sasrec(
+  num_items: int,
+  *,
+  length: int = 50,
+  width: int = 64,
+  blocks: int = 2,
+  heads: int = 2,
+  dropout: float = 0.2,
+  expansion: int = 4,
+) -> Backbone:
+  """Builds SASRec: causal self-attention with tied item embeddings.
+
+  logit(v) = <h_t, E_v> + b_v, with h_t the state after reading item t.
+
+  Args:
+    num_items: V; item 0 is padding.
+    length: longest history L that the model reads.
+    width: D, a multiple of `heads`.
+    blocks: number of transformer blocks.
+    heads: number of attention heads.
+    dropout: rate in [0, 1) on embeddings, attention weights and residuals.
+    expansion: width of the MLP as a multiple of D.
+
+  Returns:
+    The backbone's pure functions.
+
+  Raises:
+    InputError: if `width` is no multiple of `heads`, or `dropout` is outside
+      [0, 1).
+  """
+  if heads < 1 or width % heads:
+    raise InputError(
+      f"backbone.width={width} is no multiple of backbone.heads={heads}; "
+      "change one of them"
+    )
+  if not 0 <= dropout < 1:
+    raise InputError(
+      f"backbone.dropout={dropout} is outside [0, 1); give a share such as 0.2"
+    )
+  encoder = _Encoder(
+    num_items, length, width, blocks, heads, dropout, expansion
+  )
+
+  def init(key: jax.Array) -> PyTree:
+    return encoder.init(key, jnp.zeros((1, length), jnp.int32))["params"]
+
+  def encode(
+    params: PyTree, history: jax.Array, key: jax.Array | None = None
+  ) -> jax.Array:
+    rngs = None if key is None else {"dropout": key}
+    return encoder.apply({"params": params}, history, rngs=rngs)
+
+  return Backbone(init, encode, take_position, add_candidate_axis, tied_score)
+
+
+def take_position(
+  context: jax.Array, rows: jax.Array, columns: jax.Array
+) -> jax.Array:
+  """States of the chosen positions; [B, L, D] -> [M, D]."""
+  return context[rows, columns]
+
+
+def add_candidate_axis(
+  params: PyTree, states: jax.Array, candidates: jax.Array | None
+) -> jax.Array:
+  """The representation where it ignores the candidate; [M, D] -> [M, 1, D]."""
+  del params, candidates
+  return states[:, None]
+
+
+def tied_score(
+  params: PyTree, representations: jax.Array, candidates: jax.Array | None
+) -> jax.Array:
+  """logit = <r, E_v> + b_v against the item table, in float32.
+
+  Args:
+    params: holds `items` [V+1, D] and `bias` [V+1].
+    representations: [M, 1 or C, D].
+    candidates: item indices, [C] shared by all rows or [M, C]; None = the
+      whole table 0..V, in order.
+
+  Returns:
+    [M, C] logits.
+  """
+  table, bias = params["items"], params["bias"]
+  if candidates is not None:
+    table, bias = table[candidates], bias[candidates]
+  spec = "mkd,cd->mkc" if table.ndim == 2 else "mkd,mcd->mkc"
+  if representations.shape[1] > 1:
+    spec = "mcd,cd->mc" if table.ndim == 2 else "mcd,mcd->mc"
+  logits = jnp.einsum(
+    spec, representations, table, preferred_element_type=jnp.float32
+  )
+  return (logits[:, 0] if logits.ndim == 3 else logits) + bias

@@ -1,0 +1,183 @@
+"""Stateless samplers: the batch of step t follows from (seed, t), on device.
+
+A user with n training interactions has n - 1 training targets (the first
+interaction has no history). They are tiled by K = ceil((n - 1) / L) windows
+of L targets; a random offset below the slack K L - (n - 1) shifts the tiling,
+so that every target lies in exactly one window, whatever the offset.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pin_jax.splits import Split
+from pin_jax.types import Batch, InputError
+
+DRAWS = ("interactions", "users")
+
+
+class Sequences(NamedTuple):
+  """The interactions on the device, compact.
+
+  Attributes:
+    items: [N] int32, users contiguous.
+    starts: [U] int32, a user's first index into `items`.
+    targets: [U] int32, number of training targets.
+  """
+
+  items: jax.Array
+  starts: jax.Array
+  targets: jax.Array
+
+
+class Pool(NamedTuple):
+  """The users to draw from, sorted by group.
+
+  Attributes:
+    users: [P] int32.
+    group_starts: [G+1] int32, borders of the groups in `users`.
+    window_starts: [P+1] int32, windows before each user of the pool.
+  """
+
+  users: jax.Array
+  group_starts: jax.Array
+  window_starts: jax.Array
+
+
+def training_targets(split: Split) -> np.ndarray:
+  """Number of training targets of every user, max(train_end - 1, 0); [U]."""
+  return np.maximum(np.asarray(split.train_end, np.int64) - 1, 0)
+
+
+def make_sequences(split: Split) -> Sequences:
+  """Puts a split's interactions on the device.
+
+  Raises:
+    InputError: if there are 2^31 interactions or more (int32 offsets).
+  """
+  interactions = split.interactions
+  if interactions.num_interactions >= 2**31:
+    raise InputError(
+      f"{interactions.num_interactions} interactions exceed int32 offsets; "
+      "split the data"
+    )
+  return Sequences(
+    jnp.asarray(interactions.items, jnp.int32),
+    jnp.asarray(interactions.offsets[:-1], jnp.int32),
+    jnp.asarray(training_targets(split), jnp.int32),
+  )
+
+
+def make_pool(
+  targets: np.ndarray, groups: np.ndarray, *, num_groups: int, length: int
+) -> Pool:
+  """Collects the users of every group that have a training target.
+
+  Args:
+    targets: [U], training targets of each user.
+    groups: [U], group of each user; -1 leaves the user out.
+    num_groups: G.
+    length: L, targets a window.
+
+  Returns:
+    The pool.
+
+  Raises:
+    InputError: if a group has no user with a training target.
+  """
+  targets, groups = np.asarray(targets), np.asarray(groups)
+  kept = np.flatnonzero((groups >= 0) & (targets > 0))
+  users = kept[np.argsort(groups[kept], kind="stable")]
+  sizes = np.bincount(groups[users], minlength=num_groups)
+  if (sizes == 0).any():
+    raise InputError(
+      f"group {int(np.argmin(sizes))} of {num_groups} has no user with two "
+      "training interactions; lower groups.num_groups or change groups.rule"
+    )
+  windows = -(-targets[users] // length)
+  starts = np.concatenate([[0], np.cumsum(windows)])
+  borders = np.concatenate([[0], np.cumsum(sizes)])
+  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
+  return Pool(as_int32(users), as_int32(borders), as_int32(starts))
+
+
+def draw_batch(
+  key: jax.Array,
+  sequences: Sequences,
+  pool: Pool,
+  *,
+  batch_size: int,
+  length: int,
+  draw: str,
+) -> Batch:
+  """Draws `batch_size` windows of every group, with replacement.
+
+  draw = 'interactions' draws windows uniformly: with the mean over positions
+  a group's loss estimates the mean over its interactions. draw = 'users'
+  draws users uniformly, then the window of a uniform target of theirs: with
+  the mean over users the loss is the mean over users of their mean loss.
+
+  Args:
+    key: the step's key; the batch is a function of it.
+    sequences: the interactions.
+    pool: the users of the G groups.
+    batch_size: B, windows a group.
+    length: L.
+    draw: 'interactions' or 'users'.
+
+  Returns:
+    Batch with leading axes [G, B].
+  """
+  pick_key, inner_key, offset_key = jax.random.split(key, 3)
+  groups = pool.group_starts.shape[0] - 1
+  shape = (groups, batch_size)
+  first, last = pool.group_starts[:-1, None], pool.group_starts[1:, None]
+  if draw == "users":
+    index = jax.random.randint(pick_key, shape, first, last)
+  else:
+    low, high = pool.window_starts[first], pool.window_starts[last]
+    window = jax.random.randint(pick_key, shape, low, high)
+    find = lambda x: jnp.searchsorted(pool.window_starts, x, side="right") - 1
+    index = find(window)
+  users = pool.users[index]
+  count = sequences.targets[users]
+  slack = -count % length
+  offset = jax.random.randint(offset_key, shape, 0, slack + 1)
+  if draw == "users":
+    target = jax.random.randint(inner_key, shape, 0, count)
+    tile = (target + offset) // length
+  else:
+    tile = window - pool.window_starts[index]
+  return cut_windows(
+    sequences, users, tile * length - offset, count, length=length
+  )
+
+
+def cut_windows(
+  sequences: Sequences,
+  users: jax.Array,
+  first: jax.Array,
+  count: jax.Array,
+  *,
+  length: int,
+) -> Batch:
+  """Cuts the targets first .. first + L - 1 that exist, right-aligned.
+
+  Args:
+    sequences: the interactions.
+    users: [...] user indices.
+    first: [...] index of the window's first target, may be negative.
+    count: [...] number of the user's targets.
+    length: L.
+
+  Returns:
+    Batch with leading axes [...].
+  """
+  last = jnp.minimum(first + length, count) - 1
+  target = last[..., None] - jnp.arange(length - 1, -1, -1)
+  real = target >= jnp.maximum(first, 0)[..., None]
+  index = sequences.starts[users][..., None] + jnp.maximum(target, 0)
+  take = lambda i: jnp.where(real, sequences.items[i], 0)
+  return Batch(users, take(index), take(index + 1))

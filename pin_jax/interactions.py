@@ -1,0 +1,447 @@
+"""Interactions: who did what, in order, as compact user-sorted arrays.
+
+Everything downstream reads the same few flat arrays; a user's history is a
+slice of them. The original ids travel along, so that results can be joined
+back to the source, and a fingerprint names the contents.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+
+from pin_jax.types import InputError
+
+Column = np.ndarray | pl.Series | Sequence
+DUPLICATES = ("keep", "exact", "first", "last")
+_NO_TIMES_NOTE = "row order (the source has no times)"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Interactions:
+  """Interactions of U users with V items, users contiguous, in time order.
+
+  Attributes:
+    name: What to call the data in logs and tables.
+    items: [N] int32 in 1..V (0 is padding); equal times keep the row order.
+    offsets: [U+1] int64; user u owns items[offsets[u]:offsets[u+1]].
+    times: [N] int64 or float64 as in the source, or None where it has none.
+    user_ids: [U] original ids, ascending: int64, or object array of str.
+    item_ids: [V] original id of item v is item_ids[v-1]; same types.
+    notes: What reading and filtering did: rows_read, duplicates_dropped,
+      users_dropped, items_dropped, order, and tied_share where times exist.
+  """
+
+  name: str
+  items: np.ndarray
+  offsets: np.ndarray
+  times: np.ndarray | None
+  user_ids: np.ndarray
+  item_ids: np.ndarray
+  notes: Mapping[str, int | float | str] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def num_users(self) -> int:
+    """U."""
+    return len(self.offsets) - 1
+
+  @property
+  def num_items(self) -> int:
+    """V, without the padding item."""
+    return len(self.item_ids)
+
+  @property
+  def num_interactions(self) -> int:
+    """N."""
+    return len(self.items)
+
+  @property
+  def lengths(self) -> np.ndarray:
+    """[U] int64 number of interactions of each user."""
+    return np.diff(self.offsets)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 (hex) of the contents; `name` and `notes` do not count."""
+    digest = hashlib.sha256()
+    for values in (
+      self.items, self.offsets, self.times, self.user_ids, self.item_ids
+    ):
+      _update_digest(digest, values)
+    return digest.hexdigest()
+
+  def select_users(self, mask_or_indices: Column) -> "Interactions":
+    """Returns the chosen users with the item catalogue left as it is.
+
+    Args:
+      mask_or_indices: [U] booleans, or distinct user indices, whose order
+        becomes the new order of the users.
+
+    Returns:
+      The selection; `tied_share` is computed anew, other notes are kept.
+
+    Raises:
+      InputError: for a wrong shape or type, an index that is out of range or
+        repeated, or an empty selection.
+    """
+    users = _as_indices(np.asarray(mask_or_indices), self.num_users)
+    lengths = self.lengths[users]
+    offsets = _offsets(lengths)
+    shift = np.repeat(self.offsets[users] - offsets[:-1], lengths)
+    rows = np.arange(offsets[-1]) + shift
+    times = None if self.times is None else self.times[rows]
+    return dataclasses.replace(
+      self,
+      items=self.items[rows],
+      offsets=offsets,
+      times=times,
+      user_ids=self.user_ids[users],
+      notes={**self.notes, **_tied_share(offsets, times)},
+    )
+
+
+def from_columns(
+  users: Column,
+  items: Column,
+  times: Column | None = None,
+  *,
+  name: str = "data",
+  duplicates: str = "keep",
+  k_core: int = 0,
+  min_length: int = 1,
+  max_history: int | None = None,
+) -> Interactions:
+  """Builds Interactions from one row per interaction, in any row order.
+
+  Users and items are numbered by their sorted original ids, so numbering does
+  not depend on the order of rows. Steps, in this order: sort by (user, time),
+  drop duplicates, filter by `k_core` and `min_length` together until nothing
+  changes, cut to `max_history`, drop items that occur no more.
+
+  Args:
+    users: [N] integers or strings.
+    items: [N] integers or strings.
+    times: [N] numbers or dates (converted to Unix seconds, UTC); None keeps the
+      row order.
+    name: What to call the data.
+    duplicates: 'keep'; 'exact' drops repeats of (user, item, time); 'first' and
+      'last' keep one interaction per (user, item).
+    k_core: Every user and every item has at least this many interactions.
+    min_length: Users with fewer interactions are dropped.
+    max_history: Keep only a user's last so many interactions.
+
+  Returns:
+    The interactions, with counts of what was dropped in `notes`.
+
+  Raises:
+    InputError: for empty or mismatched columns, null or unusable ids, times
+      that are not finite numbers, unknown options, or no user left.
+  """
+  _check_options(duplicates, k_core, min_length, max_history)
+  users, items = _id_series(users, "users"), _id_series(items, "items")
+  times = None if times is None else _time_array(times)
+  _check_lengths(users, items, times)
+  rows_read = len(users)
+  users, user_ids = _encode(users)
+  items, item_ids = _encode(items)
+  found = len(user_ids), len(item_ids)
+
+  if not _is_sorted(users, times):
+    order = np.lexsort((users,) if times is None else (times, users))
+    users, items, times = _take(order, users, items, times)
+    del order
+  if duplicates != "keep":
+    keep = _distinct(users, items, times, duplicates, len(item_ids))
+    users, items, times = _take(keep, users, items, times)
+  distinct = len(users)
+  users, items, times = _core(users, items, times, k_core, min_length)
+  if not len(users):
+    raise InputError(
+      f"no user of {name!r} is left after k_core={k_core}, "
+      f"min_length={min_length}; lower them"
+    )
+  filtered = len(users)
+  if max_history is not None:
+    keep = _positions_from_end(users) < max_history
+    users, items, times = _take(keep, users, items, times)
+  users, user_ids = _compact(users, user_ids)
+  items, item_ids = _compact(items, item_ids)
+  offsets = _offsets(np.bincount(users, minlength=len(user_ids)))
+  notes = {
+    "rows_read": rows_read,
+    "duplicates_dropped": rows_read - distinct,
+    "users_dropped": found[0] - len(user_ids),
+    "items_dropped": found[1] - len(item_ids),
+    "order": _NO_TIMES_NOTE if times is None else "time, ties in row order",
+    **_tied_share(offsets, times),
+  }
+  if max_history is not None:
+    notes["history_cut"] = filtered - len(items)
+  items += 1
+  if times is not None and not times.flags.writeable:
+    times = times.copy()  # a view of the caller's memory
+  return Interactions(name, items, offsets, times, user_ids, item_ids, notes)
+
+
+def _check_options(
+  duplicates: str, k_core: int, min_length: int, max_history: int | None
+) -> None:
+  """Raises InputError for an option that is out of range."""
+  if duplicates not in DUPLICATES:
+    raise InputError(
+      f"duplicates={duplicates!r} is unknown; use one of {DUPLICATES}"
+    )
+  for option, value, least in (
+    ("k_core", k_core, 0),
+    ("min_length", min_length, 1),
+    ("max_history", max_history, 1),
+  ):
+    if value is None and option == "max_history":
+      continue
+    if not isinstance(value, (int, np.integer)) or value < least:
+      raise InputError(
+        f"{option}={value!r} is invalid; give an integer of at least {least}"
+      )
+
+
+def _series(values: Column, axis: str) -> pl.Series:
+  """Returns a flat polars Series without nulls."""
+  if not isinstance(values, pl.Series):
+    shape = np.shape(values)
+    if len(shape) != 1:
+      raise InputError(f"{axis} has shape {shape}; give a flat column")
+    if getattr(values, "dtype", None) == np.dtype(object):
+      values = list(values)
+    try:
+      values = pl.Series(axis, values, strict=True)
+    except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
+      raise InputError(
+        f"{axis} mixes types or holds unknown ones; give integers or strings"
+      ) from None
+  if values.null_count():
+    row = values.is_null().arg_max()
+    raise InputError(f"{axis}[{row}] is null; drop or fill such rows")
+  return values
+
+
+def _id_series(values: Column, axis: str) -> pl.Series:
+  """Returns ids as Int64 or String."""
+  values = _series(values, axis)
+  kind = values.dtype
+  if kind == pl.String:
+    return values
+  if kind in (pl.Categorical, pl.Enum):
+    return values.cast(pl.String)
+  if kind.is_float():
+    whole = values.is_finite() & (values.floor() == values)
+    if not whole.all():
+      row = whole.arg_min()
+      raise InputError(
+        f"{axis}[{row}] = {values[row]} is no id; give integers or strings"
+      )
+  elif not kind.is_integer():
+    raise InputError(f"{axis} are {kind}; give integers or strings")
+  try:
+    return values.cast(pl.Int64)
+  except pl.exceptions.PolarsError:
+    raise InputError(
+      f"{axis} go up to {values.max()}, beyond int64; give them as strings"
+    ) from None
+
+
+def _time_array(values: Column) -> np.ndarray:
+  """Returns times as int64 or float64; dates become Unix seconds."""
+  values = _series(values, "times")
+  if values.dtype.is_temporal():
+    values = _unix_seconds(values)
+  if values.dtype.is_integer():
+    if values.dtype == pl.UInt64 and len(values) and values.max() >= 2**63:
+      raise InputError(f"times go up to {values.max()}, beyond int64")
+    return values.cast(pl.Int64).to_numpy()
+  if not values.dtype.is_float():
+    raise InputError(
+      f"times are {values.dtype}; give numbers, or dates as datetimes"
+    )
+  times = values.cast(pl.Float64).to_numpy()
+  finite = np.isfinite(times)
+  if not finite.all():
+    row = int(finite.argmin())
+    raise InputError(f"times[{row}] = {times[row]} is not finite; drop the row")
+  return times
+
+
+def _unix_seconds(values: pl.Series) -> pl.Series:
+  """Returns dates as seconds: Int64 if all are whole, else Float64."""
+  if values.dtype in (pl.Time, pl.Duration):
+    raise InputError(f"times are {values.dtype}; give dates or numbers")
+  micros = values.cast(pl.Datetime("us")).to_physical()
+  if (micros % 1_000_000 == 0).all():
+    return micros // 1_000_000
+  return micros / 1e6
+
+
+def _check_lengths(
+  users: pl.Series, items: pl.Series, times: np.ndarray | None
+) -> None:
+  """Raises InputError for columns that are empty or of different lengths."""
+  lengths = {"users": len(users), "items": len(items)}
+  if times is not None:
+    lengths["times"] = len(times)
+  if len(set(lengths.values())) > 1:
+    raise InputError(f"columns differ in length: {lengths}; give equal ones")
+  if not lengths["users"]:
+    raise InputError("there are no interactions (0 rows); check the source")
+
+
+def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+  """Returns [N] int32 codes and the ids they stand for, ascending."""
+  ids = values.unique().sort()
+  numbers = pl.Series(np.arange(len(ids), dtype=np.int32))
+  codes = values.replace_strict(ids, numbers, return_dtype=pl.Int32)
+  return codes.to_numpy(), ids.to_numpy(writable=True)
+
+
+def _is_sorted(users: np.ndarray, times: np.ndarray | None) -> bool:
+  """Whether rows are already in (user, time) order."""
+  if (users[1:] < users[:-1]).any():
+    return False
+  if times is None:
+    return True
+  back = times[1:] < times[:-1]
+  back &= users[1:] == users[:-1]
+  return not back.any()
+
+
+def _take(
+  rows: np.ndarray,
+  users: np.ndarray,
+  items: np.ndarray,
+  times: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+  """Returns the columns at `rows`, a mask or indices."""
+  return users[rows], items[rows], None if times is None else times[rows]
+
+
+def _distinct(
+  users: np.ndarray,
+  items: np.ndarray,
+  times: np.ndarray | None,
+  duplicates: str,
+  num_items: int,
+) -> np.ndarray:
+  """Returns the [N] mask of rows that `duplicates` keeps; rows are sorted."""
+  blocks = users.astype(np.int64)
+  if duplicates == "exact":
+    if times is None:
+      raise InputError(
+        "duplicates='exact' needs times; use 'first' or 'last' without them"
+      )
+    starts = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
+    blocks = np.concatenate([[0], np.cumsum(starts)])
+  keys = pl.Series(blocks * num_items + items)
+  if duplicates == "last":
+    return keys.is_last_distinct().to_numpy()
+  return keys.is_first_distinct().to_numpy()
+
+
+def _core(
+  users: np.ndarray,
+  items: np.ndarray,
+  times: np.ndarray | None,
+  k_core: int,
+  min_length: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+  """Drops users and items that are too rare until none is left."""
+  least = max(k_core, min_length)
+  while len(users) and least > 1:
+    keep = (np.bincount(users) >= least)[users]
+    keep &= (np.bincount(items) >= k_core)[items]
+    if keep.all():
+      break
+    users, items, times = _take(keep, users, items, times)
+  return users, items, times
+
+
+def _positions_from_end(users: np.ndarray) -> np.ndarray:
+  """Returns how many later interactions the same user has; 0 = the last."""
+  ends = np.cumsum(np.bincount(users))
+  return ends[users] - 1 - np.arange(len(users))
+
+
+def _compact(
+  codes: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Renumbers codes so that every id occurs; keeps their order."""
+  present = np.bincount(codes, minlength=len(ids)) > 0
+  if present.all():
+    return codes.copy(), ids
+  renumber = np.cumsum(present, dtype=np.int32) - 1
+  return renumber[codes], ids[present]
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+  """Returns [U+1] int64 borders of slices of the given lengths."""
+  return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _tied_share(
+  offsets: np.ndarray, times: np.ndarray | None
+) -> dict[str, float]:
+  """Returns the share of a user's adjacent pairs that have equal times."""
+  if times is None:
+    return {}
+  same = times[1:] == times[:-1]
+  borders = offsets[1:-1]
+  ties = int(same.sum()) - int(same[borders[borders > 0] - 1].sum())
+  pairs = len(times) - (len(offsets) - 1)
+  return {"tied_share": ties / pairs if pairs else 0.0}
+
+
+def _as_indices(chosen: np.ndarray, num_users: int) -> np.ndarray:
+  """Returns user indices for a mask or for indices, checked."""
+  if chosen.dtype == bool:
+    if chosen.shape != (num_users,):
+      raise InputError(
+        f"the mask of users has shape {chosen.shape}; give ({num_users},)"
+      )
+    chosen = np.flatnonzero(chosen)
+  if chosen.ndim != 1 or not chosen.size:
+    raise InputError(
+      f"the selection of users has shape {chosen.shape}; choose at least one"
+    )
+  if not np.issubdtype(chosen.dtype, np.integer):
+    raise InputError(
+      f"the selection of users is {chosen.dtype}; give booleans or integers"
+    )
+  if chosen.min() < 0 or chosen.max() >= num_users:
+    raise InputError(
+      f"user indices span {chosen.min()}..{chosen.max()}; "
+      f"give 0..{num_users - 1}"
+    )
+  if len(np.unique(chosen)) != len(chosen):
+    raise InputError("a user index is repeated; give each user once")
+  return chosen
+
+
+def _update_digest(
+  digest: "hashlib._Hash", values: np.ndarray | None
+) -> None:
+  """Adds type, length and contents of an array, unambiguously."""
+  if values is None:
+    digest.update(b"none;")
+    return
+  if values.dtype == object:
+    texts = [text.encode() for text in values]
+    digest.update(f"str {len(texts)};".encode())
+    lengths = np.array([len(text) for text in texts], "<i8")
+    digest.update(lengths.tobytes())
+    digest.update(b"".join(texts))
+    return
+  values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<")))
+  digest.update(f"{values.dtype.str} {len(values)};".encode())
+  digest.update(values)

@@ -1,0 +1,117 @@
+"""Layers that the backbones share: dropout, causal attention, MLP."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_GOLDEN = 0x9E3779B9
+
+
+def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Counter-based random bits: murmur3's finaliser of (counter, key).
+
+  A few integer operations an element, against the twenty rounds of threefry;
+  good enough for dropout masks, not for statistics.
+
+  Args:
+    key: typed or raw PRNG key.
+    shape: shape of the result.
+
+  Returns:
+    uint32 array of the given shape.
+  """
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.key_data(key)
+  low, high = key[..., 0], key[..., -1]
+  bits = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(_GOLDEN)
+  bits = bits ^ low
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits = bits + high
+  return (bits ^ (bits >> 16)).reshape(shape)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+  """Zeroes a share `rate` of the elements and rescales the others."""
+  threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+  keep = hash_bits(key, x.shape) >= threshold
+  return jnp.where(keep, x / (1 - rate), 0)
+
+
+class Dropout(nn.Module):
+  """`dropout` as a layer; off where no 'dropout' key is given."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Applies dropout to x of any shape."""
+    if self.rate == 0 or not self.has_rng("dropout"):
+      return x
+    return dropout(x, self.rate, self.make_rng("dropout"))
+
+
+class CausalAttention(nn.Module):
+  """Multi-head self-attention: position t reads positions <= t.
+
+  Every position may read itself, so a row of padding stays finite.
+  """
+
+  heads: int
+  dropout: float
+  kernel_init: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attends within rows; x [B, L, D], mask [B, L] (True = real)."""
+    length, width = x.shape[-2:]
+    dense = lambda name: nn.DenseGeneral(
+      (self.heads, width // self.heads), kernel_init=self.kernel_init, name=name
+    )
+    query, key, value = (dense(name)(x) for name in ("query", "key", "value"))
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    visible = (causal & mask[:, None, :]) | jnp.eye(length, dtype=bool)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    logits = logits / math.sqrt(width // self.heads)
+    logits = jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min)
+    weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
+    read = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    return nn.DenseGeneral(
+      width, axis=(-2, -1), kernel_init=self.kernel_init, name="out"
+    )(read)
+
+
+class MLP(nn.Module):
+  """Two dense layers with GELU between them."""
+
+  hidden: int
+  dropout: float
+  kernel_init: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., D] to [..., D]."""
+    h = nn.Dense(self.hidden, kernel_init=self.kernel_init)(x)
+    h = Dropout(self.dropout)(jax.nn.gelu(h))
+    return nn.Dense(x.shape[-1], kernel_init=self.kernel_init)(h)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block: attention, then MLP, each residual."""
+
+  heads: int
+  hidden: int
+  dropout: float
+  kernel_init: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Maps x [B, L, D] with mask [B, L] to [B, L, D]."""
+    attention = CausalAttention(self.heads, self.dropout, self.kernel_init)
+    mlp = MLP(self.hidden, self.dropout, self.kernel_init)
+    drop = lambda h: Dropout(self.dropout)(h)
+    x = x + drop(attention(nn.LayerNorm()(x), mask))
+    return x + drop(mlp(nn.LayerNorm()(x)))

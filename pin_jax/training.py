@@ -1,0 +1,553 @@
+"""Training: pure steps for both stages and the one loop that drives them.
+
+Stage 1 learns a backbone from group gradients (`backbone_step`), stage 2 a
+plugin for each segment on the frozen backbone (`plugin_step`). Joint training
+is stage 1 with a single group.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pin_jax import aggregation
+from pin_jax.batches import Pool, Sequences, draw_batch
+from pin_jax.checkpoints import Checkpoints
+from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
+
+MEANS = ("interactions", "users")
+
+
+class TrainState(NamedTuple):
+  """All that changes from step to step.
+
+  Attributes:
+    params: what is trained; leaves [S, ...] in stage 2.
+    optimizer: optax state; leaves [S, ...] in stage 2.
+    weighting: state of the weighting.
+    average: exponential moving average of params, or None.
+  """
+
+  params: PyTree
+  optimizer: PyTree
+  weighting: PyTree
+  average: PyTree
+
+
+class Operands(NamedTuple):
+  """What a step reads and never changes.
+
+  Attributes:
+    key: the run's PRNG key; step t uses fold_in(key, t).
+    sequences: the interactions.
+    pool: users to draw from, by group (stage 1) or segment (stage 2).
+    frozen: the frozen backbone's params in stage 2; in stage 1 what
+      `importance` needs, else None.
+  """
+
+  key: jax.Array
+  sequences: Sequences
+  pool: Pool
+  frozen: PyTree
+
+
+Step = Callable[
+  [TrainState, Operands, jax.Array], tuple[TrainState, dict[str, jax.Array]]
+]
+
+
+def make_optimizer(
+  num_steps: int,
+  *,
+  learning_rate: float = 1e-3,
+  warmup: int = 50,
+  final: float = 0.01,
+  b2: float = 0.98,
+  weight_decay: float = 0.0,
+  clip: float = 5.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW with warm-up, cosine decay and gradient clipping.
+
+  Args:
+    num_steps: steps of the whole run.
+    learning_rate: peak value.
+    warmup: steps of linear warm-up.
+    final: last learning rate as a share of the peak.
+    b2: decay of the second moment.
+    weight_decay: decoupled decay, scaled by the learning rate.
+    clip: largest global norm of the gradient.
+
+  Returns:
+    The transformation and its learning-rate schedule.
+  """
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, min(warmup, num_steps // 2), max(num_steps, 2),
+    final * learning_rate,
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(clip),
+    optax.adamw(schedule, b2=b2, weight_decay=weight_decay),
+  )
+  return optimizer, schedule
+
+
+def position_weights(
+  targets: jax.Array, mean: str, importance: jax.Array | None = None
+) -> jax.Array:
+  """Weights of the positions in a group's loss; they sum to 1.
+
+  mean = 'interactions' weights every real position alike, mean = 'users'
+  every row alike and the positions within it alike. Importance weights
+  multiply these and the sum is normalised again (self-normalised).
+
+  Args:
+    targets: [B, L], 0 = none.
+    mean: 'interactions' or 'users'.
+    importance: optional [B, L] weights >= 0.
+
+  Returns:
+    [B, L] float32.
+  """
+  real = (targets > 0).astype(jnp.float32)
+  if mean == "users":
+    real = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
+  if importance is not None:
+    real = real * importance
+  return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
+
+
+Head = Callable[[PyTree, PyTree, PyTree], jax.Array]
+
+
+def backbone_head(backbone: Backbone) -> Head:
+  """(params, None, states [M]) -> logits [M, V+1] of the backbone alone."""
+
+  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
+    del shared
+    return backbone.score(
+      params, backbone.represent(params, states, None), None
+    )
+
+  return head
+
+
+def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
+  """(plugin params, backbone params, states [M]) -> logits [M, V+1]."""
+
+  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
+    representations = backbone.represent(shared, states, None)
+    return backbone.score(shared, plugin.apply(params, representations), None)
+
+  return head
+
+
+def next_item_loss(
+  backbone: Backbone, head: Head, *, chunk: int = 256
+) -> Callable[..., jax.Array]:
+  """Full-softmax cross-entropy at every real position.
+
+  Args:
+    backbone: gives the states of the positions.
+    head: turns states into logits.
+    chunk: positions whose logits are alive at a time.
+
+  Returns:
+    f(params, shared, context, targets [B, L], weights [B, L]) -> scalar.
+  """
+
+  def row_loss(
+    params: PyTree, shared: PyTree, states: PyTree, targets: jax.Array
+  ) -> jax.Array:
+    logits = head(params, shared, states)
+    return softmax_cross_entropy(
+      logits, targets, jnp.arange(logits.shape[-1]) > 0
+    )
+
+  total = chunked(row_loss, chunk)
+
+  def loss(
+    params: PyTree,
+    shared: PyTree,
+    context: PyTree,
+    targets: jax.Array,
+    weights: jax.Array,
+  ) -> jax.Array:
+    length = targets.shape[-1]
+    real_first = jnp.argsort(targets.reshape(-1) == 0, stable=True)
+    rows, columns = real_first // length, real_first % length
+    states = backbone.at(context, rows, columns)
+    return total(
+      params, shared, states, targets[rows, columns], weights[rows, columns]
+    )
+
+  return loss
+
+
+class GroupBatch(NamedTuple):
+  """One group's windows and their importance weights ([B, L] or None)."""
+
+  batch: Batch
+  importance: jax.Array | None
+
+
+def group_loss(
+  backbone: Backbone, *, mean: str, chunk: int = 256
+) -> aggregation.GroupLoss:
+  """The loss of one group: (params, GroupBatch, key) -> scalar."""
+  loss = next_item_loss(backbone, backbone_head(backbone), chunk=chunk)
+
+  def of_group(params: PyTree, group: GroupBatch, key: jax.Array) -> jax.Array:
+    history, targets = group.batch.history, group.batch.targets
+    context = backbone.encode(params, history, key)
+    weights = position_weights(targets, mean, group.importance)
+    return loss(params, None, context, targets, weights)
+
+  return of_group
+
+
+Importance = Callable[[PyTree, Batch], jax.Array]
+
+
+def backbone_step(
+  backbone: Backbone,
+  weighting: aggregation.Weighting,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  batch_size: int,
+  length: int,
+  draw: str,
+  mean: str,
+  path: str = "stacked",
+  average: float = 0.0,
+  importance: Importance | None = None,
+) -> Step:
+  """One step of stage 1: group gradients, aggregation, update.
+
+  Args:
+    backbone: the model.
+    weighting: rule for the groups' weights.
+    optimizer: optax transformation.
+    schedule: its learning rate, for the log.
+    batch_size: B, windows a group.
+    length: L.
+    draw: see `draw_batch`.
+    mean: see `position_weights`.
+    path: see `aggregation.aggregate`.
+    average: decay of the moving average of params, 0 = none.
+    importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
+      for exact backdoor adjustment.
+
+  Returns:
+    The step.
+  """
+  aggregate = aggregation.aggregate(
+    group_loss(backbone, mean=mean), weighting, path=path
+  )
+
+  def step(
+    state: TrainState, operands: Operands, t: jax.Array
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    draw_key, drop_key = jax.random.split(jax.random.fold_in(operands.key, t))
+    batch = draw_batch(
+      draw_key, operands.sequences, operands.pool,
+      batch_size=batch_size, length=length, draw=draw,
+    )
+    weights = None
+    if importance is not None:
+      weights = importance(operands.frozen, batch)
+    keys = jax.random.split(drop_key, batch.users.shape[0])
+    out = aggregate(
+      state.params, GroupBatch(batch, weights), keys, state.weighting
+    )
+    updates, opt_state = optimizer.update(
+      out.gradient, state.optimizer, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    log = {
+      "loss": out.losses,
+      "weights": out.weights,
+      "norms": jnp.sqrt(jnp.diagonal(out.gramian)),
+      "cosines": aggregation.cosines(out.gramian),
+      "learning_rate": schedule(t),
+    }
+    if weights is not None:
+      log["effective_share"] = effective_share(weights, batch.targets > 0)
+    moving = _move_average(state.average, params, average)
+    return TrainState(params, opt_state, out.state, moving), log
+
+  return step
+
+
+def plugin_step(
+  backbone: Backbone,
+  plugin: Plugin,
+  optimizer: optax.GradientTransformation,
+  schedule: optax.Schedule,
+  *,
+  batch_size: int,
+  length: int,
+  draw: str,
+  mean: str,
+) -> Step:
+  """One step of stage 2: every segment's plugin on its own users.
+
+  The backbone's params come in as `operands.frozen` and are not
+  differentiated; segments share nothing, not even the clipping norm.
+
+  Args:
+    backbone: the frozen model, read without dropout.
+    plugin: the network of one segment.
+    optimizer: optax transformation, applied to each segment by itself.
+    schedule: its learning rate, for the log.
+    batch_size: B, windows a segment.
+    length: L.
+    draw: see `draw_batch`.
+    mean: see `position_weights`.
+
+  Returns:
+    The step; its state's leaves lead with [S].
+  """
+  loss = next_item_loss(backbone, plugin_head(backbone, plugin))
+
+  def segment_loss(params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
+    weights = position_weights(batch.targets, mean)
+    return loss(params, frozen, context, batch.targets, weights)
+
+  def step(
+    state: TrainState, operands: Operands, t: jax.Array
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    batch = draw_batch(
+      jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
+      batch_size=batch_size, length=length, draw=draw,
+    )
+    losses, grads = jax.lax.map(
+      lambda x: jax.value_and_grad(segment_loss)(x[0], operands.frozen, x[1]),
+      (state.params, batch),
+    )
+    updates, opt_state = jax.vmap(optimizer.update)(
+      grads, state.optimizer, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    norms = jax.vmap(optax.global_norm)(grads)
+    log = {"loss": losses, "norms": norms, "learning_rate": schedule(t)}
+    return state._replace(params=params, optimizer=opt_state), log
+
+  return step
+
+
+def init_state(
+  params: PyTree,
+  optimizer: optax.GradientTransformation,
+  weighting: aggregation.Weighting | None = None,
+  *,
+  average: bool = False,
+  stacked: bool = False,
+) -> TrainState:
+  """State before the first step.
+
+  Args:
+    params: what is trained.
+    optimizer: optax transformation.
+    weighting: rule for the weights; None in stage 2.
+    average: keep a moving average of params.
+    stacked: params lead with [S] and each segment has its own optimizer.
+
+  Returns:
+    The state; it shares no buffer with `params`.
+  """
+  params = jax.tree.map(jnp.array, params)
+  init = jax.vmap(optimizer.init) if stacked else optimizer.init
+  return TrainState(
+    params,
+    init(params),
+    () if weighting is None else weighting.init(),
+    jax.tree.map(jnp.array, params) if average else None,
+  )
+
+
+def effective_share(weights: jax.Array, real: jax.Array) -> jax.Array:
+  """Kish's effective sample size over the sample size, by group.
+
+  (sum w)^2 / (n sum w^2) over the real positions; [G, B, L] -> [G].
+  """
+  weights = weights * real
+  count = jnp.maximum(real.sum((1, 2)), 1)
+  squares = jnp.maximum((weights**2).sum((1, 2)), 1e-30)
+  return weights.sum((1, 2)) ** 2 / (count * squares)
+
+
+def _move_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
+  if average is None:
+    return None
+  return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+
+
+class FitResult(NamedTuple):
+  """What `fit` returns.
+
+  Attributes:
+    best: params at the best validated step (each segment's own in stage 2).
+    best_steps: that step, a list of length 1 or S.
+    best_values: its validation value.
+    last_step: steps trained.
+  """
+
+  best: PyTree
+  best_steps: list[int]
+  best_values: list[float]
+  last_step: int
+
+
+class Progress(NamedTuple):
+  """Host state of the loop; saved with every checkpoint.
+
+  Attributes:
+    step: steps done.
+    values: best validation value of every slot.
+    steps: the step it was reached at.
+    stale: validations since the last improvement of any slot.
+  """
+
+  step: int
+  values: list[float]
+  steps: list[int]
+  stale: int
+
+
+def fit(
+  step: Step,
+  state: TrainState,
+  operands: Operands,
+  *,
+  name: str,
+  num_steps: int,
+  evaluate: Callable[[PyTree], np.ndarray],
+  evaluate_every: int,
+  dispatch: int = 10,
+  patience: int = 0,
+  stacked: bool = False,
+  evaluate_first: bool = False,
+  checkpoints: Checkpoints | None = None,
+  on_steps: Callable[[int, dict[str, np.ndarray]], None] = lambda t, log: None,
+  on_evaluation: Callable[[int, np.ndarray], None] = lambda t, values: None,
+  on_resume: Callable[[int], None] = lambda t: None,
+) -> FitResult:
+  """Runs steps, validates, keeps the best params, checkpoints, resumes.
+
+  `dispatch` steps run in one compiled scan; the next is queued before the
+  logs of the last are read.
+
+  Args:
+    step: the pure step.
+    state: the state before step 0; donated.
+    operands: what the step reads.
+    name: the run's name in errors.
+    num_steps: steps of the run.
+    evaluate: params -> validation values, higher is better: [1], or [S] where
+      each segment keeps its own best.
+    evaluate_every: steps between validations (and checkpoints).
+    dispatch: steps a dispatch, a divisor of `evaluate_every`.
+    patience: stop after so many validations without improvement; 0 = never.
+    stacked: params lead with [S] and each slot is selected by itself.
+    evaluate_first: validate before step 0 too, so that the start can be best.
+    checkpoints: where to save and resume; None = nowhere.
+    on_steps: called with the first step and the stacked logs of a dispatch.
+    on_evaluation: called with the step and the validation values.
+    on_resume: called with the step that a checkpoint continues from.
+
+  Returns:
+    The best params and how they were reached.
+
+  Raises:
+    TrainingError: if a loss is not finite.
+    ValueError: if `dispatch` does not divide `evaluate_every`.
+  """
+  if dispatch < 1 or evaluate_every % dispatch:
+    raise ValueError(
+      f"dispatch={dispatch} must divide evaluate_every={evaluate_every}"
+    )
+  run = _compile(step)
+  served = lambda s: s.params if s.average is None else s.average
+  best = jax.tree.map(jnp.array, served(state))
+  progress = Progress(0, [], [], 0)
+  saved = checkpoints and checkpoints.restore((state, best))
+  if saved:
+    (state, best), progress = saved[0], Progress(**saved[1])
+    on_resume(progress.step)
+
+  def validate(t: int) -> None:
+    nonlocal best, progress
+    values = np.asarray(evaluate(served(state)), np.float64).reshape(-1)
+    on_evaluation(t, values)
+    old = np.asarray(progress.values or [-math.inf] * len(values))
+    better = values > old
+    best = _select(better, served(state), best, stacked)
+    steps = progress.steps or [0] * len(values)
+    progress = Progress(
+      t,
+      np.where(better, values, old).tolist(),
+      [t if b else s for b, s in zip(better, steps, strict=True)],
+      0 if better.any() else progress.stale + 1,
+    )
+    if checkpoints:
+      checkpoints.save(t, (state, best), progress._asdict())
+
+  if evaluate_first and not progress.values:
+    validate(0)
+  t, pending = progress.step, None
+  while t < num_steps and not 0 < patience <= progress.stale:
+    stop = min(t + evaluate_every, num_steps)
+    while t < stop:
+      count = min(dispatch, stop - t)
+      state, logs = run(state, operands, t, count)
+      _deliver(pending, name, on_steps)
+      pending, t = (t, logs), t + count
+    _deliver(pending, name, on_steps)
+    pending = None
+    validate(t)
+  if checkpoints:
+    checkpoints.wait()
+  return FitResult(best, progress.steps, progress.values, t)
+
+
+def _compile(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
+  def run(
+    state: TrainState, operands: Operands, start: int, count: int
+  ) -> tuple[TrainState, PyTree]:
+    body = lambda s, t: step(s, operands, t)
+    return jax.lax.scan(body, state, start + jnp.arange(count))
+
+  return jax.jit(run, static_argnums=3, donate_argnums=0)
+
+
+def _select(
+  better: np.ndarray, new: PyTree, old: PyTree, stacked: bool
+) -> PyTree:
+  if not stacked:
+    return jax.tree.map(jnp.array, new) if better[0] else old
+  pick = lambda n, o: jnp.where(better.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
+  return jax.tree.map(pick, new, old)
+
+
+def _deliver(
+  pending: tuple[int, Any] | None, name: str, on_steps: Callable[..., None]
+) -> None:
+  if pending is None:
+    return
+  start, logs = pending[0], jax.device_get(pending[1])
+  bad = np.argwhere(~np.isfinite(logs["loss"]))
+  if len(bad):
+    offset, group = bad[0][0], bad[0][1:].tolist()
+    raise TrainingError(
+      f"{name}: the loss of group {group} is "
+      f"{logs['loss'][tuple(bad[0])]} at step {start + offset}; lower "
+      "optimizer.learning_rate or optimizer.clip"
+    )
+  on_steps(start, logs)

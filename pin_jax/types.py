@@ -1,0 +1,76 @@
+"""Containers and protocols that every module shares.
+
+Axis letters: U users, V items, G groups, S segments, B batch, L history
+length, D width, C candidates, K cutoff. Item 0 is padding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class InputError(ValueError):
+  """Bad input: one line that names the input, its value and the remedy."""
+
+
+class TrainingError(RuntimeError):
+  """Training cannot go on: names the run, the step, the value, the remedy."""
+
+
+class Backbone(NamedTuple):
+  """A sequence model as five pure functions over a plain parameter tree.
+
+  `score(represent(at(encode(history))))` are the logits. The stages are kept
+  apart so that one interface serves models whose state ignores the candidate
+  (SASRec, GRU4Rec: `represent` only adds the candidate axis) and models that
+  attend to it (DIN: `represent` pools the history once a candidate). Plugins
+  act on what `represent` returns.
+
+  Attributes:
+    init: key -> params.
+    encode: (params, history [B, L], key or None) -> context of the B rows;
+      a key switches dropout on.
+    at: (context, rows [M], columns [M]) -> states after reading
+      history[row, :column + 1], leading axis M.
+    represent: (params, states [M], candidates) -> [M, 1 or C, D].
+    score: (params, representations [M, 1 or C, D], candidates) -> logits
+      [M, C].
+
+  Candidates are item indices [C] (shared by all rows) or [M, C], or None for
+  the whole catalogue with padding, 0..V in order.
+  """
+
+  init: Callable[[jax.Array], PyTree]
+  encode: Callable[[PyTree, jax.Array, jax.Array | None], PyTree]
+  at: Callable[[PyTree, jax.Array, jax.Array], PyTree]
+  represent: Callable[[PyTree, PyTree, jax.Array | None], jax.Array]
+  score: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
+
+
+class Plugin(NamedTuple):
+  """A segment's prediction network: two pure functions.
+
+  Attributes:
+    init: key -> params of one segment; `apply` is then the identity.
+    apply: (params, representations [..., D]) -> [..., D].
+  """
+
+  init: Callable[[jax.Array], PyTree]
+  apply: Callable[[PyTree, jax.Array], jax.Array]
+
+
+class Batch(NamedTuple):
+  """Training windows; the leading axes are [B] or [G, B].
+
+  Attributes:
+    users: [B] int32, user indices.
+    history: [B, L] int32, what the model reads, right-aligned, 0 = padding.
+    targets: [B, L] int32, the item after each history position, 0 = none.
+  """
+
+  users: jax.Array
+  history: jax.Array
+  targets: jax.Array

@@ -1,0 +1,160 @@
+"""Metrics against scipy, scikit-learn and values that a hand can check."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+
+from pin_jax import metrics
+from pin_jax.types import InputError
+
+
+def _tied_scores(seed=0, shape=(4, 6, 30)):
+  rng = np.random.default_rng(seed)
+  scores = rng.integers(0, 8, shape).astype(np.float32)
+  targets = rng.integers(0, shape[-1], shape[:-1])
+  return scores, targets
+
+
+def _scipy_rank(scores, target, valid=None):
+  keep = np.ones(len(scores), bool) if valid is None else valid.copy()
+  keep[target] = True
+  ranks = scipy.stats.rankdata(-scores[keep], method="average")
+  return ranks[np.sum(keep[:target])]
+
+
+def test_average_rank_equals_scipy():
+  scores, targets = _tied_scores()
+  got = jax.jit(metrics.average_rank)(scores, targets)
+  want = [
+    _scipy_rank(s, t)
+    for s, t in zip(scores.reshape(-1, 30), targets.ravel(), strict=True)
+  ]
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(np.ravel(got), want)
+
+
+def test_average_rank_equals_scipy_on_the_valid_candidates():
+  scores, targets = _tied_scores(1)
+  valid = np.random.default_rng(2).random(scores.shape) < 0.5
+  got = jax.jit(metrics.average_rank)(scores, targets, valid)
+  want = [
+    _scipy_rank(s, t, v)
+    for s, t, v in zip(
+      scores.reshape(-1, 30),
+      targets.ravel(),
+      valid.reshape(-1, 30),
+      strict=True,
+    )
+  ]
+  assert not np.take_along_axis(valid, targets[..., None], -1).all()
+  np.testing.assert_array_equal(np.ravel(got), want)
+
+
+def test_average_rank_of_equal_scores_is_the_middle():
+  assert metrics.average_rank(jnp.zeros(101), 7) == (1 + 101) / 2
+
+
+def test_average_rank_of_a_lone_target_is_one():
+  assert metrics.average_rank(jnp.arange(5.0), 0, jnp.zeros(5, bool)) == 1
+
+
+def test_average_rank_broadcasts_one_mask():
+  scores, targets = _tied_scores(3)
+  valid = np.arange(30) < 20
+  np.testing.assert_array_equal(
+    metrics.average_rank(scores, targets, valid),
+    metrics.average_rank(scores, targets, np.broadcast_to(valid, scores.shape)),
+  )
+
+
+@pytest.mark.parametrize(
+  ("scores", "rank"),
+  [
+    ([math.nan, 1, 2, 3], 4),
+    ([2.5, 1, math.nan, 3], 3),
+    ([-math.inf, -math.inf, 0, 1], 3.5),
+    ([math.inf, 1, 2, 3], 1),
+  ],
+)
+def test_average_rank_of_scores_that_are_not_finite(scores, rank):
+  assert metrics.average_rank(jnp.array(scores), 0) == rank
+
+
+def test_average_rank_does_not_recompile():
+  traces = []
+
+  @jax.jit
+  def rank(scores, targets):
+    traces.append(1)
+    return metrics.average_rank(scores, targets)
+
+  for seed in range(3):
+    rank(*_tied_scores(seed))
+  assert len(traces) == 1
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 30])
+def test_ndcg_equals_sklearn_without_ties(k):
+  rng = np.random.default_rng(4)
+  for _ in range(20):
+    scores = rng.permutation(30).astype(np.float32)
+    target = rng.integers(30)
+    got = metrics.ndcg(metrics.average_rank(scores, target), k)
+    want = sklearn.metrics.ndcg_score([np.arange(30) == target], [scores], k=k)
+    assert got == pytest.approx(want, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, 30])
+def test_mean_ndcg_of_the_tied_places_equals_sklearn(k):
+  scores, targets = _tied_scores(5)
+  for row, target in zip(scores.reshape(-1, 30), targets.ravel(), strict=True):
+    rank = metrics.average_rank(row, target)
+    tied = np.sum(row == row[target])
+    places = rank - (tied - 1) / 2 + np.arange(tied)
+    want = sklearn.metrics.ndcg_score([np.arange(30) == target], [row], k=k)
+    assert metrics.ndcg(places, k).mean() == pytest.approx(want, abs=1e-12)
+    if k == 30:
+      assert metrics.ndcg(rank, k) <= want + 1e-12
+
+
+def test_values_at_the_cutoff():
+  ranks = [1, 2, 2.5, 10, 10.5, 11]
+  np.testing.assert_array_equal(metrics.hit_rate(ranks, 10), [1, 1, 1, 1, 0, 0])
+  np.testing.assert_allclose(
+    metrics.ndcg(ranks, 10),
+    [1, 1 / math.log2(3), 1 / math.log2(3.5), 1 / math.log2(11), 0, 0],
+  )
+  np.testing.assert_allclose(
+    metrics.reciprocal_rank(ranks, 10), [1, 1 / 2, 1 / 2.5, 1 / 10, 0, 0]
+  )
+  np.testing.assert_allclose(
+    metrics.reciprocal_rank(ranks), [1 / rank for rank in ranks]
+  )
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS.values())
+def test_metrics_keep_the_shape_and_never_rise_with_the_rank(metric):
+  ranks = np.linspace(1, 40, 79).reshape(1, 79)
+  values = metric(ranks, 20)
+  assert values.shape == ranks.shape
+  assert values.dtype == np.float64
+  assert np.all(np.diff(values) <= 0)
+  assert metric(np.zeros((0, 3)) + 1, 5).shape == (0, 3)
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS.values())
+@pytest.mark.parametrize("ranks", [[0, 1], [math.nan]])
+def test_metrics_reject_what_is_not_a_rank(metric, ranks):
+  with pytest.raises(InputError, match="ranks contain"):
+    metric(ranks, 10)
+
+
+@pytest.mark.parametrize("metric", metrics.METRICS.values())
+def test_metrics_reject_a_cutoff_below_one(metric):
+  with pytest.raises(InputError, match="cutoff k is 0"):
+    metric([1], 0)

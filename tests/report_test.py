@@ -1,0 +1,394 @@
+"""Tables against plain numpy loops over the rows; plots are real images."""
+
+import io
+import json
+import subprocess
+import sys
+import warnings
+
+import matplotlib.image
+import numpy as np
+import polars as pl
+import pytest
+import rich.console
+
+from experiments import report
+from pin_jax.types import InputError
+
+NUM_USERS, NUM_ITEMS = 120, 300
+FAST = {"num_resamples": 200}
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    yield
+
+
+def _rows(models=("base", "pin"), seeds=(0, 1), names=False, num_groups=5):
+  rng = np.random.default_rng(0)
+  users = np.arange(NUM_USERS)
+  activeness = np.ceil(3 + rng.exponential(20, NUM_USERS)).astype(int)
+  by_activeness = np.lexsort((users, activeness))
+  groups = np.empty(NUM_USERS, int)
+  groups[by_activeness] = users * num_groups // NUM_USERS
+  segments = np.zeros(NUM_USERS, int)
+  segments[by_activeness[-NUM_USERS // 5 :]] = 1
+  frames = []
+  for model in models:
+    for seed in seeds:
+      rank = np.ceil(np.exp(rng.uniform(0, 5, NUM_USERS)) * 2) / 2
+      frames.append(
+        pl.DataFrame(
+          {
+            "model": model,
+            "seed": pl.Series([seed] * NUM_USERS, dtype=pl.Int32),
+            "user": [f"u{u}" for u in users] if names else 7 * users,
+            "group": groups.astype(np.int32),
+            "segment": segments.astype(np.int32),
+            "activeness": activeness.astype(np.int32),
+            "target": 1 + users % NUM_ITEMS,
+            "rank": rank,
+            "candidates": (NUM_ITEMS - activeness).astype(np.int32),
+            "rank_unmasked": rank + rng.integers(0, 9, NUM_USERS),
+            "candidates_unmasked": pl.Series(
+              [NUM_ITEMS] * NUM_USERS, dtype=pl.Int32
+            ),
+          }
+        )
+      )
+  return pl.concat(frames).sample(fraction=1, shuffle=True, seed=1)
+
+
+def _log(run="pin/backbone", steps=60, num_groups=5):
+  rng = np.random.default_rng(1)
+  records = []
+  for step in range(10, 10 * steps + 1, 10):
+    gradients = rng.normal(size=(num_groups, 30)) + 0.5
+    norms = np.linalg.norm(gradients, axis=1)
+    cosines = gradients @ gradients.T / np.outer(norms, norms)
+    weights = rng.dirichlet(np.full(num_groups, 30.0))
+    records.append(
+      {
+        "run": run,
+        "step": step,
+        "loss": norms.tolist(),
+        "weights": weights.tolist(),
+        "norms": norms.tolist(),
+        "cosines": cosines.tolist(),
+        "learning_rate": 1e-3,
+      }
+    )
+    records.append({"run": run, "step": step, "validation": {"overall": 0.1}})
+  return records
+
+
+def _by_hand(rows, model, column, keep, metric):
+  """Mean over users of the mean over seeds, one row at a time."""
+  per_user = {}
+  for row in rows.iter_rows(named=True):
+    if row["model"] == model and keep(row):
+      rank = row[column]
+      name, _, k = metric.partition("@")
+      inside = rank <= float(k or "inf")
+      gain = {"HR": 1, "NDCG": 1 / np.log2(1 + rank), "MRR": 1 / rank}[name]
+      per_user.setdefault(row["user"], []).append(gain if inside else 0)
+  return len(per_user), np.mean([np.mean(v) for v in per_user.values()])
+
+
+KEEP = {
+  "overall": lambda row: True,
+  "head": lambda row: row["segment"] == 1,
+  "tail": lambda row: row["segment"] == 0,
+} | {f"group {g}": lambda row, g=g: row["group"] == g for g in range(5)}
+COLUMNS = {"history masked": "rank", "history not masked": "rank_unmasked"}
+METRICS = ["HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"]
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_comparison_equals_a_loop_over_the_rows(names):
+  rows = _rows(names=names)
+  table = report.comparison(rows, base="base", other="pin", **FAST)
+  assert table.height == len(KEEP) * len(COLUMNS) * len(METRICS)
+  assert table["slice"].unique(maintain_order=True).to_list() == list(KEEP)
+  for line in table.iter_rows(named=True):
+    if line["metric"] not in ("HR@5", "NDCG@10", "MRR"):
+      continue
+    arguments = COLUMNS[line["masking"]], KEEP[line["slice"]], line["metric"]
+    users, base = _by_hand(rows, "base", *arguments)
+    _, other = _by_hand(rows, "pin", *arguments)
+    assert line["users"] == users
+    np.testing.assert_allclose(
+      [line["base"], line["other"], line["relative_change"]],
+      [base, other, other / base - 1],
+      rtol=1e-9,
+    )
+    if line["slice"] in ("overall", "tail"):
+      assert line["low"] < line["relative_change"] < line["high"]
+
+
+def test_comparison_interval_equals_a_numpy_bootstrap():
+  rows = _rows(seeds=(3,))
+  line = report.comparison(rows, base="base", other="pin").row(
+    by_predicate=(pl.col("slice") == "overall")
+    & (pl.col("masking") == "history masked")
+    & (pl.col("metric") == "MRR"),
+    named=True,
+  )
+  ranks = [
+    rows.filter(model=m).sort("user")["rank"].to_numpy()
+    for m in ("base", "pin")
+  ]
+  base, other = 1 / ranks[0], 1 / ranks[1]
+  rng = np.random.default_rng(2)
+  draws = rng.integers(0, NUM_USERS, (4000, NUM_USERS))
+  changes = other[draws].mean(1) / base[draws].mean(1) - 1
+  low, high = np.percentile(changes, [2.5, 97.5])
+  np.testing.assert_allclose(
+    [line["low"], line["high"]], [low, high], atol=0.08 * (high - low)
+  )
+
+
+def test_comparison_states_each_slices_activeness_and_extra_cutoff():
+  rows = _rows()
+  table = report.comparison(rows, base="base", other="pin", cutoff=3, **FAST)
+  assert "NDCG@3" in table["metric"].to_list()
+  for label, low, high in table.select(
+    "slice", "min_activeness", "max_activeness"
+  ).iter_rows():
+    inside = [
+      row["activeness"]
+      for row in rows.iter_rows(named=True)
+      if KEEP[label](row)
+    ]
+    assert (low, high) == (min(inside), max(inside))
+
+
+def test_a_model_does_not_differ_from_itself():
+  table = report.comparison(_rows(), base="pin", other="pin", **FAST)
+  changes = table.select("relative_change", "low", "high").to_numpy()
+  np.testing.assert_allclose(np.nan_to_num(changes), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda r: r.filter((pl.col("model") != "pin") | (pl.col("user") != 7)),
+     "2 are only in the first"),
+    (lambda r: r.filter((pl.col("model") != "pin") | (pl.col("seed") == 0)),
+     "differ in user and seed"),
+    (lambda r: r.filter(pl.col("model") != "pin"), "no model 'pin'"),
+    (lambda r: pl.concat([r, r.head(1)]), "repeat a user and seed"),
+    (lambda r: r.drop("rank"), "lack the columns"),
+    (lambda r: r.with_columns(
+      pl.when(model="pin").then("target").otherwise(9).alias("target")),
+     "several values of 'target'"),
+  ],
+)  # fmt: skip
+def test_models_that_cannot_be_compared_are_refused(change, message):
+  with pytest.raises(InputError, match=message) as error:
+    report.comparison(change(_rows()), base="base", other="pin", **FAST)
+  assert "\n" not in str(error.value)
+
+
+def test_model_table_equals_a_loop_over_the_rows():
+  rows = pl.concat([_rows(), _rows(["tail only", "user-uniform"], [0])])
+  table = report.model_table(rows)
+  assert sorted(table["model"].unique()) == [
+    "base", "pin", "tail only", "user-uniform",
+  ]  # fmt: skip
+  for line in table.iter_rows(named=True):
+    assert line["seeds"] == (2 if line["model"] in ("base", "pin") else 1)
+    for metric in ("NDCG@10", "HR@10"):
+      for label in ("overall", "tail", "head"):
+        _, want = _by_hand(
+          rows, line["model"], COLUMNS[line["masking"]], KEEP[label], metric
+        )
+        assert line[f"{metric} {label}"] == pytest.approx(want, rel=1e-9)
+
+
+def test_model_table_refuses_different_users():
+  rows = _rows().filter((pl.col("model") != "pin") | (pl.col("user") > 70))
+  with pytest.raises(InputError, match="differ in user"):
+    report.model_table(rows)
+
+
+def test_protocol_names_everything_a_reader_must_know():
+  line = report.protocol_line(_rows(), split="leave-one-out", num_items=300)
+  for part in (
+    "leave-one-out; full ranking over 300 items; ties at their average rank",
+    "seeds 0, 1",
+    "95 % percentile bootstrap, paired over users, 2,000 resamples",
+  ):
+    assert part in line
+  assert "\n" not in line
+
+
+def test_protocol_does_not_call_sampled_candidates_a_full_ranking():
+  line = report.protocol_line(_rows(), num_items=5000)
+  assert "ranking over 300 of 5,000 items" in line
+  assert "full" not in line
+
+
+def _printed(rows, width=80, base="base", other="pin"):
+  stream = io.StringIO()
+  console = rich.console.Console(file=stream, width=width, highlight=False)
+  table = report.comparison(rows, base=base, other=other, **FAST)
+  protocol = report.protocol_line(rows, split="temporal")
+  report.print_models(report.model_table(rows), console=console)
+  report.print_comparison(
+    table, base=base, other=other, protocol=protocol, console=console
+  )
+  return stream.getvalue()
+
+
+def test_printed_tables_fit_80_columns_without_ansi_codes():
+  text = _printed(_rows(["base", "pin backbone", "pin"]))
+  assert "\x1b" not in text and "…" not in text
+  assert max(map(len, text.splitlines())) <= 80
+  for part in (
+    "pin against base, history masked",
+    "pin against base, history not masked",
+    "NDCG@10",
+    "HR@10",
+    "group 4",
+    "Protocol: temporal; full ranking over 300 items",
+  ):
+    assert part in text
+
+
+def test_model_names_are_not_read_as_markup():
+  rows = _rows(["base[0]", "pin[/red]"])
+  assert "pin[/red]" in _printed(rows, base="base[0]", other="pin[/red]")
+
+
+def test_markdown_json_and_csv_hold_the_numbers_and_the_protocol(tmp_path):
+  rows = _rows(["base", "a|b"])
+  names = {
+    "base": "base",
+    "other": "a|b",
+    "protocol": report.protocol_line(rows, split="leave-one-out"),
+  }
+  table = report.comparison(rows, base="base", other="a|b", **FAST)
+  models = report.model_table(rows)
+  report.write_comparison(table, models, tmp_path, **names)
+
+  markdown = (tmp_path / "comparison.md").read_text()
+  assert names["protocol"] in markdown
+  lines = [x for x in markdown.splitlines() if x.startswith("|")]
+  widths = {x.replace("\\|", "").count("|") for x in lines}
+  assert widths == {7, 9}
+  first = table.filter(metric="NDCG@10").row(0, named=True)
+  assert f"| {first['base']:.4f} | {first['other']:.4f} |" in markdown
+
+  content = json.loads((tmp_path / "comparison.json").read_text())
+  assert content["protocol"] == names["protocol"]
+  assert len(content["comparison"]) == table.height
+  assert content["comparison"][0]["base"] == table["base"][0]
+  assert pl.read_csv(tmp_path / "comparison.csv").shape == table.shape
+
+
+def test_undefined_numbers_become_null_and_not_available(tmp_path):
+  rows = _rows().with_columns(rank=pl.lit(200.0))
+  table = report.comparison(rows, base="base", other="pin", **FAST)
+  report.write_comparison(
+    table, report.model_table(rows), tmp_path,
+    base="base", other="pin", protocol="none",
+  )  # fmt: skip
+  content = json.loads((tmp_path / "comparison.json").read_text())
+  assert content["comparison"][0]["relative_change"] is None
+  assert "n/a [n/a, n/a]" in (tmp_path / "comparison.md").read_text()
+
+
+def _check_image(path):
+  pixels = matplotlib.image.imread(path)[..., :3]
+  assert pixels.shape[0] > 400 and pixels.shape[1] > 800
+  inked = np.mean(np.any(pixels < 0.95, axis=-1))
+  assert 0.01 < inked < 0.6
+  assert len(np.unique(np.round(pixels.reshape(-1, 3), 2), axis=0)) > 20
+  for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+    assert np.all(edge > 0.99), "something runs off the picture"
+
+
+@pytest.mark.parametrize("num_groups", [1, 10])
+def test_plots_are_images(tmp_path, num_groups):
+  rows = _rows(num_groups=num_groups)
+  users = rows.filter(model="base", seed=0)
+  columns = [users[c].to_numpy() for c in ("activeness", "group", "segment")]
+  path = tmp_path / "activeness.png"
+  report.plot_activeness(*columns, path)
+  _check_image(path)
+  path = tmp_path / "groups.png"
+  report.plot_groups(rows, "base", "pin", path, **FAST)
+  _check_image(path)
+  path = tmp_path / "gradients.png"
+  report.plot_gradients(_log(num_groups=num_groups), "pin/backbone", path)
+  _check_image(path)
+
+
+def test_plot_groups_survives_groups_without_hits(tmp_path):
+  rows = _rows().with_columns(rank=pl.lit(200.0))
+  report.plot_groups(rows, "base", "pin", tmp_path / "groups.png", **FAST)
+
+
+def test_cosine_with_the_mean_equals_that_of_the_gradients():
+  rng = np.random.default_rng(3)
+  gradients = rng.normal(size=(7, 4, 20))
+  norms = np.linalg.norm(gradients, axis=-1)
+  units = gradients / norms[..., None]
+  mean = gradients.mean(1)
+  want = np.einsum("tgd,td->tg", units, mean)
+  want /= np.linalg.norm(mean, axis=-1, keepdims=True)
+  got = report._cosine_with_mean(norms, units @ units.swapaxes(1, 2))
+  np.testing.assert_allclose(got, want)
+
+
+def test_plot_gradients_names_the_missing_run(tmp_path):
+  constant = [
+    record | {"norms": [np.nan] * 5, "cosines": [[None] * 5] * 5}
+    for record in _log()
+    if "norms" in record
+  ]
+  for records, run in [(_log(), "base"), (constant, "pin/backbone")]:
+    with pytest.raises(InputError, match=f"of run '{run}'"):
+      report.plot_gradients(records, run, tmp_path / "gradients.png")
+
+
+def test_command_recomputes_everything_from_the_workdir(tmp_path):
+  _rows(["base", "pin"]).write_parquet(tmp_path / "rows.parquet")
+  log = "".join(json.dumps(record) + "\n" for record in _log())
+  (tmp_path / "log.jsonl").write_text(log)
+  summary = {"protocol": "leave-one-out", "num_items": NUM_ITEMS}
+  (tmp_path / "summary.json").write_text(json.dumps(summary))
+  command = [sys.executable, "-m", "experiments.report"]
+  done = subprocess.run(
+    [*command, f"--workdir={tmp_path}"],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert "Protocol: leave-one-out; full ranking over 300 items" in done.stdout
+  assert "\x1b" not in done.stdout
+  for name in ("activeness", "groups_ndcg", "gradients"):
+    _check_image(tmp_path / f"{name}.png")
+  for suffix in ("csv", "md", "json"):
+    assert (tmp_path / f"comparison.{suffix}").stat().st_size > 500
+
+
+def test_report_needs_rows_only(tmp_path):
+  with pytest.raises(InputError, match="has no rows.parquet"):
+    report.write_report(tmp_path)
+  _rows(["joint", "pin"], names=True).write_parquet(tmp_path / "rows.parquet")
+  console = rich.console.Console(file=io.StringIO(), width=80)
+  report.write_report(tmp_path, base="joint", console=console, **FAST)
+  assert "split not recorded" in console.file.getvalue()
+  assert not (tmp_path / "gradients.png").exists()
+
+
+def test_broken_log_line_is_named(tmp_path):
+  _rows().write_parquet(tmp_path / "rows.parquet")
+  (tmp_path / "log.jsonl").write_text('{"run": "a"}\n{"run": \n')
+  console = rich.console.Console(file=io.StringIO())
+  with pytest.raises(InputError, match="line 2 is not JSON"):
+    report.write_report(tmp_path, console=console, **FAST)

@@ -1,0 +1,476 @@
+"""The simulator against enumeration of every sequence of a tiny world."""
+
+import functools
+import itertools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from pin_jax import types
+from pin_jax.datasets import simulator
+
+FUNCTIONS = {
+  "stratum_posterior": simulator.stratum_posterior,
+  "observational": simulator.observational,
+}
+
+
+def _stationary_by_eig(transition):
+  values, vectors = np.linalg.eig(transition.T)
+  vector = np.real(vectors[:, np.argmin(np.abs(values - 1))])
+  return vector / vector.sum()
+
+
+def tiny_world(lengths, *, zeros=False):
+  """V = 4, G = 2, lengths 3..5; `zeros` forbids some moves in one stratum."""
+  rng = np.random.default_rng(7)
+  transition = rng.dirichlet(np.full(4, 0.7), size=(2, 4))
+  if zeros:
+    transition[0, 0] = [0.5, 0.0, 0.5, 0.0]
+    transition[:, 2, 3] = 0.0
+    transition /= transition.sum(-1, keepdims=True)
+  initial = np.stack([_stationary_by_eig(t) for t in transition])
+  length_pmf = np.zeros((2, 6))
+  length_pmf[:, 3:] = lengths
+  return simulator.World(
+    prior=np.array([0.6, 0.4]),
+    initial=initial,
+    transition=transition,
+    length_pmf=length_pmf,
+  )
+
+
+WORLDS = {
+  "overlapping": tiny_world([[0.2, 0.5, 0.3], [0.1, 0.3, 0.6]]),
+  "disjoint": tiny_world([[0.3, 0.7, 0.0], [0.0, 0.0, 1.0]]),
+  "no_training_events_in_0": tiny_world([[1.0, 0.0, 0.0], [0.0, 0.4, 0.6]]),
+  "forbidden_moves": tiny_world(
+    [[0.2, 0.5, 0.3], [0.1, 0.3, 0.6]], zeros=True
+  ),
+}
+
+
+def enumerate_events(world, length, event):
+  """{window: [G, V] expected events of a random user with that window}."""
+  events = {}
+  for d, n in itertools.product(range(2), range(3, 6)):
+    for sequence in itertools.product(range(4), repeat=n):
+      mass = world.prior[d] * world.length_pmf[d, n]
+      mass *= world.initial[d, sequence[0]]
+      for x, y in itertools.pairwise(sequence):
+        mass *= world.transition[d, x, y]
+      targets = range(1, n - 2) if event == "training" else [n - 1]
+      for t in targets:
+        recent = [v + 1 for v in sequence[max(0, t - length) : t]]
+        window = tuple([0] * (length - len(recent)) + recent)
+        table = events.setdefault(window, np.zeros((2, 4)))
+        table[d, sequence[t]] += mass
+  return {w: table for w, table in events.items() if table.sum() > 0}
+
+
+def stacked(world, length, event):
+  events = enumerate_events(world, length, event)
+  histories = jnp.asarray(np.array(list(events)), jnp.int32)
+  return histories, np.array(list(events.values()))
+
+
+CASES = pytest.mark.parametrize(
+  ("world", "length", "event"),
+  [
+    pytest.param(WORLDS[name], length, event, id=f"{name}-{length}-{event}")
+    for name in WORLDS
+    for length in (1, 2, 7)
+    for event in ("training", "test")
+  ],
+)
+
+
+def evaluate(function, world, histories, **options):
+  """Calls with one batch size throughout, so that few programs compile."""
+  padded = jnp.pad(histories, ((0, 400 - len(histories)), (0, 0)))
+  return np.asarray(function(world, padded, **options))[: len(histories)]
+
+
+class TestAgainstEnumeration:
+  @CASES
+  def test_stratum_posterior(self, world, length, event):
+    histories, joint = stacked(world, length, event)
+    got = evaluate(simulator.stratum_posterior, world, histories, event=event)
+    by_stratum = joint.sum(2)
+    want = by_stratum / by_stratum.sum(1, keepdims=True)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  @CASES
+  def test_conditional(self, world, length, event):
+    histories, joint = stacked(world, length, event)
+    got = evaluate(simulator.conditional, world, histories)
+    possible = joint.sum(2) > 0
+    want = joint[possible] / joint[possible].sum(1, keepdims=True)
+    np.testing.assert_allclose(got[possible], want, atol=1e-5)
+
+  @CASES
+  def test_observational(self, world, length, event):
+    histories, joint = stacked(world, length, event)
+    got = evaluate(simulator.observational, world, histories, event=event)
+    want = joint.sum(1) / joint.sum((1, 2))[:, None]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  @CASES
+  def test_prior_shifted(self, world, length, event):
+    histories, joint = stacked(world, length, event)
+    weights = np.array([0.3, 1.2])
+    total = joint.sum((0, 2))  # events of each stratum
+    within = joint / np.where(total > 0, total, 1)[:, None]  # P(x, y|d)
+    mixed = np.einsum("g,bgv->bv", weights, within)
+    got = evaluate(
+      simulator.prior_shifted, world, histories, weights=weights, event=event
+    )
+    want = mixed / mixed.sum(1, keepdims=True)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  @pytest.mark.parametrize("length", [1, 2, 7])
+  def test_interventional(self, length):
+    world = WORLDS["overlapping"]
+    histories, joint = stacked(world, length, "test")
+    choice = joint / joint.sum(2, keepdims=True)
+    want = 0.6 * choice[:, 0] + 0.4 * choice[:, 1]
+    got = evaluate(simulator.interventional, world, histories)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  @CASES
+  def test_weights_of_event_shares_give_the_observational(
+    self, world, length, event
+  ):
+    # w(d) P(x|d) = P(event in d) P(x|event in d) ∝ P(d|x).
+    n = np.arange(6)
+    per_user = np.maximum(n - 3, 0) if event == "training" else n > 0
+    share = world.prior * (world.length_pmf @ per_user)
+    histories, _ = stacked(world, length, event)
+    got = evaluate(
+      simulator.prior_shifted, world, histories, weights=share, event=event
+    )
+    want = evaluate(simulator.observational, world, histories, event=event)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+class TestDistributions:
+  @pytest.mark.parametrize("event", ["training", "test"])
+  def test_empty_history(self, event):
+    world, empty = WORLDS["overlapping"], jnp.zeros((1, 3), jnp.int32)
+    posterior = simulator.stratum_posterior(world, empty, event=event)
+    np.testing.assert_array_equal(posterior, [[0, 0]])
+    np.testing.assert_allclose(
+      simulator.conditional(world, empty)[0], world.initial, atol=1e-6
+    )
+
+  def test_impossible_history_has_no_posterior(self):
+    world = WORLDS["forbidden_moves"]
+    history = jnp.array([[0, 3, 4]])
+    got = simulator.observational(world, history, event="test")
+    np.testing.assert_array_equal(got, np.zeros((1, 4)))
+
+  def test_history_longer_than_any_user(self):
+    world = WORLDS["overlapping"]
+    got = simulator.stratum_posterior(
+      world, jnp.array([[1, 2, 1, 2, 1]]), event="test"
+    )
+    np.testing.assert_array_equal(got, [[0, 0]])
+
+  def test_long_windows_keep_float32_precision(self):
+    alike = simulator.make_world(seed=3, num_items=20, confounding=0.02)
+    world = simulator.World(
+      prior=alike.prior,
+      initial=alike.initial,
+      transition=alike.transition,
+      length_pmf=np.repeat(alike.length_pmf[-1:], 5, axis=0),
+    )
+    history = np.random.default_rng(0).integers(1, 21, size=(4, 100))
+    log_p = np.log(world.prior[:, None] * world.initial[:, history[:, 0] - 1])
+    for x, y in zip(history.T[:-1], history.T[1:], strict=True):
+      log_p += np.log(world.transition[:, x - 1, y - 1])
+    want = np.exp(log_p - log_p.max(0))
+    want = (want / want.sum(0)).T
+    assert want.max() < 0.99
+    got = simulator.stratum_posterior(world, jnp.array(history), event="test")
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+  @pytest.mark.parametrize("event", ["training", "test"])
+  def test_without_confounding_seeing_is_doing(self, event):
+    world = simulator.make_world(seed=0, num_items=30, confounding=0.0)
+    history = np.random.default_rng(1).integers(1, 31, size=(20, 6))
+    history[:10, :2] = 0
+    seen = simulator.observational(world, jnp.array(history), event=event)
+    done = simulator.interventional(world, jnp.array(history))
+    np.testing.assert_allclose(seen, done, atol=1e-6)
+
+  def test_with_confounding_seeing_is_not_doing(self):
+    world = simulator.make_world(seed=0, num_items=30)
+    history = jnp.array(np.random.default_rng(1).integers(1, 31, size=(20, 6)))
+    seen = simulator.observational(world, history, event="training")
+    done = simulator.interventional(world, history)
+    shifted = simulator.prior_shifted(
+      world, history, world.prior, event="training"
+    )
+    assert simulator.kl_divergence(seen, jnp.log(done)).min() > 1e-3
+    assert simulator.kl_divergence(shifted, jnp.log(done)).min() > 1e-3
+
+  @pytest.mark.parametrize("name", FUNCTIONS)
+  def test_compiles_once(self, name):
+    traces = []
+
+    @jax.jit
+    def function(history):
+      traces.append(history.shape)
+      return FUNCTIONS[name](WORLDS["overlapping"], history, event="test")
+
+    first, second = jnp.array([[0, 1, 2]]), jnp.array([[3, 1, 4]])
+    eager = functools.partial(
+      FUNCTIONS[name], WORLDS["overlapping"], event="test"
+    )
+    np.testing.assert_allclose(function(first), eager(first), atol=1e-6)
+    np.testing.assert_allclose(function(second), eager(second), atol=1e-6)
+    assert len(traces) == 1
+
+  @pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, np.nan]]
+  )
+  def test_bad_weights(self, weights):
+    with pytest.raises(types.InputError, match="weights="):
+      simulator.prior_shifted(
+        WORLDS["overlapping"],
+        jnp.array([[1, 2]]),
+        np.array(weights),
+        event="test",
+      )
+
+  def test_unknown_event(self):
+    with pytest.raises(types.InputError, match="event='validation'"):
+      simulator.observational(
+        WORLDS["overlapping"], jnp.array([[1, 2]]), event="validation"
+      )
+
+
+class TestKlDivergence:
+  def test_by_hand(self):
+    got = simulator.kl_divergence(
+      jnp.array([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]),
+      jnp.log(jnp.array([[0.25, 0.75, 0.0], [0.2, 0.4, 0.4]])),
+    )
+    want = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), np.log(2.5)]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+  def test_of_itself_is_zero_and_without_support_infinite(self):
+    p = jnp.array([0.1, 0.9])
+    assert simulator.kl_divergence(p, jnp.log(p)) == 0
+    assert simulator.kl_divergence(p, jnp.array([-jnp.inf, 0.0])) == jnp.inf
+
+
+class TestMakeWorld:
+  def test_initial_is_stationary(self):
+    world = simulator.make_world(seed=0, num_items=100)
+    for initial, transition in zip(
+      world.initial, world.transition, strict=True
+    ):
+      state = np.full(100, 0.01)
+      for _ in range(200):
+        state = state @ transition
+      np.testing.assert_allclose(initial, state, atol=1e-12)
+      np.testing.assert_allclose(
+        initial, _stationary_by_eig(transition), atol=1e-10
+      )
+
+  def test_distributions_sum_to_one(self):
+    world = simulator.make_world(seed=0)
+    assert world.prior.shape == (5,)
+    assert world.initial.shape == (5, 300)
+    assert world.transition.shape == (5, 300, 300)
+    assert world.length_pmf.shape == (5, 151)
+    for field in ("prior", "initial", "transition", "length_pmf"):
+      values = getattr(world, field)
+      assert values.dtype == np.float64
+      assert (values >= 0).all()
+      np.testing.assert_allclose(values.sum(-1), 1, rtol=1e-12)
+
+  def test_preferences_are_of_low_rank_and_rotate(self):
+    def preferences(confounding):
+      world = simulator.make_world(
+        seed=0,
+        num_items=40,
+        popularity_exponent=0.0,
+        rank=3,
+        confounding=confounding,
+      )
+      logits = np.log(world.transition)
+      return logits - logits.mean(-1, keepdims=True)
+
+    rotated = preferences(0.3)
+    singular = np.linalg.svd(rotated.reshape(-1, 40), compute_uv=False)
+    assert singular[2] > 1 and singular[3] < 1e-9
+    angle = 0.3 * np.pi / 2
+    np.testing.assert_allclose(
+      rotated,
+      np.cos(angle) * preferences(0.0) + np.sin(angle) * preferences(1.0),
+      atol=1e-9,
+    )
+
+  def test_without_preferences_choice_is_a_tilted_power_law(self):
+    world = simulator.make_world(
+      seed=0,
+      num_items=10,
+      borders=(3, 4, 5, 6),
+      scale=0.0,
+      confounding=0.5,
+      popularity_exponent=1.0,
+      popularity_tilt=0.4,
+    )
+    for transition, exponent in zip(
+      world.transition, (1.2, 1.0, 0.8), strict=True
+    ):
+      want = np.arange(1, 11.0) ** -exponent
+      got = np.sort(transition, axis=1)[:, ::-1]
+      np.testing.assert_allclose(got, np.tile(want / want.sum(), (10, 1)))
+
+  def test_lengths_are_a_power_law_in_disjoint_ranges(self):
+    world = simulator.make_world(
+      seed=0, num_items=5, borders=(3, 5, 9), length_exponent=2.0
+    )
+    low, high = world.length_pmf
+    np.testing.assert_allclose(low[4] / low[3], (3 / 4) ** 2)
+    np.testing.assert_allclose(high[8] / high[5], (5 / 8) ** 2)
+    assert list(np.flatnonzero(low)) == [3, 4]
+    assert list(np.flatnonzero(high)) == [5, 6, 7, 8]
+
+  def test_popularity_is_long_tailed(self):
+    world = simulator.make_world(seed=0)
+    events = world.length_pmf @ np.arange(151) * world.prior
+    share = np.sort(events / events.sum() @ world.initial)[::-1]
+    assert share[:60].sum() > 0.45  # the top fifth of the items
+    assert share[150:].sum() < 0.3
+
+  def test_confounding_changes_nothing_else(self):
+    none = simulator.make_world(seed=0, confounding=0.0)
+    some = simulator.make_world(seed=0, confounding=0.5)
+    np.testing.assert_array_equal(none.length_pmf, some.length_pmf)
+    for transition in none.transition:
+      np.testing.assert_array_equal(transition, none.transition[0])
+    assert np.abs(some.transition[0] - some.transition[1]).max() > 0.05
+
+  @pytest.mark.parametrize(
+    "options",
+    [
+      {"confounding": 1.5},
+      {"borders": (5,)},
+      {"borders": (2, 5)},
+      {"borders": (5, 5)},
+      {"num_items": 1},
+      {"prior_decay": 0.0},
+      {"rank": 1},
+    ],
+  )
+  def test_bad_parameters(self, options):
+    (name,) = options
+    with pytest.raises(types.InputError, match=f"^{name}="):
+      simulator.make_world(seed=0, **options)
+
+
+@pytest.fixture(scope="module")
+def world():
+  return simulator.make_world(seed=0, num_items=8)
+
+
+@pytest.fixture(scope="module")
+def drawn(world):
+  return simulator.simulate(world, num_users=5_000, seed=1)
+
+
+class TestSimulate:
+  def test_strata_follow_the_prior(self, world, drawn):
+    counts = np.bincount(drawn[1], minlength=5)
+    assert stats.chisquare(counts, 5_000 * world.prior).pvalue > 1e-4
+
+  def test_lengths_follow_the_strata(self, world, drawn):
+    data, strata = drawn
+    lengths = np.diff(data.offsets)
+    for d, pmf in enumerate(world.length_pmf):
+      counts = np.bincount(lengths[strata == d], minlength=len(pmf))
+      assert (counts[pmf == 0] == 0).all()
+      common = pmf * counts.sum() >= 5
+      observed = np.append(counts[common], counts[~common].sum())
+      expected = np.append(pmf[common], pmf[~common].sum()) * counts.sum()
+      kept = expected > 0
+      p = stats.chisquare(observed[kept], expected[kept]).pvalue
+      assert p > 1e-4
+
+  def test_first_and_late_items_are_stationary(self, world, drawn):
+    data, strata = drawn
+    starts = data.offsets[:-1]
+    for d in range(5):
+      for position in (0, 4):  # every user has five items
+        items = data.items[starts[strata == d] + position] - 1
+        counts = np.bincount(items, minlength=8)
+        expected = world.initial[d] * counts.sum()
+        assert stats.chisquare(counts, expected).pvalue > 1e-4
+
+  def test_transitions_follow_the_strata(self, world, drawn):
+    data, strata = drawn
+    owner = np.repeat(np.arange(5_000), np.diff(data.offsets))
+    inside = owner[1:] == owner[:-1]
+    counts = np.zeros((5, 8, 8))
+    np.add.at(
+      counts,
+      (
+        strata[owner[1:][inside]],
+        data.items[:-1][inside] - 1,
+        data.items[1:][inside] - 1,
+      ),
+      1,
+    )
+    visits = counts.sum(-1, keepdims=True)
+    p = world.transition
+    deviation = (counts - visits * p) / np.sqrt(visits * p * (1 - p))
+    assert np.abs(deviation).max() < 4.5  # 320 cells
+    assert 0.8 < np.mean(deviation**2) < 1.2
+
+  def test_forbidden_moves_never_occur(self):
+    data, strata = simulator.simulate(
+      WORLDS["forbidden_moves"], num_users=2_000, seed=0
+    )
+    owner = np.repeat(np.arange(2_000), np.diff(data.offsets))
+    moves = (owner[1:] == owner[:-1]) & (data.items[:-1] == 3)
+    assert moves.sum() > 100
+    assert not (moves & (data.items[1:] == 4)).any()
+    moves = (owner[1:] == owner[:-1]) & (data.items[:-1] == 1)
+    moves &= strata[owner[1:]] == 0
+    assert set(data.items[1:][moves]) == {1, 3}
+
+  def test_items_keep_their_numbers(self):
+    world = simulator.make_world(seed=0)
+    data, strata = simulator.simulate(world, num_users=3, seed=0, name="few")
+    assert data.name == "few"
+    assert data.num_users == 3 == len(strata) and data.num_items == 300
+    assert len(np.unique(data.items)) < 300
+    np.testing.assert_array_equal(data.item_ids, np.arange(1, 301))
+    assert data.item_ids.dtype == np.int64
+    assert data.items.dtype == np.int32 and data.offsets.dtype == np.int64
+    assert data.items.min() >= 1 and data.items.max() <= 300
+
+  def test_seed_determines_the_data(self, world, drawn):
+    again, strata = simulator.simulate(world, num_users=5_000, seed=1)
+    np.testing.assert_array_equal(again.items, drawn[0].items)
+    np.testing.assert_array_equal(strata, drawn[1])
+    other, _ = simulator.simulate(world, num_users=5_000, seed=2)
+    assert not np.array_equal(other.offsets, again.offsets)
+
+  def test_is_fast(self):
+    world = simulator.make_world(seed=0)
+    start = time.process_time()
+    simulator.simulate(world, num_users=5_000, seed=0)
+    assert time.process_time() - start < 2
+
+  def test_no_users(self, world):
+    with pytest.raises(types.InputError, match="num_users=0"):
+      simulator.simulate(world, num_users=0, seed=0)
