@@ -1,0 +1,1 @@
+"""Experiments: the main job, its configs and its report."""

@@ -237,7 +237,8 @@ class Trainer:
     options = self._config.optimizer.to_dict()
     options.pop("average")
     rates = {
-      p: options.pop(f"{p}learning_rate") for p in ("plugin_", "classifier_", "")
+      kind: options.pop(f"{kind}learning_rate")
+      for kind in ("plugin_", "classifier_", "")
     }
     return training.make_optimizer(
       steps, learning_rate=rates[prefix], **options
@@ -368,7 +369,10 @@ class Trainer:
         backbone, frozen["backbone"], params, held_out, frozen["groups"]
       )
     )
-    evaluate = lambda params: -np.asarray(loss(params))[None]
+
+    def evaluate(params: PyTree) -> np.ndarray:
+      return -np.asarray(loss(params))[None]
+
     state = training.init_state(params, optimizer)
     return step, state, operands, evaluate, ("log_likelihood",)
 
@@ -519,17 +523,16 @@ def run(
   claim_workdir(workdir, config, fingerprint(problem))
   if (workdir / "summary.json").exists():
     console.print(f"{workdir} is finished; reprinting its tables")
-    return report.print_workdir(workdir, console=console)
+    return report.write_report(workdir, console=console)
   _describe(problem, console)
   rows, closeness = _train_all(config, problem, networks, workdir, console)
-  rows.write_parquet(workdir / "rows.parquet")
-  _write_users(problem, workdir)
+  with (workdir / "rows.parquet").open("wb") as file:
+    rows.write_parquet(file)
   summary = _summary(config, problem, closeness)
-  report.write_workdir(workdir, rows, summary)
   temporary = workdir / "summary.json.tmp"
   temporary.write_text(json.dumps(summary, indent=2) + "\n")
   temporary.rename(workdir / "summary.json")
-  return report.print_workdir(workdir, console=console)
+  return report.write_report(workdir, console=console)
 
 
 def _train_all(
@@ -610,7 +613,7 @@ def _summary(
     "prior": problem.prior.tolist(),
     "base": base,
     "other": other,
-    "split": problem.split.protocol,
+    "protocol": problem.split.protocol,
     "num_items": data.num_items,
     "closeness": closeness,
   }

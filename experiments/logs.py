@@ -11,6 +11,8 @@ import rich.progress
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from pin_jax.types import InputError
+
 
 class RunLog:
   """log.jsonl and event files of a workdir; one record a step.
@@ -78,9 +80,21 @@ class RunLog:
 
 
 def read_log(workdir: epath.Path) -> list[dict[str, Any]]:
-  """The records of log.jsonl."""
-  lines = (workdir / "log.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
+  """The records of log.jsonl.
+
+  Raises:
+    InputError: if a line is damaged.
+  """
+  path = workdir / "log.jsonl"
+  records = []
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+      records.append(json.loads(line))
+    except ValueError as error:
+      raise InputError(
+        f"{path} line {number} is damaged ({error}); delete that line"
+      ) from error
+  return records
 
 
 def _is_later(line: str, run: str, step: int) -> bool:

@@ -94,7 +94,8 @@ METHODS: dict[str, Method] = {
     "joint + plugins", _JOINT, _plugins("joint/plugins", _JOINT)
   ),
   "user_uniform": _single(
-    "user-uniform", Stage("user-uniform", "backbone", "both", sampling="uniform")
+    "user-uniform",
+    Stage("user-uniform", "backbone", "both", sampling="uniform"),
   ),
   "tail_only": _single(
     "tail only", Stage("tail-only", "backbone", "both", users="tail")

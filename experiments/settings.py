@@ -26,8 +26,8 @@ def _load_simulator(
   *, seed: int = 0, num_users: int = 4000, **options: Any
 ) -> tuple[Interactions, simulator.World]:
   world = simulator.make_world(seed=seed, **options)
-  interactions, _ = simulator.simulate(world, num_users=num_users, seed=seed + 1)
-  return interactions, world
+  drawn, _ = simulator.simulate(world, num_users=num_users, seed=seed + 1)
+  return drawn, world
 
 
 def _load_file(*, path: str, **options: Any) -> tuple[Interactions, None]:

@@ -1,0 +1,1 @@
+"""Personalizing Intervened Network for long-tailed sequential behaviour."""

@@ -143,12 +143,13 @@ def from_columns(
       that are not finite numbers, unknown options, or no user left.
   """
   _check_options(duplicates, k_core, min_length, max_history)
-  users, items = _id_series(users, "users"), _id_series(items, "items")
-  times = None if times is None else _time_array(times)
+  users, items = _series(users, "users"), _series(items, "items")
+  times = None if times is None else _series(times, "times")
   _check_lengths(users, items, times)
+  times = None if times is None else _numbers(times)
   rows_read = len(users)
-  users, user_ids = _encode(users)
-  items, item_ids = _encode(items)
+  users, user_ids = _encode(_ids(users))
+  items, item_ids = _encode(_ids(items))
   found = len(user_ids), len(item_ids)
 
   if not _is_sorted(users, times):
@@ -212,9 +213,8 @@ def _check_options(
 def _series(values: Column, axis: str) -> pl.Series:
   """Returns a flat polars Series without nulls."""
   if not isinstance(values, pl.Series):
-    shape = np.shape(values)
-    if len(shape) != 1:
-      raise InputError(f"{axis} has shape {shape}; give a flat column")
+    if isinstance(values, np.ndarray) and values.ndim != 1:
+      raise InputError(f"{axis} has shape {values.shape}; give a flat column")
     if getattr(values, "dtype", None) == np.dtype(object):
       values = list(values)
     try:
@@ -226,13 +226,12 @@ def _series(values: Column, axis: str) -> pl.Series:
   if values.null_count():
     row = values.is_null().arg_max()
     raise InputError(f"{axis}[{row}] is null; drop or fill such rows")
-  return values
+  return values.alias(axis)
 
 
-def _id_series(values: Column, axis: str) -> pl.Series:
+def _ids(values: pl.Series) -> pl.Series:
   """Returns ids as Int64 or String."""
-  values = _series(values, axis)
-  kind = values.dtype
+  axis, kind = values.name, values.dtype
   if kind == pl.String:
     return values
   if kind in (pl.Categorical, pl.Enum):
@@ -254,14 +253,15 @@ def _id_series(values: Column, axis: str) -> pl.Series:
     ) from None
 
 
-def _time_array(values: Column) -> np.ndarray:
+def _numbers(values: pl.Series) -> np.ndarray:
   """Returns times as int64 or float64; dates become Unix seconds."""
-  values = _series(values, "times")
   if values.dtype.is_temporal():
     values = _unix_seconds(values)
   if values.dtype.is_integer():
     if values.dtype == pl.UInt64 and len(values) and values.max() >= 2**63:
-      raise InputError(f"times go up to {values.max()}, beyond int64")
+      raise InputError(
+        f"times go up to {values.max()}, beyond int64; use a coarser unit"
+      )
     return values.cast(pl.Int64).to_numpy()
   if not values.dtype.is_float():
     raise InputError(
@@ -286,7 +286,7 @@ def _unix_seconds(values: pl.Series) -> pl.Series:
 
 
 def _check_lengths(
-  users: pl.Series, items: pl.Series, times: np.ndarray | None
+  users: pl.Series, items: pl.Series, times: pl.Series | None
 ) -> None:
   """Raises InputError for columns that are empty or of different lengths."""
   lengths = {"users": len(users), "items": len(items)}
@@ -307,7 +307,7 @@ def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_sorted(users: np.ndarray, times: np.ndarray | None) -> bool:
-  """Whether rows are already in (user, time) order."""
+  """Tells whether rows are already in (user, time) order."""
   if (users[1:] < users[:-1]).any():
     return False
   if times is None:

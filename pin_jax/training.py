@@ -532,7 +532,10 @@ def _select(
 ) -> PyTree:
   if not stacked:
     return jax.tree.map(jnp.array, new) if better[0] else old
-  pick = lambda n, o: jnp.where(better.reshape((-1,) + (1,) * (n.ndim - 1)), n, o)
+  def pick(new: jax.Array, old: jax.Array) -> jax.Array:
+    chosen = better.reshape((-1,) + (1,) * (new.ndim - 1))
+    return jnp.where(chosen, new, old)
+
   return jax.tree.map(pick, new, old)
 
 

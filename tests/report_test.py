@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 import rich.console
 
-from experiments import report
+from experiments import plots, report, tables
 from pin_jax.types import InputError
 
 NUM_USERS, NUM_ITEMS = 120, 300
@@ -109,7 +109,7 @@ METRICS = ["HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"]
 @pytest.mark.parametrize("names", [False, True])
 def test_comparison_equals_a_loop_over_the_rows(names):
   rows = _rows(names=names)
-  table = report.comparison(rows, base="base", other="pin", **FAST)
+  table = tables.comparison(rows, base="base", other="pin", **FAST)
   assert table.height == len(KEEP) * len(COLUMNS) * len(METRICS)
   assert table["slice"].unique(maintain_order=True).to_list() == list(KEEP)
   for line in table.iter_rows(named=True):
@@ -130,7 +130,7 @@ def test_comparison_equals_a_loop_over_the_rows(names):
 
 def test_comparison_interval_equals_a_numpy_bootstrap():
   rows = _rows(seeds=(3,))
-  line = report.comparison(rows, base="base", other="pin").row(
+  line = tables.comparison(rows, base="base", other="pin").row(
     by_predicate=(pl.col("slice") == "overall")
     & (pl.col("masking") == "history masked")
     & (pl.col("metric") == "MRR"),
@@ -152,7 +152,7 @@ def test_comparison_interval_equals_a_numpy_bootstrap():
 
 def test_comparison_states_each_slices_activeness_and_extra_cutoff():
   rows = _rows()
-  table = report.comparison(rows, base="base", other="pin", cutoff=3, **FAST)
+  table = tables.comparison(rows, base="base", other="pin", cutoff=3, **FAST)
   assert "NDCG@3" in table["metric"].to_list()
   for label, low, high in table.select(
     "slice", "min_activeness", "max_activeness"
@@ -166,7 +166,7 @@ def test_comparison_states_each_slices_activeness_and_extra_cutoff():
 
 
 def test_a_model_does_not_differ_from_itself():
-  table = report.comparison(_rows(), base="pin", other="pin", **FAST)
+  table = tables.comparison(_rows(), base="pin", other="pin", **FAST)
   changes = table.select("relative_change", "low", "high").to_numpy()
   np.testing.assert_allclose(np.nan_to_num(changes), 0, atol=1e-12)
 
@@ -188,13 +188,13 @@ def test_a_model_does_not_differ_from_itself():
 )  # fmt: skip
 def test_models_that_cannot_be_compared_are_refused(change, message):
   with pytest.raises(InputError, match=message) as error:
-    report.comparison(change(_rows()), base="base", other="pin", **FAST)
+    tables.comparison(change(_rows()), base="base", other="pin", **FAST)
   assert "\n" not in str(error.value)
 
 
 def test_model_table_equals_a_loop_over_the_rows():
   rows = pl.concat([_rows(), _rows(["tail only", "user-uniform"], [0])])
-  table = report.model_table(rows)
+  table = tables.model_table(rows)
   assert sorted(table["model"].unique()) == [
     "base", "pin", "tail only", "user-uniform",
   ]  # fmt: skip
@@ -211,11 +211,11 @@ def test_model_table_equals_a_loop_over_the_rows():
 def test_model_table_refuses_different_users():
   rows = _rows().filter((pl.col("model") != "pin") | (pl.col("user") > 70))
   with pytest.raises(InputError, match="differ in user"):
-    report.model_table(rows)
+    tables.model_table(rows)
 
 
 def test_protocol_names_everything_a_reader_must_know():
-  line = report.protocol_line(_rows(), split="leave-one-out", num_items=300)
+  line = tables.protocol_line(_rows(), split="leave-one-out", num_items=300)
   for part in (
     "leave-one-out; full ranking over 300 items; ties at their average rank",
     "seeds 0, 1",
@@ -226,7 +226,7 @@ def test_protocol_names_everything_a_reader_must_know():
 
 
 def test_protocol_does_not_call_sampled_candidates_a_full_ranking():
-  line = report.protocol_line(_rows(), num_items=5000)
+  line = tables.protocol_line(_rows(), num_items=5000)
   assert "ranking over 300 of 5,000 items" in line
   assert "full" not in line
 
@@ -234,10 +234,10 @@ def test_protocol_does_not_call_sampled_candidates_a_full_ranking():
 def _printed(rows, width=80, base="base", other="pin"):
   stream = io.StringIO()
   console = rich.console.Console(file=stream, width=width, highlight=False)
-  table = report.comparison(rows, base=base, other=other, **FAST)
-  protocol = report.protocol_line(rows, split="temporal")
-  report.print_models(report.model_table(rows), console=console)
-  report.print_comparison(
+  table = tables.comparison(rows, base=base, other=other, **FAST)
+  protocol = tables.protocol_line(rows, split="temporal")
+  tables.print_models(tables.model_table(rows), console=console)
+  tables.print_comparison(
     table, base=base, other=other, protocol=protocol, console=console
   )
   return stream.getvalue()
@@ -268,11 +268,11 @@ def test_markdown_json_and_csv_hold_the_numbers_and_the_protocol(tmp_path):
   names = {
     "base": "base",
     "other": "a|b",
-    "protocol": report.protocol_line(rows, split="leave-one-out"),
+    "protocol": tables.protocol_line(rows, split="leave-one-out"),
   }
-  table = report.comparison(rows, base="base", other="a|b", **FAST)
-  models = report.model_table(rows)
-  report.write_comparison(table, models, tmp_path, **names)
+  table = tables.comparison(rows, base="base", other="a|b", **FAST)
+  models = tables.model_table(rows)
+  tables.write_comparison(table, models, tmp_path, **names)
 
   markdown = (tmp_path / "comparison.md").read_text()
   assert names["protocol"] in markdown
@@ -291,9 +291,9 @@ def test_markdown_json_and_csv_hold_the_numbers_and_the_protocol(tmp_path):
 
 def test_undefined_numbers_become_null_and_not_available(tmp_path):
   rows = _rows().with_columns(rank=pl.lit(200.0))
-  table = report.comparison(rows, base="base", other="pin", **FAST)
-  report.write_comparison(
-    table, report.model_table(rows), tmp_path,
+  table = tables.comparison(rows, base="base", other="pin", **FAST)
+  tables.write_comparison(
+    table, tables.model_table(rows), tmp_path,
     base="base", other="pin", protocol="none",
   )  # fmt: skip
   content = json.loads((tmp_path / "comparison.json").read_text())
@@ -317,19 +317,19 @@ def test_plots_are_images(tmp_path, num_groups):
   users = rows.filter(model="base", seed=0)
   columns = [users[c].to_numpy() for c in ("activeness", "group", "segment")]
   path = tmp_path / "activeness.png"
-  report.plot_activeness(*columns, path)
+  plots.plot_activeness(*columns, path)
   _check_image(path)
   path = tmp_path / "groups.png"
-  report.plot_groups(rows, "base", "pin", path, **FAST)
+  plots.plot_groups(rows, "base", "pin", path, **FAST)
   _check_image(path)
   path = tmp_path / "gradients.png"
-  report.plot_gradients(_log(num_groups=num_groups), "pin/backbone", path)
+  plots.plot_gradients(_log(num_groups=num_groups), "pin/backbone", path)
   _check_image(path)
 
 
 def test_plot_groups_survives_groups_without_hits(tmp_path):
   rows = _rows().with_columns(rank=pl.lit(200.0))
-  report.plot_groups(rows, "base", "pin", tmp_path / "groups.png", **FAST)
+  plots.plot_groups(rows, "base", "pin", tmp_path / "groups.png", **FAST)
 
 
 def test_cosine_with_the_mean_equals_that_of_the_gradients():
@@ -340,7 +340,7 @@ def test_cosine_with_the_mean_equals_that_of_the_gradients():
   mean = gradients.mean(1)
   want = np.einsum("tgd,td->tg", units, mean)
   want /= np.linalg.norm(mean, axis=-1, keepdims=True)
-  got = report._cosine_with_mean(norms, units @ units.swapaxes(1, 2))
+  got = plots._cosine_with_mean(norms, units @ units.swapaxes(1, 2))
   np.testing.assert_allclose(got, want)
 
 
@@ -352,7 +352,7 @@ def test_plot_gradients_names_the_missing_run(tmp_path):
   ]
   for records, run in [(_log(), "base"), (constant, "pin/backbone")]:
     with pytest.raises(InputError, match=f"of run '{run}'"):
-      report.plot_gradients(records, run, tmp_path / "gradients.png")
+      plots.plot_gradients(records, run, tmp_path / "gradients.png")
 
 
 def test_command_recomputes_everything_from_the_workdir(tmp_path):
@@ -370,8 +370,8 @@ def test_command_recomputes_everything_from_the_workdir(tmp_path):
   )
   assert "Protocol: leave-one-out; full ranking over 300 items" in done.stdout
   assert "\x1b" not in done.stdout
-  for name in ("activeness", "groups_ndcg", "gradients"):
-    _check_image(tmp_path / f"{name}.png")
+  for name in ("activeness", "groups_ndcg", "gradients-pin"):
+    _check_image(tmp_path / "plots" / f"{name}.png")
   for suffix in ("csv", "md", "json"):
     assert (tmp_path / f"comparison.{suffix}").stat().st_size > 500
 
@@ -383,12 +383,12 @@ def test_report_needs_rows_only(tmp_path):
   console = rich.console.Console(file=io.StringIO(), width=80)
   report.write_report(tmp_path, base="joint", console=console, **FAST)
   assert "split not recorded" in console.file.getvalue()
-  assert not (tmp_path / "gradients.png").exists()
+  assert not list(tmp_path.glob("plots/gradients*"))
 
 
 def test_broken_log_line_is_named(tmp_path):
   _rows().write_parquet(tmp_path / "rows.parquet")
   (tmp_path / "log.jsonl").write_text('{"run": "a"}\n{"run": \n')
   console = rich.console.Console(file=io.StringIO())
-  with pytest.raises(InputError, match="line 2 is not JSON"):
+  with pytest.raises(InputError, match="line 2 is damaged"):
     report.write_report(tmp_path, console=console, **FAST)

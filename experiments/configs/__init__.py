@@ -1,0 +1,1 @@
+"""Configurations; every one starts from base.default()."""

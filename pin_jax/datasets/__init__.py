@@ -1,0 +1,1 @@
+"""Readers of interactions, and the simulator."""

@@ -1,0 +1,469 @@
+"""Tables computed from result rows and nothing else."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+from etils import epath
+
+from pin_jax import metrics, statistics
+from pin_jax.types import InputError
+
+CONFIDENCE = 0.95
+NUM_RESAMPLES = 2000
+CUTOFFS = (5, 10, 20)
+MASKINGS = {"history masked": "rank", "history not masked": "rank_unmasked"}
+SEGMENTS = {0: "tail", 1: "head"}
+
+_CANDIDATES = {"rank": "candidates", "rank_unmasked": "candidates_unmasked"}
+_FACTS = [
+  "group",
+  "segment",
+  "activeness",
+  "target",
+  "candidates",
+  "candidates_unmasked",
+]
+_COLUMNS = ["model", "seed", "user", "rank", "rank_unmasked", *_FACTS]
+
+
+def _models(rows: pl.DataFrame) -> list[str]:
+  missing = [name for name in _COLUMNS if name not in rows.columns]
+  if missing:
+    raise InputError(
+      f"rows lack the columns {missing}; pass the rows that evaluation wrote"
+    )
+  return rows["model"].unique(maintain_order=True).to_list()
+
+
+def model_rows(rows: pl.DataFrame, model: str) -> pl.DataFrame:
+  """Rows of one model, ordered by user and seed."""
+  present = _models(rows)
+  if model not in present:
+    raise InputError(f"rows have no model {model!r}; choose one of {present}")
+  selected = rows.filter(pl.col("model") == model).sort("user", "seed")
+  if selected.select("user", "seed").is_duplicated().any():
+    raise InputError(
+      f"rows of model {model!r} repeat a user and seed; keep one row of each"
+    )
+  return selected
+
+
+def check_same_users(
+  rows: pl.DataFrame, models: Sequence[str], *, on: Sequence[str]
+) -> None:
+  """Raises unless all models were evaluated on the same users and targets."""
+  keys = {m: model_rows(rows, m).select(on).unique() for m in models}
+  first = keys[models[0]]
+  for model, key in keys.items():
+    only_first = first.join(key, on=on, how="anti").height
+    only_model = key.join(first, on=on, how="anti").height
+    if only_first or only_model:
+      raise InputError(
+        f"models {models[0]!r} and {model!r} differ in {' and '.join(on)}: "
+        f"{only_first} are only in the first and {only_model} only in the "
+        "second; evaluate both on the same users and seeds"
+      )
+  for fact in _FACTS:
+    values = rows.filter(pl.col("model").is_in(models)).group_by("user")
+    bad = values.agg(pl.col(fact).n_unique().alias("n")).filter(pl.col("n") > 1)
+    if bad.height:
+      raise InputError(
+        f"user {bad['user'][0]!r} has several values of {fact!r} in the rows;"
+        " compare models on one split and one grouping"
+      )
+
+
+def user_ids(frame: pl.DataFrame) -> np.ndarray:
+  """A number for the user of each row, the same over models and seeds."""
+  return frame["user"].rank("dense").to_numpy()
+
+
+def _metric_names(cutoffs: Iterable[int]) -> dict[str, tuple[str, float]]:
+  """Name of each metric -> (key in METRICS, cutoff)."""
+  names = {}
+  for key in ("hr", "ndcg"):
+    names |= {f"{key.upper()}@{k}": (key, k) for k in cutoffs}
+  return names | {"MRR": ("mrr", math.inf)}
+
+
+def _metric_values(
+  ranks: pl.Series, names: Mapping[str, tuple[str, float]]
+) -> np.ndarray:
+  """Values of every metric, [M, N]."""
+  ranks = ranks.to_numpy()
+  return np.stack([metrics.METRICS[key](ranks, k) for key, k in names.values()])
+
+
+def slices(frame: pl.DataFrame) -> dict[str, np.ndarray]:
+  """Masks over the rows: overall, head, tail, then the groups."""
+  segment, group = frame["segment"].to_numpy(), frame["group"].to_numpy()
+  masks = {"overall": np.ones(frame.height, bool)}
+  for index in sorted(set(segment.tolist()), reverse=True):
+    masks[SEGMENTS.get(index, f"segment {index}")] = segment == index
+  for index in sorted(set(group.tolist())):
+    masks[f"group {index}"] = group == index
+  return masks
+
+
+def comparison(
+  rows: pl.DataFrame,
+  *,
+  base: str,
+  other: str,
+  cutoff: int = 10,
+  num_resamples: int = NUM_RESAMPLES,
+) -> pl.DataFrame:
+  """Compares two models on every slice, masking and metric.
+
+  Args:
+    rows: result rows, see evaluation.
+    base: name of the model to compare with.
+    other: name of the model under test.
+    cutoff: K to report besides 5, 10 and 20.
+    num_resamples: bootstrap resamples of the users.
+
+  Returns:
+    One line a slice, masking and metric: slice, masking, metric, users,
+    min_activeness, max_activeness, base, other (means over users, of means over
+    seeds), relative_change, low, high (fractions; .1 is +10 %).
+
+  Raises:
+    InputError: if a model is absent, or if the models differ in their users,
+      seeds or targets.
+  """
+  check_same_users(rows, [base, other], on=["user", "seed"])
+  before, after = model_rows(rows, base), model_rows(rows, other)
+  names = _metric_names(sorted({*CUTOFFS, cutoff}))
+  lines = []
+  for masking, column in MASKINGS.items():
+    pair = np.stack([_metric_values(f[column], names) for f in (before, after)])
+    for label, mask in slices(before).items():
+      place = {"slice": label, "masking": masking}
+      lines += [
+        place | line
+        for line in _slice_lines(
+          before.filter(mask), pair[..., mask], names, num_resamples
+        )
+      ]
+  return pl.DataFrame(lines)
+
+
+def _slice_lines(
+  frame: pl.DataFrame,
+  pair: np.ndarray,
+  names: Iterable[str],
+  num_resamples: int,
+) -> list[dict[str, Any]]:
+  """Lines of one slice and masking; `pair` holds both models, [2, M, N]."""
+  change = statistics.relative_change(
+    *pair,
+    users=user_ids(frame),
+    confidence=CONFIDENCE,
+    num_resamples=num_resamples,
+  )
+  columns = ("base", "other", "relative_change", "low", "high")
+  return [
+    {
+      "metric": name,
+      "users": frame["user"].n_unique(),
+      "min_activeness": frame["activeness"].min(),
+      "max_activeness": frame["activeness"].max(),
+    }
+    | dict(zip(columns, map(float, numbers), strict=True))
+    for name, *numbers in zip(
+      names, *_user_means(pair, frame), *change, strict=True
+    )
+  ]
+
+
+def model_table(rows: pl.DataFrame, *, cutoff: int = 10) -> pl.DataFrame:
+  """NDCG and HR of every model, overall and of each segment.
+
+  Args:
+    rows: result rows of any number of models, all on the same users.
+    cutoff: K of both metrics.
+
+  Returns:
+    One line a masking and model, in the order of the rows: masking, model,
+    seeds, users and 'NDCG@10 overall', 'NDCG@10 tail', ..., 'HR@10 head'. A
+    model may have fewer seeds than another.
+
+  Raises:
+    InputError: if the models differ in their users or targets.
+  """
+  models = _models(rows)
+  check_same_users(rows, models, on=["user"])
+  names = _metric_names([cutoff])
+  lines = []
+  for masking, column in MASKINGS.items():
+    for model in models:
+      frame = model_rows(rows, model)
+      masks, values = slices(frame), _metric_values(frame[column], names)
+      means = {
+        label: _user_means(values[:, mask], frame.filter(mask))
+        for label, mask in masks.items()
+      }
+      line = {
+        "masking": masking,
+        "model": model,
+        "seeds": frame["seed"].n_unique(),
+        "users": frame["user"].n_unique(),
+      }
+      for name in (f"NDCG@{cutoff}", f"HR@{cutoff}"):
+        index = list(names).index(name)
+        for label in ("overall", "tail", "head"):
+          mean = means[label][index] if label in means else math.nan
+          line[f"{name} {label}"] = float(mean)
+      lines.append(line)
+  return pl.DataFrame(lines)
+
+
+def _user_means(values: np.ndarray, frame: pl.DataFrame) -> np.ndarray:
+  """Means over users of means over seeds, [..., N] -> [...]."""
+  return statistics.average_within_users(values, user_ids(frame)).mean(-1)
+
+
+def protocol_line(
+  rows: pl.DataFrame,
+  *,
+  split: str = "split not recorded",
+  num_items: int | None = None,
+  num_resamples: int = NUM_RESAMPLES,
+) -> str:
+  """States in one line how the numbers came about.
+
+  Args:
+    rows: result rows.
+    split: the split's own protocol line.
+    num_items: V. None takes the number of candidates without masking to be V.
+    num_resamples: as given to `comparison`.
+
+  Returns:
+    Split, ranking, ties, masking, seeds and interval method.
+  """
+  candidates = rows["candidates_unmasked"]
+  low, high = candidates.min(), candidates.max()
+  seeds = sorted(rows["seed"].unique().to_list())
+  counts = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+  if low == high and num_items in (None, high):
+    ranking = f"full ranking over {counts} items"
+  else:
+    whole = "" if num_items is None else f" of {num_items:,}"
+    ranking = f"ranking over {counts}{whole} items"
+  plural = "seed" if len(seeds) == 1 else "seeds"
+  return (
+    f"{split.rstrip('.')}; {ranking}; ties at their average rank; "
+    "'history masked' removes the items of the user's history (except the "
+    "target) from the candidates; "
+    f"{plural} {', '.join(map(str, seeds))} (a user's results are averaged "
+    f"over seeds first); intervals: {100 * CONFIDENCE:.0f} % percentile "
+    f"bootstrap, paired over users, {num_resamples:,} resamples, without the "
+    "spread over training seeds"
+  )
+
+
+def _value(value: float) -> str:
+  return "n/a" if not math.isfinite(value) else f"{value:.4f}"
+
+
+def _percent(value: float) -> str:
+  return "n/a" if not math.isfinite(value) else f"{100 * value:+.1f}"
+
+
+def _change(line: Mapping[str, Any]) -> str:
+  """Relative change with its interval, in percent."""
+  change, low, high = (
+    _percent(line[key]) for key in ("relative_change", "low", "high")
+  )
+  return f"{change} [{low}, {high}]"
+
+
+def number_range(low: int, high: int) -> str:
+  """Writes a range of whole numbers, as one number where they are equal."""
+  return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _sections(
+  table: pl.DataFrame, masking: str, cutoff: int
+) -> dict[str, list[list[str]]]:
+  """Cells of one masking's table, by metric."""
+  sections = {}
+  for metric in (f"NDCG@{cutoff}", f"HR@{cutoff}"):
+    chosen = table.filter(
+      (pl.col("masking") == masking) & (pl.col("metric") == metric)
+    )
+    if not chosen.height:
+      raise InputError(
+        f"the comparison has no {metric}; make it with cutoff={cutoff}"
+      )
+    sections[metric] = [
+      [
+        line["slice"],
+        number_range(line["min_activeness"], line["max_activeness"]),
+        f"{line['users']:,}",
+        _value(line["base"]),
+        _value(line["other"]),
+        _change(line),
+      ]
+      for line in chosen.iter_rows(named=True)
+    ]
+  return sections
+
+
+def _model_cells(models: pl.DataFrame, masking: str) -> list[list[str]]:
+  chosen = models.filter(pl.col("masking") == masking).drop("masking", "users")
+  return [
+    [str(model), str(seeds), *map(_value, values)]
+    for model, seeds, *values in chosen.iter_rows()
+  ]
+
+
+def _rich_table(title: str) -> rich.table.Table:
+  return rich.table.Table(
+    title=rich.text.Text(title),
+    title_justify="left",
+    title_style="bold",
+    box=rich.box.SIMPLE_HEAD,
+    pad_edge=False,
+  )
+
+
+def print_comparison(
+  table: pl.DataFrame,
+  *,
+  base: str,
+  other: str,
+  protocol: str,
+  cutoff: int = 10,
+  console: rich.console.Console | None = None,
+) -> None:
+  """Prints NDCG and HR of the slices, one table a masking, and the protocol.
+
+  Args:
+    table: as `comparison` returns it.
+    base: name of the model to compare with.
+    other: name of the model under test.
+    protocol: footnote, as `protocol_line` returns it.
+    cutoff: K of both metrics.
+    console: where to print; standard output by default.
+  """
+  console = console or rich.console.Console(highlight=False)
+  for masking in MASKINGS:
+    out = _rich_table(f"{other} against {base}, {masking}")
+    out.add_column("slice", no_wrap=True)
+    for header in ("activeness", "users", base, other, "change % [95 %]"):
+      out.add_column(rich.text.Text(header), justify="right")
+    for metric, lines in _sections(table, masking, cutoff).items():
+      out.add_row(f"[bold]{metric}[/bold]")
+      for line in lines:
+        out.add_row(*line[:-1], rich.text.Text(line[-1]))
+      out.add_section()
+    console.print(out)
+  console.print(f"Protocol: {protocol}.", markup=False)
+
+
+def print_models(
+  models: pl.DataFrame, *, console: rich.console.Console | None = None
+) -> None:
+  """Prints all models, one table a masking.
+
+  Args:
+    models: as `model_table` returns it.
+    console: where to print; standard output by default.
+  """
+  console = console or rich.console.Console(highlight=False)
+  headers = models.drop("masking", "users").columns
+  for masking in MASKINGS:
+    out = _rich_table(f"All models, {masking}")
+    for index, header in enumerate(headers):
+      header = header.replace(" ", "\n")
+      out.add_column(header, justify="right" if index else "left")
+    for line in _model_cells(models, masking):
+      out.add_row(*map(rich.text.Text, line))
+    console.print(out)
+
+
+def _markdown_table(
+  headers: Sequence[str], lines: Iterable[Sequence[str]], *, left: int
+) -> str:
+  rules = [":--" if i < left else "--:" for i in range(len(headers))]
+  cells = [
+    [cell.replace("|", "\\|") for cell in line]
+    for line in [headers, rules, *lines]
+  ]
+  return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _markdown(
+  table: pl.DataFrame,
+  models: pl.DataFrame,
+  *,
+  base: str,
+  other: str,
+  protocol: str,
+  cutoff: int,
+) -> str:
+  parts = [f"# {other} against {base}", f"Protocol: {protocol}."]
+  for masking in MASKINGS:
+    parts.append(f"## {masking.capitalize()}")
+    for metric, lines in _sections(table, masking, cutoff).items():
+      headers = [metric, "activeness", "users", base, other, "change % [95 %]"]
+      parts.append(_markdown_table(headers, lines, left=1))
+  for masking in MASKINGS:
+    parts.append(f"## All models, {masking}")
+    headers = models.drop("masking", "users").columns
+    lines = _model_cells(models, masking)
+    parts.append(_markdown_table(headers, lines, left=1))
+  return "\n\n".join(parts) + "\n"
+
+
+def _plain(value: Any) -> Any:
+  """JSON has no NaN: null instead."""
+  bad = isinstance(value, float) and not math.isfinite(value)
+  return None if bad else value
+
+
+def write_comparison(
+  table: pl.DataFrame,
+  models: pl.DataFrame,
+  workdir: epath.PathLike,
+  *,
+  base: str,
+  other: str,
+  protocol: str,
+  cutoff: int = 10,
+) -> None:
+  """Writes comparison.csv, comparison.md and comparison.json.
+
+  Args:
+    table: as `comparison` returns it.
+    models: as `model_table` returns it.
+    workdir: existing directory to write to.
+    base: name of the model to compare with.
+    other: name of the model under test.
+    protocol: as `protocol_line` returns it.
+    cutoff: K of the tables in comparison.md; the other files hold all.
+  """
+  workdir = epath.Path(workdir)
+  names = {"base": base, "other": other, "protocol": protocol}
+  (workdir / "comparison.csv").write_text(table.write_csv())
+  (workdir / "comparison.md").write_text(
+    _markdown(table, models, cutoff=cutoff, **names)
+  )
+  lists = {"comparison": table, "models": models}
+  content = names | {
+    key: [
+      {name: _plain(value) for name, value in line.items()}
+      for line in frame.iter_rows(named=True)
+    ]
+    for key, frame in lists.items()
+  }
+  (workdir / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,204 @@
+"""Groups, segments and priors on numbers that can be checked by hand."""
+
+import numpy as np
+import pytest
+
+from pin_jax import activeness
+from pin_jax.types import InputError
+
+LONG_TAIL = np.array([1, 1, 2, 2, 3, 4, 5, 8, 20, 54])  # sums to 100
+
+
+def shuffled(seed=0, users=103):
+  return np.random.default_rng(seed).zipf(1.6, users).clip(max=500)
+
+
+class TestAssignGroups:
+
+  def test_equal_users(self):
+    groups = activeness.assign_groups(LONG_TAIL, num_groups=5)
+    assert groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert groups.dtype == np.int32
+
+  @pytest.mark.parametrize("num_groups", [1, 2, 5, 7, 103])
+  def test_equal_users_properties(self, num_groups):
+    values = shuffled()
+    groups = activeness.assign_groups(values, num_groups=num_groups)
+    sizes = np.bincount(groups, minlength=num_groups)
+    assert sizes.max() - sizes.min() <= 1
+    for g in range(num_groups - 1):
+      assert values[groups == g].max() <= values[groups == g + 1].min()
+
+  def test_ties_are_broken_by_index(self):
+    groups = activeness.assign_groups(np.full(6, 3), num_groups=3)
+    assert groups.tolist() == [2, 2, 1, 1, 0, 0]
+
+  def test_equal_interactions(self):
+    # A user's middle falls at: .5 1.5 3 5 7.5 11 15.5 22 36 73 (of 100).
+    groups = activeness.assign_groups(
+      LONG_TAIL, num_groups=2, rule="interactions"
+    )
+    assert groups.tolist() == [0] * 9 + [1]
+    groups = activeness.assign_groups(
+      LONG_TAIL, num_groups=3, rule="interactions"
+    )
+    assert groups.tolist() == [0] * 8 + [1, 2]
+
+  def test_equal_interactions_of_equal_users_are_equal_users(self):
+    values = np.full(20, 4)
+    np.testing.assert_array_equal(
+      activeness.assign_groups(values, rule="interactions"),
+      activeness.assign_groups(values, rule="users"),
+    )
+
+  def test_thresholds(self):
+    groups = activeness.assign_groups(
+      LONG_TAIL, num_groups=3, rule="thresholds", thresholds=[2, 8]
+    )
+    assert groups.tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+
+  def test_head_share_equals_the_segments(self):
+    values = shuffled(1)
+    groups = activeness.assign_groups(
+      values, num_groups=2, rule="head_share", head_share=0.3
+    )
+    np.testing.assert_array_equal(
+      groups, activeness.assign_segments(values, head_share=0.3)
+    )
+
+  @pytest.mark.parametrize("options, message", [
+    ({"num_groups": 11}, "num_groups=11 does not suit 10 users"),
+    ({"num_groups": 0}, "num_groups=0"),
+    ({"rule": "quantiles"}, "'quantiles' is unknown"),
+    ({"rule": "interactions"}, r"groups \[.*\] of num_groups=5 empty"),
+    ({"rule": "head_share"}, r"groups \[2, 3, 4\] of num_groups=5 empty"),
+    ({"rule": "thresholds"}, "thresholds=None"),
+    ({"thresholds": [1, 2, 3, 4]}, "only then"),
+    ({"rule": "thresholds", "thresholds": [1]}, "give 4 borders"),
+    ({"rule": "thresholds", "thresholds": [1, 3, 3, 4]}, "do not ascend"),
+    ({"rule": "thresholds", "thresholds": [1, 2, 3, np.nan]}, "ascend"),
+    ({"rule": "thresholds", "thresholds": [2, 3, 4, 99]}, r"groups \[4\]"),
+  ])
+  def test_bad_options(self, options, message):
+    with pytest.raises(InputError, match=message):
+      activeness.assign_groups(LONG_TAIL, **options)
+
+  @pytest.mark.parametrize("values, message", [
+    ([], "shape"),
+    ([[1, 2]], "shape"),
+    ([1, -1], r"activeness\[1\] = -1"),
+    ([np.nan, 1], r"activeness\[0\] = nan"),
+    (["a"], "give numbers"),
+  ])
+  def test_bad_activeness(self, values, message):
+    with pytest.raises(InputError, match=message):
+      activeness.assign_groups(values, num_groups=1)
+
+
+class TestAssignSegments:
+
+  def test_top_fifth(self):
+    segments = activeness.assign_segments(LONG_TAIL)
+    assert segments.tolist() == [0] * 8 + [1, 1]
+    assert segments.dtype == np.int32
+
+  def test_ties_go_to_the_lower_index(self):
+    segments = activeness.assign_segments(
+      np.array([3, 5, 3, 5, 5]), head_share=0.4
+    )
+    assert segments.tolist() == [0, 1, 0, 1, 0]
+
+  @pytest.mark.parametrize("share, size", [
+    (0.2, 21), (0.001, 1), (0.999, 102), (0.5, 52)
+  ])
+  def test_sizes(self, share, size):
+    segments = activeness.assign_segments(shuffled(), head_share=share)
+    assert segments.sum() == size
+
+  def test_unsigned_input(self):
+    segments = activeness.assign_segments(LONG_TAIL.astype(np.uint8))
+    assert segments.tolist() == [0] * 8 + [1, 1]
+
+  @pytest.mark.parametrize("share", [0, 1, -0.1, np.nan])
+  def test_bad_share(self, share):
+    with pytest.raises(InputError, match="head_share="):
+      activeness.assign_segments(LONG_TAIL, head_share=share)
+
+  def test_one_user(self):
+    with pytest.raises(InputError, match="at least 2"):
+      activeness.assign_segments([4])
+
+  def test_head_is_the_top_group(self):
+    values = shuffled(users=100)
+    groups = activeness.assign_groups(values, num_groups=5)
+    segments = activeness.assign_segments(values, head_share=0.2)
+    np.testing.assert_array_equal(segments == 1, groups == 4)
+
+
+class TestPrior:
+
+  GROUPS = np.array([0, 0, 0, 1, 2])
+  COUNTS = np.array([1, 1, 2, 4, 12])
+
+  @pytest.mark.parametrize("kind, values, expected", [
+    ("users", None, [3 / 5, 1 / 5, 1 / 5]),
+    ("uniform", None, [1 / 3, 1 / 3, 1 / 3]),
+    ("interactions", None, [4 / 20, 4 / 20, 12 / 20]),
+    ("custom", [1, 0, 3], [1 / 4, 0, 3 / 4]),
+  ])
+  def test_formula(self, kind, values, expected):
+    weights = activeness.prior(kind, self.GROUPS, self.COUNTS, 3, values)
+    assert weights.dtype == np.float64
+    np.testing.assert_allclose(weights, expected, rtol=1e-15)
+
+  @pytest.mark.parametrize("arguments, message", [
+    (("pareto", GROUPS, COUNTS, 3), "'pareto' is unknown"),
+    (("custom", GROUPS, COUNTS, 3), "values=None"),
+    (("users", GROUPS, COUNTS, 3, [1, 1, 1]), "only then"),
+    (("custom", GROUPS, COUNTS, 3, [1, 1]), r"give \(3,\)"),
+    (("custom", GROUPS, COUNTS, 3, [1, 1, -1]), "numbers >= 0"),
+    (("custom", GROUPS, COUNTS, 3, [1, 1, np.nan]), "finite"),
+    (("custom", GROUPS, COUNTS, 3, [0, 0, 0]), "sums to 0"),
+    (("interactions", GROUPS, 0 * COUNTS, 3), "sums to 0"),
+    (("users", GROUPS, COUNTS, 2), r"span 0..2; give 0..1"),
+    (("users", GROUPS - 1, COUNTS, 3), "span -1..1"),
+    (("users", GROUPS[:2], COUNTS, 3), "shape"),
+    (("users", GROUPS / 1, COUNTS, 3), "integers"),
+  ])
+  def test_bad_input(self, arguments, message):
+    with pytest.raises(InputError, match=message):
+      activeness.prior(*arguments)
+
+
+class TestDescribe:
+
+  def test_by_hand(self):
+    groups = activeness.assign_groups(LONG_TAIL)
+    segments = activeness.assign_segments(LONG_TAIL)
+    summary = activeness.describe(LONG_TAIL, groups, segments)
+    assert summary["users"] == 10
+    assert summary["interactions"] == 100
+    assert (summary["min"], summary["max"]) == (1, 54)
+    assert (summary["median"], summary["mean"]) == (3.5, 10)
+    assert summary["head_users"] == 0.2
+    assert summary["head_interactions"] == 0.74
+    assert summary["groups"][1] == {
+      "group": 1, "users": 2, "interactions": 4, "min": 2, "max": 2
+    }
+    assert summary["segments"][1] == {
+      "segment": 1, "users": 2, "interactions": 74, "min": 20, "max": 54
+    }
+
+  def test_gini_is_half_the_relative_mean_difference(self):
+    values = shuffled(3)
+    zeros = np.zeros(len(values), int)
+    differences = np.abs(values[:, None] - values[None, :]).mean()
+    summary = activeness.describe(values, zeros, zeros)
+    np.testing.assert_allclose(
+      summary["gini"], differences / (2 * values.mean()), rtol=1e-12
+    )
+
+  def test_gini_of_equals_is_zero(self):
+    zeros = np.zeros(4, int)
+    assert activeness.describe(np.full(4, 7), zeros, zeros)["gini"] == 0
+    assert activeness.describe(zeros, zeros, zeros)["gini"] == 0

@@ -1,0 +1,326 @@
+"""Files as people have them: odd names, odd ids, odd times, broken ones."""
+
+import datetime
+import pathlib
+
+import numpy as np
+import polars as pl
+import pytest
+
+from pin_jax import splits
+from pin_jax.datasets import files
+from pin_jax.interactions import from_columns
+from pin_jax.types import InputError
+
+
+@pytest.fixture
+def write(tmp_path):
+  """Returns a function that writes a text file and returns its path."""
+
+  def function(name: str, text: str | bytes) -> pathlib.Path:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+  return function
+
+
+class TestFormats:
+
+  COLUMNS = {"user_id": [2, 1, 2], "item_id": [7, 8, 9], "timestamp": [5, 6, 4]}
+
+  def expected(self):
+    return from_columns(*self.COLUMNS.values()).fingerprint
+
+  def test_csv(self, write):
+    path = write("a.csv", "user_id,item_id,timestamp\n2,7,5\n1,8,6\n2,9,4\n")
+    data = files.read(path)
+    assert data.fingerprint == self.expected()
+    assert data.name == "a"
+    assert files.read(str(path)).fingerprint == self.expected()
+
+  def test_crlf_quotes_mark_and_no_last_newline(self, write):
+    text = '\ufeffuser_id,item_id,timestamp\r\n"2",7,5\r\n1,8,6\r\n2,9,4'
+    assert files.read(write("a.csv", text)).fingerprint == self.expected()
+
+  def test_tsv_and_separator(self, write):
+    text = "user_id\titem_id\ttimestamp\n2\t7\t5\n1\t8\t6\n2\t9\t4\n"
+    assert files.read(write("a.tsv", text)).fingerprint == self.expected()
+    path = write("b.CSV", text.replace("\t", ";"))
+    assert files.read(path, separator=";").fingerprint == self.expected()
+
+  def test_parquet(self, tmp_path):
+    pl.DataFrame(self.COLUMNS).write_parquet(tmp_path / "a.parquet")
+    data = files.read(tmp_path / "a.parquet")
+    assert data.fingerprint == self.expected()
+
+  def test_parquet_of_many_row_groups(self, tmp_path):
+    rng = np.random.default_rng(0)
+    columns = {name: rng.integers(0, 50, 1000) for name in self.COLUMNS}
+    frame = pl.DataFrame(columns)
+    prints = set()
+    for size in (64, 1000):
+      frame.write_parquet(tmp_path / "a.parquet", row_group_size=size)
+      prints.add(files.read(tmp_path / "a.parquet").fingerprint)
+    assert prints == {from_columns(*columns.values()).fingerprint}
+
+  def test_inter(self, write):
+    path = write(
+      "a.inter",
+      "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+      "2\t7\t1\t5\n1\t8\t1\t6\n2\t9\t1\t4\n",
+    )
+    data = files.read(path)
+    assert data.fingerprint == self.expected()
+    assert data.notes["user_column"] == "user_id:token"
+    for name in ("item_id", "item_id:token"):
+      assert files.read(path, item=name).fingerprint == self.expected()
+
+  def test_inter_has_no_quotes(self, write):
+    text = 'user_id:token\titem_id:token\n"a\tx\nb\ty\n'
+    data = files.read(write("a.inter", text))
+    assert data.user_ids.tolist() == ['"a', "b"]
+
+  def test_options_are_passed_on(self, write):
+    path = write("a.csv", "user,item\n1,5\n1,5\n2,5\n")
+    data = files.read(path, duplicates="first", name="mine", k_core=1)
+    assert data.name == "mine"
+    assert data.notes["rows_read"] == 3
+    assert data.notes["duplicates_dropped"] == 1
+    with pytest.raises(TypeError, match="shuffle"):
+      files.read(path, shuffle=True)
+
+
+class TestColumns:
+
+  @pytest.mark.parametrize("header, used", [
+    ("userId,movieId,rating,timestamp", ("userId", "movieId", "timestamp")),
+    ("reviewerID,asin,overall,unixReviewTime",
+     ("reviewerID", "asin", "unixReviewTime")),
+    ("review_id,USER_ID,Business_Id,date", ("USER_ID", "Business_Id", "date")),
+    ("user,uid,user_id,item", ("user_id", "item", "none")),
+    ("parent_asin,asin,uid,Time", ("uid", "asin", "Time")),
+  ])
+  def test_guesses(self, write, header, used):
+    path = write("a.csv", header + "\n1,2,3,4\n")
+    notes = files.read(path).notes
+    assert used == tuple(
+      notes[f"{role}_column"] for role in ("user", "item", "time")
+    )
+
+  def test_names_given(self, write):
+    path = write("a.csv", "user,who,what,when\n1,2,3,4\n")
+    data = files.read(path, user="who", item="what", time="when")
+    assert data.user_ids.tolist() == [2]
+    assert data.times.tolist() == [4]
+
+  def test_without_time_the_file_order_decides(self, write):
+    data = files.read(write("a.csv", "user,item\n2,1\n1,9\n2,0\n"))
+    assert data.times is None
+    assert data.item_ids[data.items - 1].tolist() == [9, 1, 0]
+    assert "row order" in data.notes["order"]
+    assert data.notes["time_column"] == "none"
+
+
+class TestIds:
+
+  @pytest.mark.parametrize("texts, expected", [
+    (["10", "9"], [9, 10]),
+    (["-3", "0"], [-3, 0]),
+    (["007", "7"], ["007", "7"]),
+    (["12", "B00X"], ["12", "B00X"]),
+    (["+1", "2"], ["+1", "2"]),
+    (["-0", "0"], ["-0", "0"]),
+    (["1.0", "2"], ["1.0", "2"]),
+    (["9223372036854775808", "1"], ["1", "9223372036854775808"]),
+    (["1e3", "2"], ["1e3", "2"]),
+    (["nan", "NA"], ["NA", "nan"]),
+    (["é", "z"], ["z", "é"]),
+  ])
+  def test_integers_only_if_they_survive(self, write, texts, expected):
+    rows = "".join(f"{text},{text}\n" for text in texts)
+    data = files.read(write("a.csv", "user,item\n" + rows))
+    assert data.user_ids.tolist() == expected
+    assert data.item_ids.tolist() == expected
+    kind = np.int64 if isinstance(expected[0], int) else object
+    assert data.user_ids.dtype == kind
+
+  def test_a_late_string_counts(self, write):
+    rows = "".join(f"{n},1\n" for n in range(5000))
+    data = files.read(write("a.csv", "user,item\n" + rows + "x,1\n"))
+    assert data.num_users == 5001
+    assert data.user_ids.dtype == object
+
+  def test_parquet_keeps_strings(self, tmp_path):
+    frame = pl.DataFrame({"user": ["2", "1"], "item": [3, 4]})
+    frame.write_parquet(tmp_path / "a.parquet")
+    data = files.read(tmp_path / "a.parquet")
+    assert data.user_ids.tolist() == ["1", "2"]
+    assert data.item_ids.tolist() == [3, 4]
+
+
+def seconds(*args):
+  return int(
+    datetime.datetime(*args, tzinfo=datetime.UTC).timestamp()
+  )
+
+
+class TestTimes:
+
+  @pytest.mark.parametrize("texts, expected", [
+    (["20", "3"], [3, 20]),
+    (["2.5", "1"], [1.0, 2.5]),
+    (["1e9", "1"], [1.0, 1e9]),
+    (["2020-02-29", "1999-12-31"],
+     [seconds(1999, 12, 31), seconds(2020, 2, 29)]),
+    (["2020-01-01 10:00:01", "2020-01-01"],
+     [seconds(2020, 1, 1), seconds(2020, 1, 1, 10, 0, 1)]),
+    (["2020-01-01T10:00:00Z", "2020-01-01T10:00:00+02:00"],
+     [seconds(2020, 1, 1, 8), seconds(2020, 1, 1, 10)]),
+    (["1970-01-01 00:00:00.25", "1970-01-01 00:00:01"], [0.25, 1.0]),
+  ])
+  @pytest.mark.parametrize("suffix", ["csv", "parquet"])
+  def test_parsed(self, tmp_path, texts, expected, suffix):
+    frame = pl.DataFrame({"user": [1, 1], "item": [1, 2], "date": texts})
+    path = tmp_path / f"a.{suffix}"
+    getattr(frame, f"write_{suffix}")(path)
+    data = files.read(path)
+    assert data.times.tolist() == expected
+    assert data.times.dtype == type(expected[0])
+
+  def test_parquet_dates(self, tmp_path):
+    day = datetime.date(2020, 1, 2)
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"user": [1], "item": [1], "date": [day]}).write_parquet(path)
+    assert files.read(path).times.tolist() == [seconds(2020, 1, 2)]
+
+  @pytest.mark.parametrize("texts, line, value", [
+    (["1", "soon"], 3, "'soon'"),
+    (["soon", "1"], 2, "'soon'"),
+    (["2020-01-01", "2020-13-01"], 3, "'2020-13-01'"),
+    (["2020-13-01", "2020-01-01"], 2, "'2020-13-01'"),
+    (["2020-01-01", "5"], 3, "'5'"),
+    (["5", "2020-01-01"], 3, "'2020-01-01'"),
+    (["01/02/2020", "02/02/2020"], 2, "'01/02/2020'"),
+    (["2020-01-01T00:00:00Z", "2020-01-01"], 3, "'2020-01-01'"),
+    (["2020-01-01x", "2020-01-01y"], 2, "'2020-01-01x'"),
+    (["1", "nan"], 3, "nan"),
+    (["inf", "1"], 2, "inf"),
+  ])
+  def test_bad(self, write, texts, line, value):
+    rows = "".join(f"1,2,{text}\n" for text in texts)
+    with pytest.raises(InputError, match=f"line {line}: time {value}"):
+      files.read(write("a.csv", "user,item,time\n" + rows))
+
+  def test_bad_in_parquet(self, tmp_path):
+    path = tmp_path / "a.parquet"
+    frame = pl.DataFrame({"user": [1, 1], "item": [1, 2], "time": [1.0, None]})
+    frame.write_parquet(path)
+    with pytest.raises(InputError, match="row 2: time column 'time' is empty"):
+      files.read(path)
+    frame.fill_null(float("nan")).write_parquet(path)
+    with pytest.raises(InputError, match="row 2: time nan"):
+      files.read(path)
+
+
+class TestBadFiles:
+
+  @pytest.mark.parametrize("name, text, message", [
+    ("a.csv", "", "0 bytes"),
+    ("a.parquet", "", "0 bytes"),
+    ("a.inter", "", "0 bytes"),
+    ("a.csv", "user,item\n", "no rows"),
+    ("a.inter", "user_id:token\titem_id:token\n", "no rows"),
+    ("a.csv", "\n\n", "a.csv"),
+    ("a.csv", "user,thing\n1,2\n", r"no item column, only \['user', 'thing'\]"),
+    ("a.csv", "user;item\n1;2\n", "no user column, only .*user;item"),
+    ("a.csv", "user,item\n1,2\n,3\n", "line 3: user column 'user' is empty"),
+    ("a.csv", "user,item\n1,2\n3\n", "line 3: item column 'item' is empty"),
+    ("a.csv", "user,item\n1,2\n\n3,4\n", "line 3: user"),
+    ("a.csv", "user,item,time\n1,2,\n", "line 2: time column 'time' is empty"),
+    ("a.csv", "user,item\n1,2,3\n", "cannot be read .*separator"),
+    ("a.csv", b"user,item\n\xe9,3\n", "cannot be read .*utf-8"),
+    ("a.inter", "user_id\titem_id\n1\t2\n", "not name:type"),
+    ("a.parquet", "user,item\n1,2\n", "cannot be read"),
+    ("a.json", "{}", "unknown suffix '.json'.*'.inter'"),
+    ("a", "{}", "unknown suffix ''"),
+  ])
+  def test_one_line_that_says_what_and_where(self, write, name, text, message):
+    path = write(name, text)
+    with pytest.raises(InputError, match=message) as error:
+      files.read(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+  @pytest.mark.parametrize("suffix", sorted(files.READERS))
+  def test_missing_and_directory(self, tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with pytest.raises(InputError, match="does not exist"):
+      files.read(path)
+    path.mkdir()
+    with pytest.raises(InputError, match="is a directory"):
+      files.read(path)
+
+  @pytest.mark.parametrize("role", ["user", "item", "time"])
+  def test_missing_named_column(self, write, role):
+    path = write("a.csv", "user,item,time\n1,2,3\n")
+    with pytest.raises(InputError, match="no column 'x', only .*'item'"):
+      files.read(path, **{role: "x"})
+
+  @pytest.mark.parametrize("separator", ["", "::", "é"])
+  def test_bad_separator(self, write, separator):
+    path = write("a.csv", "user,item,time\n1,2,3\n")
+    with pytest.raises(InputError, match="give one character"):
+      files.read(path, separator=separator)
+
+  def test_null_id_in_parquet(self, tmp_path):
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"user": [1, None], "item": [1, 2]}).write_parquet(path)
+    with pytest.raises(InputError, match="row 2: user column 'user' is empty"):
+      files.read(path)
+    pl.DataFrame({"user": [], "item": []}).write_parquet(path)
+    with pytest.raises(InputError, match="no rows"):
+      files.read(path)
+
+
+@pytest.mark.shared_data
+class TestRealData:
+
+  # users, items, interactions, lengths min/median/mean/max, head's share (%)
+  @pytest.mark.parametrize("name, counts, lengths, head", [
+    ("ml-100k.inter", (943, 1682, 100000), (20, 65, 106, 737), 51),
+    ("ml-1m.parquet", (6040, 3706, 1000209), (20, 96, 166, 2314), 57),
+    ("amazon_beauty_s3rec.parquet", (22363, 12101, 198502),
+     (5, 6, 8.9, 204), 43),
+    ("amazon_toys_s3rec.parquet", (19412, 11924, 167597),
+     (5, 6, 8.6, 550), 43),
+    ("yelp_llmesr.parquet", (15720, 11383, 192214), (3, 5, 12.2, 588), 65),
+  ])
+  def test_counts(self, shared_data, name, counts, lengths, head):
+    data = files.read(shared_data / name)
+    assert counts == (data.num_users, data.num_items, data.num_interactions)
+    found = data.lengths
+    assert (found.min(), found.max()) == (lengths[0], lengths[3])
+    assert np.median(found) == lengths[1]
+    np.testing.assert_allclose(found.mean(), lengths[2], atol=0.5)
+    top = np.sort(found)[::-1][:round(0.2 * len(found))]
+    np.testing.assert_allclose(100 * top.sum() / found.sum(), head, atol=0.6)
+    split = splits.leave_one_out(data)
+    assert split.notes["users_dropped"] == 0
+
+  def test_movielens_ties(self, shared_data):
+    data = files.read(shared_data / "ml-100k.inter")
+    np.testing.assert_allclose(data.notes["tied_share"], 0.5, atol=0.02)
+    last = data.offsets[1:] - 1
+    tied = (data.times[last] == data.times[last - 1]).mean()
+    np.testing.assert_allclose(tied, 0.44, atol=0.005)
+
+  def test_tied_items_keep_the_file_order(self, shared_data):
+    path = shared_data / "ml-100k.inter"
+    data = files.read(path)
+    rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+    rows = [row for row in rows if row[0] == "196"]
+    rows.sort(key=lambda row: float(row[3]))
+    u = data.user_ids.tolist().index(196)
+    items = data.items[data.offsets[u]:data.offsets[u + 1]]
+    assert data.item_ids[items - 1].tolist() == [int(row[1]) for row in rows]

@@ -1,0 +1,163 @@
+"""Layers: dropout's statistics, attention against a loop over positions."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from pin_jax.layers import MLP, Block, CausalAttention, Dropout, dropout, hash_bits
+
+SIZE = 100_000
+NORMAL = nn.initializers.normal(0.5)
+
+
+def _masks(keys, rate=0.5, size=SIZE):
+  drop = jax.vmap(lambda key: dropout(jnp.ones(size), rate, key))
+  return np.asarray(drop(keys)) > 0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, 2**31])
+def test_dropout_keeps_its_share_and_the_mean(rate, seed):
+  out = np.asarray(dropout(jnp.ones(SIZE), rate, jax.random.key(seed)))
+  kept = out != 0
+  sigma = math.sqrt(rate * (1 - rate) / SIZE)
+  assert abs(kept.mean() - (1 - rate)) < 5 * sigma
+  assert abs(out.mean(dtype=np.float64) - 1) < 5 * sigma / (1 - rate)
+  np.testing.assert_allclose(out[kept], 1 / (1 - rate), rtol=1e-6)
+
+
+def test_dropout_rescales_what_it_keeps():
+  x = jax.random.normal(jax.random.key(1), (8, 5))
+  out = np.asarray(dropout(x, 0.25, jax.random.key(2)))
+  kept = out != 0
+  assert 0 < kept.sum() < kept.size
+  np.testing.assert_allclose(out[kept], np.asarray(x)[kept] / 0.75, rtol=1e-6)
+
+
+def test_same_key_same_mask_raw_or_typed_jitted_or_not():
+  key = jax.random.key(7)
+  want = hash_bits(key, (3, 50))
+  raw = hash_bits(jax.random.key_data(key), (3, 50))
+  jitted = jax.jit(hash_bits, static_argnums=1)(key, (3, 50))
+  np.testing.assert_array_equal(raw, want)
+  np.testing.assert_array_equal(jitted, want)
+
+
+@pytest.mark.parametrize("derive", ["seeds", "split", "fold_in"])
+def test_masks_of_different_keys_are_independent(derive):
+  key = jax.random.key(3)
+  keys = {
+    "seeds": jax.vmap(jax.random.key)(jnp.arange(6)),
+    "split": jax.random.split(key, 6),
+    "fold_in": jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(6)),
+  }[derive]
+  correlation = np.corrcoef(_masks(keys))
+  off = correlation[~np.eye(6, dtype=bool)]
+  assert np.abs(off).max() < 5 / math.sqrt(SIZE)
+
+
+def test_vmapped_keys_give_the_masks_of_each_key():
+  keys = jax.random.split(jax.random.key(4), 3)
+  masks = _masks(keys, 0.3, 200)
+  for key, mask in zip(keys, masks, strict=True):
+    alone = np.asarray(dropout(jnp.ones(200), 0.3, key)) > 0
+    np.testing.assert_array_equal(mask, alone)
+  assert (masks[0] != masks[1]).any() and (masks[1] != masks[2]).any()
+
+
+@pytest.mark.parametrize("lag", [1, 2, 64, 3200])
+def test_elements_of_a_mask_are_independent(lag):
+  mask = _masks(jax.random.key(5)[None])[0].astype(float)
+  assert abs(np.corrcoef(mask[lag:], mask[:-lag])[0, 1]) < 5 / math.sqrt(SIZE)
+
+
+def test_hash_bits_are_uniform():
+  bits = np.asarray(hash_bits(jax.random.key(6), (SIZE,)))
+  counts = np.bincount(bits >> 24, minlength=256)
+  assert scipy.stats.chisquare(counts).pvalue > 1e-4
+  ones = ((bits[:, None] >> np.arange(32, dtype=np.uint32)) & 1).mean(0)
+  assert np.abs(ones - 0.5).max() < 5 * 0.5 / math.sqrt(SIZE)
+
+
+def test_dropout_layer_is_off_without_a_key():
+  x = jnp.arange(1, 41.0).reshape(4, 10)
+  layer = Dropout(0.5)
+  np.testing.assert_array_equal(layer.apply({}, x), x)
+  on = layer.apply({}, x, rngs={"dropout": jax.random.key(0)})
+  assert 0 < np.sum(np.asarray(on) == 0) < x.size
+  off = Dropout(0.0).apply({}, x, rngs={"dropout": jax.random.key(0)})
+  np.testing.assert_array_equal(off, x)
+
+
+def _attention(length=6, width=4, heads=2):
+  layer = CausalAttention(heads, 0.0, NORMAL)
+  x = jax.random.normal(jax.random.key(0), (2, length, width))
+  mask = jnp.arange(length) >= jnp.asarray([[0], [3]])
+  return layer, layer.init(jax.random.key(1), x, mask), x, mask
+
+
+def test_attention_equals_a_loop_over_positions():
+  layer, variables, x, mask = _attention()
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
+  x64 = np.asarray(x, np.float64)
+  got = layer.apply(variables, x, mask)
+  for row in range(2):
+    project = lambda name, row=row: (
+      np.einsum("ld,dhk->hlk", x64[row], p[name]["kernel"])
+      + p[name]["bias"][:, None]
+    )
+    query, key, value = project("query"), project("key"), project("value")
+    for t in range(6):
+      read = [s for s in range(t + 1) if mask[row, s] or s == t]
+      want = p["out"]["bias"].copy()
+      for head in range(2):
+        logits = key[head, read] @ query[head, t] / math.sqrt(2)
+        pooled = scipy.special.softmax(logits) @ value[head, read]
+        want += pooled @ p["out"]["kernel"][head]
+      np.testing.assert_allclose(got[row, t], want, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_causal_and_never_reads_padding():
+  layer, variables, x, mask = _attention()
+  jacobian = jax.jacobian(lambda x: layer.apply(variables, x, mask).sum(-1))(x)
+  reads = np.abs(jacobian).sum(-1) > 0  # [B, L, B, L]
+  for row in range(2):
+    real = np.asarray(mask[row])
+    allowed = np.tril(np.ones((6, 6), bool)) & (real | np.eye(6, dtype=bool))
+    np.testing.assert_array_equal(reads[row, :, row], allowed)
+    assert not reads[row, :, 1 - row].any()
+
+
+def test_attention_over_padding_alone_is_finite():
+  layer, variables, x, mask = _attention()
+  run = lambda x: layer.apply(variables, x, jnp.zeros_like(mask)).sum()
+  value, grad = jax.value_and_grad(run)(x)
+  assert np.isfinite(value) and np.isfinite(grad).all()
+
+
+def _gelu(x):
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def test_mlp_equals_its_formula():
+  layer = MLP(7, 0.0, NORMAL)
+  x = jax.random.normal(jax.random.key(0), (3, 4))
+  variables = layer.init(jax.random.key(1), x)
+  first, second = (variables["params"][f"Dense_{i}"] for i in range(2))
+  h = _gelu(np.asarray(x, np.float64) @ first["kernel"] + first["bias"])
+  want = h @ second["kernel"] + second["bias"]
+  np.testing.assert_allclose(layer.apply(variables, x), want, atol=1e-5)
+
+
+def test_block_is_the_identity_where_its_kernels_are_zero():
+  x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+  mask = jnp.ones((2, 5), bool)
+  block = Block(2, 8, 0.0, nn.initializers.zeros)
+  variables = block.init(jax.random.key(1), x, mask)
+  np.testing.assert_array_equal(block.apply(variables, x, mask), x)

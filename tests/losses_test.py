@@ -1,0 +1,227 @@
+"""Losses against scipy and against the plain, unchunked formula."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from pin_jax.losses import chunked, softmax_cross_entropy
+
+WIDTH, ITEMS = 3, 11
+
+
+def test_cross_entropy_equals_scipy():
+  rng = np.random.default_rng(0)
+  logits = 9 * rng.normal(size=(2, 4, 7)).astype(np.float32)
+  target = rng.integers(0, 7, (2, 4))
+  chosen = np.take_along_axis(logits, target[..., None], -1)[..., 0]
+  want = scipy.special.logsumexp(logits.astype(np.float64), axis=-1) - chosen
+  got = softmax_cross_entropy(logits, target)
+  assert got.shape == (2, 4)
+  np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_cross_entropy_sees_only_the_candidates_that_take_part():
+  rng = np.random.default_rng(1)
+  logits = rng.normal(size=(5, 8)).astype(np.float32)
+  where = rng.random((5, 8)) < 0.6
+  target = rng.integers(0, 8, 5)
+  where[np.arange(5), target] = True
+  got = softmax_cross_entropy(logits, target, where)
+  for row in range(5):
+    part = logits[row][where[row]].astype(np.float64)
+    want = scipy.special.logsumexp(part) - logits[row, target[row]]
+    np.testing.assert_allclose(got[row], want, rtol=1e-6, atol=1e-6)
+  shared = softmax_cross_entropy(logits[:, :4], target * 0 + 2, jnp.arange(4) > 0)
+  part = logits[:, 1:4].astype(np.float64)
+  want = scipy.special.logsumexp(part, axis=-1) - logits[:, 2]
+  np.testing.assert_allclose(shared, want, rtol=1e-6, atol=1e-6)
+
+
+def test_cross_entropy_gradient_is_softmax_minus_one_hot():
+  logits = jnp.asarray([[0.3, -1.2, 2.0, 0.0]])
+  where = jnp.asarray([[False, True, True, True]])
+  grad = jax.grad(
+    lambda x: softmax_cross_entropy(x, jnp.asarray([2]), where).sum()
+  )(logits)
+  softmax = scipy.special.softmax([-1.2, 2.0, 0.0])
+  want = [[0, *(softmax - [0, 1, 0])]]
+  np.testing.assert_allclose(grad, want, atol=1e-6)
+
+
+def test_cross_entropy_of_huge_logits_is_finite():
+  logits = jnp.asarray([1e30, 1e30, -1e30])
+  np.testing.assert_allclose(
+    softmax_cross_entropy(logits, jnp.asarray(1)), math.log(2), atol=1e-6
+  )
+
+
+def test_cross_entropy_accumulates_bfloat16_in_float32():
+  logits = jnp.linspace(-3, 3, 4001).astype(jnp.bfloat16)
+  got = softmax_cross_entropy(logits, jnp.asarray(17))
+  wide = np.asarray(logits, np.float64)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(
+    got, scipy.special.logsumexp(wide) - wide[17], rtol=1e-6
+  )
+
+
+def _logits(params, shared, inputs):
+  return shared * (inputs["h"] @ params["table"].T) + params["bias"]
+
+
+def _row_loss(params, shared, inputs, targets):
+  return softmax_cross_entropy(_logits(params, shared, inputs), targets)
+
+
+def _direct(params, shared, inputs, targets, weights):
+  logits = _logits(params, shared, inputs)
+  softmax = jnp.exp(logits) / jnp.exp(logits).sum(-1, keepdims=True)
+  chosen = softmax[jnp.arange(len(targets)), targets]
+  return jnp.sum(weights * -jnp.log(chosen))
+
+
+def _problem(rows, seed=0):
+  rng = np.random.default_rng(seed)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  params = {"table": normal(ITEMS, WIDTH), "bias": normal(ITEMS)}
+  targets = jnp.asarray(rng.integers(0, ITEMS, rows), jnp.int32)
+  weights = jnp.asarray(rng.uniform(0.1, 2, rows), jnp.float32)
+  return params, jnp.float32(1.3), {"h": normal(rows, WIDTH)}, targets, weights
+
+
+def _assert_close(got, want):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()
+    ),
+    got,
+    want,
+  )
+
+
+def _with_gradients(f):
+  return jax.value_and_grad(f, (0, 2))
+
+
+@pytest.mark.parametrize(
+  ("rows", "chunk"), [(7, 3), (5, 8), (6, 3), (1, 1), (9, 2)]
+)
+def test_chunked_equals_the_direct_sum(rows, chunk):
+  problem = _problem(rows)
+  want = _with_gradients(_direct)(*problem)
+  f = chunked(_row_loss, chunk)
+  _assert_close(f(*problem), want[0])
+  _assert_close(_with_gradients(f)(*problem), want)
+
+
+def test_chunked_under_jit_scales_with_the_cotangent():
+  problem = _problem(7)
+  scaled = lambda f: lambda *args: -2.5 * f(*args) ** 2
+  want = _with_gradients(scaled(_direct))(*problem)
+  got = jax.jit(_with_gradients(scaled(chunked(_row_loss, 4))))(*problem)
+  _assert_close(got, want)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "map"])
+def test_chunked_over_a_leading_axis_equals_a_loop(transform):
+  problems = [_problem(7, seed) for seed in range(3)]
+  zero = problems[1][4].at[:4].set(0)
+  problems[1] = (*problems[1][:4], zero)
+  want = [_with_gradients(_direct)(*p) for p in problems]
+  stack = lambda *xs: jnp.stack(xs)
+  stacked = jax.tree.map(stack, *problems)
+  one = _with_gradients(chunked(_row_loss, 4))
+  if transform == "vmap":
+    got = jax.jit(jax.vmap(one))(*stacked)
+  else:
+    got = jax.jit(lambda xs: jax.lax.map(lambda x: one(*x), xs))(stacked)
+  _assert_close(got, jax.tree.map(stack, *want))
+
+
+def test_chunked_vmapped_over_weights_alone():
+  params, shared, inputs, targets, weights = _problem(5)
+  many = jnp.stack([weights, weights * 0, weights.at[3:].set(0)])
+  run = lambda f: jax.vmap(
+    _with_gradients(f), (None, None, None, None, 0)
+  )(params, shared, inputs, targets, many)
+  _assert_close(run(chunked(_row_loss, 2)), run(_direct))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rows", [(1,), (0, 1, 2), (5, 6), (0, 4, 6)])
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_rows_of_zero_weight_do_not_poison(bad, rows, vmapped):
+  rows = np.asarray(rows)
+  kept = np.setdiff1d(np.arange(7), rows)
+  params, shared, inputs, targets, weights = _problem(7)
+  only = lambda x: x[kept]
+  want, (of_params, of_inputs) = _with_gradients(_direct)(
+    params, shared, {"h": only(inputs["h"])}, only(targets), only(weights)
+  )
+  inputs = {"h": inputs["h"].at[rows].set(bad)}
+  args = params, shared, inputs, targets, weights.at[rows].set(0)
+  run = _with_gradients(chunked(_row_loss, 3))
+  if vmapped:
+    got = jax.vmap(run)(*jax.tree.map(lambda x: jnp.stack([x, x]), args))
+    got = jax.tree.map(lambda x: x[1], got)
+  else:
+    got = run(*args)
+  _assert_close((got[0], got[1][0]), (want, of_params))
+  np.testing.assert_array_equal(got[1][1]["h"][rows], 0)
+  _assert_close(only(got[1][1]["h"]), of_inputs["h"])
+
+
+def test_padding_to_whole_chunks_does_not_poison():
+  def cosine(params, shared, inputs, constants):
+    norm = jnp.sqrt(jnp.sum(inputs**2, -1))
+    return inputs @ params / norm / constants
+
+  inputs = jnp.asarray([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])
+  args = jnp.asarray([1.0, 2.0]), None, inputs, jnp.ones(3), jnp.ones(3)
+  value, grad = jax.value_and_grad(chunked(cosine, 2))(*args)
+  np.testing.assert_allclose(value, 11 / 5 + 2 + 1, rtol=1e-6)
+  np.testing.assert_allclose(grad, [3 / 5 + 0 + 1, 4 / 5 + 1 + 0], rtol=1e-6)
+
+
+def test_weights_of_zero_give_zero():
+  params, shared, inputs, targets, weights = _problem(5)
+  value, grads = _with_gradients(chunked(_row_loss, 2))(
+    params, shared, inputs, targets, weights * 0
+  )
+  assert value == 0
+  jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), grads)
+
+
+def test_shared_and_weights_are_constants():
+  problem = _problem(5)
+  of_shared, of_weights = jax.grad(chunked(_row_loss, 2), (1, 4))(*problem)
+  assert of_shared == 0
+  np.testing.assert_array_equal(of_weights, 0)
+
+
+def _largest(text):
+  shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+  return max(math.prod(map(int, s.split(","))) for s in shapes)
+
+
+@pytest.mark.parametrize("stage", ["jaxpr", "hlo"])
+def test_no_intermediate_of_all_rows_by_all_items(stage):
+  rows, items = 24, 101
+  params, shared, inputs, targets, weights = _problem(rows)
+  params = {"table": jnp.ones((items, WIDTH)), "bias": jnp.zeros(items)}
+  args = params, shared, inputs, targets, weights
+
+  def largest(f):
+    run = _with_gradients(f)
+    if stage == "jaxpr":
+      return _largest(str(jax.make_jaxpr(run)(*args)))
+    return _largest(jax.jit(run).lower(*args).compile().as_text())
+
+  assert largest(_direct) >= rows * items
+  assert largest(chunked(_row_loss, rows)) >= rows * items
+  assert largest(chunked(_row_loss, 8)) == 8 * items

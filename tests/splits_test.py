@@ -1,0 +1,149 @@
+"""Splits against a loop over users that follows the definitions."""
+
+import numpy as np
+import pytest
+
+from pin_jax import splits
+from pin_jax.interactions import from_columns
+from pin_jax.types import InputError
+
+
+def random_data(seed=0, rows=200, users=40):
+  rng = np.random.default_rng(seed)
+  return from_columns(
+    rng.integers(0, users, rows), rng.integers(0, 9, rows),
+    rng.integers(0, 50, rows),
+  )
+
+
+class TestLeaveOneOut:
+
+  def test_positions(self):
+    data = from_columns([1] * 5 + [2] * 2 + [3] * 3, range(10), range(10))
+    split = splits.leave_one_out(data)
+    assert split.interactions.user_ids.tolist() == [1, 3]
+    assert split.train_end.tolist() == [3, 1]
+    assert split.validation.tolist() == [3, 1]
+    assert split.test.tolist() == [4, 2]
+    assert split.notes["users_dropped"] == 1
+    assert split.interactions.item_ids is data.item_ids
+    assert "leave-one-out" in split.protocol and "\n" not in split.protocol
+
+  def test_types(self):
+    split = splits.leave_one_out(random_data())
+    for positions in (split.train_end, split.validation, split.test):
+      assert positions.dtype == np.int32
+      assert positions.shape == (split.interactions.num_users,)
+    assert split.activeness.dtype == np.int64
+    np.testing.assert_array_equal(
+      split.activeness, split.interactions.lengths - 2
+    )
+
+  def test_needs_no_times(self):
+    split = splits.leave_one_out(from_columns([1, 1, 1], [4, 5, 6]))
+    assert split.test.tolist() == [2]
+    assert split.notes["users_dropped"] == 0
+
+  def test_no_user_left(self):
+    with pytest.raises(InputError, match=r"3 interactions \(longest: 2\)"):
+      splits.leave_one_out(from_columns([1, 1, 2], [1, 2, 3]))
+
+
+class TestTemporal:
+
+  @pytest.mark.parametrize("seed", range(5))
+  def test_equals_definition(self, seed):
+    data = random_data(seed)
+    split = splits.temporal(data, validation_time=20, test_time=31)
+    expected, dropped = {}, 0
+    for u, user in enumerate(data.user_ids.tolist()):
+      times = data.times[data.offsets[u]:data.offsets[u + 1]].tolist()
+      train = [t for t in times if t < 20]
+      if not train:
+        dropped += 1
+        continue
+      validation = [i for i, t in enumerate(times) if 20 <= t < 31] or [-1]
+      test = [i for i, t in enumerate(times) if t >= 31] or [-1]
+      expected[user] = (len(train), validation[0], test[0])
+    assert dropped == split.notes["users_dropped"]
+    rows = zip(split.train_end, split.validation, split.test, strict=True)
+    assert dict(zip(
+      split.interactions.user_ids.tolist(),
+      [tuple(map(int, row)) for row in rows], strict=True,
+    )) == expected
+    assert split.notes["test_targets"] == sum(
+      row[2] >= 0 for row in expected.values()
+    )
+    for positions in (split.train_end, split.validation, split.test):
+      assert positions.dtype == np.int32
+    assert "20" in split.protocol and "31" in split.protocol
+
+  def test_borders(self):
+    # A time equal to a border belongs to the later period.
+    data = from_columns([1] * 4, [1, 2, 3, 4], [9, 10, 19, 20])
+    split = splits.temporal(data, validation_time=10, test_time=20)
+    assert split.train_end.tolist() == [1]
+    assert split.validation.tolist() == [1]
+    assert split.test.tolist() == [3]
+
+  def test_user_without_targets_still_trains(self):
+    data = from_columns([1, 1, 1, 2], [1, 2, 3, 4], [1, 2, 3, 1])
+    split = splits.temporal(data, validation_time=2, test_time=3)
+    assert split.train_end.tolist() == [1, 1]
+    assert split.validation.tolist() == [1, -1]
+    assert split.test.tolist() == [2, -1]
+
+  @pytest.mark.parametrize("times, message", [
+    ({"validation_time": 3, "test_time": 3}, "not before test_time=3"),
+    ({"validation_time": 3, "test_time": 2}, "not before test_time=2"),
+    ({"validation_time": np.nan, "test_time": 2}, "not before"),
+    ({"validation_time": 0, "test_time": 2}, r"no user .* \(earliest: 1\)"),
+    ({"validation_time": 2, "test_time": 9}, "has a test target"),
+    ({"validation_time": 2.5, "test_time": 2.75}, "has a validation target"),
+  ])
+  def test_bad_times(self, times, message):
+    data = from_columns([1, 1, 1], [1, 2, 3], [1, 2, 3])
+    with pytest.raises(InputError, match=message):
+      splits.temporal(data, **times)
+
+  def test_without_times(self):
+    data = from_columns([1, 1, 1], [1, 2, 3])
+    with pytest.raises(InputError, match="has no times"):
+      splits.temporal(data, validation_time=2, test_time=3)
+    with pytest.raises(InputError, match="has no times"):
+      splits.temporal_fractions(data)
+
+
+class TestTemporalFractions:
+
+  def test_shares_of_distinct_times(self):
+    rng = np.random.default_rng(0)
+    data = from_columns(
+      rng.integers(0, 20, 1000), rng.integers(0, 9, 1000),
+      rng.permutation(1000),
+    )
+    split = splits.temporal_fractions(data, validation=0.15, test=0.25)
+    assert split.notes["users_dropped"] == 0
+    # All users are kept, so the training interactions are 60 % of 1000.
+    assert abs(split.activeness.sum() - 600) <= 1
+    first_test = split.interactions.offsets[:-1] + split.test
+    assert split.interactions.times[first_test].min() >= 749
+
+  def test_times_keep_their_type(self):
+    data = from_columns([1] * 9, range(9), np.arange(9) + 2**60)
+    split = splits.temporal_fractions(data, validation=0.2, test=0.2)
+    assert str(2**60 + 7) in split.protocol
+
+  @pytest.mark.parametrize("validation, test", [
+    (0, 0.1), (0.1, -0.1), (0.5, 0.5), (np.nan, 0.1)
+  ])
+  def test_bad_shares(self, validation, test):
+    with pytest.raises(InputError, match="sum is below 1"):
+      splits.temporal_fractions(
+        random_data(), validation=validation, test=test
+      )
+
+  def test_all_times_equal(self):
+    data = from_columns([1, 1, 1], [1, 2, 3], [5, 5, 5])
+    with pytest.raises(InputError, match="ascending times"):
+      splits.temporal_fractions(data)
