@@ -144,6 +144,7 @@ class Trainer:
     self._workdir, self._seed = workdir, seed
     self._log, self._progress = log, progress
     self._key = jax.random.key(seed)
+    self.cost: dict[str, dict[str, Any]] = {}
     self.length = config.backbone.length
     self._rankers: dict[bool, evaluation.RankFn] = {}
     self.trained: dict[str, training.FitResult] = {}
@@ -222,6 +223,13 @@ class Trainer:
       on_resume=on_resume,
     )
     store.close()
+    result = self.trained[stage.name]
+    self.cost[run] = {
+      "steps": result.last_step,
+      "best_steps": result.best_steps,
+      "validation": result.best_values,
+      "cpu_seconds": round(result.cpu_seconds, 1),
+    }
     if counted < steps:
       advance(steps - counted, resumed=True)
 
@@ -290,7 +298,7 @@ class Trainer:
     )
     params = (
       self.trained[stage.start].best if stage.start
-      else self._networks.backbone.init(self._stage_key("init"))
+      else jax.jit(self._networks.backbone.init)(self._stage_key("init"))
     )
     state = training.init_state(
       params, optimizer, weighting, average=config.optimizer.average > 0
@@ -318,7 +326,8 @@ class Trainer:
       batch_size=config.batch_size // len(SEGMENTS),
       length=config.backbone.length, draw=draw, mean=mean,
     )
-    params = plugins.init_stacked(
+    init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
+    params = init(
       self._networks.plugin, self._stage_key(stage.name + "/init"),
       len(SEGMENTS),
     )
@@ -525,10 +534,12 @@ def run(
     console.print(f"{workdir} is finished; reprinting its tables")
     return report.write_report(workdir, console=console)
   _describe(problem, console)
-  rows, closeness = _train_all(config, problem, networks, workdir, console)
+  rows, closeness, cost = _train_all(
+    config, problem, networks, workdir, console
+  )
   with (workdir / "rows.parquet").open("wb") as file:
     rows.write_parquet(file)
-  summary = _summary(config, problem, closeness)
+  summary = {**_summary(config, problem, closeness), "cost": cost}
   temporary = workdir / "summary.json.tmp"
   temporary.write_text(json.dumps(summary, indent=2) + "\n")
   temporary.rename(workdir / "summary.json")
@@ -541,12 +552,12 @@ def _train_all(
   networks: Networks,
   workdir: epath.Path,
   console: rich.console.Console,
-) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
   stages = stages_of(tuple(config.methods))
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(workdir)
   progress = logs.JobProgress(total, console)
-  rows, closeness = [], []
+  rows, closeness, cost = [], [], {}
   try:
     for seed in config.seeds:
       trainer = Trainer(
@@ -554,6 +565,7 @@ def _train_all(
       )
       for stage in stages:
         trainer.train(stage)
+      cost |= trainer.cost
       for name in config.methods:
         rows.append(method_rows(name, seed, problem, trainer))
       if problem.world is not None:
@@ -561,7 +573,7 @@ def _train_all(
   finally:
     log.close()
     progress.close()
-  return pl.concat(rows), truth.average(closeness)
+  return pl.concat(rows), truth.average(closeness), cost
 
 
 def _closeness(

@@ -8,16 +8,18 @@ Any setting: --config.backbone.width=128; arguments of a config:
 continues an interrupted job and reprints a finished one.
 """
 
+import re
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pin_jax.types import InputError, TrainingError
 
+_DEFAULT = "experiments/configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", "experiments/configs/quickstart.py",
-  "Configuration file, with arguments after a colon.",
+  "config", None,
+  f"Configuration file, with arguments after a colon (default {_DEFAULT}).",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
@@ -27,22 +29,39 @@ flags.mark_flag_as_required("workdir")
 
 def main(_: list[str]) -> None:
   """Runs the job."""
+  logging.set_verbosity(logging.WARNING)
   from experiments import job  # after the flags: importing jax takes seconds
 
   job.run(_CONFIG.value, _WORKDIR.value)
 
 
 def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; whatever is wrong with them becomes an InputError."""
+  if not any(re.match("--?config(=|$)", argument) for argument in argv):
+    argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
   try:
-    return flags.FLAGS(argv)
-  except InputError:
-    raise
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.keys()  # a file that cannot be loaded fails on access
+    return rest
   except (
     flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError,
     ValueError,
   ) as error:
-    lines = str(error).strip().strip('"').splitlines() or [repr(error)]
-    raise InputError(f"flags: {' '.join(lines)[:400]}; see --help") from error
+    unknown = isinstance(error, AttributeError | KeyError)
+    kind = "unknown config key" if unknown else "flags:"
+    raise InputError(f"{kind} {_in_one_line(str(error))}") from error
+
+
+def _in_one_line(message: str) -> str:
+  """The flag library's message without the tracebacks it may hold."""
+  marker = f"{InputError.__name__}: "
+  if marker in message:
+    return message.rsplit(marker, 1)[1].strip()  # raised by a config file
+  lines = [x.strip() for x in message.strip("\"' \n").splitlines()]
+  if "Traceback" in message:
+    lines = [lines[0], lines[-1]]
+  text = " ".join(filter(None, lines)).replace("\\'", "'").replace("\\n", " ")
+  return f"{text}; see --help"
 
 
 def launch() -> None:

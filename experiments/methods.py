@@ -1,8 +1,8 @@
 """Methods: which stages they train and what serves each segment.
 
 Every method is a configuration of the same two steps; none has a trainer of
-its own. All serve a user after the same number of steps: `backbone_steps` +
-`plugin_steps`.
+its own. All serve a user after the same number of steps, `backbone_steps` +
+`plugin_steps`, but for the ablation `pin_backbone`, which stops before stage 2.
 """
 
 import dataclasses

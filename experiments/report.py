@@ -89,6 +89,13 @@ def write_report(
   if "fingerprint" in summary:
     protocol += f"; data {summary['data']} {summary['fingerprint']}"
   names = {"base": base, "other": other, "protocol": protocol}
+  for run, cost in summary.get("cost", {}).items():
+    values = ", ".join(f"{x:.4f}" for x in cost["validation"])
+    console.print(
+      f"{run}: {cost['steps']:,} steps, {cost['cpu_seconds']:.0f} CPU-seconds, "
+      f"best validation {values} at step {cost['best_steps']}",
+      markup=False, soft_wrap=True,
+    )
   print_models(models, console=console)
   if summary.get("closeness"):
     truth.print_closeness(summary["closeness"], console)

@@ -6,6 +6,7 @@ is stage 1 with a single group.
 """
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -335,7 +336,7 @@ def plugin_step(
       grads, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    norms = jax.vmap(optax.global_norm)(grads)
+    norms = jax.vmap(optax.tree.norm)(grads)
     log = {"loss": losses, "norms": norms, "learning_rate": schedule(t)}
     return state._replace(params=params, optimizer=opt_state), log
 
@@ -362,14 +363,19 @@ def init_state(
   Returns:
     The state; it shares no buffer with `params`.
   """
-  params = jax.tree.map(jnp.array, params)
+  copy = lambda tree: jax.tree.map(jnp.copy, tree)
   init = jax.vmap(optimizer.init) if stacked else optimizer.init
-  return TrainState(
-    params,
-    init(params),
-    () if weighting is None else weighting.init(),
-    jax.tree.map(jnp.array, params) if average else None,
-  )
+
+  @jax.jit
+  def start(params: PyTree) -> TrainState:
+    return TrainState(
+      copy(params),
+      init(params),
+      () if weighting is None else weighting.init(),
+      copy(params) if average else None,
+    )
+
+  return start(params)
 
 
 def effective_share(weights: jax.Array, real: jax.Array) -> jax.Array:
@@ -397,12 +403,14 @@ class FitResult(NamedTuple):
     best_steps: that step, a list of length 1 or S.
     best_values: its validation value.
     last_step: steps trained.
+    cpu_seconds: processor time of all launches, validation included.
   """
 
   best: PyTree
   best_steps: list[int]
   best_values: list[float]
   last_step: int
+  cpu_seconds: float
 
 
 class Progress(NamedTuple):
@@ -413,12 +421,14 @@ class Progress(NamedTuple):
     values: best validation value of every slot.
     steps: the step it was reached at.
     stale: validations since the last improvement of any slot.
+    cpu_seconds: processor time so far.
   """
 
   step: int
   values: list[float]
   steps: list[int]
   stale: int
+  cpu_seconds: float
 
 
 def fit(
@@ -475,12 +485,13 @@ def fit(
     )
   run = _compile(step)
   served = lambda s: s.params if s.average is None else s.average
-  best = jax.tree.map(jnp.array, served(state))
-  progress = Progress(0, [], [], 0)
+  best = _copy(served(state))
+  progress = Progress(0, [], [], 0, 0.0)
   saved = checkpoints and checkpoints.restore((state, best))
   if saved:
     (state, best), progress = saved[0], Progress(**saved[1])
     on_resume(progress.step)
+  started = time.process_time() - progress.cpu_seconds
 
   def validate(t: int) -> None:
     nonlocal best, progress
@@ -495,6 +506,7 @@ def fit(
       np.where(better, values, old).tolist(),
       [t if b else s for b, s in zip(better, steps, strict=True)],
       0 if better.any() else progress.stale + 1,
+      time.process_time() - started,
     )
     if checkpoints:
       checkpoints.save(t, (state, best), progress._asdict())
@@ -514,7 +526,9 @@ def fit(
     validate(t)
   if checkpoints:
     checkpoints.wait()
-  return FitResult(best, progress.steps, progress.values, t)
+  return FitResult(
+    best, progress.steps, progress.values, t, progress.cpu_seconds
+  )
 
 
 def _compile(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
@@ -527,11 +541,21 @@ def _compile(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
   return jax.jit(run, static_argnums=3, donate_argnums=0)
 
 
+@jax.jit
+def _copy(tree: PyTree) -> PyTree:
+  return jax.tree.map(jnp.copy, tree)
+
+
 def _select(
   better: np.ndarray, new: PyTree, old: PyTree, stacked: bool
 ) -> PyTree:
   if not stacked:
-    return jax.tree.map(jnp.array, new) if better[0] else old
+    return _copy(new) if better[0] else old
+  return _pick(jnp.asarray(better), new, old)
+
+
+@jax.jit
+def _pick(better: jax.Array, new: PyTree, old: PyTree) -> PyTree:
   def pick(new: jax.Array, old: jax.Array) -> jax.Array:
     chosen = better.reshape((-1,) + (1,) * (new.ndim - 1))
     return jnp.where(chosen, new, old)

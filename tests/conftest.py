@@ -3,7 +3,18 @@
 import os
 import pathlib
 
+import jax
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compilation_cache(tmp_path_factory):
+  """Compiles each program once a session, however many tests build it."""
+  jax.config.update(
+    "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache"))
+  )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
 
 _DEFAULT = pathlib.Path(__file__).parents[2] / "shared" / "data"
 

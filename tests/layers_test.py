@@ -10,7 +10,14 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from pin_jax.layers import MLP, Block, CausalAttention, Dropout, dropout, hash_bits
+from pin_jax.layers import (
+  MLP,
+  Block,
+  CausalAttention,
+  Dropout,
+  dropout,
+  hash_bits,
+)
 
 SIZE = 100_000
 NORMAL = nn.initializers.normal(0.5)

@@ -130,9 +130,9 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   values = parse(argument, path=data_path(file))
   config.data = files_section(values["path"])
   config.backbone.update(length=32, dropout=0.5)
-  config.backbone_steps, config.plugin_steps = 2000, 400
+  config.backbone_steps, config.plugin_steps = 2000, 500
   config.batch_size = 255
-  config.validation.every = 400
+  config.validation.every = 250
   return config
 
 

@@ -14,6 +14,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config = base.movielens(argument, "ml-1m.parquet", "movielens/1m")
   config.backbone.update(length=100, dropout=0.2)
   config.batch_size = 65
-  config.backbone_steps, config.plugin_steps = 4000, 600
-  config.validation.every = 500
+  config.backbone_steps, config.plugin_steps = 5400, 600
+  config.optimizer.learning_rate = 1.5e-3
+  config.validation.every = 300
   return config

@@ -3,7 +3,12 @@
   python -m experiments.main --config=experiments/configs/quickstart.py \
     --workdir=runs/quickstart
 
-The groups are the simulator's strata, so every exact distribution is known.
+About a minute and a half on two CPU cores. The model reads the last three
+behaviours, too few to tell how active a user is, so the joint base follows
+the active users. Expect PIN's tail NDCG@10 about 11 % above the base's
+and its head within 3 % of it: by construction, this is the world in which the
+method's premise holds. The groups are the simulator's strata, so that the
+report can also show how far every model is from the exact distributions.
 """
 
 from ml_collections import ConfigDict
@@ -21,7 +26,9 @@ def get_config() -> ConfigDict:
   })
   config.groups.rule = "thresholds"
   config.groups.thresholds = tuple(b - 2 for b in _BORDERS[1:-1])
-  config.backbone.update(length=32, width=32, blocks=1, dropout=0.1)
-  config.plugin.hidden = 16
-  config.backbone_steps, config.plugin_steps = 800, 200
+  config.backbone.update(length=3, dropout=0.2)
+  config.plugin.hidden = 128
+  config.batch_size = 500
+  config.backbone_steps, config.plugin_steps = 1500, 600
+  config.optimizer.update(learning_rate=4e-3, plugin_learning_rate=4e-3)
   return config

@@ -1,0 +1,314 @@
+"""The main job end to end on tiny data: results, resuming, bad input."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import rich.console
+from ml_collections import ConfigDict
+
+from experiments import job, settings
+from experiments.configs import base, files, ml1m, quickstart
+from experiments.methods import METHODS, stages_of
+from pin_jax import training
+from pin_jax.types import InputError, TrainingError
+
+
+def _config(**data):
+  config = base.default()
+  config.data = ConfigDict(
+    data
+    or {
+      "source": "simulator", "seed": 0, "num_users": 80, "num_items": 30,
+      "borders": (4, 6, 9, 30),
+    }
+  )
+  config.groups.num_groups = 3
+  config.backbone.update(length=6, width=8, blocks=1, dropout=0.1)
+  config.plugin.hidden = 4
+  config.batch_size = 24
+  config.backbone_steps, config.plugin_steps = 12, 8
+  config.classifier_steps = 8
+  config.dispatch, config.validation.every = 4, 4
+  return config
+
+
+def _console():
+  return rich.console.Console(file=io.StringIO(), width=100)
+
+
+def _run(config, workdir):
+  console = _console()
+  table = job.run(config, workdir, console)
+  return table, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A workdir in which every method has run."""
+  workdir = tmp_path_factory.mktemp("runs") / "all"
+  config = _config()
+  config.methods = ("base", *(name for name in METHODS if name != "base"))
+  _, text = _run(config, workdir)
+  return config, workdir, text
+
+
+def test_every_method_has_one_row_a_user(finished):
+  config, workdir, _ = finished
+  rows = pl.read_parquet(workdir / "rows.parquet")
+  titles = {METHODS[name].title for name in config.methods}
+  assert set(rows["model"]) == titles
+  counts = rows.group_by("model").agg(pl.len(), pl.col("user").n_unique())
+  assert set(counts["len"]) == set(counts["user"]) == {80}
+  assert (rows["rank"] <= rows["candidates"]).all()
+  assert (rows["candidates"] <= rows["candidates_unmasked"]).all()
+  assert set(rows["candidates_unmasked"]) == {30}
+
+
+def test_rows_hold_each_users_held_out_item(finished):
+  config, workdir, _ = finished
+  rows = pl.read_parquet(workdir / "rows.parquet").filter(model="pin")
+  data, _ = settings.load_data(config.data)
+  for row in rows.iter_rows(named=True):
+    start, end = data.offsets[row["user"]], data.offsets[row["user"] + 1]
+    assert row["target"] == data.item_ids[data.items[end - 1] - 1]
+    assert row["activeness"] == end - start - 2
+
+
+def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
+  assert METHODS["fine_tuned"].serve == (
+    ("fine-tuned/tail", None), ("fine-tuned/head", None),
+  )
+
+
+def test_equal_budgets():
+  config = _config()
+  full = [m for name, m in METHODS.items() if name != "pin_backbone"]
+  for method in full:
+    for backbone, plugin in method.serve:
+      by_name = {stage.name: stage for stage in method.stages}
+      steps, name = 0, plugin or backbone
+      while name is not None:
+        stage = by_name[name]
+        steps += job.num_steps(config, stage)
+        name = stage.start if stage.phase == "plugin" else None
+      assert steps == 20, method.title
+
+
+def test_shared_stages_are_trained_once():
+  names = [stage.name for stage in stages_of(("pin", "pin_backbone", "base"))]
+  assert names == ["pin/backbone", "pin/plugins", "base"]
+
+
+def test_log_holds_every_step_and_group(finished):
+  _, workdir, _ = finished
+  records = [
+    json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()
+  ]
+  steps = [
+    r for r in records if r["run"] == "pin/backbone" and "loss" in r
+  ]
+  assert [r["step"] for r in steps] == list(range(1, 13))
+  for record in steps:
+    assert np.shape(record["loss"]) == (3,)
+    assert np.shape(record["cosines"]) == (3, 3)
+    np.testing.assert_allclose(np.diag(record["cosines"]), 1, atol=1e-5)
+    np.testing.assert_allclose(sum(record["weights"]), 1, atol=1e-5)
+  exact = [r for r in records if r["run"] == "pin-exact/backbone"]
+  assert all(0 < x <= 1.001 for r in exact for x in r.get("effective_share", ()))
+  assert list((workdir / "events" / "pin" / "backbone").glob("events*"))
+
+
+def test_outputs_and_protocol(finished):
+  _, workdir, text = finished
+  for name in ("activeness", "groups_ndcg", "gradients-pin"):
+    assert (workdir / "plots" / f"{name}.png").stat().st_size > 5000
+  for part in (
+    "leave-one-out", "full ranking over 30 items", "ties at their average",
+    "s left", "KL from P(y|do(x))", str(workdir / "rows.parquet"),
+  ):
+    assert part in text, part
+
+
+def test_finished_job_reprints_without_training(finished, monkeypatch):
+  config, workdir, text = finished
+  monkeypatch.setattr(training, "fit", None)  # training would fail
+  _, again = _run(config, workdir)
+  assert "is finished" in again
+  assert text.split("All models", 1)[1] == again.split("All models", 1)[1]
+
+
+def test_workdir_of_another_config_is_refused(finished):
+  config, workdir, _ = finished
+  other = ConfigDict(config)
+  other.optimizer.learning_rate = 0.5
+  with pytest.raises(InputError, match="optimizer.learning_rate is 0.002"):
+    _run(other, workdir)
+
+
+def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
+  config = _config()
+  _run(config, tmp_path / "whole")
+
+  class Killed(Exception):
+    pass
+
+  fit = training.fit
+
+  def dying_fit(*args, **kwargs):
+    on_steps = kwargs["on_steps"]
+
+    def deliver(start, log):
+      on_steps(start, log)
+      if kwargs["name"] == "pin/backbone" and start >= 8:
+        raise Killed
+
+    return fit(*args, **{**kwargs, "on_steps": deliver})
+
+  monkeypatch.setattr(training, "fit", dying_fit)
+  with pytest.raises(Killed):
+    _run(config, tmp_path / "killed")
+  monkeypatch.setattr(training, "fit", fit)
+  _run(config, tmp_path / "killed")
+  whole, killed = (
+    pl.read_parquet(tmp_path / name / "rows.parquet")
+    for name in ("whole", "killed")
+  )
+  assert whole.equals(killed)
+  logs = [
+    sorted((tmp_path / name / "log.jsonl").read_text().splitlines())
+    for name in ("whole", "killed")
+  ]
+  assert logs[0] == logs[1]
+
+
+def test_string_ids_come_back(tmp_path):
+  rng = np.random.default_rng(0)
+  rows = [
+    (f"user-{u:02d}", f"item {rng.integers(12)}", f"2024-01-{d + 1:02d}")
+    for u in range(30)
+    for d in rng.permutation(4 + u % 7)
+  ]
+  path = tmp_path / "my.csv"
+  pl.DataFrame(rows, ["who", "item_id", "date"], orient="row").write_csv(path)
+  config = _config()
+  config.data = files.get_config(f"path={path},user=who").data
+  _run(config, tmp_path / "work")
+  out = pl.read_parquet(tmp_path / "work" / "rows.parquet")
+  assert out["user"].unique().sort().to_list() == sorted({r[0] for r in rows})
+  last = {u: item for u, item, _ in sorted(rows, key=lambda r: (r[0], r[2]))}
+  assert dict(zip(out["user"], out["target"], strict=True)) == last
+
+
+def test_nan_loss_stops_with_one_line(tmp_path):
+  config = _config()
+  config.optimizer.learning_rate = 1e30
+  with pytest.raises(TrainingError, match="base: the loss .* at step"):
+    _run(config, tmp_path)
+
+
+def test_three_groups_over_two_users(tmp_path):
+  (tmp_path / "a.csv").write_text(
+    "user,item\n" + "".join(f"{u},{i}\n" for u in (1, 2) for i in range(5))
+  )
+  config = _config(source="files", path=str(tmp_path / "a.csv"))
+  with pytest.raises(InputError, match="num_groups"):
+    _run(config, tmp_path / "w")
+  assert not (tmp_path / "w").exists()
+
+
+def test_short_users_are_dropped_and_counted(tmp_path):
+  lines = [f"{u},{i}" for u in range(20) for i in range(3 + u % 5)]
+  lines += ["98,1", "99,1", "99,2"]
+  (tmp_path / "a.csv").write_text("user,item\n" + "\n".join(lines) + "\n")
+  config = _config(source="files", path=str(tmp_path / "a.csv"))
+  _, text = _run(config, tmp_path / "w")
+  assert "users_dropped 2" in text
+
+
+def test_no_user_left(tmp_path):
+  (tmp_path / "a.csv").write_text("user,item\n1,1\n1,2\n2,1\n")
+  config = _config(source="files", path=str(tmp_path / "a.csv"))
+  with pytest.raises(InputError, match="3 interactions"):
+    _run(config, tmp_path / "w")
+
+
+def _set(key, value):
+  def change(config):
+    *path, last = key.split(".")
+    for name in path:
+      config = config[name]
+    with config.ignore_type(), config.unlocked():
+      config[last] = value
+
+  return change
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (_set("widht", 3), "widht=3: unknown key"),
+    (_set("backbone.widht", 3), "did you mean backbone.width"),
+    (_set("batch_size", "many"), "batch_size='many': give a value of type int"),
+    (_set("batch_size", True), "batch_size=True"),
+    (_set("batch_size", 2), "groups.num_groups=3"),
+    (_set("backbone.dropout", 1.0), "backbone.dropout=1.0"),
+    (_set("optimizer.learning_rate", float("nan")), "learning_rate=nan"),
+    (_set("groups.rule", "age"), "groups.rule='age': use one of"),
+    (_set("groups.thresholds", (3, 5)), "exactly where groups.rule asks"),
+    (_set("prior.kind", "custom"), "exactly where prior.kind asks"),
+    (_set("methods", ("base", "best")), "methods=('base', 'best')"),
+    (_set("seeds", ()), "seeds=()"),
+    (_set("seeds", (1, 1)), "each once"),
+    (_set("dispatch", 3), "multiple of dispatch=3"),
+    (_set("data.source", "web"), "data.source='web'"),
+    (_set("data.path", "a.csv"), "source 'simulator' does not use it"),
+    (_set("backbone.heads", 3), "no multiple of backbone.heads=3"),
+  ],
+)
+def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
+  config = _config()
+  change(config)
+  with pytest.raises(InputError) as error:
+    _run(config, tmp_path / "w")
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--config.widht=3"], "unknown config key"),
+    (["--config.batch_size=abc"], "batch_size"),
+    (["--config=experiments/configs/nowhere.py"], "nowhere.py"),
+    (["--config=experiments/configs/files.py"], "files.py needs a path"),
+    (
+      ["--config=experiments/configs/files.py:path=nowhere.csv"],
+      "nowhere.csv does not exist",
+    ),
+  ],
+)
+def test_command_line_errors_are_one_line(tmp_path, arguments, message):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.main", f"--workdir={tmp_path}/w"]
+    + arguments,
+    capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("config", [quickstart.get_config()])
+def test_shipped_configs_pass_the_check(config):
+  settings.check(config)
+
+
+@pytest.mark.parametrize("source", ["files", "tfds"])
+def test_shipped_configs_with_arguments_pass_the_check(source):
+  settings.check(ml1m.get_config(f"source={source}"))
