@@ -603,8 +603,9 @@ def _describe(problem: Problem, console: rich.console.Console) -> None:
     f"{data.num_interactions:,} interactions; fingerprint "
     f"{fingerprint(problem)}"
   )
-  notes = {**data.notes, **problem.split.notes}
-  console.print("; ".join(f"{key} {value}" for key, value in notes.items()))
+  for title, notes in (("read", data.notes), ("split", problem.split.notes)):
+    facts = ", ".join(f"{key} {value}" for key, value in notes.items())
+    console.print(f"{title}: {facts}")
   prior = " ".join(f"{p:.3f}" for p in problem.prior)
   console.print(f"activeness groups 0..{len(problem.prior) - 1}: P(d) {prior}")
 
@@ -618,7 +619,8 @@ def _summary(
   return {
     "data": data.name,
     "fingerprint": fingerprint(problem),
-    "notes": {**data.notes, **problem.split.notes},
+    "notes": {**data.notes},
+    "split_notes": {**problem.split.notes},
     "description": activeness.describe(
       problem.split.activeness, problem.groups, problem.segments
     ),

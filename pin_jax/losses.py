@@ -42,7 +42,9 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., jax.Array]:
 
   The gradient is formed in the forward pass, chunk by chunk, so neither pass
   holds more than `chunk` rows of logits and no logit is computed twice. A
-  chunk of zero weights is skipped (outside vmap, where a condition branches).
+  chunk of zero weights is skipped (outside vmap, where a condition branches);
+  elsewhere a row of zero weight repeats a real one, so that what it holds
+  cannot turn the gradient into NaN.
 
   Args:
     row_loss: (params, shared, inputs [M, ...], constants [M, ...]) -> [M].
@@ -50,7 +52,8 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., jax.Array]:
 
   Returns:
     f(params, shared, inputs, constants, weights [M]) -> scalar float32;
-    differentiable in params and inputs, constant in the others.
+    differentiable in params and the floating-point inputs, constant in the
+    others.
   """
 
   def chunk_sum(
@@ -60,8 +63,16 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., jax.Array]:
     constants: PyTree,
     weights: jax.Array,
   ) -> jax.Array:
+    real = weights != 0
+    fill = lambda x: jnp.where(
+      real.reshape(-1, *[1] * (x.ndim - 1)), x, x[jnp.argmax(real)]
+    )
+    inputs, constants = jax.tree.map(fill, (inputs, constants))
     losses = row_loss(params, shared, inputs, constants)
-    return jnp.sum(jnp.where(weights != 0, losses, 0) * weights)
+    return jnp.sum(jnp.where(real, losses, 0) * weights)
+
+  def is_float(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
   def split(x: jax.Array) -> jax.Array:
     pad = [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1)
@@ -95,8 +106,12 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., jax.Array]:
 
       def run(carry: PyTree) -> tuple[PyTree, PyTree]:
         value, (of_params, of_inputs) = jax.value_and_grad(
-          chunk_sum, (0, 1)
+          chunk_sum, (0, 1), allow_int=True
         )(params, inputs, shared, constants, weights)
+        of_inputs = jax.tree.map(
+          lambda x, g: g if is_float(x) else jnp.zeros_like(x),
+          inputs, of_inputs,
+        )
         return jax.tree.map(jnp.add, carry, (value, of_params)), of_inputs
 
       skip = lambda carry: (carry, jax.tree.map(jnp.zeros_like, inputs))
@@ -109,7 +124,9 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., jax.Array]:
     return value, (of_params, jax.tree.map(merge, of_inputs))
 
   def backward(residuals: PyTree, cotangent: jax.Array) -> tuple:
-    of_params, of_inputs = jax.tree.map(lambda x: x * cotangent, residuals)
+    of_params, of_inputs = jax.tree.map(
+      lambda x: x * cotangent if is_float(x) else None, residuals
+    )
     return of_params, None, of_inputs, None, None
 
   total.defvjp(forward, backward)

@@ -1,0 +1,476 @@
+"""Aggregation against hand formulas, numpy and plain joint losses."""
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pin_jax import activeness, aggregation, batches, splits, training
+from pin_jax.backbones import sasrec
+from pin_jax.interactions import Interactions
+from pin_jax.types import Backbone
+
+PATHS = list(aggregation.PATHS)
+LENGTHS = (3, 3, 4, 5, 6, 6, 8, 9, 10, 13)
+NUM_ITEMS = 12
+NUM_GROUPS = 3
+
+
+def test_docstring_example():
+  results = doctest.testmod(aggregation)
+  assert results.attempted > 0
+  assert results.failed == 0
+
+
+# The one-weight model: loss_g = s_g / 2 (theta - c_g)^2.
+
+SLOPES = np.array([1.0, 2.0, 0.5, 3.0])
+CENTRES = np.array([0.0, 4.0, -1.0, 1.5])
+PRIOR = np.array([0.1, 0.4, 0.3, 0.2])
+
+
+def quadratic(theta, batch, key):
+  del key
+  slope, centre = batch
+  return 0.5 * slope * (theta["w"] - centre) ** 2
+
+
+def one_weight(path, weighting, theta=1.5):
+  run = jax.jit(aggregation.aggregate(quadratic, weighting, path=path))
+  as_float32 = lambda x: jnp.asarray(x, jnp.float32)
+  return run(
+    {"w": jnp.float32(theta)},
+    (as_float32(SLOPES), as_float32(CENTRES)),
+    jax.random.split(jax.random.key(0), len(SLOPES)),
+    weighting.init(),
+  )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_weight_model_by_hand(path):
+  out = one_weight(path, aggregation.backdoor(PRIOR))
+  np.testing.assert_allclose(
+    out.losses, SLOPES / 2 * (1.5 - CENTRES) ** 2, rtol=1e-5
+  )
+  np.testing.assert_allclose(out.weights, PRIOR, rtol=1e-5)
+  np.testing.assert_allclose(
+    out.gradient["w"], (PRIOR * SLOPES * (1.5 - CENTRES)).sum(), rtol=1e-5
+  )
+  assert out.state == ()
+
+
+def test_one_weight_gramian_and_cosines_by_hand():
+  gradients = SLOPES * (1.5 - CENTRES)  # group 3 sits at its optimum
+  assert gradients[3] == 0
+  for path in ("stacked", "sequential"):
+    products = one_weight(path, aggregation.backdoor(PRIOR)).gramian
+    np.testing.assert_allclose(
+      products, np.outer(gradients, gradients), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      aggregation.cosines(products),
+      np.outer(np.sign(gradients), np.sign(gradients)), rtol=1e-5,
+    )
+
+
+def test_cheap_paths_say_what_they_do_not_know():
+  gradients = SLOPES * (1.5 - CENTRES)
+  products = one_weight("accumulated", aggregation.backdoor(PRIOR)).gramian
+  np.testing.assert_allclose(np.diagonal(products), gradients**2, rtol=1e-5)
+  assert np.isnan(products[~np.eye(4, dtype=bool)]).all()
+  products = one_weight("weighted", aggregation.backdoor(PRIOR)).gramian
+  assert products.shape == (4, 4)
+  assert np.isnan(products).all()
+
+
+def by_loss_and_step():
+  """Weights follow losses and the Gramian; the state counts the steps."""
+
+  def update(gramian, losses, state):
+    weights = losses / losses.sum() + jnp.diagonal(gramian) * state
+    return weights, state + 1
+
+  return aggregation.Weighting(lambda: jnp.float32(2), update)
+
+
+@pytest.mark.parametrize("path", ["stacked", "sequential"])
+def test_weighting_reads_gramian_losses_and_state(path):
+  out = one_weight(path, by_loss_and_step())
+  losses = SLOPES / 2 * (1.5 - CENTRES) ** 2
+  gradients = SLOPES * (1.5 - CENTRES)
+  weights = losses / losses.sum() + 2 * gradients**2
+  np.testing.assert_allclose(out.weights, weights, rtol=1e-5)
+  np.testing.assert_allclose(
+    out.gradient["w"], (weights * gradients).sum(), rtol=1e-5
+  )
+  assert out.state == 3
+
+
+# The algebra on a small tree.
+
+
+def small_tree():
+  rng = np.random.default_rng(0)
+  shapes = {"a": (3, 4, 5), "b": {"c": (3,), "d": (3, 2, 1, 2)}}
+  return jax.tree.map(
+    lambda shape: rng.normal(size=shape).astype(np.float32), shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+
+
+def flat_rows(tree):
+  leaves = jax.tree.leaves(tree)
+  return np.concatenate(
+    [np.asarray(x, np.float64).reshape(len(x), -1) for x in leaves], 1
+  )
+
+
+def test_gramian_cosines_and_combine_against_numpy():
+  tree = small_tree()
+  rows = flat_rows(tree)
+  products = aggregation.gramian(tree)
+  assert products.dtype == jnp.float32
+  np.testing.assert_allclose(products, rows @ rows.T, rtol=1e-5)
+  unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  np.testing.assert_allclose(
+    aggregation.cosines(products), unit @ unit.T, atol=1e-6
+  )
+  weights = np.array([0.5, -2.0, 0.25], np.float32)
+  combined = aggregation.combine(weights, tree)
+  assert jax.tree.structure(combined) == jax.tree.structure(tree)
+  for got, grads in zip(
+    jax.tree.leaves(combined), jax.tree.leaves(tree), strict=True
+  ):
+    assert got.shape == grads.shape[1:]
+    expected = sum(w * g for w, g in zip(weights, grads, strict=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gramian_accumulates_low_precision_in_float32():
+  ones = jnp.ones((2, 5000), jnp.bfloat16)
+  products = aggregation.gramian({"a": ones})
+  assert products.dtype == jnp.float32
+  np.testing.assert_array_equal(products, np.full((2, 2), 5000))
+
+
+def test_zero_gradients_have_cosine_zero():
+  tree = jax.tree.map(lambda x: x * np.float32([0, 1, 0]).reshape(
+    (3,) + (1,) * (x.ndim - 1)), small_tree())
+  cosines = aggregation.cosines(aggregation.gramian(tree))
+  np.testing.assert_allclose(cosines, np.diag([0.0, 1.0, 0.0]), atol=1e-6)
+  nothing = aggregation.cosines(jnp.zeros((3, 3)))
+  np.testing.assert_array_equal(nothing, np.zeros((3, 3)))
+
+
+# Weights and errors.
+
+
+def test_backdoor_normalises():
+  weighting = aggregation.backdoor([1, 3, 0])
+  np.testing.assert_array_equal(weighting.constant, [0.25, 0.75, 0])
+  weights, state = weighting.update(
+    jnp.full((3, 3), jnp.nan), jnp.full(3, jnp.nan), weighting.init()
+  )
+  np.testing.assert_array_equal(weights, [0.25, 0.75, 0])
+  assert weights.dtype == jnp.float32
+  assert state == ()
+
+
+@pytest.mark.parametrize("prior", [
+  [0.5, -0.1], [0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0], [[0.5, 0.5]], 1.0, [],
+])
+def test_backdoor_rejects(prior):
+  with pytest.raises(ValueError, match="prior="):
+    aggregation.backdoor(prior)
+
+
+def test_unknown_path():
+  with pytest.raises(ValueError, match="'fast' is unknown.*stacked"):
+    aggregation.aggregate(quadratic, aggregation.backdoor([1]), path="fast")
+
+
+@pytest.mark.parametrize("path", ["accumulated", "weighted"])
+def test_constant_paths_reject_weightings_that_read_gradients(path):
+  with pytest.raises(ValueError, match=f"{path}.*constant"):
+    aggregation.aggregate(quadratic, by_loss_and_step(), path=path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_recompilation_on_the_second_call(path):
+  traces = []
+
+  def counted(theta, batch, key):
+    traces.append(1)
+    return quadratic(theta, batch, key)
+
+  weighting = aggregation.backdoor([1, 2])
+  run = jax.jit(aggregation.aggregate(counted, weighting, path=path))
+  theta, state = {"w": jnp.float32(1)}, weighting.init()
+  for seed in range(3):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    out = run(theta, (jnp.ones(2), jnp.arange(2.0) + seed), keys, state)
+    theta, state = out.gradient, out.state
+    if not seed:
+      first = len(traces)
+  assert len(traces) == first
+  assert run._cache_size() == 1
+
+
+# Sequences, with independent windows and losses.
+
+
+def tiny_split():
+  rng = np.random.default_rng(1)
+  offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
+  data = Interactions(
+    name="tiny",
+    items=rng.integers(1, NUM_ITEMS + 1, offsets[-1]).astype(np.int32),
+    offsets=offsets,
+    times=None,
+    user_ids=np.arange(len(LENGTHS)),
+    item_ids=np.arange(1, NUM_ITEMS + 1),
+    notes={},
+  )
+  everything = np.array(LENGTHS, np.int32)
+  none = np.full(len(LENGTHS), -1, np.int32)
+  return splits.Split(data, everything, none, none, "all interactions", {})
+
+
+def user_sequences(split):
+  data = split.interactions
+  return [
+    data.items[a:b]
+    for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)
+  ]
+
+
+def numpy_windows(split, length):
+  """[(user, history [L], targets [L])] with every target once, by a loop."""
+  rows = []
+  for user, items in enumerate(user_sequences(split)):
+    for first in range(0, len(items) - 1, length):
+      last = min(first + length, len(items) - 1)
+      pad = [0] * (length - (last - first))
+      history, targets = items[first:last], items[first + 1 : last + 1]
+      rows.append((user, pad + list(history), pad + list(targets)))
+  users, history, targets = zip(*rows, strict=True)
+  return np.array(users), np.array(history), np.array(targets)
+
+
+def complete_data(split, groups, length):
+  """Every window of every user by `cut_windows`; [G, B] with empty rows."""
+  sequences = batches.make_sequences(split)
+  counts = np.asarray(split.train_end) - 1
+  windows = [
+    [
+      (user, first)
+      for user in np.flatnonzero(groups == g)
+      for first in range(0, counts[user], length)
+    ]
+    for g in range(groups.max() + 1)
+  ]
+  size = max(map(len, windows))
+  beyond = 10**6  # a window that starts after the last target is empty
+  padded = np.array([
+    rows + [(rows[0][0], beyond)] * (size - len(rows)) for rows in windows
+  ])
+  users, first = jnp.asarray(padded[..., 0]), jnp.asarray(padded[..., 1])
+  batch = batches.cut_windows(
+    sequences, users, first, jnp.asarray(counts)[users], length=length
+  )
+  empty = padded[..., 1] == beyond
+  assert (np.asarray(batch.targets)[empty] == 0).all()
+  return training.GroupBatch(batch, None)
+
+
+def tiny_sasrec(length, dropout):
+  backbone = sasrec.sasrec(
+    NUM_ITEMS, length=length, width=8, blocks=1, heads=2, dropout=dropout
+  )
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0))
+  rng = np.random.default_rng(3)
+  random = lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype)
+  return backbone, jax.tree.map(random, shapes)
+
+
+def bigram():
+  """Reads the last item only; logits are a row of a table."""
+  size = NUM_ITEMS + 1
+  return Backbone(
+    init=lambda key: {"table": jax.random.normal(key, (size, size))},
+    encode=lambda params, history, key=None: history,
+    at=lambda context, rows, columns: jax.nn.one_hot(
+      context[rows, columns], size
+    ),
+    represent=lambda params, states, candidates: states[:, None],
+    score=lambda params, representations, candidates: (
+      representations[:, 0] @ params["table"]
+    ),
+  )
+
+
+def plain_loss(backbone, params, history, targets, weights):
+  """sum weights * cross-entropy over real items, without package losses."""
+  rows, columns = np.indices(history.shape).reshape(2, -1)
+  states = backbone.at(backbone.encode(params, history), rows, columns)
+  represented = backbone.represent(params, states, None)
+  logits = backbone.score(params, represented, None)[:, 1:]
+  logs = jax.nn.log_softmax(logits).reshape(*history.shape, -1)
+  chosen = jnp.take_along_axis(
+    logs, jnp.maximum(targets - 1, 0)[..., None], axis=-1
+  )[..., 0]
+  return -(chosen * jnp.where(targets > 0, weights, 0)).sum()
+
+
+def user_groups(split):
+  groups = activeness.assign_groups(split.activeness, num_groups=NUM_GROUPS)
+  assert len(np.unique(groups)) == NUM_GROUPS
+  return groups
+
+
+def prior_of(kind, split, groups):
+  return activeness.prior(
+    kind, groups, batches.training_targets(split), NUM_GROUPS
+  )
+
+
+def joint_weights(kind, users, targets):
+  """Weights of the mean over targets, or over users of the user's mean."""
+  if kind == "interactions":
+    return np.full(targets.shape, 1 / (targets > 0).sum())
+  counts = np.bincount(users, (targets > 0).sum(1))
+  return np.repeat(
+    1 / (len(LENGTHS) * counts[users])[:, None], targets.shape[1], axis=1
+  )
+
+
+def assert_trees_close(got, expected, tolerance=1e-5):
+  """Within `tolerance` of each element or of the largest of the tree."""
+  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=tolerance, atol=tolerance * largest
+    ),
+    got, expected,
+  )
+
+
+def test_paths_agree_on_sasrec_with_dropout():
+  split = tiny_split()
+  group_batch = complete_data(split, user_groups(split), 5)
+  backbone, params = tiny_sasrec(5, dropout=0.4)
+  loss = training.group_loss(backbone, mean="users", chunk=16)
+  keys = jax.random.split(jax.random.key(5), NUM_GROUPS)
+  prior = np.array([0.5, 0.3, 0.2])
+  of_group = lambda g: jax.tree.map(lambda x: x[g], group_batch)
+  one = jax.jit(jax.value_and_grad(loss))
+  losses, grads = zip(
+    *(one(params, of_group(g), keys[g]) for g in range(NUM_GROUPS)),
+    strict=True,
+  )
+  expected = jax.tree.map(
+    lambda *g: sum(p * x for p, x in zip(prior, g, strict=True)), *grads
+  )
+  dropped = one(params, of_group(0), keys[1])[0]
+  assert abs(dropped - losses[0]) > 1e-3  # dropout is on
+  for path in PATHS:
+    weighting = aggregation.backdoor(prior)
+    run = jax.jit(aggregation.aggregate(loss, weighting, path=path))
+    out = run(params, group_batch, keys, weighting.init())
+    np.testing.assert_allclose(out.losses, np.array(losses), rtol=1e-5)
+    assert_trees_close(out.gradient, expected)
+
+
+# What a prior makes of group losses.
+
+
+# A row is a window: for the mean over users a user has to be one window.
+@pytest.mark.parametrize(
+  ("kind", "length"), [("interactions", 4), ("users", max(LENGTHS))]
+)
+def test_natural_prior_gives_the_joint_gradient(kind, length):
+  split = tiny_split()
+  groups = user_groups(split)
+  backbone, params = tiny_sasrec(length, dropout=0.0)
+  loss = training.group_loss(backbone, mean=kind, chunk=16)
+  weighting = aggregation.backdoor(prior_of(kind, split, groups))
+  keys = jax.random.split(jax.random.key(0), NUM_GROUPS)
+  run = jax.jit(aggregation.aggregate(loss, weighting))
+  out = run(params, complete_data(split, groups, length), keys, ())
+  users, history, targets = numpy_windows(split, length)
+  assert (targets > 0).sum() == sum(LENGTHS) - len(LENGTHS)
+  value, gradient = jax.jit(jax.value_and_grad(
+    lambda p: plain_loss(
+      backbone, p, history, targets, joint_weights(kind, users, targets)
+    )
+  ))(params)
+  np.testing.assert_allclose(
+    jnp.vdot(out.weights, out.losses), value, rtol=1e-5
+  )
+  assert_trees_close(out.gradient, gradient)
+
+
+def sampled_gradients(kind, prior, length, batch_size, count):
+  """Aggregated gradients of `count` sampled batches of a bigram table."""
+  split = tiny_split()
+  groups = user_groups(split)
+  backbone = bigram()
+  params = backbone.init(jax.random.key(1))
+  sequences = batches.make_sequences(split)
+  pool = batches.make_pool(
+    batches.training_targets(split), groups, num_groups=NUM_GROUPS,
+    length=length,
+  )
+  weighting = aggregation.backdoor(prior(split, groups))
+  loss = training.group_loss(backbone, mean=kind)
+  run = aggregation.aggregate(loss, weighting, path="weighted")
+
+  def one(key):
+    batch = batches.draw_batch(
+      key, sequences, pool, batch_size=batch_size, length=length, draw=kind
+    )
+    keys = jax.random.split(key, NUM_GROUPS)
+    return run(params, training.GroupBatch(batch, None), keys, ()).gradient
+
+  keys = jax.random.split(jax.random.key(2), count)
+  sampled = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)["table"]
+  users, history, targets = numpy_windows(split, 1)
+  joint = jax.grad(lambda p: plain_loss(
+    backbone, p, history, targets, joint_weights(kind, users, targets)
+  ))(params)["table"]
+  return np.asarray(sampled, np.float64), np.asarray(joint, np.float64)
+
+
+def z_scores(sampled, expected):
+  """(mean - expected) / standard error, of real items' entries."""
+  error = sampled.std(0) / np.sqrt(len(sampled))
+  return ((sampled.mean(0) - expected) / np.maximum(error, 1e-7))[1:, 1:]
+
+
+# Over interactions, windows with unequal numbers of targets make the mean a
+# ratio of two random sums, biased by O(1 / batch): large batches. With one
+# target a window, and over users with any window, there is no bias.
+@pytest.mark.parametrize(("kind", "length", "batch_size"), [
+  ("interactions", 1, 32),
+  ("interactions", 6, 512),
+  ("interactions", 15, 512),
+  ("users", 1, 32),
+  ("users", 6, 32),
+])
+def test_stratified_sampling_is_accounted_for(kind, length, batch_size):
+  count = 20000 // batch_size + 200
+  sampled, joint = sampled_gradients(
+    kind, lambda *x: prior_of(kind, *x), length, batch_size, count
+  )
+  z = z_scores(sampled, joint)
+  assert np.abs(z).max() < 5
+  assert np.sqrt((z**2).mean()) < 1.7
+
+
+def test_equal_weights_miss_the_joint_gradient():
+  sampled, joint = sampled_gradients(
+    "interactions", lambda *x: prior_of("uniform", *x), 1, 32, 800
+  )
+  assert np.sqrt((z_scores(sampled, joint) ** 2).mean()) > 5
