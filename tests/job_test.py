@@ -11,7 +11,7 @@ import pytest
 import rich.console
 from ml_collections import ConfigDict
 
-from experiments import job, settings
+from experiments import job, settings, trainer
 from experiments.configs import base, files, ml1m, quickstart
 from experiments.methods import METHODS, stages_of
 from pin_jax import training
@@ -94,7 +94,7 @@ def test_equal_budgets():
       steps, name = 0, plugin or backbone
       while name is not None:
         stage = by_name[name]
-        steps += job.num_steps(config, stage)
+        steps += trainer.num_steps(config, stage)
         name = stage.start if stage.phase == "plugin" else None
       assert steps == 20, method.title
 
@@ -343,6 +343,7 @@ def test_temporal_split_ranks_only_users_with_a_later_target(tmp_path):
   for user, item, time in sorted(rows, key=lambda r: r[2]):
     if time >= cut:
       first.setdefault(user, item)
-  agree = [first[u] == v for u, v in zip(out["user"], out["target"])]
+  pairs = zip(out["user"], out["target"], strict=True)
+  agree = [first[user] == item for user, item in pairs]
   assert np.mean(agree) > 0.9  # the cut is a quantile, give or take one row
   assert "temporal" in text

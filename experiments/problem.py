@@ -1,0 +1,91 @@
+"""The data of a job: split, groups, segments, prior, and their fingerprint."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments import settings
+from pin_jax import activeness, batches, evaluation, splits
+
+SEGMENTS = ("tail", "head")
+
+
+class Problem(NamedTuple):
+  """The data of a job, ready for training; arrays are [U] unless said.
+
+  Attributes:
+    split: interactions with their training, validation and test parts.
+    targets: number of training targets.
+    groups: activeness group.
+    segments: 0 tail, 1 head.
+    prior: [G], P(d).
+    sequences: interactions on the device.
+    world: the simulator's exact model, or None.
+  """
+
+  split: splits.Split
+  targets: np.ndarray
+  groups: np.ndarray
+  segments: np.ndarray
+  prior: np.ndarray
+  sequences: batches.Sequences
+  world: Any
+
+
+def make_problem(config: ConfigDict) -> Problem:
+  """Loads the data, splits it and derives groups, segments and the prior."""
+  interactions, world = settings.load_data(config.data)
+  if config.split.protocol == "leave_one_out":
+    split = splits.leave_one_out(interactions)
+  else:
+    split = splits.temporal_fractions(
+      interactions,
+      validation=config.split.validation,
+      test=config.split.test,
+    )
+  rule = config.groups
+  groups = activeness.assign_groups(
+    split.activeness,
+    num_groups=rule.num_groups,
+    rule=rule.rule,
+    thresholds=tuple(rule.thresholds) or None,
+    head_share=rule.head_share,
+  )
+  targets = batches.training_targets(split)
+  prior = activeness.prior(
+    config.prior.kind, groups, targets, rule.num_groups,
+    tuple(config.prior.get("values")) or None,
+  )
+  segments = activeness.assign_segments(
+    split.activeness, head_share=rule.head_share
+  )
+  sequences = batches.make_sequences(split)
+  return Problem(split, targets, groups, segments, prior, sequences, world)
+
+
+def in_segment(problem: Problem, users: str) -> np.ndarray:
+  """[U] bool, the users of a segment ('tail', 'head') or 'all'."""
+  if users == "all":
+    return np.ones(len(problem.segments), bool)
+  return problem.segments == SEGMENTS.index(users)
+
+
+def requests_for(
+  problem: Problem, part: str, users: np.ndarray
+) -> evaluation.Requests:
+  """Requests to rank the `part` ('validation' or 'test') targets of users."""
+  positions = getattr(problem.split, part)
+  return evaluation.Requests(
+    users.astype(np.int32), positions[users].astype(np.int32),
+    problem.segments[users].astype(np.int32),
+  )
+
+
+def fingerprint(problem: Problem) -> str:
+  """Digest of the data and its split, for every result."""
+  digest = hashlib.sha256(problem.split.interactions.fingerprint.encode())
+  for array in (problem.split.train_end, problem.groups, problem.segments):
+    digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+  return digest.hexdigest()[:16]

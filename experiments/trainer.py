@@ -1,0 +1,333 @@
+"""Trains the stages of a job."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import logs
+from experiments.methods import Stage
+from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
+from pin_jax import (
+  aggregation,
+  batches,
+  checkpoints,
+  evaluation,
+  metrics,
+  plugins,
+  propensity,
+  training,
+)
+from pin_jax.backbones.sasrec import sasrec
+from pin_jax.types import Backbone, InputError, Plugin, PyTree
+
+BACKBONES = {"sasrec": sasrec}
+PLUGINS = {"bottleneck": plugins.bottleneck}
+CUTOFF = 10
+
+
+class Networks(NamedTuple):
+  """The functions that a job trains."""
+
+  backbone: Backbone
+  plugin: Plugin
+
+
+def make_networks(config: ConfigDict, num_items: int) -> Networks:
+  """Builds the backbone and the plugin that the config names."""
+  options = config.backbone.to_dict()
+  backbone = BACKBONES[options.pop("name")](num_items, **options)
+  options = config.plugin.to_dict()
+  plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
+  return Networks(backbone, plugin)
+
+
+class Trainer:
+  """Trains the stages of one seed; each once, resuming where it can."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    problem: Problem,
+    networks: Networks,
+    workdir: epath.Path,
+    seed: int,
+    log: logs.RunLog,
+    progress: logs.JobProgress,
+  ) -> None:
+    """Prepares what the stages share."""
+    self._config, self._problem, self._networks = config, problem, networks
+    self._workdir, self._seed = workdir, seed
+    self._log, self._progress = log, progress
+    self._key = jax.random.key(seed)
+    self.cost: dict[str, dict[str, Any]] = {}
+    self.length = config.backbone.length
+    self._rankers: dict[bool, evaluation.RankFn] = {}
+    self.trained: dict[str, training.FitResult] = {}
+
+  def ranker(self, with_plugin: bool) -> evaluation.RankFn:
+    """The ranking function, with or without plugins; compiled once."""
+    if with_plugin not in self._rankers:
+      self._rankers[with_plugin] = evaluation.make_ranker(
+        self.model(with_plugin),
+        num_items=self._problem.split.interactions.num_items,
+        length=self._config.backbone.length,
+        **self._config.evaluation,
+      )
+    return self._rankers[with_plugin]
+
+  def model(self, with_plugin: bool) -> evaluation.Model:
+    """The functions of what is evaluated."""
+    plugin = self._networks.plugin if with_plugin else None
+    return evaluation.Model(self._networks.backbone, plugin)
+
+  def weights(
+    self, backbone: str, plugin: str | None
+  ) -> evaluation.Weights:
+    """The trained parameters of two stages."""
+    return evaluation.Weights(
+      self.trained[backbone].best, plugin and self.trained[plugin].best
+    )
+
+  def train(self, stage: Stage) -> None:
+    """Trains a stage, or reads its finished checkpoint."""
+    steps = num_steps(self._config, stage)
+    run = self.run_name(stage)
+    store = checkpoints.Checkpoints(
+      self._workdir / "checkpoints" / run.replace("/", "-")
+    )
+    build = {
+      "backbone": self._backbone_run,
+      "plugin": self._plugin_run,
+      "classifier": self._classifier_run,
+    }[stage.kind]
+    step, state, operands, evaluate, names = build(stage, steps)
+    counted = 0
+
+    def advance(count: int, resumed: bool = False) -> None:
+      nonlocal counted
+      counted += count
+      if resumed:
+        self._progress.skip(count)
+      else:
+        self._progress.advance(run, count)
+
+    def on_resume(t: int) -> None:
+      self._log.rewind(run, t)
+      advance(t, resumed=True)
+
+    def on_steps(start: int, log: dict[str, np.ndarray]) -> None:
+      self._log.steps(run, start, log)
+      advance(len(log["loss"]))
+
+    def on_evaluation(t: int, values: np.ndarray) -> None:
+      self._log.evaluation(run, t, dict(zip(names, values, strict=True)))
+
+    self.trained[stage.name] = training.fit(
+      step, state, operands,
+      name=run,
+      num_steps=steps,
+      evaluate=evaluate,
+      evaluate_every=self._config.validation.every,
+      dispatch=self._config.dispatch,
+      patience=self._config.validation.patience,
+      stacked=stage.kind == "plugin",
+      evaluate_first=stage.kind == "plugin" or stage.start is not None,
+      checkpoints=store,
+      on_steps=on_steps,
+      on_evaluation=on_evaluation,
+      on_resume=on_resume,
+    )
+    store.close()
+    result = self.trained[stage.name]
+    self.cost[run] = {
+      "steps": result.last_step,
+      "best_steps": result.best_steps,
+      "validation": result.best_values,
+      "cpu_seconds": round(result.cpu_seconds, 1),
+    }
+    if counted < steps:
+      advance(steps - counted, resumed=True)
+
+  def run_name(self, stage: Stage) -> str:
+    """The stage's name in logs; led by the seed where there are several."""
+    several = len(self._config.seeds) > 1
+    return f"seed{self._seed}/{stage.name}" if several else stage.name
+
+  def _stage_key(self, name: str) -> jax.Array:
+    return jax.random.fold_in(self._key, zlib.crc32(name.encode()))
+
+  def _optimizer(self, steps: int, prefix: str = "") -> tuple:
+    options = self._config.optimizer.to_dict()
+    options.pop("average")
+    rates = {
+      kind: options.pop(f"{kind}learning_rate")
+      for kind in ("plugin_", "classifier_", "")
+    }
+    return training.make_optimizer(
+      steps, learning_rate=rates[prefix], **options
+    )
+
+  def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:
+    return batches.make_pool(
+      self._problem.targets, groups, num_groups=num_groups,
+      length=self._config.backbone.length,
+    )
+
+  def _sampling(self, stage: Stage) -> tuple[str, str]:
+    config = self._config
+    return {
+      "joint": (config.joint.draw, config.joint.mean),
+      "groups": (config.pin.draw, config.pin.mean),
+      "uniform": ("users", "users"),
+      "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
+    }[stage.sampling]
+
+  def _backbone_run(self, stage: Stage, steps: int) -> tuple:
+    config, problem = self._config, self._problem
+    num_groups = config.groups.num_groups
+    groups, prior = problem.groups, problem.prior
+    if not stage.grouped:
+      groups = np.where(in_segment(problem, stage.users), 0, -1)
+      prior = np.ones(1)
+    rows = config.batch_size // num_groups
+    weighting = aggregation.backdoor(prior)
+    optimizer, schedule = self._optimizer(steps)
+    draw, mean = self._sampling(stage)
+    importance, frozen = None, None
+    if stage.exact:
+      importance = propensity.fitted_importance(
+        self._networks.backbone, clip=config.pin.clip_importance
+      )
+      shares = np.bincount(problem.groups, problem.targets, num_groups)
+      frozen = {
+        "backbone": self.trained["base"].best,
+        "classifier": self.trained[stage.exact].best,
+        "shares": jnp.asarray(shares / shares.sum(), jnp.float32),
+      }
+    step = training.backbone_step(
+      self._networks.backbone, weighting, optimizer, schedule,
+      batch_size=rows if stage.grouped else rows * num_groups,
+      length=config.backbone.length, draw=draw, mean=mean,
+      path=config.pin.path if stage.grouped else "sequential",
+      average=config.optimizer.average, importance=importance,
+    )
+    params = (
+      self.trained[stage.start].best if stage.start
+      else jax.jit(self._networks.backbone.init)(self._stage_key("init"))
+    )
+    state = training.init_state(
+      params, optimizer, weighting, average=config.optimizer.average > 0
+    )
+    operands = training.Operands(
+      self._stage_key(stage.name), problem.sequences,
+      self._pool(groups, len(prior)), frozen,
+    )
+    rank, requests = self.ranker(False), self._validation(stage.users)
+
+    def evaluate(params: PyTree) -> np.ndarray:
+      weights = evaluation.Weights(params, None)
+      ranks = rank(weights, problem.sequences, requests)
+      return metrics.ndcg(ranks.rank, CUTOFF).mean()[None]
+
+    return step, state, operands, evaluate, (stage.users,)
+
+  def _plugin_run(self, stage: Stage, steps: int) -> tuple:
+    config, problem = self._config, self._problem
+    frozen = self.trained[stage.start].best
+    optimizer, schedule = self._optimizer(steps, "plugin_")
+    draw, mean = self._sampling(stage)
+    step = training.plugin_step(
+      *self._networks, optimizer, schedule,
+      batch_size=config.batch_size // len(SEGMENTS),
+      length=config.backbone.length, draw=draw, mean=mean,
+    )
+    init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
+    params = init(
+      self._networks.plugin, self._stage_key(stage.name + "/init"),
+      len(SEGMENTS),
+    )
+    state = training.init_state(params, optimizer, stacked=True)
+    operands = training.Operands(
+      self._stage_key(stage.name), problem.sequences,
+      self._pool(problem.segments, len(SEGMENTS)), frozen,
+    )
+    rank, requests = self.ranker(True), self._validation("all")
+
+    def evaluate(params: PyTree) -> np.ndarray:
+      weights = evaluation.Weights(frozen, params)
+      ranks = rank(weights, problem.sequences, requests)
+      values = metrics.ndcg(ranks.rank, CUTOFF)
+      sizes = np.bincount(requests.segments, minlength=len(SEGMENTS))
+      sums = np.bincount(requests.segments, values, len(SEGMENTS))
+      return sums / np.maximum(sizes, 1)
+
+    return step, state, operands, evaluate, SEGMENTS
+
+  def _classifier_run(self, stage: Stage, steps: int) -> tuple:
+    config, problem = self._config, self._problem
+    backbone, length = self._networks.backbone, config.backbone.length
+    optimizer, schedule = self._optimizer(steps, "classifier_")
+    step = propensity.classifier_step(
+      backbone, optimizer, schedule, batch_size=config.batch_size,
+      length=length,
+    )
+    params = propensity.init_classifier(
+      self._stage_key(stage.name + "/init"), config.backbone.width,
+      config.groups.num_groups,
+    )
+    frozen = {
+      "backbone": self.trained[stage.start].best,
+      "groups": jnp.asarray(problem.groups, jnp.int32),
+    }
+    pool = self._pool(np.zeros_like(problem.groups), 1)
+    operands = training.Operands(
+      self._stage_key(stage.name), problem.sequences, pool, frozen
+    )
+    held_out = batches.draw_batch(
+      self._stage_key(stage.name + "/validation"), problem.sequences, pool,
+      batch_size=4 * config.batch_size, length=length, draw="interactions",
+    )
+    held_out = jax.tree.map(lambda x: x[0], held_out)
+    loss = jax.jit(
+      lambda params: propensity.classifier_loss(
+        backbone, frozen["backbone"], params, held_out, frozen["groups"]
+      )
+    )
+
+    def evaluate(params: PyTree) -> np.ndarray:
+      return -np.asarray(loss(params))[None]
+
+    state = training.init_state(params, optimizer)
+    return step, state, operands, evaluate, ("log_likelihood",)
+
+  def _validation(self, users: str) -> evaluation.Requests:
+    problem = self._problem
+    chosen = np.flatnonzero(
+      in_segment(problem, users) & (problem.split.validation >= 0)
+    )
+    if not len(chosen):
+      raise InputError(
+        f"no {users} user has a validation target; change split.validation "
+        "or groups.head_share"
+      )
+    limit = self._config.validation.users
+    if 0 < limit < len(chosen):
+      rng = np.random.default_rng(0)
+      chosen = np.sort(rng.choice(chosen, limit, replace=False))
+    return requests_for(problem, "validation", chosen)
+
+
+def num_steps(config: ConfigDict, stage: Stage) -> int:
+  """Steps of a stage."""
+  first, second = config.backbone_steps, config.plugin_steps
+  return {
+    "backbone": first,
+    "plugin": second,
+    "both": first + second,
+    "classifier": config.classifier_steps,
+  }[stage.phase]

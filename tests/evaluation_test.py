@@ -1,0 +1,278 @@
+"""Evaluation against loops over users and items, scipy and scikit-learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+
+from pin_jax.backbones import sasrec as lib
+from pin_jax.batches import make_sequences
+from pin_jax.evaluation import (
+  Model,
+  Requests,
+  Weights,
+  make_log_probabilities,
+  make_ranker,
+  read_windows,
+)
+from pin_jax.interactions import from_columns
+from pin_jax.metrics import ndcg
+from pin_jax.plugins import bottleneck, init_stacked
+from pin_jax.splits import leave_one_out
+from pin_jax.types import Backbone, Plugin
+
+ITEMS, LENGTH, WIDTH, USERS = 30, 5, 4, 23
+
+
+@pytest.fixture(scope="module")
+def split():
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(3, 20, USERS)
+  users = np.repeat(np.arange(USERS), sizes)
+  items = rng.integers(0, ITEMS, len(users))
+  items[:ITEMS] = np.arange(ITEMS)
+  return leave_one_out(from_columns(users, items))
+
+
+@pytest.fixture(scope="module")
+def sequences(split):
+  return make_sequences(split)
+
+
+@pytest.fixture(scope="module")
+def requests(split):
+  """Everybody's test target, then odd positions, one without a history."""
+  rng = np.random.default_rng(1)
+  users = np.concatenate([np.arange(USERS), [4, 4, 0, 7]])
+  positions = np.concatenate([split.test, split.validation[[4, 4, 0]], [0]])
+  return Requests(users, positions, rng.integers(0, 2, len(users)))
+
+
+def _bag():
+  """State = sum of the window's embeddings; integers stay exact."""
+  return Backbone(
+    init=lambda key: None,
+    encode=lambda p, history, key: jnp.cumsum(p["items"][history], axis=1),
+    at=lib.take_position,
+    represent=lib.add_candidate_axis,
+    score=lib.tied_score,
+  )
+
+
+def _scale():
+  return Plugin(lambda key: jnp.ones(()), lambda p, x: p * x)
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Small integers, so that many scores tie, with duplicated items."""
+  rng = np.random.default_rng(2)
+  items = rng.integers(-2, 3, (ITEMS + 1, WIDTH)).astype(np.float32)
+  bias = rng.integers(-1, 2, ITEMS + 1).astype(np.float32)
+  items[0] = 0
+  for copy, original in ((29, 2), (17, 2), (9, 8)):
+    items[copy], bias[copy] = items[original], bias[original]
+  return {"items": items, "bias": bias}
+
+
+FACTORS = np.asarray([1.0, -3.0], np.float32)
+
+
+def _logits(params, history, factor=1):
+  state = params["items"][history[-LENGTH:]].sum(0)
+  return factor * params["items"] @ state + params["bias"]
+
+
+def _reference(split, params, requests, factors):
+  """(rank, candidates, rank_unmasked, candidates_unmasked) of a request."""
+  data = split.interactions
+  for user, position, segment in zip(*requests, strict=True):
+    start = data.offsets[user]
+    history = data.items[start : start + position]
+    target = data.items[start + position]
+    scores = _logits(params, history, factors[segment])
+    out = []
+    for left_out in (set(history), set()):
+      listed = [
+        v for v in range(1, ITEMS + 1) if v == target or v not in left_out
+      ]
+      ranks = scipy.stats.rankdata(-scores[listed], method="average")
+      out += [ranks[listed.index(target)], len(listed)]
+    yield out
+
+
+def _assert_equal(got, want):
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_the_fixtures_cover_the_edges(split, params, requests):
+  data = split.interactions
+  assert data.num_items == ITEMS
+  repeats = [
+    data.items[s + t] in data.items[s : s + t]
+    for s, t in zip(data.offsets[:-1], split.test, strict=True)
+  ]
+  assert any(repeats) and not all(repeats)
+  want = np.asarray(list(_reference(split, params, requests, [1, 1])))
+  assert (want[:, 0] % 1).any() and (want[:, 0] != want[:, 2]).any()
+
+
+@pytest.mark.parametrize(
+  ("user_chunk", "item_chunk"), [(256, 65_536), (7, 30), (9, 8)]
+)
+@pytest.mark.parametrize("with_plugin", [False, True])
+def test_ranks_equal_a_loop_over_users(
+  split, sequences, params, requests, user_chunk, item_chunk, with_plugin
+):
+  model = Model(_bag(), _scale() if with_plugin else None)
+  factors = FACTORS if with_plugin else np.ones(2, np.float32)
+  rank = make_ranker(
+    model, num_items=ITEMS, length=LENGTH,
+    user_chunk=user_chunk, item_chunk=item_chunk,
+  )
+  got = rank(Weights(params, factors), sequences, requests)
+  want = np.asarray(list(_reference(split, params, requests, factors)))
+  _assert_equal(got, want.T)
+  assert (got.candidates_unmasked == ITEMS).all()
+
+
+def test_a_request_does_not_depend_on_the_others(
+  sequences, params, requests
+):
+  rank = make_ranker(
+    Model(_bag(), None), num_items=ITEMS, length=LENGTH, user_chunk=5
+  )
+  weights = Weights(params, None)
+  together = rank(weights, sequences, requests)
+  alone = rank(weights, sequences, Requests(*(x[8:9] for x in requests)))
+  _assert_equal(alone, [x[8:9] for x in together])
+
+
+@pytest.mark.parametrize("item_chunk", [100, 7])
+def test_scores_of_nan_never_help(sequences, split, params, item_chunk):
+  user = 3
+  start, position = split.interactions.offsets[user], split.test[user]
+  history = split.interactions.items[start : start + position]
+  target = split.interactions.items[start + position]
+  rank = make_ranker(
+    Model(_bag(), None), num_items=ITEMS, length=LENGTH, item_chunk=item_chunk
+  )
+  request = Requests(*(np.asarray([x]) for x in (user, position, 0)))
+  run = lambda bias: rank(
+    Weights({**params, "bias": bias}, None), sequences, request
+  )
+  scores = _logits(params, history)
+  others = np.setdiff1d(np.arange(1, ITEMS + 1), [target])
+  worst = others[np.argmin(scores[others])]
+  assert scores[worst] < scores[target]
+  plain = run(params["bias"])
+  bias = params["bias"].copy()
+  bias[worst] = np.nan
+  assert run(bias).rank_unmasked == plain.rank_unmasked + 1
+  bias = params["bias"].copy()
+  bias[target] = np.nan
+  got = run(bias)
+  assert got.rank_unmasked == ITEMS
+  assert got.rank == got.candidates == plain.candidates
+  got = run(np.full_like(bias, np.nan))
+  assert got.rank_unmasked == ITEMS and got.rank == got.candidates
+
+
+def _random_params(init):
+  rng = np.random.default_rng(4)
+  draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+  return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def sasrec():
+  """SASRec with random weights, a plugin, and duplicated items."""
+  backbone = lib.sasrec(ITEMS, length=LENGTH, width=WIDTH, blocks=1)
+  plugin = bottleneck(WIDTH)
+  params = _random_params(backbone.init)
+  items, bias = np.array(params["items"]), np.array(params["bias"])
+  items[[30, 11, 19]], bias[[30, 11, 19]] = items[1], bias[1]
+  params = {**params, "items": jnp.asarray(items), "bias": jnp.asarray(bias)}
+  plugins = _random_params(lambda key: init_stacked(plugin, key, 2))
+  return Model(backbone, plugin), Weights(params, plugins)
+
+
+@pytest.mark.parametrize(
+  ("user_chunk", "item_chunk"), [(1, 100), (256, 16), (6, 9)]
+)
+def test_ranks_do_not_depend_on_the_chunks(
+  sequences, requests, sasrec, user_chunk, item_chunk
+):
+  model, weights = sasrec
+  sizes = {"num_items": ITEMS, "length": LENGTH}
+  want = make_ranker(model, **sizes)(weights, sequences, requests)
+  got = make_ranker(
+    model, **sizes, user_chunk=user_chunk, item_chunk=item_chunk
+  )(weights, sequences, requests)
+  _assert_equal(got, want)
+
+
+def test_only_the_perturbed_segment_moves(sequences, requests, sasrec):
+  model, weights = sasrec
+  log_probabilities = make_log_probabilities(model, length=LENGTH)
+  before = log_probabilities(weights, sequences, requests)
+  plugins = jax.tree.map(lambda x: x.at[1].add(0.5), weights.plugins)
+  after = log_probabilities(
+    weights._replace(plugins=plugins), sequences, requests
+  )
+  first = requests.segments == 0
+  np.testing.assert_array_equal(after[first], before[first])
+  assert (after[~first] != before[~first]).any(-1).all()
+
+
+@pytest.mark.parametrize("user_chunk", [4, 256])
+def test_log_probabilities_equal_scipy(
+  split, sequences, params, requests, user_chunk
+):
+  got = make_log_probabilities(
+    Model(_bag(), _scale()), length=LENGTH, user_chunk=user_chunk
+  )(Weights(params, FACTORS), sequences, requests)
+  assert got.shape == (len(requests.users), ITEMS)
+  np.testing.assert_allclose(np.exp(got).sum(-1), 1, rtol=1e-5)
+  data = split.interactions
+  for row, user, position, segment in zip(got, *requests, strict=True):
+    start = data.offsets[user]
+    history = data.items[start : start + position]
+    logits = _logits(params, history, FACTORS[segment]).astype(np.float64)
+    want = scipy.special.log_softmax(logits[1:])
+    np.testing.assert_allclose(row, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 10, ITEMS])
+def test_ndcg_of_the_ranks_equals_scikit_learn(
+  split, sequences, requests, sasrec, k
+):
+  model, weights = sasrec
+  rng = np.random.default_rng(5)  # without the duplicates nothing ties
+  untied = jnp.asarray(rng.normal(size=(ITEMS + 1, WIDTH)), jnp.float32)
+  weights = weights._replace(backbone={**weights.backbone, "items": untied})
+  rank = make_ranker(model, num_items=ITEMS, length=LENGTH, item_chunk=16)
+  ranks = rank(weights, sequences, requests).rank_unmasked
+  scores = make_log_probabilities(model, length=LENGTH)(
+    weights, sequences, requests
+  )
+  data = split.interactions
+  targets = data.items[data.offsets[requests.users] + requests.positions]
+  relevant = np.eye(ITEMS)[targets - 1]
+  want = sklearn.metrics.ndcg_score(relevant, scores, k=k, ignore_ties=True)
+  np.testing.assert_allclose(ndcg(ranks, k).mean(), want, rtol=1e-6)
+
+
+def test_windows_hold_the_items_before_the_position(split, sequences):
+  data = split.interactions
+  users = jnp.asarray([5, 5, 0, 2])
+  positions = jnp.asarray([split.test[5], 0, 2, split.validation[2]])
+  got = read_windows(sequences, users, positions, LENGTH)
+  for row, user, position in zip(got, users, positions, strict=True):
+    start = data.offsets[user]
+    read = data.items[start : start + position].tolist()[-LENGTH:]
+    np.testing.assert_array_equal(row, [0] * (LENGTH - len(read)) + read)

@@ -1,0 +1,166 @@
+"""The house's rules, read off the source: imports go downwards only."""
+
+import ast
+import graphlib
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# A module imports from lower levels, or from its own without cycles.
+LEVELS = {
+  "pin_jax": 0,
+  "pin_jax.types": 0,
+  "pin_jax.interactions": 0,
+  "pin_jax.layers": 0,
+  "pin_jax.losses": 0,
+  "pin_jax.aggregation": 0,
+  "pin_jax.metrics": 0,
+  "pin_jax.statistics": 0,
+  "pin_jax.activeness": 1,
+  "pin_jax.splits": 1,
+  "pin_jax.plugins": 1,
+  "pin_jax.sharding": 1,
+  "pin_jax.datasets": 1,
+  "pin_jax.backbones": 1,
+  "pin_jax.batches": 2,
+  "pin_jax.checkpoints": 2,
+  "pin_jax.training": 3,
+  "pin_jax.evaluation": 3,
+  "pin_jax.serving": 3,
+  "pin_jax.propensity": 4,
+  "experiments": 5,
+  "third_party": 6,
+  "benchmarks": 6,
+}
+FLAX = ("pin_jax.backbones", "pin_jax.layers", "pin_jax.plugins")
+BANNED = ("tensorflow", "pandas", "pickle", "importlib")
+MAGIC = ("eval", "exec", "__import__")
+
+
+def _name(path):
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _sources():
+  packages = ("pin_jax", "experiments", "third_party", "benchmarks")
+  paths = [p for d in packages for p in sorted((ROOT / d).rglob("*.py"))]
+  return {_name(p): ast.parse(p.read_text(), str(p)) for p in paths}
+
+
+SOURCES = _sources()
+PACKAGES = {
+  _name(p) for p in ROOT.rglob("__init__.py") if _name(p) in SOURCES
+}
+
+
+def _within(module, package):
+  return module == package or module.startswith(package + ".")
+
+
+def _absolute(node, module):
+  """The module that a `from ... import` names, dots resolved."""
+  if not node.level:
+    return node.module
+  drop = node.level - (module in PACKAGES)
+  base = module.split(".")[: len(module.split(".")) - drop]
+  return ".".join(base + ([node.module] if node.module else []))
+
+
+def _imports(module, tree):
+  """Modules that a module imports, anywhere in its text."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      base = _absolute(node, module)
+      for alias in node.names:
+        full = f"{base}.{alias.name}"
+        yield full if full in SOURCES or base not in SOURCES else base
+
+
+def _level(module):
+  found = [name for name in LEVELS if _within(module, name)]
+  found = [n for n in found if n != "pin_jax" or module == "pin_jax"]
+  assert found, f"{module} has no level; give it one in LEVELS"
+  return LEVELS[max(found, key=len)]
+
+
+IMPORTS = {m: sorted(set(_imports(m, tree))) for m, tree in SOURCES.items()}
+INNER = {m: [i for i in IMPORTS[m] if i in SOURCES] for m in SOURCES}
+
+
+def test_the_sources_are_found():
+  assert {"pin_jax.training", "pin_jax.backbones.sasrec"} <= set(SOURCES)
+  assert "pin_jax.aggregation" in INNER["pin_jax.training"]
+  assert "jax" in IMPORTS["pin_jax.losses"]
+
+
+def test_imports_are_resolved():
+  text = (
+    "import a.b\nfrom pin_jax import losses\nfrom pin_jax.types import X\n"
+    "from . import metrics\nfrom .backbones import sasrec\nfrom c import d\n"
+    "def f():\n  from pin_jax.training import fit\n"
+  )
+  assert list(_imports("pin_jax.batches", ast.parse(text))) == [
+    "a.b",
+    "pin_jax.losses",
+    "pin_jax.types",
+    "pin_jax.metrics",
+    "pin_jax.backbones.sasrec",
+    "c.d",
+    "pin_jax.training",
+  ]
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_go_downwards(module):
+  for other in INNER[module]:
+    assert _level(other) <= _level(module), f"{module} imports {other}"
+
+
+def test_imports_have_no_cycles():
+  try:
+    order = list(graphlib.TopologicalSorter(INNER).static_order())
+  except graphlib.CycleError as error:
+    raise AssertionError(" -> ".join(error.args[1])) from None
+  assert set(order) == set(SOURCES)
+
+
+def test_the_idea_imports_nothing_of_the_package():
+  assert INNER["pin_jax.aggregation"] == []
+
+
+def test_the_package_imports_no_adapter_and_no_experiment():
+  for module in SOURCES:
+    if not _within(module, "pin_jax"):
+      continue
+    for other in IMPORTS[module]:
+      for outside in ("third_party", "experiments", "benchmarks", "tests"):
+        assert not _within(other, outside), f"{module} imports {other}"
+
+
+def test_flax_stays_in_its_rooms():
+  users = {
+    m for m in SOURCES if any(_within(i, "flax") for i in IMPORTS[m])
+  }
+  assert users
+  for module in users:
+    assert any(_within(module, room) for room in FLAX), module
+
+
+@pytest.mark.parametrize("banned", BANNED)
+def test_banned_modules_are_imported_nowhere(banned):
+  users = [
+    m for m in SOURCES if any(_within(i, banned) for i in IMPORTS[m])
+  ]
+  assert users == []
+
+
+def test_no_name_is_resolved_through_strings():
+  for module, tree in SOURCES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Name) and node.id in MAGIC:
+        raise AssertionError(f"{module}:{node.lineno} uses {node.id}")
