@@ -75,7 +75,9 @@ def model_log_probabilities(
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
     compute = evaluation.make_log_probabilities(
-      trainer.model(serve[1] is not None), length=trainer.length
+      trainer.model(serve[1] is not None),
+      num_items=problem.split.interactions.num_items,
+      length=trainer.length,
     )
     out[chosen] = compute(
       trainer.weights(*serve), problem.sequences,

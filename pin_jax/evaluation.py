@@ -196,6 +196,8 @@ def make_ranker(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> Ranks:
     rows = len(requests.users)
+    if not rows:
+      return Ranks(*(np.zeros(0) for _ in Ranks._fields))
     chunk = min(user_chunk, rows)
     pad = -rows % chunk
     padded = Requests(*(np.pad(x, (0, pad), mode="edge") for x in requests))
@@ -225,7 +227,7 @@ def _seen_items(
 
 
 def make_log_probabilities(
-  model: Model, *, length: int, user_chunk: int = 256
+  model: Model, *, num_items: int, length: int, user_chunk: int = 256
 ) -> Callable[[Weights, Sequences, Requests], np.ndarray]:
   """Builds (weights, sequences, requests) -> log softmax over items [n, V]."""
 
@@ -242,7 +244,7 @@ def make_log_probabilities(
   def run(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> np.ndarray:
-    parts = []
+    parts = [np.zeros((0, num_items), np.float32)]
     for start in range(0, len(requests.users), user_chunk):
       part = Requests(*(x[start : start + user_chunk] for x in requests))
       parts.append(np.asarray(compute(weights, sequences, part)))

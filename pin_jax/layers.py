@@ -14,10 +14,12 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Counter-based random bits: murmur3's finaliser of (counter, key).
 
   A few integer operations an element, against the twenty rounds of threefry;
-  good enough for dropout masks, not for statistics.
+  good enough for dropout masks, not for statistics. It mixes the counter, not
+  the key: the keys of neighbouring seeds (`key(0)`, `key(1)`) give correlated
+  bits, those that `split` or `fold_in` derive do not.
 
   Args:
-    key: typed or raw PRNG key.
+    key: typed or raw PRNG key, from `split` or `fold_in`.
     shape: shape of the result.
 
   Returns:

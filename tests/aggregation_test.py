@@ -1,7 +1,6 @@
 """Aggregation against hand formulas, numpy and plain joint losses."""
 
 import doctest
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,13 @@ LENGTHS = (3, 3, 4, 5, 6, 6, 8, 9, 10, 13)
 NUM_ITEMS = 12
 NUM_GROUPS = 3
 
-# For programs that take longer to compile than to run.
-quick_jit = functools.partial(
-  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  """The programs here take longer to compile than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_docstring_example():
@@ -371,7 +373,7 @@ def test_paths_agree_on_sasrec_with_dropout():
   keys = jax.random.split(jax.random.key(5), NUM_GROUPS)
   prior = np.array([0.5, 0.3, 0.2])
   of_group = lambda g: jax.tree.map(lambda x: x[g], group_batch)
-  one = quick_jit(jax.value_and_grad(loss))
+  one = jax.jit(jax.value_and_grad(loss))
   losses, grads = zip(
     *(one(params, of_group(g), keys[g]) for g in range(NUM_GROUPS)),
     strict=True,
@@ -383,7 +385,7 @@ def test_paths_agree_on_sasrec_with_dropout():
   assert abs(dropped - losses[0]) > 1e-3  # dropout is on
   for path in PATHS:
     weighting = aggregation.backdoor(prior)
-    run = quick_jit(aggregation.aggregate(loss, weighting, path=path))
+    run = jax.jit(aggregation.aggregate(loss, weighting, path=path))
     out = run(params, group_batch, keys, weighting.init())
     np.testing.assert_allclose(out.losses, np.array(losses), rtol=1e-5)
     assert_trees_close(out.gradient, expected)
@@ -403,11 +405,11 @@ def test_natural_prior_gives_the_joint_gradient(kind, length):
   loss = training.group_loss(backbone, mean=kind, chunk=16)
   weighting = aggregation.backdoor(prior_of(kind, split, groups))
   keys = jax.random.split(jax.random.key(0), NUM_GROUPS)
-  run = quick_jit(aggregation.aggregate(loss, weighting))
+  run = jax.jit(aggregation.aggregate(loss, weighting))
   out = run(params, complete_data(split, groups, length), keys, ())
   users, history, targets = numpy_windows(split, length)
   assert (targets > 0).sum() == sum(LENGTHS) - len(LENGTHS)
-  value, gradient = quick_jit(jax.value_and_grad(
+  value, gradient = jax.jit(jax.value_and_grad(
     lambda p: plain_loss(
       backbone, p, history, targets, joint_weights(kind, users, targets)
     )
@@ -441,9 +443,9 @@ def sampled_gradients(kind, prior, length, batch_size, count):
     return run(params, training.GroupBatch(batch, None), keys, ()).gradient
 
   keys = jax.random.split(jax.random.key(2), count)
-  sampled = quick_jit(lambda keys: jax.lax.map(one, keys))(keys)["table"]
+  sampled = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)["table"]
   users, history, targets = numpy_windows(split, 1)
-  joint = quick_jit(jax.grad(lambda p: plain_loss(
+  joint = jax.jit(jax.grad(lambda p: plain_loss(
     backbone, p, history, targets, joint_weights(kind, users, targets)
   )))(params)["table"]
   return np.asarray(sampled, np.float64), np.asarray(joint, np.float64)

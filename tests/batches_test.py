@@ -168,6 +168,20 @@ def test_interactions_draws_windows_uniformly(draws, histories, groups):
     assert scipy.stats.chisquare(list(counts.values())).pvalue > 1e-3
 
 
+def test_offsets_are_uniform_up_to_the_slack(draws, histories, groups):
+  users, _, targets = draws["interactions"]
+  for user, history in enumerate(histories):
+    count, g = len(history) - 1, groups[user]
+    slack = -count % LENGTH
+    if count <= LENGTH or slack == 0:
+      continue
+    lasts = [history.index(v) for v in targets[g, users[g] == user, -1]]
+    offsets = [LENGTH - last for last in lasts if last <= LENGTH]
+    counts = np.bincount(offsets, minlength=slack + 1)
+    assert len(counts) == slack + 1
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
 def test_users_draws_users_uniformly(draws, histories, groups):
   for g in range(2):
     drawn = [

@@ -218,7 +218,9 @@ def test_ranks_do_not_depend_on_the_chunks(
 
 def test_only_the_perturbed_segment_moves(sequences, requests, sasrec):
   model, weights = sasrec
-  log_probabilities = make_log_probabilities(model, length=LENGTH)
+  log_probabilities = make_log_probabilities(
+    model, num_items=ITEMS, length=LENGTH
+  )
   before = log_probabilities(weights, sequences, requests)
   plugins = jax.tree.map(lambda x: x.at[1].add(0.5), weights.plugins)
   after = log_probabilities(
@@ -234,7 +236,8 @@ def test_log_probabilities_equal_scipy(
   split, sequences, params, requests, user_chunk
 ):
   got = make_log_probabilities(
-    Model(_bag(), _scale()), length=LENGTH, user_chunk=user_chunk
+    Model(_bag(), _scale()), num_items=ITEMS, length=LENGTH,
+    user_chunk=user_chunk,
   )(Weights(params, FACTORS), sequences, requests)
   assert got.shape == (len(requests.users), ITEMS)
   np.testing.assert_allclose(np.exp(got).sum(-1), 1, rtol=1e-5)
@@ -257,7 +260,9 @@ def test_ndcg_of_the_ranks_equals_scikit_learn(
   weights = weights._replace(backbone={**weights.backbone, "items": untied})
   rank = make_ranker(model, num_items=ITEMS, length=LENGTH, item_chunk=16)
   ranks = rank(weights, sequences, requests).rank_unmasked
-  scores = make_log_probabilities(model, length=LENGTH)(
+  scores = make_log_probabilities(
+    model, num_items=ITEMS, length=LENGTH
+  )(
     weights, sequences, requests
   )
   data = split.interactions
@@ -276,3 +281,13 @@ def test_windows_hold_the_items_before_the_position(split, sequences):
     start = data.offsets[user]
     read = data.items[start : start + position].tolist()[-LENGTH:]
     np.testing.assert_array_equal(row, [0] * (LENGTH - len(read)) + read)
+
+
+def test_nobody_to_rank_gives_empty_results(sequences, sasrec):
+  model, weights = sasrec
+  nobody = Requests(*(np.zeros(0, np.int32) for _ in Requests._fields))
+  sizes = {"num_items": ITEMS, "length": LENGTH}
+  ranks = make_ranker(model, **sizes)(weights, sequences, nobody)
+  assert all(x.shape == (0,) for x in ranks)
+  rows = make_log_probabilities(model, **sizes)(weights, sequences, nobody)
+  assert rows.shape == (0, ITEMS)

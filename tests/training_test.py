@@ -25,8 +25,9 @@ SIZE = NUM_ITEMS + 1
 @pytest.fixture(scope="module", autouse=True)
 def _compile_quickly():
   """The programs here take longer to compile than to run."""
-  with jax.disable_most_optimizations(True):
-    yield
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def bigram(dropout=0.0):
