@@ -433,7 +433,10 @@ def _draw_series(
     axes.set_ylim(min(bottom, np.nanmin(series)), 1.08 * np.nanmax(series))
   axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
   labels = [f"group {group}" for group in range(num_groups)]
-  _label_ends(axes, steps[-1], smooth[-1], labels, colors)
+  ends = smooth[-1]
+  if num_groups > 1 and np.allclose(smooth, smooth[:, :1]):
+    labels, ends, colors = ["all groups"], ends[:1], colors[-1:]
+  _label_ends(axes, steps[-1], ends, labels, colors)
   axes.set_xlabel("training step")
 
 
