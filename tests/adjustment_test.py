@@ -1,0 +1,297 @@
+"""The causal claim: where each kind of training converges, in a known world.
+
+A table of bigram logits reads the last item alone, so that with plentiful data
+each training rule has one limit, and the simulator knows it in closed form:
+
+    joint                         P(y|x)         observational
+    groups, weighted by P(d)      sum_d P(y|x,d) Q(d|x), prior-shifted
+    the same, examples weighted   P(y|do(x)) = sum_d P(y|x,d) P(d)
+    by share_d / P(d|x)
+
+Windows of one target make the windows of training those of the closed forms.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pin_jax import (
+  activeness,
+  aggregation,
+  batches,
+  propensity,
+  splits,
+  training,
+)
+from pin_jax.datasets import simulator
+from pin_jax.types import Backbone
+
+NUM_ITEMS = 8
+NUM_GROUPS = 3
+BORDERS = (5, 8, 20, 61)
+NUM_USERS = 40_000
+FORMS = ("observational", "prior_shifted", "interventional")
+
+
+def make_world(confounding):
+  return simulator.make_world(
+    seed=9, num_items=NUM_ITEMS, borders=BORDERS, confounding=confounding,
+    scale=2.5, rank=4, prior_decay=0.5,
+  )
+
+
+def one_item_windows():
+  return jnp.arange(1, NUM_ITEMS + 1)[:, None]
+
+
+def closed_forms(world):
+  """{name: [V, V] limit after each last item}."""
+  x = one_item_windows()
+  forms = (
+    simulator.observational(world, x, event="training"),
+    simulator.prior_shifted(world, x, world.prior, event="training"),
+    simulator.interventional(world, x),
+  )
+  return dict(zip(FORMS, (np.asarray(f, np.float64) for f in forms),
+                  strict=True))
+
+
+def event_distribution(world):
+  """Share of training events in each stratum, and P(x) over them, by hand.
+
+  A user with n interactions has n - 3 training targets, all distributed as
+  the stationary distribution of the stratum.
+  """
+  lengths = np.arange(world.length_pmf.shape[1])
+  events = world.prior * (world.length_pmf * np.maximum(lengths - 3, 0)).sum(1)
+  share = events / events.sum()
+  return share, share @ world.initial
+
+
+def divergence(world, target, log_probability):
+  """Mean over training events of KL(target || trained), nats."""
+  _, p_x = event_distribution(world)
+  ratio = np.log(target) - log_probability
+  return float(p_x @ (target * ratio).sum(-1))
+
+
+def bigram():
+  """Reads the last item only; logits are a row of a table."""
+  size = NUM_ITEMS + 1
+  return Backbone(
+    init=lambda key: {"table": jnp.zeros((size, size))},
+    encode=lambda params, history, key=None: history,
+    at=lambda context, rows, columns: jax.nn.one_hot(
+      context[rows, columns], size
+    ),
+    represent=lambda params, states, candidates: states[:, None],
+    score=lambda params, representations, candidates: (
+      representations[:, 0] @ params["table"]
+    ),
+  )
+
+
+@functools.cache
+def problem(confounding):
+  """Data of a world: (world, sequences, pool of G groups, of one, prior).
+
+  Groups and prior come from activeness alone, as in an experiment; lengths
+  of strata are disjoint, so that groups are the strata.
+  """
+  world = make_world(confounding)
+  data, strata = simulator.simulate(world, num_users=NUM_USERS, seed=1)
+  split = splits.leave_one_out(data)
+  groups = activeness.assign_groups(
+    split.activeness, num_groups=NUM_GROUPS, rule="thresholds",
+    thresholds=[b - 2 for b in BORDERS[1:-1]],
+  )
+  np.testing.assert_array_equal(groups, strata)
+  targets = batches.training_targets(split)
+  pool = lambda groups, count: batches.make_pool(
+    targets, groups, num_groups=count, length=1
+  )
+  prior = lambda kind: activeness.prior(kind, groups, targets, NUM_GROUPS)
+  return (
+    world, batches.make_sequences(split), pool(groups, NUM_GROUPS),
+    pool(np.zeros_like(groups), 1), prior, jnp.asarray(groups),
+  )
+
+
+def run(step, state, sequences, pool, frozen, num_steps):
+  """`fit` from start to end; -> (params, stacked logs)."""
+  logs = []
+  result = training.fit(
+    step, state, training.Operands(jax.random.key(0), sequences, pool, frozen),
+    name="adjustment", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
+    evaluate_every=num_steps, dispatch=num_steps // 2,
+    on_steps=lambda t, log: logs.append(log),
+  )
+  merged = jax.tree.map(lambda *x: np.concatenate(x), *logs)
+  return result.best, merged
+
+
+def train(
+  confounding, prior, *, groups=True, importance=None, frozen=None,
+  num_steps=500,
+):
+  """Trains the table; -> (log P(y|x) [V, V] of the table, logs)."""
+  _, sequences, by_group, together, _, _ = problem(confounding)
+  backbone, weighting = bigram(), aggregation.backdoor(prior)
+  optimizer, schedule = training.make_optimizer(
+    num_steps, learning_rate=0.1, final=0.003, b2=0.99
+  )
+  step = training.backbone_step(
+    backbone, weighting, optimizer, schedule,
+    batch_size=512 if groups else 1536, length=1, draw="interactions",
+    mean="interactions", path="accumulated", importance=importance,
+  )
+  state = training.init_state(
+    backbone.init(jax.random.key(0)), optimizer, weighting
+  )
+  pool = by_group if groups else together
+  params, logs = run(step, state, sequences, pool, frozen, num_steps)
+  logits = np.asarray(params["table"], np.float64)[1:, 1:]
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True)), logs
+
+
+def known_posterior(world):
+  """P(d|x) of training events by Bayes' rule [V+1, G]; row 0 unused."""
+  share, p_x = event_distribution(world)
+  return np.concatenate(
+    [np.ones((1, NUM_GROUPS)), (share[:, None] * world.initial / p_x).T]
+  )
+
+
+def known_importance(frozen, batch):
+  """share_d / P(d|x) with the world's own propensities; [G, B, L]."""
+  groups = jnp.arange(NUM_GROUPS)[:, None, None]
+  propensities = frozen["posterior"][batch.history, groups]
+  return frozen["shares"][groups] / propensities
+
+
+def joint(confounding):
+  return train(confounding, [1.0], groups=False)
+
+
+def joint_from_groups(confounding):
+  return train(confounding, problem(confounding)[4]("interactions"))
+
+
+def group_weights(confounding):
+  return train(confounding, problem(confounding)[4]("users"))
+
+
+def exact_backdoor(confounding):
+  world = problem(confounding)[0]
+  frozen = {
+    "posterior": jnp.asarray(known_posterior(world), jnp.float32),
+    "shares": jnp.asarray(event_distribution(world)[0], jnp.float32),
+  }
+  return train(
+    confounding, problem(confounding)[4]("users"),
+    importance=known_importance, frozen=frozen,
+  )
+
+
+def fitted_backdoor(confounding):
+  _, sequences, _, together, prior, groups = problem(confounding)
+  backbone = bigram()
+  optimizer, schedule = training.make_optimizer(300, learning_rate=0.02)
+  step = propensity.classifier_step(
+    backbone, optimizer, schedule, batch_size=1024, length=1
+  )
+  params = propensity.init_classifier(
+    jax.random.key(1), NUM_ITEMS + 1, NUM_GROUPS, hidden=16
+  )
+  frozen = {"backbone": backbone.init(jax.random.key(0)), "groups": groups}
+  classifier, _ = run(
+    step, training.init_state(params, optimizer), sequences, together, frozen,
+    300,
+  )
+  return train(
+    confounding, prior("users"),
+    importance=propensity.fitted_importance(backbone, clip=50.0),
+    frozen={
+      "backbone": frozen["backbone"],
+      "classifier": classifier,
+      "shares": jnp.asarray(prior("interactions"), jnp.float32),
+    },
+  )
+
+
+LIMITS = {
+  "joint": (joint, "observational", 0.003),
+  "joint_from_groups": (joint_from_groups, "observational", 0.003),
+  "group_weights": (group_weights, "prior_shifted", 0.003),
+  "exact_backdoor": (exact_backdoor, "interventional", 0.003),
+  "fitted_backdoor": (fitted_backdoor, "interventional", 0.006),
+}
+
+
+def test_closed_forms_differ_where_activeness_confounds():
+  world = make_world(0.9)
+  forms = closed_forms(world)
+  for p in FORMS:
+    for q in FORMS:
+      apart = divergence(world, forms[p], np.log(forms[q]))
+      assert (apart > 0.1) == (p != q), (p, q, apart)
+
+
+def test_closed_forms_by_hand():
+  """The simulator's limits from sums over strata in numpy."""
+  world = make_world(0.9)
+  forms = closed_forms(world)
+  share, _ = event_distribution(world)
+  for x in range(NUM_ITEMS):
+    for weights, form in ((share, "observational"),
+                          (world.prior, "prior_shifted")):
+      strata = weights * world.initial[:, x]
+      np.testing.assert_allclose(
+        forms[form][x], strata / strata.sum() @ world.transition[:, x],
+        rtol=1e-4,
+      )
+    np.testing.assert_allclose(
+      forms["interventional"][x], world.prior @ world.transition[:, x],
+      rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_training_converges_to_its_own_limit(kind):
+  rule, own, tolerance = LIMITS[kind]
+  log_probability, _ = rule(0.9)
+  world = problem(0.9)[0]
+  apart = {
+    form: divergence(world, target, log_probability)
+    for form, target in closed_forms(world).items()
+  }
+  print(kind, {form: round(value, 5) for form, value in apart.items()})
+  assert apart.pop(own) < tolerance
+  assert min(apart.values()) > 10 * tolerance, apart
+
+
+def test_effective_share_of_exact_weights():
+  """Its limit is 1 / sum_x P(x|d) (share_d / P(d|x))^2 in each group."""
+  _, logs = exact_backdoor(0.9)
+  world = problem(0.9)[0]
+  share, p_x = event_distribution(world)
+  expected = 1 / (p_x**2 / world.initial).sum(-1)
+  np.testing.assert_allclose(
+    logs["effective_share"].mean(0), expected, rtol=0.02
+  )
+  assert expected.min() < 0.8
+
+
+@pytest.mark.parametrize("kind", ["joint", "group_weights", "exact_backdoor"])
+def test_all_limits_coincide_without_confounding(kind):
+  log_probability, logs = LIMITS[kind][0](0.0)
+  world = problem(0.0)[0]
+  for target in closed_forms(world).values():
+    apart = divergence(world, target, log_probability)
+    assert apart < 0.003
+  print(kind, round(apart, 5))
+  if "effective_share" in logs:
+    np.testing.assert_allclose(logs["effective_share"], 1, rtol=1e-4)
