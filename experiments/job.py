@@ -22,7 +22,13 @@ from experiments.problem import (
   make_problem,
   requests_for,
 )
-from experiments.trainer import Networks, Trainer, make_networks, num_steps
+from experiments.trainer import (
+  Networks,
+  Trainer,
+  check_aggregation,
+  make_networks,
+  num_steps,
+)
 from pin_jax import activeness, evaluation
 from pin_jax.types import InputError
 
@@ -133,6 +139,7 @@ def run(
   settings.check(config)
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)
+  check_aggregation(config, problem)
   claim_workdir(workdir, config, fingerprint(problem))
   if (workdir / "summary.json").exists():
     console.print(f"{workdir} is finished; reprinting its tables")

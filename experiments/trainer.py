@@ -1,5 +1,6 @@
 """Trains the stages of a job."""
 
+import inspect
 import zlib
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from pin_jax import (
 )
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
+from pin_jax.weightings import WEIGHTINGS, preceded_by
 
 BACKBONES = {"sasrec": sasrec}
 PLUGINS = {"bottleneck": plugins.bottleneck}
@@ -44,6 +46,45 @@ def make_networks(config: ConfigDict, num_items: int) -> Networks:
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
   return Networks(backbone, plugin)
+
+
+def make_weighting(
+  spec: str, prior: np.ndarray, shares: np.ndarray
+) -> aggregation.Weighting:
+  """Builds the weighting that `pin.weighting` names.
+
+  A rule that takes no prior of its own is preceded by it.
+
+  Args:
+    spec: 'name' or 'name:option=number,…'.
+    prior: [G], P(d).
+    shares: [G], the groups' shares of the training targets.
+
+  Raises:
+    InputError: for an unknown name or option, or a bad number.
+  """
+  name, _, options = spec.partition(":")
+  if name not in WEIGHTINGS:
+    raise InputError(
+      f"config key pin.weighting={spec!r}: use one of {list(WEIGHTINGS)}"
+    )
+  known = inspect.signature(WEIGHTINGS[name]).parameters
+  given = {"prior": prior, "shares": shares, "num_groups": len(prior)}
+  given |= {"start": shares, "end": prior}  # annealed: joint to adjusted
+  arguments = {key: given[key] for key in known if key in given}
+  try:
+    for item in filter(None, options.split(",")):
+      key, _, value = item.partition("=")
+      number = float(value)
+      arguments[key] = int(number) if number.is_integer() else number
+    weighting = WEIGHTINGS[name](**arguments)
+  except (TypeError, ValueError) as error:
+    free = [key for key in known if key not in given]
+    raise InputError(
+      f"config key pin.weighting={spec!r}: {error}; options are {free}"
+    ) from error
+  own = {"prior", "shares", "start"} & set(known)
+  return weighting if own else preceded_by(prior, weighting)
 
 
 class Trainer:
@@ -190,12 +231,14 @@ class Trainer:
   def _backbone_run(self, stage: Stage, steps: int) -> tuple:
     config, problem = self._config, self._problem
     num_groups = config.groups.num_groups
-    groups, prior = problem.groups, problem.prior
-    if not stage.grouped:
+    shares = target_shares(problem, num_groups)
+    if stage.grouped:
+      groups = problem.groups
+      weighting = make_weighting(config.pin.weighting, problem.prior, shares)
+    else:
       groups = np.where(in_segment(problem, stage.users), 0, -1)
-      prior = np.ones(1)
+      weighting = aggregation.backdoor(np.ones(1))
     rows = config.batch_size // num_groups
-    weighting = aggregation.backdoor(prior)
     optimizer, schedule = self._optimizer(steps)
     draw, mean = self._sampling(stage)
     importance, frozen = None, None
@@ -203,11 +246,10 @@ class Trainer:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-      shares = np.bincount(problem.groups, problem.targets, num_groups)
       frozen = {
         "backbone": self.trained["base"].best,
         "classifier": self.trained[stage.exact].best,
-        "shares": jnp.asarray(shares / shares.sum(), jnp.float32),
+        "shares": jnp.asarray(shares, jnp.float32),
       }
     step = training.backbone_step(
       self._networks.backbone, weighting, optimizer, schedule,
@@ -225,7 +267,7 @@ class Trainer:
     )
     operands = training.Operands(
       self._stage_key(stage.name), problem.sequences,
-      self._pool(groups, len(prior)), frozen,
+      self._pool(groups, num_groups if stage.grouped else 1), frozen,
     )
     rank, requests = self.ranker(False), self._validation(stage.users)
 
@@ -320,6 +362,24 @@ class Trainer:
       rng = np.random.default_rng(0)
       chosen = np.sort(rng.choice(chosen, limit, replace=False))
     return requests_for(problem, "validation", chosen)
+
+
+def target_shares(problem: Problem, num_groups: int) -> np.ndarray:
+  """[G] share of the training targets in each group."""
+  counts = np.bincount(problem.groups, problem.targets, num_groups)
+  return counts / counts.sum()
+
+
+def check_aggregation(config: ConfigDict, problem: Problem) -> None:
+  """Raises InputError where `pin.path` does not allow `pin.weighting`."""
+  shares = target_shares(problem, config.groups.num_groups)
+  weighting = make_weighting(config.pin.weighting, problem.prior, shares)
+  restricted = config.pin.path in aggregation.CONSTANT_PATHS
+  if weighting.constant is None and restricted:
+    raise InputError(
+      f"config key pin.path={config.pin.path!r} needs constant weights, which "
+      f"pin.weighting={config.pin.weighting!r} has not; use 'sequential'"
+    )
 
 
 def num_steps(config: ConfigDict, stage: Stage) -> int:

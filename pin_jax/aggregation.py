@@ -146,7 +146,7 @@ def aggregate(
   """
   if path not in PATHS:
     raise ValueError(f"path={path!r} is unknown; use one of {list(PATHS)}")
-  if path in ("accumulated", "weighted") and weighting.constant is None:
+  if path in CONSTANT_PATHS and weighting.constant is None:
     raise ValueError(
       f"path={path!r} needs constant weights; use 'stacked' or 'sequential'"
     )
@@ -227,6 +227,7 @@ def _weighted(group_loss: GroupLoss, weighting: Weighting) -> AggregateFn:
   return run
 
 
+CONSTANT_PATHS = ("accumulated", "weighted")
 PATHS = {
   "stacked": _stacked,
   "sequential": _sequential,

@@ -18,6 +18,7 @@ LEVELS = {
   "pin_jax.aggregation": 0,
   "pin_jax.metrics": 0,
   "pin_jax.statistics": 0,
+  "pin_jax.weightings": 1,
   "pin_jax.activeness": 1,
   "pin_jax.splits": 1,
   "pin_jax.plugins": 1,

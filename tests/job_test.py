@@ -139,6 +139,22 @@ def test_outputs_and_protocol(finished):
     assert part in text, part
 
 
+def test_a_path_for_constant_weights_refuses_other_rules(tmp_path):
+  config = _config()
+  config.pin.update(weighting="pcgrad", path="weighted")
+  with pytest.raises(InputError, match="pin.path='weighted' needs constant"):
+    _run(config, tmp_path / "w")
+  assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("spec", ["pcgrad:seed=3", "cvar:alpha=0.5"])
+def test_another_weighting_runs(tmp_path, spec):
+  config = _config()
+  config.pin.weighting = spec
+  table, _ = _run(config, tmp_path)
+  assert table["other"].is_not_null().all()
+
+
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
   monkeypatch.setattr(training, "fit", None)  # training would fail
@@ -265,6 +281,9 @@ def _set(key, value):
     (_set("optimizer.learning_rate", float("nan")), "learning_rate=nan"),
     (_set("groups.rule", "age"), "groups.rule='age': use one of"),
     (_set("groups.thresholds", (3, 5)), "exactly where groups.rule asks"),
+    (_set("pin.weighting", "best"), "pin.weighting='best': use one of"),
+    (_set("pin.weighting", "cagrad:d=1"), "options are ['c']"),
+    (_set("pin.weighting", "cagrad:c=x"), "could not convert"),
     (_set("prior.kind", "custom"), "exactly where prior.kind asks"),
     (_set("methods", ("base", "best")), "methods=('base', 'best')"),
     (_set("seeds", ()), "seeds=()"),

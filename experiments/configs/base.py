@@ -47,6 +47,8 @@ def default() -> ConfigDict:
       "mean": "interactions",
       "plugin_draw": "interactions",
       "plugin_mean": "interactions",
+      # A name of pin_jax.weightings.WEIGHTINGS; 'cagrad:c=0.4' sets options.
+      "weighting": "backdoor",
       "path": "sequential",
       "clip_importance": 10.0,
     },
