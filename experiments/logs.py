@@ -132,7 +132,7 @@ class JobProgress:
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        rich.progress.TimeRemainingColumn(),
         console=console,
       )
       self._bar.start()

@@ -3,7 +3,9 @@
   python -m experiments.main --config=experiments/configs/ml100k.py \
     --workdir=runs/ml100k
 
-Too small to tell methods apart; for trying things out.
+About three minutes on one CPU core. Expect, history masked, a base of NDCG@10
+.085 and PIN at -5 % [-14, +4] for tail users: the data set is too small to tell
+methods apart, and there to try things out.
 """
 
 from ml_collections import ConfigDict

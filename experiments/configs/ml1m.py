@@ -2,6 +2,10 @@
 
   python -m experiments.main --config=experiments/configs/ml1m.py \
     --workdir=runs/ml1m
+
+About 30 minutes on one CPU core (base 890 CPU-seconds). Expect, history masked,
+a base of NDCG@10 .166 (tail .180, head .112) and PIN at -1 % [-4, +1] for tail
+and -10 % [-17, -3] for head users.
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,10 @@
 
   python -m experiments.main --config=experiments/configs/toys.py \
     --workdir=runs/toys
+
+About 20 minutes on one CPU core (base 450 CPU-seconds). Expect, history masked,
+a base of NDCG@10 .056 (tail .057, head .050) and PIN at -17 % [-20, -14] for
+tail and -19 % [-25, -13] for head users.
 """
 
 from ml_collections import ConfigDict
