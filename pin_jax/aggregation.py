@@ -108,6 +108,25 @@ def cosines(gramian: jax.Array) -> jax.Array:
   return gramian * scale[:, None] * scale[None, :]
 
 
+def conflict_rate(cosines: jax.Array) -> jax.Array:
+  """Share of the pairs of groups whose gradients have a negative cosine.
+
+  NaN cosines (a path that does not form them) give NaN; one group gives 0.
+  """
+  size = cosines.shape[0]
+  pairs = jnp.triu(jnp.ones((size, size), bool), 1)
+  negative = jnp.where(pairs, cosines < 0, False).sum()
+  rate = negative / max(size * (size - 1) // 2, 1)
+  return jnp.where(jnp.isnan(jnp.where(pairs, cosines, 0)).any(), jnp.nan, rate)
+
+
+def effective_groups(weights: jax.Array) -> jax.Array:
+  """(sum |w|)^2 / sum w^2: G for equal weights, 1 for one group, 0 for none."""
+  squares = jnp.sum(weights**2)
+  total = jnp.sum(jnp.abs(weights)) ** 2
+  return jnp.where(squares > 0, total / jnp.where(squares > 0, squares, 1), 0)
+
+
 def combine(weights: jax.Array, grads: PyTree) -> PyTree:
   """sum_g weights_g * grads_g; leaves [G, ...] -> [...]."""
   scale = lambda weight, grad: jax.tree.map(lambda x: weight * x, grad)

@@ -270,11 +270,14 @@ def backbone_step(
       out.gradient, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
+    cosines = aggregation.cosines(out.gramian)
     log = {
       "loss": out.losses,
       "weights": out.weights,
       "norms": jnp.sqrt(jnp.diagonal(out.gramian)),
-      "cosines": aggregation.cosines(out.gramian),
+      "cosines": cosines,
+      "conflict_rate": aggregation.conflict_rate(cosines),
+      "effective_groups": aggregation.effective_groups(out.weights),
       "learning_rate": schedule(t),
     }
     if weights is not None:

@@ -482,3 +482,23 @@ def test_equal_weights_miss_the_joint_gradient():
     "interactions", lambda *x: prior_of("uniform", *x), 1, 32, 800
   )
   assert np.sqrt((z_scores(sampled, joint) ** 2).mean()) > 5
+
+
+def test_conflict_rate_counts_pairs_with_a_negative_cosine():
+  cosines = jnp.array([[1.0, -0.1, 0.2], [-0.1, 1.0, 0.0], [0.2, 0.0, 1.0]])
+  np.testing.assert_allclose(aggregation.conflict_rate(cosines), 1 / 3)
+  assert aggregation.conflict_rate(jnp.ones((1, 1))) == 0
+  unknown = cosines.at[0, 1].set(jnp.nan)
+  assert jnp.isnan(aggregation.conflict_rate(unknown))
+
+
+@pytest.mark.parametrize(
+  ("weights", "want"),
+  [
+    ([0.25] * 4, 4), ([0, 0, 3], 1), ([0.5, 0.25, 0.25], 1 / 0.375),
+    ([0, 0], 0),
+  ],
+)
+def test_effective_groups(weights, want):
+  got = aggregation.effective_groups(jnp.array(weights, jnp.float32))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
