@@ -11,9 +11,14 @@ from ml_collections import ConfigDict
 from experiments.configs.base import default
 from experiments.methods import METHODS
 from pin_jax import aggregation, batches, training
+from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
+from pin_jax.plugins import bottleneck
 from pin_jax.types import InputError
+
+BACKBONES = {"sasrec": sasrec}
+PLUGINS = {"bottleneck": bottleneck}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -53,8 +58,8 @@ _CHOICES = {
   "split.protocol": ("leave_one_out", "temporal"),
   "groups.rule": ("users", "interactions", "thresholds", "head_share"),
   "prior.kind": ("users", "uniform", "interactions", "custom"),
-  "backbone.name": ("sasrec",),
-  "plugin.name": ("bottleneck",),
+  "backbone.name": tuple(BACKBONES),
+  "plugin.name": tuple(PLUGINS),
   "joint.draw": batches.DRAWS,
   "joint.mean": training.MEANS,
   "pin.draw": batches.DRAWS,

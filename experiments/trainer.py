@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments import logs
 from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
+from experiments.settings import BACKBONES, PLUGINS
 from pin_jax import (
   aggregation,
   batches,
@@ -23,12 +24,9 @@ from pin_jax import (
   propensity,
   training,
 )
-from pin_jax.backbones.sasrec import sasrec
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import WEIGHTINGS, preceded_by
 
-BACKBONES = {"sasrec": sasrec}
-PLUGINS = {"bottleneck": plugins.bottleneck}
 CUTOFF = 10
 
 
@@ -116,7 +114,7 @@ class Trainer:
       self._rankers[with_plugin] = evaluation.make_ranker(
         self.model(with_plugin),
         num_items=self._problem.split.interactions.num_items,
-        length=self._config.backbone.length,
+        length=self.length,
         **self._config.evaluation,
       )
     return self._rankers[with_plugin]
@@ -216,7 +214,7 @@ class Trainer:
   def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:
     return batches.make_pool(
       self._problem.targets, groups, num_groups=num_groups,
-      length=self._config.backbone.length,
+      length=self.length,
     )
 
   def _sampling(self, stage: Stage) -> tuple[str, str]:
@@ -254,7 +252,7 @@ class Trainer:
     step = training.backbone_step(
       self._networks.backbone, weighting, optimizer, schedule,
       batch_size=rows if stage.grouped else rows * num_groups,
-      length=config.backbone.length, draw=draw, mean=mean,
+      length=self.length, draw=draw, mean=mean,
       path=config.pin.path if stage.grouped else "sequential",
       average=config.optimizer.average, importance=importance,
     )
@@ -286,7 +284,7 @@ class Trainer:
     step = training.plugin_step(
       *self._networks, optimizer, schedule,
       batch_size=config.batch_size // len(SEGMENTS),
-      length=config.backbone.length, draw=draw, mean=mean,
+      length=self.length, draw=draw, mean=mean,
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
     params = init(
@@ -312,11 +310,11 @@ class Trainer:
 
   def _classifier_run(self, stage: Stage, steps: int) -> tuple:
     config, problem = self._config, self._problem
-    backbone, length = self._networks.backbone, config.backbone.length
+    backbone = self._networks.backbone
     optimizer, schedule = self._optimizer(steps, "classifier_")
     step = propensity.classifier_step(
       backbone, optimizer, schedule, batch_size=config.batch_size,
-      length=length,
+      length=self.length,
     )
     params = propensity.init_classifier(
       self._stage_key(stage.name + "/init"), config.backbone.width,
@@ -332,7 +330,7 @@ class Trainer:
     )
     held_out = batches.draw_batch(
       self._stage_key(stage.name + "/validation"), problem.sequences, pool,
-      batch_size=4 * config.batch_size, length=length, draw="interactions",
+      batch_size=4 * config.batch_size, length=self.length, draw="interactions",
     )
     held_out = jax.tree.map(lambda x: x[0], held_out)
     loss = jax.jit(

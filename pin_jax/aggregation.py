@@ -113,11 +113,10 @@ def conflict_rate(cosines: jax.Array) -> jax.Array:
 
   NaN cosines (a path that does not form them) give NaN; one group gives 0.
   """
-  size = cosines.shape[0]
-  pairs = jnp.triu(jnp.ones((size, size), bool), 1)
-  negative = jnp.where(pairs, cosines < 0, False).sum()
-  rate = negative / max(size * (size - 1) // 2, 1)
-  return jnp.where(jnp.isnan(jnp.where(pairs, cosines, 0)).any(), jnp.nan, rate)
+  pairs = cosines[jnp.triu_indices(cosines.shape[0], 1)]
+  if not pairs.size:
+    return jnp.float32(0)
+  return jnp.where(jnp.isnan(pairs).any(), jnp.nan, jnp.mean(pairs < 0))
 
 
 def effective_groups(weights: jax.Array) -> jax.Array:

@@ -366,16 +366,15 @@ def init_state(
   Returns:
     The state; it shares no buffer with `params`.
   """
-  copy = lambda tree: jax.tree.map(jnp.copy, tree)
   init = jax.vmap(optimizer.init) if stacked else optimizer.init
 
   @jax.jit
   def start(params: PyTree) -> TrainState:
     return TrainState(
-      copy(params),
+      _copy(params),
       init(params),
       () if weighting is None else weighting.init(),
-      copy(params) if average else None,
+      _copy(params) if average else None,
     )
 
   return start(params)

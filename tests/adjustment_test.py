@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import bigram
 
 from pin_jax import (
   activeness,
@@ -27,7 +28,6 @@ from pin_jax import (
   training,
 )
 from pin_jax.datasets import simulator
-from pin_jax.types import Backbone
 
 NUM_ITEMS = 8
 NUM_GROUPS = 3
@@ -78,22 +78,6 @@ def divergence(world, target, log_probability):
   return float(p_x @ (target * ratio).sum(-1))
 
 
-def bigram():
-  """Reads the last item only; logits are a row of a table."""
-  size = NUM_ITEMS + 1
-  return Backbone(
-    init=lambda key: {"table": jnp.zeros((size, size))},
-    encode=lambda params, history, key=None: history,
-    at=lambda context, rows, columns: jax.nn.one_hot(
-      context[rows, columns], size
-    ),
-    represent=lambda params, states, candidates: states[:, None],
-    score=lambda params, representations, candidates: (
-      representations[:, 0] @ params["table"]
-    ),
-  )
-
-
 @functools.cache
 def problem(confounding):
   """Data of a world: (world, sequences, pool of G groups, of one, prior).
@@ -139,7 +123,7 @@ def train(
 ):
   """Trains the table; -> (log P(y|x) [V, V] of the table, logs)."""
   _, sequences, by_group, together, _, _ = problem(confounding)
-  backbone, weighting = bigram(), aggregation.backdoor(prior)
+  backbone, weighting = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros), aggregation.backdoor(prior)
   optimizer, schedule = training.make_optimizer(
     num_steps, learning_rate=0.1, final=0.003, b2=0.99
   )
@@ -198,7 +182,7 @@ def exact_backdoor(confounding):
 
 def fitted_backdoor(confounding):
   _, sequences, _, together, prior, groups = problem(confounding)
-  backbone = bigram()
+  backbone = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros)
   optimizer, schedule = training.make_optimizer(300, learning_rate=0.02)
   step = propensity.classifier_step(
     backbone, optimizer, schedule, batch_size=1024, length=1

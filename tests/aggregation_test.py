@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import assert_trees_close, bigram
 
 from pin_jax import activeness, aggregation, batches, splits, training
 from pin_jax.backbones import sasrec
 from pin_jax.interactions import Interactions
-from pin_jax.types import Backbone
 
 PATHS = list(aggregation.PATHS)
 LENGTHS = (3, 3, 4, 5, 6, 6, 8, 9, 10, 13)
@@ -303,22 +303,6 @@ def tiny_sasrec(length, dropout):
   return backbone, jax.tree.map(random, shapes)
 
 
-def bigram():
-  """Reads the last item only; logits are a row of a table."""
-  size = NUM_ITEMS + 1
-  return Backbone(
-    init=lambda key: {"table": jax.random.normal(key, (size, size))},
-    encode=lambda params, history, key=None: history,
-    at=lambda context, rows, columns: jax.nn.one_hot(
-      context[rows, columns], size
-    ),
-    represent=lambda params, states, candidates: states[:, None],
-    score=lambda params, representations, candidates: (
-      representations[:, 0] @ params["table"]
-    ),
-  )
-
-
 def plain_loss(backbone, params, history, targets, weights):
   """sum weights * cross-entropy over real items, without package losses."""
   rows, columns = np.indices(history.shape).reshape(2, -1)
@@ -351,17 +335,6 @@ def joint_weights(kind, users, targets):
   counts = np.bincount(users, (targets > 0).sum(1))
   return np.repeat(
     1 / (len(LENGTHS) * counts[users])[:, None], targets.shape[1], axis=1
-  )
-
-
-def assert_trees_close(got, expected, tolerance=1e-5):
-  """Within `tolerance` of each element or of the largest of the tree."""
-  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=tolerance, atol=tolerance * largest
-    ),
-    got, expected,
   )
 
 
@@ -424,7 +397,7 @@ def sampled_gradients(kind, prior, length, batch_size, count):
   """Aggregated gradients of `count` sampled batches of a bigram table."""
   split = tiny_split()
   groups = user_groups(split)
-  backbone = bigram()
+  backbone = bigram(NUM_ITEMS)
   params = backbone.init(jax.random.key(1))
   sequences = batches.make_sequences(split)
   pool = batches.make_pool(

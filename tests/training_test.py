@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toys import assert_trees_close, bigram
 
 from pin_jax import (
   aggregation,
@@ -16,7 +17,7 @@ from pin_jax import (
 )
 from pin_jax.backbones import sasrec
 from pin_jax.interactions import Interactions
-from pin_jax.types import Backbone, TrainingError
+from pin_jax.types import TrainingError
 
 NUM_ITEMS = 9
 SIZE = NUM_ITEMS + 1
@@ -28,26 +29,6 @@ def _compile_quickly():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
-
-
-def bigram(dropout=0.0):
-  """Reads the last item only; logits are a row of a table."""
-
-  def encode(params, history, key=None):
-    context = jax.nn.one_hot(history, SIZE)
-    if key is None or not dropout:
-      return context
-    return context * jax.random.bernoulli(key, 1 - dropout, context.shape)
-
-  return Backbone(
-    init=lambda key: {"table": jax.random.normal(key, (SIZE, SIZE))},
-    encode=encode,
-    at=lambda context, rows, columns: context[rows, columns],
-    represent=lambda params, states, candidates: states[:, None],
-    score=lambda params, representations, candidates: (
-      representations[:, 0] @ params["table"]
-    ),
-  )
 
 
 def data_of(sequences, groups, length):
@@ -78,17 +59,6 @@ def assert_trees_equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def assert_trees_close(a, b, tolerance=1e-5):
-  """Within `tolerance` of each element or of the largest of the tree."""
-  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(b))
-  jax.tree.map(
-    lambda x, y: np.testing.assert_allclose(
-      x, y, rtol=tolerance, atol=tolerance * largest
-    ),
-    a, b,
-  )
 
 
 # Weights of positions and examples.
@@ -177,7 +147,7 @@ def test_backbone_step_equals_optax_by_hand(draw, weighted):
   length = 7
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 1, 2], length)
   importance = np.random.default_rng(1).exponential(size=(3, 1, length))
-  backbone, weighting = bigram(), aggregation.backdoor(PRIOR)
+  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor(PRIOR)
   optimizer, schedule = training.make_optimizer(
     10, learning_rate=0.1, warmup=0, clip=0.05, weight_decay=0.01
   )
@@ -302,7 +272,7 @@ def test_joint_training_is_one_group():
 
 def test_moving_average_by_formula():
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 1, 2], 3)
-  backbone, weighting = bigram(), aggregation.backdoor(PRIOR)
+  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor(PRIOR)
   optimizer, schedule = training.make_optimizer(9, learning_rate=0.1, warmup=0)
   step = training.backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=2, length=3,
@@ -546,7 +516,7 @@ def test_non_finite_loss_names_run_group_and_step():
 
 
 def test_state_given_to_fit_shares_no_buffer_with_params():
-  backbone, weighting = bigram(), aggregation.backdoor([1.0])
+  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor([1.0])
   optimizer, schedule = training.make_optimizer(2)
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 0, 0], 3)
   step = training.backbone_step(
@@ -580,7 +550,7 @@ def resumable(directory, *, average, stop_at=None, evaluate_first=False):
   sequences, pool = data_of(
     random_sequences([3, 5, 7, 9]), [0, 0, 1, 1], 4
   )
-  backbone = bigram(dropout=0.3)
+  backbone = bigram(NUM_ITEMS, dropout=0.3)
   params = backbone.init(jax.random.key(0))
   weighting = aggregation.backdoor([0.4, 0.6])
   optimizer, schedule = training.make_optimizer(
