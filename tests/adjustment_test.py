@@ -123,7 +123,8 @@ def train(
 ):
   """Trains the table; -> (log P(y|x) [V, V] of the table, logs)."""
   _, sequences, by_group, together, _, _ = problem(confounding)
-  backbone, weighting = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros), aggregation.backdoor(prior)
+  backbone = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros)
+  weighting = aggregation.backdoor(prior)
   optimizer, schedule = training.make_optimizer(
     num_steps, learning_rate=0.1, final=0.003, b2=0.99
   )
