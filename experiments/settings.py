@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs.base import default
 from experiments.methods import METHODS
-from pin_jax import aggregation, batches, training
+from pin_jax import aggregation, batches, objectives
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
@@ -61,12 +61,13 @@ _CHOICES = {
   "backbone.name": tuple(BACKBONES),
   "plugin.name": tuple(PLUGINS),
   "joint.draw": batches.DRAWS,
-  "joint.mean": training.MEANS,
+  "joint.mean": objectives.MEANS,
   "pin.draw": batches.DRAWS,
-  "pin.mean": training.MEANS,
+  "pin.mean": objectives.MEANS,
   "pin.plugin_draw": batches.DRAWS,
-  "pin.plugin_mean": training.MEANS,
-  "pin.path": aggregation.PATHS,
+  "pin.plugin_mean": objectives.MEANS,
+  "pin.path": ("auto", *aggregation.PATHS),
+  "pin.granularity": ("rule", "whole", "tensor"),
 }
 _AT_LEAST = {
   "groups.num_groups": 1,
@@ -78,6 +79,7 @@ _AT_LEAST = {
   "classifier_steps": 1,
   "batch_size": 2,
   "dispatch": 1,
+  "pin.diagnose_every": 0,
   "optimizer.warmup": 0,
   "optimizer.weight_decay": 0,
   "validation.every": 1,

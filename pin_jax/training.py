@@ -18,10 +18,14 @@ import optax
 from pin_jax import aggregation
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
-from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.objectives import (
+  GroupBatch,
+  group_losses,
+  next_item_loss,
+  plugin_head,
+  position_weights,
+)
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
-
-MEANS = ("interactions", "users")
 
 
 class TrainState(NamedTuple):
@@ -97,126 +101,12 @@ def make_optimizer(
   return optimizer, schedule
 
 
-def position_weights(
-  targets: jax.Array, mean: str, importance: jax.Array | None = None
-) -> jax.Array:
-  """Weights of the positions in a group's loss; they sum to 1.
-
-  mean = 'interactions' weights every real position alike, mean = 'users'
-  every row alike and the positions within it alike. Importance weights
-  multiply these and the sum is normalised again (self-normalised).
-
-  Args:
-    targets: [B, L], 0 = none.
-    mean: 'interactions' or 'users'.
-    importance: optional [B, L] weights >= 0.
-
-  Returns:
-    [B, L] float32.
-  """
-  real = (targets > 0).astype(jnp.float32)
-  if mean == "users":
-    real = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
-  if importance is not None:
-    real = real * importance
-  return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
-
-
-Head = Callable[[PyTree, PyTree, PyTree], jax.Array]
-
-
-def backbone_head(backbone: Backbone) -> Head:
-  """(params, None, states [M]) -> logits [M, V+1] of the backbone alone."""
-
-  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
-    del shared
-    return backbone.score(
-      params, backbone.represent(params, states, None), None
-    )
-
-  return head
-
-
-def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """(plugin params, backbone params, states [M]) -> logits [M, V+1]."""
-
-  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
-    representations = backbone.represent(shared, states, None)
-    return backbone.score(shared, plugin.apply(params, representations), None)
-
-  return head
-
-
-def next_item_loss(
-  backbone: Backbone, head: Head, *, chunk: int = 256
-) -> Callable[..., jax.Array]:
-  """Full-softmax cross-entropy at every real position.
-
-  Args:
-    backbone: gives the states of the positions.
-    head: turns states into logits.
-    chunk: positions whose logits are alive at a time.
-
-  Returns:
-    f(params, shared, context, targets [B, L], weights [B, L]) -> scalar.
-  """
-
-  def row_loss(
-    params: PyTree, shared: PyTree, states: PyTree, targets: jax.Array
-  ) -> jax.Array:
-    logits = head(params, shared, states)
-    return softmax_cross_entropy(
-      logits, targets, jnp.arange(logits.shape[-1]) > 0
-    )
-
-  total = chunked(row_loss, chunk)
-
-  def loss(
-    params: PyTree,
-    shared: PyTree,
-    context: PyTree,
-    targets: jax.Array,
-    weights: jax.Array,
-  ) -> jax.Array:
-    length = targets.shape[-1]
-    real_first = jnp.argsort(targets.reshape(-1) == 0, stable=True)
-    rows, columns = real_first // length, real_first % length
-    states = backbone.at(context, rows, columns)
-    return total(
-      params, shared, states, targets[rows, columns], weights[rows, columns]
-    )
-
-  return loss
-
-
-class GroupBatch(NamedTuple):
-  """One group's windows and their importance weights ([B, L] or None)."""
-
-  batch: Batch
-  importance: jax.Array | None
-
-
-def group_loss(
-  backbone: Backbone, *, mean: str, chunk: int = 256
-) -> aggregation.GroupLoss:
-  """The loss of one group: (params, GroupBatch, key) -> scalar."""
-  loss = next_item_loss(backbone, backbone_head(backbone), chunk=chunk)
-
-  def of_group(params: PyTree, group: GroupBatch, key: jax.Array) -> jax.Array:
-    history, targets = group.batch.history, group.batch.targets
-    context = backbone.encode(params, history, key)
-    weights = position_weights(targets, mean, group.importance)
-    return loss(params, None, context, targets, weights)
-
-  return of_group
-
-
 Importance = Callable[[PyTree, Batch], jax.Array]
 
 
 def backbone_step(
   backbone: Backbone,
-  weighting: aggregation.Weighting,
+  weighting: aggregation.Rules,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
@@ -224,7 +114,9 @@ def backbone_step(
   length: int,
   draw: str,
   mean: str,
-  path: str = "stacked",
+  path: str = "auto",
+  blocks: aggregation.Blocks | None = None,
+  diagnose_every: int = 0,
   average: float = 0.0,
   importance: Importance | None = None,
 ) -> Step:
@@ -232,7 +124,7 @@ def backbone_step(
 
   Args:
     backbone: the model.
-    weighting: rule for the groups' weights.
+    weighting: rule for the groups' weights, or one for each block.
     optimizer: optax transformation.
     schedule: its learning rate, for the log.
     batch_size: B, windows a group.
@@ -240,6 +132,9 @@ def backbone_step(
     draw: see `draw_batch`.
     mean: see `position_weights`.
     path: see `aggregation.aggregate`.
+    blocks: see `aggregation.aggregate`.
+    diagnose_every: steps from one that takes a path with the whole Gramian to
+      the next, for the log; 0 = none but those that the path forms.
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
@@ -247,9 +142,21 @@ def backbone_step(
   Returns:
     The step.
   """
-  aggregate = aggregation.aggregate(
-    group_loss(backbone, mean=mean), weighting, path=path
-  )
+  losses = group_losses(backbone, mean=mean)
+
+  def aggregator(rules: aggregation.Rules, path: str) -> Callable:
+    return aggregation.aggregate(
+      losses.group_loss, rules, path=path, blocks=blocks,
+      weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+    ).step
+
+  cheap = aggregator(weighting, path)
+  telling = aggregator(aggregation.informed(weighting), "auto")
+
+  def aggregate(t: jax.Array, *args: PyTree) -> aggregation.Aggregate:
+    if not diagnose_every:
+      return cheap(*args)
+    return jax.lax.cond(t % diagnose_every == 0, telling, cheap, *args)
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -264,28 +171,40 @@ def backbone_step(
       weights = importance(operands.frozen, batch)
     keys = jax.random.split(drop_key, batch.users.shape[0])
     out = aggregate(
-      state.params, GroupBatch(batch, weights), keys, state.weighting
+      t, state.params, GroupBatch(batch, weights), keys, state.weighting
     )
     updates, opt_state = optimizer.update(
       out.gradient, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    cosines = aggregation.cosines(out.gramian)
-    log = {
-      "loss": out.losses,
-      "weights": out.weights,
-      "norms": jnp.sqrt(jnp.diagonal(out.gramian)),
-      "cosines": cosines,
-      "conflict_rate": aggregation.conflict_rate(cosines),
-      "effective_groups": aggregation.effective_groups(out.weights),
-      "learning_rate": schedule(t),
-    }
+    log = {**gradient_log(out), "learning_rate": schedule(t)}
     if weights is not None:
       log["effective_share"] = effective_share(weights, batch.targets > 0)
     moving = _move_average(state.average, params, average)
     return TrainState(params, opt_state, out.state, moving), log
 
   return step
+
+
+def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
+  """What an aggregation tells: losses, weights, norms, cosines and the like.
+
+  Where blocks have weights of their own, 'weights' [G] is their mean and
+  'block_weights' [K, G] holds them in the order of their names.
+  """
+  cosines = aggregation.cosines(out.gramian)
+  weights, log = out.weights, {}
+  if isinstance(weights, dict):
+    of_blocks = jnp.stack([weights[name] for name in sorted(weights)])
+    weights, log = of_blocks.mean(0), {"block_weights": of_blocks}
+  return log | {
+    "loss": out.losses,
+    "weights": weights,
+    "norms": jnp.sqrt(jnp.diagonal(out.gramian)),
+    "cosines": cosines,
+    "conflict_rate": aggregation.conflict_rate(cosines),
+    "effective_groups": aggregation.effective_groups(weights),
+  }
 
 
 def plugin_step(
@@ -322,7 +241,7 @@ def plugin_step(
   def segment_loss(params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
     context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
     weights = position_weights(batch.targets, mean)
-    return loss(params, frozen, context, batch.targets, weights)
+    return loss(params, frozen, context, batch.targets, weights)[0]
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -349,8 +268,9 @@ def plugin_step(
 def init_state(
   params: PyTree,
   optimizer: optax.GradientTransformation,
-  weighting: aggregation.Weighting | None = None,
+  weighting: aggregation.Rules | None = None,
   *,
+  blocks: aggregation.Blocks | None = None,
   average: bool = False,
   stacked: bool = False,
 ) -> TrainState:
@@ -359,7 +279,8 @@ def init_state(
   Args:
     params: what is trained.
     optimizer: optax transformation.
-    weighting: rule for the weights; None in stage 2.
+    weighting: rule for the weights, or one for each block; None in stage 2.
+    blocks: see `aggregation.aggregate`.
     average: keep a moving average of params.
     stacked: params lead with [S] and each segment has its own optimizer.
 
@@ -373,7 +294,8 @@ def init_state(
     return TrainState(
       _copy(params),
       init(params),
-      () if weighting is None else weighting.init(),
+      () if weighting is None
+      else aggregation.initial_state(weighting, params, blocks),
       _copy(params) if average else None,
     )
 
