@@ -2,7 +2,8 @@
 
 Every method is a configuration of the same two steps; none has a trainer of
 its own. All serve a user after the same number of steps, `backbone_steps` +
-`plugin_steps`, but for the ablation `pin_backbone`, which stops before stage 2.
+`plugin_steps`, but for the ablations `pin_backbone` and `pin_exact_backbone`,
+which stop before stage 2.
 """
 
 import dataclasses

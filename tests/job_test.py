@@ -5,16 +5,20 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
 import rich.console
+from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import job, settings, trainer
+from experiments import job, problem, settings, trainer
 from experiments.configs import base, files, ml1m, quickstart
+from experiments.logs import read_log
 from experiments.methods import METHODS, stages_of
-from pin_jax import training
+from pin_jax import aggregation, training
 from pin_jax.types import InputError, TrainingError
 
 
@@ -33,6 +37,7 @@ def _config(**data):
   config.batch_size = 24
   config.backbone_steps, config.plugin_steps = 12, 8
   config.classifier_steps = 8
+  config.pin.diagnose_every = 4
   config.dispatch, config.validation.every = 4, 4
   return config
 
@@ -87,7 +92,8 @@ def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
 
 def test_equal_budgets():
   config = _config()
-  full = [m for name, m in METHODS.items() if name != "pin_backbone"]
+  stage_1 = ("pin_backbone", "pin_exact_backbone")
+  full = [m for name, m in METHODS.items() if name not in stage_1]
   for method in full:
     for backbone, plugin in method.serve:
       by_name = {stage.name: stage for stage in method.stages}
@@ -113,10 +119,12 @@ def test_log_holds_every_step_and_group(finished):
     r for r in records if r["run"] == "pin/backbone" and "loss" in r
   ]
   assert [r["step"] for r in steps] == list(range(1, 13))
-  for record in steps:
+  for t, record in enumerate(steps):
     assert np.shape(record["loss"]) == (3,)
     assert np.shape(record["cosines"]) == (3, 3)
-    np.testing.assert_allclose(np.diag(record["cosines"]), 1, atol=1e-5)
+    assert (record["conflict_rate"] is None) == (t % 4 > 0)
+    if t % 4 == 0:  # pin.diagnose_every
+      np.testing.assert_allclose(np.diag(record["cosines"]), 1, atol=1e-5)
     np.testing.assert_allclose(sum(record["weights"]), 1, atol=1e-5)
   shares = [
     record["effective_share"]
@@ -139,12 +147,69 @@ def test_outputs_and_protocol(finished):
     assert part in text, part
 
 
-def test_a_path_for_constant_weights_refuses_other_rules(tmp_path):
+@pytest.mark.parametrize(("pin", "message"), [
+  ({"weighting": "pcgrad", "path": "weighted"},
+   "pin.path='weighted'.*need.* weights that read nothing"),
+  ({"path": "weighted", "granularity": "tensor"}, "use 'accumulated'"),
+  ({"blocks": ("items=joint", "nowhere=joint")}, "'nowhere'.*leaves: .*items"),
+  ({"blocks": ("items",)}, "'items' must be pattern=weighting"),
+  ({"blocks": ("(=joint",)}, r"'\(' is no regular expression"),
+  ({"blocks": ("items=best",)}, "'best': use one of"),
+  ({"blocks": ("items=joint",), "granularity": "tensor"}, "one of the two"),
+])
+def test_contradictory_adjustments_are_refused(tmp_path, pin, message):
   config = _config()
-  config.pin.update(weighting="pcgrad", path="weighted")
-  with pytest.raises(InputError, match="pin.path='weighted' needs constant"):
+  config.pin.update(pin)
+  with pytest.raises(InputError, match=message):
     _run(config, tmp_path / "w")
   assert not (tmp_path / "w").exists()
+
+
+def _aggregated(config, prior, shares):
+  """Weights [blocks][G] by name of a made-up tree."""
+  rules, blocks = trainer.make_adjustment(config.pin, prior, shares)
+  params = {"items": jnp.ones(2), "block": {"kernel": jnp.ones(3)}}
+  loss = lambda params, x, key: x * sum(
+    jnp.sum(leaf) for leaf in jax.tree.leaves(params)
+  )
+  init, step = aggregation.aggregate(loss, rules, blocks=blocks)
+  keys = jax.random.split(jax.random.key(0), 2)
+  return step(params, jnp.array([1.0, -3.0]), keys, init(params)).weights
+
+
+def test_granularity_and_blocks_of_a_config():
+  prior, shares = np.array([0.5, 0.5]), np.array([0.2, 0.8])
+  config = _config()
+  np.testing.assert_allclose(_aggregated(config, prior, shares), prior)
+  config.pin.blocks = ("items|bias=joint",)
+  weights = _aggregated(config, prior, shares)
+  np.testing.assert_allclose(weights["items|bias"], shares, rtol=1e-6)
+  np.testing.assert_allclose(weights["others"], prior)
+  config.pin.blocks = ()
+  config.pin.weighting = "consensus"  # published for each tensor by itself
+  assert set(_aggregated(config, prior, shares)) == {"items", "block/kernel"}
+  config.pin.granularity = "whole"
+  assert _aggregated(config, prior, shares).shape == (2,)
+
+
+def test_prior_exponent():
+  config = _config()
+  want = problem.make_problem(config).prior ** 0.5
+  config.prior.exponent = 0.5
+  np.testing.assert_allclose(
+    problem.make_problem(config).prior, want / want.sum(), rtol=1e-6
+  )
+
+
+def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
+  config = _config()
+  config.methods = ("base", "pin_backbone")
+  config.pin.weighting = "exact_backdoor"
+  _run(config, tmp_path)
+  rows = pl.read_parquet(tmp_path / "rows.parquet")
+  assert set(rows["model"]) == {"base", "pin exact backbone"}
+  runs = {r["run"] for r in read_log(epath.Path(tmp_path))}
+  assert {"classifier", "pin-exact/backbone"} <= runs
 
 
 @pytest.mark.parametrize("spec", ["pcgrad:seed=3", "cvar:alpha=0.5"])

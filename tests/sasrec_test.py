@@ -390,7 +390,7 @@ def test_plugin_training_takes_any_architecture(name):
   def run(params, frozen):
     context = backbone.encode(frozen, batch.history, None)
     weights = objectives.position_weights(batch.targets, "interactions")
-    return loss(params, frozen, context, batch.targets, weights)
+    return loss(params, frozen, context, batch.targets, weights)[0]
 
   value, grad = run(params, frozen)
   losses = [x for _, x in _position_losses(logits_of, _wide(frozen), batch)]

@@ -3,7 +3,33 @@
 import jax
 import numpy as np
 
+from pin_jax import aggregation, weightings
 from pin_jax.types import Backbone
+
+# name -> (prior -> Weighting), the prior in the order of the groups.
+RULES = {
+  "backdoor": aggregation.backdoor,
+  "joint": weightings.joint,
+  "exact_backdoor": weightings.exact_backdoor,
+  "annealed_backdoor": lambda p: weightings.annealed_backdoor(
+    p, np.ones(len(p)), 3
+  ),
+  "inverse_propensity": lambda p: weightings.inverse_propensity(p, 0.5),
+  "group_dro": lambda p: weightings.group_dro(p, 0.1),
+  "streaming_dro": lambda p: weightings.streaming_dro(p, 0.1),
+  "cvar": lambda p: weightings.cvar(p, 0.4),
+  "famo": lambda p: weightings.famo(len(p)),
+  "normalized": lambda p: weightings.normalized(),
+  "consensus": lambda p: weightings.consensus(),
+  "pcgrad": lambda p: weightings.pcgrad(),
+  "gradvac": lambda p: weightings.gradvac(len(p), 0.5),
+  "mgda": lambda p: weightings.mgda(),
+  "upgrad": lambda p: weightings.upgrad(),
+  "cagrad": lambda p: weightings.cagrad(),
+  "imtl_g": lambda p: weightings.imtl_g(),
+  "nash_mtl": lambda p: weightings.nash_mtl(),
+  "aligned_mtl": lambda p: weightings.aligned_mtl(),
+}
 
 
 def bigram(num_items, *, init=jax.random.normal, dropout=0.0):

@@ -154,7 +154,7 @@ def test_backbone_step_equals_optax_by_hand(draw, weighted):
   )
   step = training.backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=1, length=length,
-    draw=draw, mean=draw,
+    draw=draw, mean=draw, diagnose_every=1,
     importance=(
       (lambda frozen, batch: frozen["importance"]) if weighted else None
     ),

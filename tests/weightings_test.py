@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import optimize
+from toys import RULES
 
 from pin_jax import aggregation, weightings
 
@@ -26,32 +27,12 @@ J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0], [1.0, 0.0, -2.0]])
 LOSSES = np.array([1.0, 3.0, 2.0])
 PRIOR = np.array([0.5, 0.3, 0.2])
 
-# name -> (prior -> Weighting), the prior in the order of the groups.
-RULES = {
-  "backdoor": aggregation.backdoor,
-  "annealed_backdoor": lambda p: weightings.annealed_backdoor(
-    p, np.ones(len(p)), 3
-  ),
-  "inverse_propensity": lambda p: weightings.inverse_propensity(p, 0.5),
-  "group_dro": lambda p: weightings.group_dro(p, 0.1),
-  "streaming_dro": lambda p: weightings.streaming_dro(p, 0.1),
-  "cvar": lambda p: weightings.cvar(p, 0.4),
-  "famo": lambda p: weightings.famo(len(p)),
-  "normalized": lambda p: weightings.normalized(),
-  "consensus": lambda p: weightings.consensus(),
-  "pcgrad": lambda p: weightings.pcgrad(),
-  "gradvac": lambda p: weightings.gradvac(len(p), 0.5),
-  "mgda": lambda p: weightings.mgda(),
-  "upgrad": lambda p: weightings.upgrad(),
-  "cagrad": lambda p: weightings.cagrad(),
-  "imtl_g": lambda p: weightings.imtl_g(),
-  "nash_mtl": lambda p: weightings.nash_mtl(),
-  "aligned_mtl": lambda p: weightings.aligned_mtl(),
-}
-CONSTANT = ("backdoor", "inverse_propensity")
-BLIND = (  # to the gradients
-  *CONSTANT, "annealed_backdoor", "group_dro", "streaming_dro", "cvar", "famo",
+KNOWN = (  # before any loss
+  "backdoor", "joint", "exact_backdoor", "inverse_propensity",
+  "annealed_backdoor",
 )
+BY_LOSS = ("group_dro", "streaming_dro", "cvar", "famo")
+BLIND = (*KNOWN, *BY_LOSS)  # to the gradients
 SIMPLEX = (*BLIND, "mgda")
 NON_CONFLICTING = ("mgda", "upgrad", "nash_mtl")
 LINEAR = (*BLIND, "pcgrad", "gradvac", "upgrad")
@@ -131,6 +112,8 @@ GOLDEN = {
   # group 1 has .3 and group 2 the rest.
   "cvar": [0, 0.75, 0.25],
   "backdoor": PRIOR,
+  "joint": PRIOR,
+  "exact_backdoor": PRIOR,
   "annealed_backdoor": PRIOR,
   "inverse_propensity": np.sqrt(PRIOR) / np.sqrt(PRIOR).sum(),
   "group_dro": PRIOR * np.exp(0.1 * LOSSES)
@@ -257,6 +240,20 @@ def test_gradvac_reaches_its_target_cosine():
   np.testing.assert_allclose(weights @ gradients, total, rtol=1e-5)
 
 
+def test_gradvac_learns_nothing_from_a_gradient_that_vanished():
+  """With c = -1 and target 0, p_0 = grad_0 + grad_1 = 0 has no cosine."""
+  gradients = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]])
+  weighting = weightings.gradvac(3, 0.5)
+  update, seen = quick_jit(weighting.update), set()
+  for seed in range(12):
+    targets = jnp.zeros((3, 3)).at[0, 2].set(0.5)
+    state = targets, jax.random.PRNGKey(seed)
+    _, (targets, _) = update(gramian_of(gradients), LOSSES, state)
+    seen.add(float(targets[0, 2]))
+  # Unmoved where group 1 comes first; else half way to the cosine 0.
+  assert seen == {0.5, 0.25}
+
+
 def test_gradvac_without_memory_is_pcgrad():
   got, _ = run(weightings.gradvac(3, 0.0), [gramian_of(J)], [[1, 1, 1]])
   np.testing.assert_allclose(got[0], weigh("pcgrad", J), rtol=1e-5)
@@ -353,20 +350,36 @@ def test_annealing_is_linear_then_stays():
   assert state == 4
 
 
+def known(weighting):
+  """The weights of a rule that reads nothing."""
+  unread = jnp.full((3, 3), jnp.nan)
+  return weighting.update(unread, unread[0], weighting.init())[0]
+
+
 def test_inverse_propensity_from_joint_to_equal():
   shares = np.array([0.7, 0.2, 0.1])
-  make = lambda *args: weightings.inverse_propensity(shares, *args).constant
+  make = lambda *args: known(weightings.inverse_propensity(shares, *args))
   np.testing.assert_allclose(make(0), shares, rtol=1e-6)
   np.testing.assert_allclose(make(1), np.ones(3) / 3, rtol=1e-6)
   # The clip 2 binds where 1 / share is 5 and 10: .7 / .7, .2 * 2, .1 * 2.
   np.testing.assert_allclose(make(1, 2), np.array([5, 2, 1]) / 8, rtol=1e-6)
-  empty = weightings.inverse_propensity([0.5, 0, 0.5], 1).constant
+  empty = known(weightings.inverse_propensity([0.5, 0, 0.5], 1))
   np.testing.assert_allclose(empty, [0.5, 0, 0.5])
 
 
-def test_only_constant_rules_say_so():
-  for name in RULES:
-    assert (rule(name)[0].constant is not None) == (name in CONSTANT)
+@pytest.mark.parametrize("name", list(RULES))
+def test_rules_read_no_more_than_they_say(name):
+  weighting, update = rule(name)
+  unread = jnp.full((3, 3), jnp.nan)
+  want = (
+    "nothing" if name in KNOWN else "losses" if name in BY_LOSS else "gradients"
+  )
+  assert weighting.reads == want
+  if want == "gradients":
+    return
+  losses = jnp.asarray(LOSSES) if want == "losses" else unread[0]
+  weights, _ = update(unread, losses, weighting.init())
+  np.testing.assert_allclose(weights, weigh(name, J, LOSSES), rtol=1e-6)
 
 
 def test_preferences_before_a_rule():
@@ -381,7 +394,7 @@ def test_preferences_before_a_rule():
   weights, _ = update(gramian_of(J), LOSSES, ())
   expected = scale * weigh("upgrad", scale[:, None] * J)
   np.testing.assert_allclose(weights, expected, rtol=1e-5)
-  assert first.constant is None
+  assert first.reads == "gradients"
 
 
 def test_preferences_before_losses_and_constants():
@@ -391,7 +404,7 @@ def test_preferences_before_losses_and_constants():
   np.testing.assert_allclose(weights, 3 * PRIOR * q / q.sum(), rtol=1e-5)
   uniform = aggregation.backdoor([1, 1, 1])
   np.testing.assert_allclose(
-    weightings.preceded_by(PRIOR, uniform).constant, PRIOR, rtol=1e-6
+    known(weightings.preceded_by(PRIOR, uniform)), PRIOR, rtol=1e-6
   )
 
 
