@@ -15,13 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation
+from pin_jax import aggregation, objectives
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
-from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.objectives import (
+  SOFTMAX,
+  Objective,
+  backbone_head,
+  next_item_loss,
+  plugin_head,
+)
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
 
 MEANS = ("interactions", "users")
+_NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
 
 
 class TrainState(NamedTuple):
@@ -122,73 +129,6 @@ def position_weights(
   return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
 
 
-Head = Callable[[PyTree, PyTree, PyTree], jax.Array]
-
-
-def backbone_head(backbone: Backbone) -> Head:
-  """(params, None, states [M]) -> logits [M, V+1] of the backbone alone."""
-
-  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
-    del shared
-    return backbone.score(
-      params, backbone.represent(params, states, None), None
-    )
-
-  return head
-
-
-def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """(plugin params, backbone params, states [M]) -> logits [M, V+1]."""
-
-  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
-    representations = backbone.represent(shared, states, None)
-    return backbone.score(shared, plugin.apply(params, representations), None)
-
-  return head
-
-
-def next_item_loss(
-  backbone: Backbone, head: Head, *, chunk: int = 256
-) -> Callable[..., jax.Array]:
-  """Full-softmax cross-entropy at every real position.
-
-  Args:
-    backbone: gives the states of the positions.
-    head: turns states into logits.
-    chunk: positions whose logits are alive at a time.
-
-  Returns:
-    f(params, shared, context, targets [B, L], weights [B, L]) -> scalar.
-  """
-
-  def row_loss(
-    params: PyTree, shared: PyTree, states: PyTree, targets: jax.Array
-  ) -> jax.Array:
-    logits = head(params, shared, states)
-    return softmax_cross_entropy(
-      logits, targets, jnp.arange(logits.shape[-1]) > 0
-    )
-
-  total = chunked(row_loss, chunk)
-
-  def loss(
-    params: PyTree,
-    shared: PyTree,
-    context: PyTree,
-    targets: jax.Array,
-    weights: jax.Array,
-  ) -> jax.Array:
-    length = targets.shape[-1]
-    real_first = jnp.argsort(targets.reshape(-1) == 0, stable=True)
-    rows, columns = real_first // length, real_first % length
-    states = backbone.at(context, rows, columns)
-    return total(
-      params, shared, states, targets[rows, columns], weights[rows, columns]
-    )
-
-  return loss
-
-
 class GroupBatch(NamedTuple):
   """One group's windows and their importance weights ([B, L] or None)."""
 
@@ -197,16 +137,24 @@ class GroupBatch(NamedTuple):
 
 
 def group_loss(
-  backbone: Backbone, *, mean: str, chunk: int = 256
+  backbone: Backbone,
+  *,
+  mean: str,
+  objective: Objective = SOFTMAX,
+  chunk: int = 256,
 ) -> aggregation.GroupLoss:
   """The loss of one group: (params, GroupBatch, key) -> scalar."""
-  loss = next_item_loss(backbone, backbone_head(backbone), chunk=chunk)
+  loss = next_item_loss(
+    backbone, backbone_head(backbone), objective=objective, chunk=chunk
+  )
 
   def of_group(params: PyTree, group: GroupBatch, key: jax.Array) -> jax.Array:
+    drop_key, draw_key = objectives.split_key(objective, key)
     history, targets = group.batch.history, group.batch.targets
-    context = backbone.encode(params, history, key)
+    context = backbone.encode(params, history, drop_key)
     weights = position_weights(targets, mean, group.importance)
-    return loss(params, None, context, targets, weights)
+    negatives = objectives.draw(objective, draw_key, group.batch)
+    return loss(params, None, context, targets, weights, negatives)
 
   return of_group
 
@@ -227,6 +175,7 @@ def backbone_step(
   path: str = "stacked",
   average: float = 0.0,
   importance: Importance | None = None,
+  objective: Objective = SOFTMAX,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -243,12 +192,13 @@ def backbone_step(
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
+    objective: what is minimised at every position.
 
   Returns:
     The step.
   """
   aggregate = aggregation.aggregate(
-    group_loss(backbone, mean=mean), weighting, path=path
+    group_loss(backbone, mean=mean, objective=objective), weighting, path=path
   )
 
   def step(
@@ -298,6 +248,7 @@ def plugin_step(
   length: int,
   draw: str,
   mean: str,
+  objective: Objective = SOFTMAX,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
 
@@ -313,16 +264,22 @@ def plugin_step(
     length: L.
     draw: see `draw_batch`.
     mean: see `position_weights`.
+    objective: what is minimised at every position.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
-  loss = next_item_loss(backbone, plugin_head(backbone, plugin))
+  loss = next_item_loss(
+    backbone, plugin_head(backbone, plugin), objective=objective
+  )
 
-  def segment_loss(params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+  def segment_loss(
+    params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+  ) -> jax.Array:
     context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
     weights = position_weights(batch.targets, mean)
-    return loss(params, frozen, context, batch.targets, weights)
+    negatives = objectives.draw(objective, key, batch)
+    return loss(params, frozen, context, batch.targets, weights, negatives)
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -331,9 +288,14 @@ def plugin_step(
       jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
       batch_size=batch_size, length=length, draw=draw,
     )
+    draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
+    keys = jax.random.split(
+      jax.random.fold_in(draw_key, t), batch.users.shape[0]
+    )
+    value_and_grad = jax.value_and_grad(segment_loss)
     losses, grads = jax.lax.map(
-      lambda x: jax.value_and_grad(segment_loss)(x[0], operands.frozen, x[1]),
-      (state.params, batch),
+      lambda x: value_and_grad(x[0], operands.frozen, *x[1:]),
+      (state.params, batch, keys),
     )
     updates, opt_state = jax.vmap(optimizer.update)(
       grads, state.optimizer, state.params
