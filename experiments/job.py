@@ -26,6 +26,7 @@ from experiments.trainer import (
   Networks,
   Trainer,
   check_aggregation,
+  check_loss,
   make_networks,
   num_steps,
 )
@@ -33,6 +34,8 @@ from pin_jax import activeness, evaluation
 from pin_jax.types import InputError
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
+# What these minimise makes the softmax of the logits an estimate of P(y|x).
+PROPER = ("softmax", "sampled_softmax")
 
 
 def method_rows(
@@ -140,6 +143,7 @@ def run(
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)
   check_aggregation(config, problem)
+  check_loss(config, problem)
   claim_workdir(workdir, config, fingerprint(problem))
   if (workdir / "summary.json").exists():
     console.print(f"{workdir} is finished; reprinting its tables")
@@ -179,7 +183,7 @@ def _train_all(
       cost |= trainer.cost
       for name in config.methods:
         rows.append(method_rows(name, seed, problem, trainer))
-      if problem.world is not None:
+      if problem.world is not None and config.loss.name in PROPER:
         closeness.append(_closeness(config.methods, problem, trainer))
   finally:
     log.close()

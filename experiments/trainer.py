@@ -13,13 +13,15 @@ from ml_collections import ConfigDict
 from experiments import logs
 from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
-from experiments.settings import BACKBONES, PLUGINS
+from experiments.settings import BACKBONES, PLUGINS, proposal_shares
 from pin_jax import (
   aggregation,
   batches,
   checkpoints,
+  criteria,
   evaluation,
   metrics,
+  negatives,
   plugins,
   propensity,
   training,
@@ -83,6 +85,59 @@ def make_weighting(
     ) from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)
+
+
+def make_criterion(
+  config: ConfigDict,
+  problem: Problem,
+  groups: np.ndarray,
+  *,
+  num_groups: int,
+  draw: str,
+) -> criteria.Criterion:
+  """Builds what training minimises, as `loss` says.
+
+  Args:
+    config: the whole configuration.
+    problem: its training counts are the proposals'.
+    groups: [U], whose batches a user is in; -1 = nobody's.
+    num_groups: G.
+    draw: how the batches are drawn.
+  """
+  options, split = config.loss, problem.split
+  if options.name == "softmax":
+    return criteria.SOFTMAX
+  num_items = split.interactions.num_items
+  make = {
+    "uniform": lambda: negatives.uniform(num_items),
+    "popularity": lambda: negatives.popularity(
+      negatives.training_counts(split), options.exponent
+    ),
+    "in_batch": lambda: negatives.in_batch(
+      negatives.batch_counts(
+        split, groups, num_groups=num_groups, length=config.backbone.length,
+        draw=draw,
+      ), groups,
+    ),
+  }
+  shares = proposal_shares(options.proposal)
+  parts = [(share, make[name]()) for name, share in shares.items()]
+  return criteria.sampled(
+    make_sampled_loss(options, num_items), negatives.mixture(parts),
+    count=options.negatives, shared=options.candidates == "shared",
+  )
+
+
+def make_sampled_loss(
+  options: ConfigDict, num_items: int
+) -> criteria.SampledLoss:
+  """Builds the loss of sampled negatives that `loss.name` names.
+
+  Raises:
+    InputError: if gBCE has more negatives than there are items.
+  """
+  rate = options.negatives / max(num_items - 1, 1)
+  return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
 class Trainer:
@@ -249,12 +304,16 @@ class Trainer:
         "classifier": self.trained[stage.exact].best,
         "shares": jnp.asarray(shares, jnp.float32),
       }
+    pools = num_groups if stage.grouped else 1
     step = training.backbone_step(
       self._networks.backbone, weighting, optimizer, schedule,
       batch_size=rows if stage.grouped else rows * num_groups,
       length=self.length, draw=draw, mean=mean,
       path=config.pin.path if stage.grouped else "sequential",
       average=config.optimizer.average, importance=importance,
+      criterion=make_criterion(
+        config, problem, groups, num_groups=pools, draw=draw
+      ),
     )
     params = (
       self.trained[stage.start].best if stage.start
@@ -265,7 +324,7 @@ class Trainer:
     )
     operands = training.Operands(
       self._stage_key(stage.name), problem.sequences,
-      self._pool(groups, num_groups if stage.grouped else 1), frozen,
+      self._pool(groups, pools), frozen,
     )
     rank, requests = self.ranker(False), self._validation(stage.users)
 
@@ -285,6 +344,9 @@ class Trainer:
       *self._networks, optimizer, schedule,
       batch_size=config.batch_size // len(SEGMENTS),
       length=self.length, draw=draw, mean=mean,
+      criterion=make_criterion(
+        config, problem, problem.segments, num_groups=len(SEGMENTS), draw=draw
+      ),
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
     params = init(
@@ -366,6 +428,12 @@ def target_shares(problem: Problem, num_groups: int) -> np.ndarray:
   """[G] share of the training targets in each group."""
   counts = np.bincount(problem.groups, problem.targets, num_groups)
   return counts / counts.sum()
+
+
+def check_loss(config: ConfigDict, problem: Problem) -> None:
+  """Raises InputError where the catalogue does not allow `loss`."""
+  if config.loss.name != "softmax":
+    make_sampled_loss(config.loss, problem.split.interactions.num_items)
 
 
 def check_aggregation(config: ConfigDict, problem: Problem) -> None:

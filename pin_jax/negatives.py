@@ -2,7 +2,7 @@
 
 A proposal says how items are drawn and how often each is expected, which is
 what corrects the softmax (logQ). Padding is never drawn; draws of a row's own
-target are masked by `objectives.next_item_loss`.
+target are masked by `criteria.row_loss`.
 """
 
 import math

@@ -15,16 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, objectives
+from pin_jax import aggregation, criteria
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
-from pin_jax.objectives import (
-  SOFTMAX,
-  Objective,
-  backbone_head,
-  next_item_loss,
-  plugin_head,
-)
+from pin_jax.criteria import SOFTMAX, Criterion, Head, row_loss
+from pin_jax.losses import chunked
+from pin_jax.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
 
 MEANS = ("interactions", "users")
@@ -129,6 +125,77 @@ def position_weights(
   return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
 
 
+def backbone_head(backbone: Backbone) -> Head:
+  """(params, None, states [M], candidates) -> logits [M, C], no plugin."""
+
+  def head(
+    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
+  ) -> jax.Array:
+    del shared
+    representations = backbone.represent(params, states, candidates)
+    return backbone.score(params, representations, candidates)
+
+  return head
+
+
+def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
+  """(plugin params, backbone params, states [M], candidates) -> [M, C]."""
+
+  def head(
+    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
+  ) -> jax.Array:
+    representations = backbone.represent(shared, states, candidates)
+    return backbone.score(
+      shared, plugin.apply(params, representations), candidates
+    )
+
+  return head
+
+
+def next_item_loss(
+  backbone: Backbone,
+  head: Head,
+  *,
+  criterion: Criterion = SOFTMAX,
+  chunk: int = 256,
+) -> Callable[..., jax.Array]:
+  """The criterion at every real position, weighted and summed.
+
+  Args:
+    backbone: gives the states of the positions.
+    head: turns states and candidates into logits.
+    criterion: what is minimised.
+    chunk: positions whose logits are alive at a time.
+
+  Returns:
+    f(params, shared, context, targets [B, L], weights [B, L], negatives) ->
+    scalar; negatives as `criteria.draw` gives them, by default None.
+  """
+  total = chunked(row_loss(criterion, head), chunk)
+
+  def loss(
+    params: PyTree,
+    shared: PyTree,
+    context: PyTree,
+    targets: jax.Array,
+    weights: jax.Array,
+    negatives: Negatives | None = None,
+  ) -> jax.Array:
+    length = targets.shape[-1]
+    real_first = jnp.argsort(targets.reshape(-1) == 0, stable=True)
+    rows, columns = real_first // length, real_first % length
+    states = backbone.at(context, rows, columns)
+    common, own = negatives, None
+    if negatives is not None and negatives.items.ndim == 2:
+      common, own = None, jax.tree.map(lambda x: x[real_first], negatives)
+    return total(
+      params, (shared, common), states, (targets[rows, columns], own),
+      weights[rows, columns],
+    )
+
+  return loss
+
+
 class GroupBatch(NamedTuple):
   """One group's windows and their importance weights ([B, L] or None)."""
 
@@ -140,20 +207,20 @@ def group_loss(
   backbone: Backbone,
   *,
   mean: str,
-  objective: Objective = SOFTMAX,
+  criterion: Criterion = SOFTMAX,
   chunk: int = 256,
 ) -> aggregation.GroupLoss:
   """The loss of one group: (params, GroupBatch, key) -> scalar."""
   loss = next_item_loss(
-    backbone, backbone_head(backbone), objective=objective, chunk=chunk
+    backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
   )
 
   def of_group(params: PyTree, group: GroupBatch, key: jax.Array) -> jax.Array:
-    drop_key, draw_key = objectives.split_key(objective, key)
+    drop_key, draw_key = criteria.split_key(criterion, key)
     history, targets = group.batch.history, group.batch.targets
     context = backbone.encode(params, history, drop_key)
     weights = position_weights(targets, mean, group.importance)
-    negatives = objectives.draw(objective, draw_key, group.batch)
+    negatives = criteria.draw(criterion, draw_key, group.batch)
     return loss(params, None, context, targets, weights, negatives)
 
   return of_group
@@ -175,7 +242,7 @@ def backbone_step(
   path: str = "stacked",
   average: float = 0.0,
   importance: Importance | None = None,
-  objective: Objective = SOFTMAX,
+  criterion: Criterion = SOFTMAX,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -192,13 +259,13 @@ def backbone_step(
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
-    objective: what is minimised at every position.
+    criterion: what is minimised at every position.
 
   Returns:
     The step.
   """
   aggregate = aggregation.aggregate(
-    group_loss(backbone, mean=mean, objective=objective), weighting, path=path
+    group_loss(backbone, mean=mean, criterion=criterion), weighting, path=path
   )
 
   def step(
@@ -248,7 +315,7 @@ def plugin_step(
   length: int,
   draw: str,
   mean: str,
-  objective: Objective = SOFTMAX,
+  criterion: Criterion = SOFTMAX,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
 
@@ -264,13 +331,13 @@ def plugin_step(
     length: L.
     draw: see `draw_batch`.
     mean: see `position_weights`.
-    objective: what is minimised at every position.
+    criterion: what is minimised at every position.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
   loss = next_item_loss(
-    backbone, plugin_head(backbone, plugin), objective=objective
+    backbone, plugin_head(backbone, plugin), criterion=criterion
   )
 
   def segment_loss(
@@ -278,7 +345,7 @@ def plugin_step(
   ) -> jax.Array:
     context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
     weights = position_weights(batch.targets, mean)
-    negatives = objectives.draw(objective, key, batch)
+    negatives = criteria.draw(criterion, key, batch)
     return loss(params, frozen, context, batch.targets, weights, negatives)
 
   def step(

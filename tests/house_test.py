@@ -27,7 +27,7 @@ LEVELS = {
   "pin_jax.backbones": 1,
   "pin_jax.batches": 2,
   "pin_jax.negatives": 2,
-  "pin_jax.objectives": 2,
+  "pin_jax.criteria": 2,
   "pin_jax.checkpoints": 2,
   "pin_jax.training": 3,
   "pin_jax.evaluation": 3,

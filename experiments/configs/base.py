@@ -52,6 +52,19 @@ def default() -> ConfigDict:
       "path": "sequential",
       "clip_importance": 10.0,
     },
+    # 'softmax' over the whole catalogue, or of sampled negatives
+    # 'sampled_softmax' (logQ-corrected), 'gbce', 'bce' or 'bpr'; the other keys
+    # are theirs.
+    "loss": {
+      "name": "softmax",
+      "negatives": 256,
+      "candidates": "shared",  # by a batch's positions, or each its 'own'
+      # 'uniform', 'popularity', 'in_batch', or shares of the negatives, such as
+      # 'in_batch:0.5,uniform:0.5'.
+      "proposal": "uniform",
+      "exponent": 1.0,  # of the training counts in 'popularity'
+      "calibration": 0.75,  # t of gbce
+    },
     "batch_size": 250,  # windows a step, shared out over the groups
     "backbone_steps": 1500,
     "plugin_steps": 300,

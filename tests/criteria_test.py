@@ -1,4 +1,4 @@
-"""Objectives: which logits the losses see, keys, memory; each one learns."""
+"""Criteria: which logits the losses see, keys, memory; each one learns."""
 
 import functools
 import math
@@ -14,8 +14,8 @@ from toys import assert_trees_close, bigram
 from pin_jax import (
   aggregation,
   batches,
+  criteria,
   negatives,
-  objectives,
   plugins,
   splits,
   training,
@@ -28,7 +28,7 @@ ITEMS, WIDTH = 9, 4
 TARGETS = jnp.asarray([[0, 0, 4, 4], [7, 2, 9, 1], [0, 5, 5, 3]])
 HISTORY = jnp.where(TARGETS > 0, jnp.roll(TARGETS, 1, 1) % ITEMS + 1, 0)
 BATCH = Batch(jnp.arange(3), HISTORY, TARGETS)
-NAMES = tuple(objectives.SAMPLED_LOSSES)
+NAMES = tuple(criteria.SAMPLED_LOSSES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,9 +39,9 @@ def _compile_quickly():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-def _objective(name, shared=True, count=5, num_items=ITEMS):
-  loss = objectives.SAMPLED_LOSSES[name](count / (num_items - 1), 0.75)
-  return objectives.sampled(
+def _criterion(name, shared=True, count=5, num_items=ITEMS):
+  loss = criteria.SAMPLED_LOSSES[name](count / (num_items - 1), 0.75)
+  return criteria.sampled(
     loss, negatives.uniform(num_items), count=count, shared=shared
   )
 
@@ -98,14 +98,14 @@ def _row_loss(name, logits, target, items):
   + [("sampled_softmax", False, "attention"), ("gbce", True, "sasrec")],
 )
 def test_group_loss_equals_a_loop_over_positions(name, shared, kind):
-  backbone, objective = BACKBONES[kind](), _objective(name, shared)
+  backbone, criterion = BACKBONES[kind](), _criterion(name, shared)
   params = jax.jit(backbone.init)(jax.random.key(0))
   key = jax.random.key(5)
   run = jax.jit(training.group_loss(
-    backbone, mean="interactions", objective=objective, chunk=4
+    backbone, mean="interactions", criterion=criterion, chunk=4
   ))
   got = run(params, training.GroupBatch(BATCH, None), key)
-  drawn = np.asarray(objective.draw(jax.random.split(key)[1], BATCH).items)
+  drawn = np.asarray(criterion.draw(jax.random.split(key)[1], BATCH).items)
   rows, columns = np.nonzero(TARGETS)
 
   @jax.jit
@@ -137,7 +137,7 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
 
   def run(chunk):
     loss = training.group_loss(
-      backbone, mean="users", objective=_objective(name, shared), chunk=chunk
+      backbone, mean="users", criterion=_criterion(name, shared), chunk=chunk
     )
     return jax.jit(jax.value_and_grad(loss))(params, group, key)
 
@@ -145,7 +145,7 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
   step = 0.01
   shifted = lambda s: {**params, "bias": params["bias"].at[4].add(s)}
   loss = jax.jit(training.group_loss(
-    backbone, mean="users", objective=_objective(name, shared)
+    backbone, mean="users", criterion=_criterion(name, shared)
   ))
   slope = loss(shifted(step), group, key) - loss(shifted(-step), group, key)
   np.testing.assert_allclose(
@@ -154,34 +154,34 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
 
 
 def test_plugins_see_the_same_logits():
-  backbone, objective = BACKBONES["attention"](), _objective("gbce", False)
+  backbone, criterion = BACKBONES["attention"](), _criterion("gbce", False)
   frozen = backbone.init(jax.random.key(0))
   plugin = plugins.bottleneck(WIDTH)
   params = jax.jit(plugin.init)(jax.random.key(1))  # starts as the identity
-  drawn = objective.draw(jax.random.key(2), BATCH)
+  drawn = criterion.draw(jax.random.key(2), BATCH)
   weights = training.position_weights(TARGETS, "interactions")
   context = backbone.encode(frozen, HISTORY, None)
 
   def run(head, params, shared):
-    loss = objectives.next_item_loss(
-      backbone, head, objective=objective, chunk=5
+    loss = training.next_item_loss(
+      backbone, head, criterion=criterion, chunk=5
     )
     return jax.jit(jax.value_and_grad(loss))(
       params, shared, context, TARGETS, weights, drawn
     )
 
-  value, grad = run(objectives.plugin_head(backbone, plugin), params, frozen)
-  want, _ = run(objectives.backbone_head(backbone), frozen, None)
+  value, grad = run(training.plugin_head(backbone, plugin), params, frozen)
+  want, _ = run(training.backbone_head(backbone), frozen, None)
   np.testing.assert_allclose(value, want, rtol=1e-6)
   assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
 
 
 def test_the_softmax_takes_the_key_itself():
   key = jax.random.key(3)
-  model_key, none = objectives.split_key(objectives.SOFTMAX, key)
+  model_key, none = criteria.split_key(criteria.SOFTMAX, key)
   assert model_key is key and none is None
-  assert objectives.draw(objectives.SOFTMAX, none, BATCH) is None
-  model_key, draw_key = objectives.split_key(_objective("bce"), key)
+  assert criteria.draw(criteria.SOFTMAX, none, BATCH) is None
+  model_key, draw_key = criteria.split_key(_criterion("bce"), key)
   keys = {tuple(jax.random.key_data(k).tolist())
           for k in (key, model_key, draw_key)}
   assert len(keys) == 3
@@ -198,10 +198,10 @@ def test_padding_and_own_targets_are_no_negatives():
   targets = jnp.asarray([[0, 4, 4]])
   batch = Batch(jnp.zeros(1, int), jnp.asarray([[0, 2, 3]]), targets)
   for name, want in (("sampled_softmax", 0.0), ("bpr", 0.0)):
-    loss = objectives.SAMPLED_LOSSES[name](0.5, 0.0)
-    objective = objectives.sampled(loss, constant, count=3)
+    loss = criteria.SAMPLED_LOSSES[name](0.5, 0.0)
+    criterion = criteria.sampled(loss, constant, count=3)
     run = jax.jit(jax.value_and_grad(training.group_loss(
-      backbone, mean="users", objective=objective
+      backbone, mean="users", criterion=criterion
     )))
     value, grad = run(
       params, training.GroupBatch(batch, None), jax.random.key(0)
@@ -219,9 +219,9 @@ def test_no_logits_of_positions_by_catalogue(shared):
   batch = Batch(jnp.arange(rows), history, history)
   params = jax.eval_shape(backbone.init, jax.random.key(0))
 
-  def shapes(objective):
+  def shapes(criterion):
     loss = jax.value_and_grad(training.group_loss(
-      backbone, mean="users", objective=objective, chunk=chunk
+      backbone, mean="users", criterion=criterion, chunk=chunk
     ))
     text = str(jax.make_jaxpr(loss)(
       params, training.GroupBatch(batch, None), jax.random.key(0)
@@ -229,13 +229,13 @@ def test_no_logits_of_positions_by_catalogue(shared):
     found = re.findall(r"\bf\d+\[([\d,]+)\]", text)
     return {tuple(map(int, s.split(","))) for s in found}
 
-  sizes = shapes(_objective("bce", shared, count, items))
+  sizes = shapes(_criterion("bce", shared, count, items))
   assert (chunk, count) in sizes
   assert not {s for s in sizes if items in s or items + 1 in s} - {
     (items + 1,), (items + 1, 2)
   }
   assert (rows * length, count, 2) not in sizes
-  assert (chunk, items + 1) in shapes(objectives.SOFTMAX)
+  assert (chunk, items + 1) in shapes(criteria.SOFTMAX)
 
 
 # Learning: items follow each other in a ring, with noise.
@@ -289,8 +289,8 @@ def _proposal(name, split, groups):
 def test_every_loss_learns_the_ring(ring, name, proposal, path):
   split, groups, sequences, pool = ring
   backbone = bigram(ITEMS, init=lambda key, shape: jnp.zeros(shape))
-  objective = objectives.sampled(
-    objectives.SAMPLED_LOSSES[name](4 / (ITEMS - 1), 0.75),
+  criterion = criteria.sampled(
+    criteria.SAMPLED_LOSSES[name](4 / (ITEMS - 1), 0.75),
     _proposal(proposal, split, groups), count=4, shared=name != "bce",
   )
   weighting = aggregation.backdoor([0.5, 0.5])
@@ -299,7 +299,7 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
   )
   step = training.backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=8, length=5,
-    draw="interactions", mean="interactions", path=path, objective=objective,
+    draw="interactions", mean="interactions", path=path, criterion=criterion,
   )
   params = backbone.init(jax.random.key(0))
   operands = training.Operands(jax.random.key(1), sequences, pool, None)
@@ -318,8 +318,8 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
 def test_plugins_learn_the_ring_from_negatives(ring):
   split, groups, sequences, pool = ring
   backbone = bigram(ITEMS)
-  objective = objectives.sampled(
-    objectives.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
+  criterion = criteria.sampled(
+    criteria.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
     _proposal("in_batch", split, groups), count=4,
   )
   optimizer, schedule = training.make_optimizer(
@@ -329,7 +329,7 @@ def test_plugins_learn_the_ring_from_negatives(ring):
   plugin = plugins.bottleneck(ITEMS + 1, hidden=16)
   step = training.plugin_step(
     backbone, plugin, optimizer, schedule, batch_size=8, length=5,
-    draw="interactions", mean="interactions", objective=objective,
+    draw="interactions", mean="interactions", criterion=criterion,
   )
   start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
     jax.random.key(2)
