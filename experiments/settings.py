@@ -71,6 +71,7 @@ _CHOICES = {
   "pin.path": aggregation.PATHS,
   "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
   "loss.candidates": ("shared", "own"),
+  "evaluation.protocol": ("full", "sampled"),
 }
 _AT_LEAST = {
   "groups.num_groups": 1,
@@ -88,6 +89,8 @@ _AT_LEAST = {
   "validation.every": 1,
   "validation.users": 0,
   "validation.patience": 0,
+  "evaluation.negatives": 1,
+  "evaluation.seed": 0,
   "evaluation.user_chunk": 1,
   "evaluation.item_chunk": 1,
 }

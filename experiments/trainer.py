@@ -140,6 +140,26 @@ def make_sampled_loss(
   return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
+Ranker = evaluation.RankFn | evaluation.SampledRankFn
+
+
+def make_ranker(
+  config: ConfigDict, problem: Problem, model: evaluation.Model
+) -> Ranker:
+  """Builds the ranking that `evaluation` names, of test and validation."""
+  data, options = problem.split.interactions, config.evaluation
+  sizes = {
+    "length": config.backbone.length, "user_chunk": options.user_chunk
+  }
+  if options.protocol == "sampled":
+    return evaluation.make_sampled_ranker(
+      model, data, count=options.negatives, seed=options.seed, **sizes
+    )
+  return evaluation.make_ranker(
+    model, num_items=data.num_items, item_chunk=options.item_chunk, **sizes
+  )
+
+
 class Trainer:
   """Trains the stages of one seed; each once, resuming where it can."""
 
@@ -160,17 +180,14 @@ class Trainer:
     self._key = jax.random.key(seed)
     self.cost: dict[str, dict[str, Any]] = {}
     self.length = config.backbone.length
-    self._rankers: dict[bool, evaluation.RankFn] = {}
+    self._rankers: dict[bool, Ranker] = {}
     self.trained: dict[str, training.FitResult] = {}
 
-  def ranker(self, with_plugin: bool) -> evaluation.RankFn:
+  def ranker(self, with_plugin: bool) -> Ranker:
     """The ranking function, with or without plugins; compiled once."""
     if with_plugin not in self._rankers:
-      self._rankers[with_plugin] = evaluation.make_ranker(
-        self.model(with_plugin),
-        num_items=self._problem.split.interactions.num_items,
-        length=self.length,
-        **self._config.evaluation,
+      self._rankers[with_plugin] = make_ranker(
+        self._config, self._problem, self.model(with_plugin)
       )
     return self._rankers[with_plugin]
 
@@ -434,6 +451,18 @@ def check_loss(config: ConfigDict, problem: Problem) -> None:
   """Raises InputError where the catalogue does not allow `loss`."""
   if config.loss.name != "softmax":
     make_sampled_loss(config.loss, problem.split.interactions.num_items)
+
+
+def check_candidates(config: ConfigDict, problem: Problem) -> None:
+  """Raises InputError where a user leaves too few items to sample."""
+  if config.evaluation.protocol == "full":
+    return
+  for part in ("validation", "test"):
+    users = np.flatnonzero(getattr(problem.split, part) >= 0)
+    evaluation.draw_unseen(
+      problem.split.interactions, requests_for(problem, part, users),
+      count=config.evaluation.negatives, seed=config.evaluation.seed,
+    )
 
 
 def check_aggregation(config: ConfigDict, problem: Problem) -> None:

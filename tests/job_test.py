@@ -9,10 +9,11 @@ import numpy as np
 import polars as pl
 import pytest
 import rich.console
+import scipy.stats
 from ml_collections import ConfigDict
 
 from experiments import job, settings, trainer
-from experiments.configs import base, files, ml1m, quickstart
+from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.methods import METHODS, stages_of
 from pin_jax import training
 from pin_jax.types import InputError, TrainingError
@@ -174,6 +175,28 @@ def test_a_sampled_loss_beats_the_untrained_model(tmp_path):
   assert "KL from" in text
 
 
+def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
+  config = _config()
+  config.loss.update(paper_era.get_config().loss)
+  config.evaluation.update(protocol="sampled", negatives=4)
+  config.data.num_items = 200
+  config.methods = ("base", "pin")
+  config.backbone_steps, config.plugin_steps = 60, 20
+  config.dispatch = config.validation.every = 20
+  config.optimizer.learning_rate = 0.02
+  table, text = _run(config, tmp_path)
+  assert not list(tmp_path.glob("rows.parquet"))
+  assert not list(tmp_path.glob("comparison.*"))
+  rows = pl.read_parquet(tmp_path / "rows_sampled.parquet")
+  assert set(rows["candidates"]) == {5}
+  for row in rows.iter_rows(named=True):
+    listed = np.asarray([row["score"], *row["negative_scores"]])
+    assert row["rank"] == scipy.stats.rankdata(-listed)[0]
+  overall = table.filter(slice="overall", metric="AUC")
+  assert overall["base"][0] > 0.6  # 0.5 without training
+  assert "SAMPLED PROTOCOL" in text and "KL from" not in text
+
+
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
   monkeypatch.setattr(training, "fit", None)  # training would fail
@@ -327,6 +350,9 @@ def _sets(**values):
     (_set("loss.proposal", "uniform:x"), "loss.proposal='uniform:x'"),
     (_set("loss.proposal", "uniform,uniform"), "each once"),
     (_set("loss.proposal", "uniform:0,in_batch"), "positive share"),
+    (_set("evaluation.protocol", "quick"), "evaluation.protocol='quick'"),
+    (_set("evaluation.negatives", 0), "evaluation.negatives=0"),
+    (_sets(evaluation__protocol="sampled"), "evaluation.negatives=99 is more"),
     (_sets(loss__name="gbce", loss__proposal="in_batch"), "made for 'uniform'"),
     (_sets(loss__name="gbce", loss__negatives=30), "rate of 1.03448"),
   ],
@@ -365,7 +391,9 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("config", [quickstart.get_config()])
+@pytest.mark.parametrize(
+  "config", [quickstart.get_config(), paper_era.get_config()]
+)
 def test_shipped_configs_pass_the_check(config):
   settings.check(config)
 

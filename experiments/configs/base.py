@@ -85,7 +85,15 @@ def default() -> ConfigDict:
       "users": 0,  # validate on so many users, drawn once; 0 = all
       "patience": 0,  # validations without improvement before a stop; 0 = off
     },
-    "evaluation": {"user_chunk": 256, "item_chunk": 65_536},
+    "evaluation": {
+      # 'full' ranking, or 'sampled': the target among so many `negatives`,
+      # drawn by `seed`, not by the runs' seeds. Never in one table.
+      "protocol": "full",
+      "negatives": 99,
+      "seed": 0,
+      "user_chunk": 256,
+      "item_chunk": 65_536,
+    },
     "dispatch": 10,  # steps a dispatch
   })
 
