@@ -335,8 +335,9 @@ def _sampled_ranking(rows: pl.DataFrame) -> str:
     f"{count:,} items drawn uniformly from those that the user never interacts "
     "with, held-out ones included, the same for every model; ties at their "
     "average rank; AUC of all impressions of a slice, GAUC the mean of its "
-    "users' AUC, log loss of sigmoid(logit), lower is better; the best step "
-    "was chosen by the same protocol on the validation targets"
+    "users' AUC, log loss of sigmoid(logit), not recalibrated to this share "
+    "of positives, lower is better; the best step was chosen by the same "
+    "protocol on the validation targets"
   )
 
 
