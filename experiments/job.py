@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs, report, settings, truth
-from experiments.methods import METHODS, stages_of
+from experiments.methods import METHODS, method_names, stages_of
 from experiments.problem import (
   Problem,
   fingerprint,
@@ -27,7 +27,7 @@ from experiments.tables import SUFFIXES
 from experiments.trainer import (
   Networks,
   Trainer,
-  check_aggregation,
+  check_adjustment,
   check_candidates,
   check_loss,
   make_networks,
@@ -151,7 +151,7 @@ def run(
   settings.check(config)
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)
-  check_aggregation(config, problem)
+  check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)
   claim_workdir(workdir, config, fingerprint(problem))
@@ -179,7 +179,8 @@ def _train_all(
   workdir: epath.Path,
   console: rich.console.Console,
 ) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
-  stages = stages_of(tuple(config.methods))
+  names = method_names(config.methods, config.pin.weighting)
+  stages = stages_of(names)
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(workdir)
   progress = logs.JobProgress(total, console)
@@ -192,10 +193,10 @@ def _train_all(
       for stage in stages:
         trainer.train(stage)
       cost |= trainer.cost
-      for name in config.methods:
+      for name in names:
         rows.append(method_rows(name, seed, problem, trainer))
       if problem.world is not None and config.loss.name in PROPER:
-        closeness.append(_closeness(config.methods, problem, trainer))
+        closeness.append(_closeness(names, problem, trainer))
   finally:
     log.close()
     progress.close()
@@ -239,7 +240,8 @@ def _summary(
 ) -> dict[str, Any]:
   """What the tables need besides the rows."""
   data = problem.split.interactions
-  base, *_, other = (METHODS[name].title for name in config.methods)
+  names = method_names(config.methods, config.pin.weighting)
+  base, *_, other = (METHODS[name].title for name in names)
   return {
     "data": data.name,
     "fingerprint": fingerprint(problem),

@@ -6,6 +6,7 @@ its own. All serve a user after the same number of steps, `backbone_steps` +
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
 
 Users = Literal["all", "tail", "head"]
@@ -90,6 +91,10 @@ METHODS: dict[str, Method] = {
     "pin exact", _BASE, _CLASSIFIER, _EXACT,
     _plugins("pin-exact/plugins", _EXACT),
   ),
+  "pin_exact_backbone": Method(
+    "pin exact backbone", (_BASE, _CLASSIFIER, _EXACT),
+    ((_EXACT.name, None),) * 2,
+  ),
   "joint_plugins": _personalized(
     "joint + plugins", _JOINT, _plugins("joint/plugins", _JOINT)
   ),
@@ -115,3 +120,13 @@ def stages_of(names: tuple[str, ...]) -> tuple[Stage, ...]:
   """The stages that the named methods need, each once, in order."""
   stages = [stage for name in names for stage in METHODS[name].stages]
   return tuple(dict.fromkeys(stages))
+
+
+_EXACT_FORM = {"pin": "pin_exact", "pin_backbone": "pin_exact_backbone"}
+
+
+def method_names(names: Iterable[str], weighting: str) -> tuple[str, ...]:
+  """The methods to run: with 'exact_backdoor', PIN in its exact form."""
+  if weighting.split(":")[0] != "exact_backdoor":
+    return tuple(names)
+  return tuple(dict.fromkeys(_EXACT_FORM.get(name, name) for name in names))

@@ -334,27 +334,32 @@ def _draw_changes(
   axes.set_title(f"Relative change, {other} against {base}, paired over users")
 
 
+_GRADIENT_KEYS = (
+  "weights", "norms", "cosines", "conflict_rate", "effective_groups"
+)
+
+
 def _gradient_series(
   log_records: Iterable[Mapping[str, Any]], run: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Steps [T], weights [T, G], norms [T, G] and cosines [T, G, G] of a run.
+) -> tuple[np.ndarray, ...]:
+  """Steps [T] and what `_GRADIENT_KEYS` name of a run, [T, ...] each.
 
-  Records of one step (of several seeds, or of a resumed run) are averaged.
+  Only steps whose whole Gramian was formed. Records of one step (of several
+  seeds, or of a resumed run) are averaged.
   """
-  keys = ("weights", "norms", "cosines")
   records = [
     r
     for r in log_records
-    if r.get("run") == run and all(r.get(k) is not None for k in keys)
+    if r.get("run") == run and r.get("conflict_rate") is not None
   ]
-  if not np.isfinite([r["norms"] for r in records]).any():
+  if not records:
     raise InputError(
-      f"the log has no weights, norms and cosines of run {run!r}; name a run "
-      "that recorded group gradients"
+      f"the log has no step of run {run!r} with the Gramian of its groups; "
+      "name a run with group gradients, trained with pin.diagnose_every > 0"
     )
   steps, index = np.unique([r["step"] for r in records], return_inverse=True)
   series = []
-  for key in keys:
+  for key in _GRADIENT_KEYS:
     values = np.asarray([r[key] for r in records], np.float64)
     sums = np.zeros((len(steps), *values.shape[1:]))
     np.add.at(sums, index, values)
@@ -390,7 +395,10 @@ def _smooth(series: np.ndarray) -> np.ndarray:
 def plot_gradients(
   log_records: Iterable[Mapping[str, Any]], run: str, path: epath.PathLike
 ) -> None:
-  """Plots group weights and agreement of the group gradients over training.
+  """Plots weights and agreement of the group gradients over training.
+
+  Weights of the groups, how many they effectively are, each group's cosine with
+  the mean gradient, the share of pairs in conflict, all pairs' mean cosine.
 
   Args:
     log_records: objects of log.jsonl.
@@ -400,17 +408,32 @@ def plot_gradients(
   Raises:
     InputError: if the run recorded no group gradients.
   """
-  steps, weights, norms, cosines = _gradient_series(log_records, run)
+  steps, weights, norms, cosines, conflicts, effective = _gradient_series(
+    log_records, run
+  )
   with matplotlib.rc_context(_STYLE):
-    figure = _figure(12, 3.9)
-    first, second, third = figure.subplots(1, 3, width_ratios=[1.15, 1.15, 1])
+    figure = _figure(12, 5.6)
+    places = figure.subplot_mosaic(
+      [["weights", "agreement", "cosines"],
+       ["effective", "conflicts", "cosines"]],
+      height_ratios=[1.9, 1], width_ratios=[1.15, 1.15, 1],
+    )
+    first, second = places["weights"], places["agreement"]
     first.set_title("Group weights")
     first.set_ylabel("weight in the aggregated gradient")
     _draw_series(first, steps, weights, bottom=0)
     second.set_title("Agreement with the mean gradient")
     second.set_ylabel("cosine of group and mean gradient")
     _draw_series(second, steps, _cosine_with_mean(norms, cosines))
-    _draw_cosines(third, cosines)
+    _draw_cosines(places["cosines"], cosines)
+    _draw_line(
+      places["effective"], steps, effective, "Effective number of groups",
+      top=weights.shape[1],
+    )
+    _draw_line(
+      places["conflicts"], steps, 100 * conflicts,
+      "Pairs of groups in conflict (cosine < 0, %)", top=100,
+    )
     figure.suptitle(
       f"{run}: group gradients (faint: logged, bold: smoothed)",
       x=0.01,
@@ -441,6 +464,22 @@ def _draw_series(
   if num_groups > 1 and np.allclose(smooth, smooth[:, :1]):
     labels, ends, colors = ["all groups"], ends[:1], colors[-1:]
   _label_ends(axes, steps[-1], ends, labels, colors)
+  axes.set_xlabel("training step")
+
+
+def _draw_line(
+  axes: matplotlib.axes.Axes,
+  steps: np.ndarray,
+  series: np.ndarray,
+  title: str,
+  *,
+  top: float,
+) -> None:
+  axes.plot(steps, series, color=_BLUE, alpha=0.18, linewidth=0.7)
+  axes.plot(steps, _smooth(series), color=_BLUE, linewidth=1.8)
+  axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+  axes.set_ylim(0, 1.06 * top)
+  axes.set_title(title)
   axes.set_xlabel("training step")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import settings
-from pin_jax import activeness, batches, evaluation, splits
+from pin_jax import activeness, batches, evaluation, splits, weightings
 
 SEGMENTS = ("tail", "head")
 
@@ -58,6 +58,7 @@ def make_problem(config: ConfigDict) -> Problem:
     config.prior.kind, groups, targets, rule.num_groups,
     tuple(config.prior.get("values")) or None,
   )
+  prior = weightings.tempered(prior, config.prior.exponent)
   segments = activeness.assign_segments(
     split.activeness, head_share=rule.head_share
   )

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs.base import default
 from experiments.methods import METHODS
-from pin_jax import aggregation, batches, criteria, training
+from pin_jax import aggregation, batches, criteria, objectives
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
@@ -63,12 +63,13 @@ _CHOICES = {
   "backbone.name": tuple(BACKBONES),
   "plugin.name": tuple(PLUGINS),
   "joint.draw": batches.DRAWS,
-  "joint.mean": training.MEANS,
+  "joint.mean": objectives.MEANS,
   "pin.draw": batches.DRAWS,
-  "pin.mean": training.MEANS,
+  "pin.mean": objectives.MEANS,
   "pin.plugin_draw": batches.DRAWS,
-  "pin.plugin_mean": training.MEANS,
-  "pin.path": aggregation.PATHS,
+  "pin.plugin_mean": objectives.MEANS,
+  "pin.path": ("auto", *aggregation.PATHS),
+  "pin.granularity": ("rule", "whole", "tensor"),
   "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
   "loss.candidates": ("shared", "own"),
   "evaluation.protocol": ("full", "sampled"),
@@ -84,6 +85,7 @@ _AT_LEAST = {
   "loss.negatives": 1,
   "batch_size": 2,
   "dispatch": 1,
+  "pin.diagnose_every": 0,
   "optimizer.warmup": 0,
   "optimizer.weight_decay": 0,
   "validation.every": 1,

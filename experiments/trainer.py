@@ -1,7 +1,9 @@
 """Trains the stages of a job."""
 
 import inspect
+import re
 import zlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +29,7 @@ from pin_jax import (
   training,
 )
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
-from pin_jax.weightings import WEIGHTINGS, preceded_by
+from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
 CUTOFF = 10
 
@@ -85,6 +87,67 @@ def make_weighting(
     ) from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)
+
+
+class Adjustment(NamedTuple):
+  """How PIN aggregates: a weighting, or one for each block of parameters."""
+
+  rules: aggregation.Rules
+  blocks: aggregation.Blocks | None
+
+
+def make_adjustment(
+  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
+) -> Adjustment:
+  """Builds what `pin.weighting`, `pin.granularity` and `pin.blocks` say.
+
+  Args:
+    pin: the config's section.
+    prior: [G], P(d).
+    shares: [G], the groups' shares of the training targets.
+
+  Raises:
+    InputError: for an unknown or contradictory setting.
+  """
+  weighting = make_weighting(pin.weighting, prior, shares)
+  named = dict(_named_block(item) for item in pin.blocks)
+  if named and pin.granularity == "tensor":
+    raise InputError(
+      f"config key pin.blocks={tuple(pin.blocks)}: pin.granularity='tensor' "
+      "makes every tensor a block already; give one of the two"
+    )
+  if named:
+    rules = {
+      pattern: make_weighting(spec, prior, shares)
+      for pattern, spec in named.items()
+    }
+    return Adjustment(
+      {**rules, "others": weighting}, lambda leaf: _block_of(leaf, named)
+    )
+  by_tensor = pin.granularity == "tensor" or (
+    pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
+  )
+  return Adjustment(weighting, str if by_tensor else None)
+
+
+def _named_block(item: str) -> tuple[str, str]:
+  pattern, _, spec = item.partition("=")
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise InputError(
+      f"config key pin.blocks: {pattern!r} is no regular expression ({error})"
+    ) from error
+  if not (pattern and spec):
+    raise InputError(
+      f"config key pin.blocks: {item!r} must be pattern=weighting, such as "
+      "'items|bias=joint'"
+    )
+  return pattern, spec
+
+
+def _block_of(leaf: str, patterns: Iterable[str]) -> str:
+  return next((p for p in patterns if re.search(p, leaf)), "others")
 
 
 def make_criterion(
@@ -304,10 +367,10 @@ class Trainer:
     shares = target_shares(problem, num_groups)
     if stage.grouped:
       groups = problem.groups
-      weighting = make_weighting(config.pin.weighting, problem.prior, shares)
+      adjustment = make_adjustment(config.pin, problem.prior, shares)
     else:
       groups = np.where(in_segment(problem, stage.users), 0, -1)
-      weighting = aggregation.backdoor(np.ones(1))
+      adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
     rows = config.batch_size // num_groups
     optimizer, schedule = self._optimizer(steps)
     draw, mean = self._sampling(stage)
@@ -323,10 +386,12 @@ class Trainer:
       }
     pools = num_groups if stage.grouped else 1
     step = training.backbone_step(
-      self._networks.backbone, weighting, optimizer, schedule,
+      self._networks.backbone, adjustment.rules, optimizer, schedule,
       batch_size=rows if stage.grouped else rows * num_groups,
       length=self.length, draw=draw, mean=mean,
-      path=config.pin.path if stage.grouped else "sequential",
+      path=config.pin.path if stage.grouped else "auto",
+      blocks=adjustment.blocks,
+      diagnose_every=config.pin.diagnose_every if stage.grouped else 0,
       average=config.optimizer.average, importance=importance,
       criterion=make_criterion(
         config, problem, groups, num_groups=pools, draw=draw
@@ -337,7 +402,8 @@ class Trainer:
       else jax.jit(self._networks.backbone.init)(self._stage_key("init"))
     )
     state = training.init_state(
-      params, optimizer, weighting, average=config.optimizer.average > 0
+      params, optimizer, adjustment.rules, blocks=adjustment.blocks,
+      average=config.optimizer.average > 0,
     )
     operands = training.Operands(
       self._stage_key(stage.name), problem.sequences,
@@ -465,16 +531,23 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     )
 
 
-def check_aggregation(config: ConfigDict, problem: Problem) -> None:
-  """Raises InputError where `pin.path` does not allow `pin.weighting`."""
+def check_adjustment(
+  config: ConfigDict, problem: Problem, networks: Networks
+) -> None:
+  """Raises InputError where PIN's settings contradict each other."""
   shares = target_shares(problem, config.groups.num_groups)
-  weighting = make_weighting(config.pin.weighting, problem.prior, shares)
-  restricted = config.pin.path in aggregation.CONSTANT_PATHS
-  if weighting.constant is None and restricted:
+  rules, blocks = make_adjustment(config.pin, problem.prior, shares)
+  params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
+  try:
+    aggregation.aggregate(
+      lambda *_: None, rules, path=config.pin.path, blocks=blocks
+    ).init(params)
+  except ValueError as error:
     raise InputError(
-      f"config key pin.path={config.pin.path!r} needs constant weights, which "
-      f"pin.weighting={config.pin.weighting!r} has not; use 'sequential'"
-    )
+      f"config keys pin.path={config.pin.path!r}, pin.weighting="
+      f"{config.pin.weighting!r}, pin.blocks={tuple(config.pin.blocks)}: "
+      f"{error}"
+    ) from error
 
 
 def num_steps(config: ConfigDict, stage: Stage) -> int:

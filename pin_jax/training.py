@@ -18,12 +18,16 @@ import optax
 from pin_jax import aggregation, criteria
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
-from pin_jax.criteria import SOFTMAX, Criterion, Head, row_loss
-from pin_jax.losses import chunked
-from pin_jax.negatives import Negatives
+from pin_jax.criteria import SOFTMAX, Criterion
+from pin_jax.objectives import (
+  GroupBatch,
+  group_losses,
+  next_item_loss,
+  plugin_head,
+  position_weights,
+)
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
 
-MEANS = ("interactions", "users")
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
 
 
@@ -100,138 +104,12 @@ def make_optimizer(
   return optimizer, schedule
 
 
-def position_weights(
-  targets: jax.Array, mean: str, importance: jax.Array | None = None
-) -> jax.Array:
-  """Weights of the positions in a group's loss; they sum to 1.
-
-  mean = 'interactions' weights every real position alike, mean = 'users'
-  every row alike and the positions within it alike. Importance weights
-  multiply these and the sum is normalised again (self-normalised).
-
-  Args:
-    targets: [B, L], 0 = none.
-    mean: 'interactions' or 'users'.
-    importance: optional [B, L] weights >= 0.
-
-  Returns:
-    [B, L] float32.
-  """
-  real = (targets > 0).astype(jnp.float32)
-  if mean == "users":
-    real = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
-  if importance is not None:
-    real = real * importance
-  return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
-
-
-def backbone_head(backbone: Backbone) -> Head:
-  """(params, None, states [M], candidates) -> logits [M, C], no plugin."""
-
-  def head(
-    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
-  ) -> jax.Array:
-    del shared
-    representations = backbone.represent(params, states, candidates)
-    return backbone.score(params, representations, candidates)
-
-  return head
-
-
-def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """(plugin params, backbone params, states [M], candidates) -> [M, C]."""
-
-  def head(
-    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
-  ) -> jax.Array:
-    representations = backbone.represent(shared, states, candidates)
-    return backbone.score(
-      shared, plugin.apply(params, representations), candidates
-    )
-
-  return head
-
-
-def next_item_loss(
-  backbone: Backbone,
-  head: Head,
-  *,
-  criterion: Criterion = SOFTMAX,
-  chunk: int = 256,
-) -> Callable[..., jax.Array]:
-  """The criterion at every real position, weighted and summed.
-
-  Args:
-    backbone: gives the states of the positions.
-    head: turns states and candidates into logits.
-    criterion: what is minimised.
-    chunk: positions whose logits are alive at a time.
-
-  Returns:
-    f(params, shared, context, targets [B, L], weights [B, L], negatives) ->
-    scalar; negatives as `criteria.draw` gives them, by default None.
-  """
-  total = chunked(row_loss(criterion, head), chunk)
-
-  def loss(
-    params: PyTree,
-    shared: PyTree,
-    context: PyTree,
-    targets: jax.Array,
-    weights: jax.Array,
-    negatives: Negatives | None = None,
-  ) -> jax.Array:
-    length = targets.shape[-1]
-    real_first = jnp.argsort(targets.reshape(-1) == 0, stable=True)
-    rows, columns = real_first // length, real_first % length
-    states = backbone.at(context, rows, columns)
-    common, own = negatives, None
-    if negatives is not None and negatives.items.ndim == 2:
-      common, own = None, jax.tree.map(lambda x: x[real_first], negatives)
-    return total(
-      params, (shared, common), states, (targets[rows, columns], own),
-      weights[rows, columns],
-    )
-
-  return loss
-
-
-class GroupBatch(NamedTuple):
-  """One group's windows and their importance weights ([B, L] or None)."""
-
-  batch: Batch
-  importance: jax.Array | None
-
-
-def group_loss(
-  backbone: Backbone,
-  *,
-  mean: str,
-  criterion: Criterion = SOFTMAX,
-  chunk: int = 256,
-) -> aggregation.GroupLoss:
-  """The loss of one group: (params, GroupBatch, key) -> scalar."""
-  loss = next_item_loss(
-    backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
-  )
-
-  def of_group(params: PyTree, group: GroupBatch, key: jax.Array) -> jax.Array:
-    drop_key, draw_key = criteria.split_key(criterion, key)
-    history, targets = group.batch.history, group.batch.targets
-    context = backbone.encode(params, history, drop_key)
-    weights = position_weights(targets, mean, group.importance)
-    negatives = criteria.draw(criterion, draw_key, group.batch)
-    return loss(params, None, context, targets, weights, negatives)
-
-  return of_group
-
-
 Importance = Callable[[PyTree, Batch], jax.Array]
 
 
 def backbone_step(
   backbone: Backbone,
-  weighting: aggregation.Weighting,
+  weighting: aggregation.Rules,
   optimizer: optax.GradientTransformation,
   schedule: optax.Schedule,
   *,
@@ -239,7 +117,9 @@ def backbone_step(
   length: int,
   draw: str,
   mean: str,
-  path: str = "stacked",
+  path: str = "auto",
+  blocks: aggregation.Blocks | None = None,
+  diagnose_every: int = 0,
   average: float = 0.0,
   importance: Importance | None = None,
   criterion: Criterion = SOFTMAX,
@@ -248,7 +128,7 @@ def backbone_step(
 
   Args:
     backbone: the model.
-    weighting: rule for the groups' weights.
+    weighting: rule for the groups' weights, or one for each block.
     optimizer: optax transformation.
     schedule: its learning rate, for the log.
     batch_size: B, windows a group.
@@ -256,6 +136,9 @@ def backbone_step(
     draw: see `draw_batch`.
     mean: see `position_weights`.
     path: see `aggregation.aggregate`.
+    blocks: see `aggregation.aggregate`.
+    diagnose_every: steps from one that takes a path with the whole Gramian to
+      the next, for the log; 0 = none but those that the path forms.
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
@@ -264,9 +147,21 @@ def backbone_step(
   Returns:
     The step.
   """
-  aggregate = aggregation.aggregate(
-    group_loss(backbone, mean=mean, criterion=criterion), weighting, path=path
-  )
+  losses = group_losses(backbone, mean=mean, criterion=criterion)
+
+  def aggregator(rules: aggregation.Rules, path: str) -> Callable:
+    return aggregation.aggregate(
+      losses.group_loss, rules, path=path, blocks=blocks,
+      weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+    ).step
+
+  cheap = aggregator(weighting, path)
+  telling = aggregator(aggregation.informed(weighting), "auto")
+
+  def aggregate(t: jax.Array, *args: PyTree) -> aggregation.Aggregate:
+    if not diagnose_every:
+      return cheap(*args)
+    return jax.lax.cond(t % diagnose_every == 0, telling, cheap, *args)
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -281,28 +176,40 @@ def backbone_step(
       weights = importance(operands.frozen, batch)
     keys = jax.random.split(drop_key, batch.users.shape[0])
     out = aggregate(
-      state.params, GroupBatch(batch, weights), keys, state.weighting
+      t, state.params, GroupBatch(batch, weights), keys, state.weighting
     )
     updates, opt_state = optimizer.update(
       out.gradient, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    cosines = aggregation.cosines(out.gramian)
-    log = {
-      "loss": out.losses,
-      "weights": out.weights,
-      "norms": jnp.sqrt(jnp.diagonal(out.gramian)),
-      "cosines": cosines,
-      "conflict_rate": aggregation.conflict_rate(cosines),
-      "effective_groups": aggregation.effective_groups(out.weights),
-      "learning_rate": schedule(t),
-    }
+    log = {**gradient_log(out), "learning_rate": schedule(t)}
     if weights is not None:
       log["effective_share"] = effective_share(weights, batch.targets > 0)
     moving = _move_average(state.average, params, average)
     return TrainState(params, opt_state, out.state, moving), log
 
   return step
+
+
+def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
+  """What an aggregation tells: losses, weights, norms, cosines and the like.
+
+  Where blocks have weights of their own, 'weights' [G] is their mean and
+  'block_weights' [K, G] holds them in the order of their names.
+  """
+  cosines = aggregation.cosines(out.gramian)
+  weights, log = out.weights, {}
+  if isinstance(weights, dict):
+    of_blocks = jnp.stack([weights[name] for name in sorted(weights)])
+    weights, log = of_blocks.mean(0), {"block_weights": of_blocks}
+  return log | {
+    "loss": out.losses,
+    "weights": weights,
+    "norms": jnp.sqrt(jnp.diagonal(out.gramian)),
+    "cosines": cosines,
+    "conflict_rate": aggregation.conflict_rate(cosines),
+    "effective_groups": aggregation.effective_groups(weights),
+  }
 
 
 def plugin_step(
@@ -346,7 +253,9 @@ def plugin_step(
     context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
     weights = position_weights(batch.targets, mean)
     negatives = criteria.draw(criterion, key, batch)
-    return loss(params, frozen, context, batch.targets, weights, negatives)
+    return loss(
+      params, frozen, context, batch.targets, weights, negatives=negatives
+    )[0]
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -378,8 +287,9 @@ def plugin_step(
 def init_state(
   params: PyTree,
   optimizer: optax.GradientTransformation,
-  weighting: aggregation.Weighting | None = None,
+  weighting: aggregation.Rules | None = None,
   *,
+  blocks: aggregation.Blocks | None = None,
   average: bool = False,
   stacked: bool = False,
 ) -> TrainState:
@@ -388,7 +298,8 @@ def init_state(
   Args:
     params: what is trained.
     optimizer: optax transformation.
-    weighting: rule for the weights; None in stage 2.
+    weighting: rule for the weights, or one for each block; None in stage 2.
+    blocks: see `aggregation.aggregate`.
     average: keep a moving average of params.
     stacked: params lead with [S] and each segment has its own optimizer.
 
@@ -402,7 +313,8 @@ def init_state(
     return TrainState(
       _copy(params),
       init(params),
-      () if weighting is None else weighting.init(),
+      () if weighting is None
+      else aggregation.initial_state(weighting, params, blocks),
       _copy(params) if average else None,
     )
 

@@ -38,6 +38,9 @@ class Backbone(NamedTuple):
     represent: (params, states [M], candidates) -> [M, 1 or C, D].
     score: (params, representations [M, 1 or C, D], candidates) -> logits
       [M, C].
+    tables: names of the params that hold one row an item, [V+1, ...], where
+      `encode` reads no more than `table[history]`, whatever the number of rows,
+      and `score` gives the logits of the rows there are.
 
   Candidates are item indices [C] (shared by all rows) or [M, C], or None for
   the whole catalogue with padding, 0..V in order.
@@ -48,6 +51,7 @@ class Backbone(NamedTuple):
   at: Callable[[PyTree, jax.Array, jax.Array], PyTree]
   represent: Callable[[PyTree, PyTree, jax.Array | None], jax.Array]
   score: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
+  tables: tuple[str, ...] = ()
 
 
 class Plugin(NamedTuple):

@@ -4,7 +4,7 @@ Each rule is one function that returns an `aggregation.Weighting`: pure, on the
 Gramian G_gh = <grad_g, grad_h>, the losses L_g and a state of arrays. The dict
 WEIGHTINGS at the end names them all.
 
-  reads nothing    annealed_backdoor, inverse_propensity
+  reads nothing    joint, exact_backdoor, annealed_backdoor, inverse_propensity
   reads losses     famo, group_dro, streaming_dro, cvar
   reads gradients  normalized, consensus, pcgrad, gradvac, cagrad, mgda, imtl_g,
                    nash_mtl, aligned_mtl, upgrad
@@ -56,12 +56,43 @@ def tempered(prior: Sequence[float], exponent: float) -> np.ndarray:
   Raises:
     ValueError: for a bad prior or exponent.
   """
-  weights = np.asarray(aggregation.backdoor(prior).constant, np.float64)
+  weights = aggregation.normalised(prior).astype(np.float64)
   _require(np.isfinite(exponent), f"exponent={exponent} must be finite")
   logs = exponent * np.log(np.where(weights > 0, weights, 1))
   logs = np.where(weights > 0, logs, -np.inf)
   powers = np.exp(logs - logs.max())
   return (powers / powers.sum()).astype(np.float32)
+
+
+def joint(shares: Sequence[float]) -> Weighting:
+  """The joint gradient: weights are the groups' shares of the examples.
+
+  Simplex; linear.
+
+  Args:
+    shares: [G] the groups' shares of the examples; normalised.
+
+  Raises:
+    ValueError: for bad shares.
+  """
+  return aggregation.backdoor(shares)
+
+
+def exact_backdoor(prior: Sequence[float]) -> Weighting:
+  """Backdoor weights for group losses whose examples carry P(x) / P(x|d). Ours.
+
+  w_g = P(d=g), as in `aggregation.backdoor`; but with the examples of group d
+  weighted by P(x) / P(x|d) inside its loss (`propensity.fitted_importance`),
+  sum_g w_g L_g reaches P(y|do(x)) also where P(x|d) depends on d. Simplex;
+  linear.
+
+  Args:
+    prior: [G] P(d); normalised.
+
+  Raises:
+    ValueError: for a bad prior.
+  """
+  return aggregation.backdoor(prior)
 
 
 def annealed_backdoor(
@@ -95,7 +126,7 @@ def annealed_backdoor(
     next_state = jnp.minimum(state + 1, steps)
     return (1 - share) * start + share * end, next_state
 
-  return Weighting(lambda: jnp.zeros((), jnp.int32), update)
+  return Weighting(lambda: jnp.zeros((), jnp.int32), update, "nothing")
 
 
 def inverse_propensity(
@@ -143,7 +174,7 @@ def preceded_by(prior: Sequence[float], weighting: Weighting) -> Weighting:
   Raises:
     ValueError: for a bad prior.
   """
-  prior = aggregation.backdoor(prior).constant
+  prior = aggregation.normalised(prior)
   scale = len(prior) * prior
 
   def update(
@@ -153,9 +184,7 @@ def preceded_by(prior: Sequence[float], weighting: Weighting) -> Weighting:
     weights, state = weighting.update(gramian, scale * losses, state)
     return scale * weights, state
 
-  constant = weighting.constant
-  constant = None if constant is None else scale * constant
-  return Weighting(weighting.init, update, constant)
+  return Weighting(weighting.init, update, weighting.reads)
 
 
 def group_dro(prior: Sequence[float], step_size: float = 0.01) -> Weighting:
@@ -182,7 +211,7 @@ def group_dro(prior: Sequence[float], step_size: float = 0.01) -> Weighting:
     log_q = ascend(state, losses)
     return jnp.exp(log_q), log_q
 
-  return Weighting(init, update)
+  return Weighting(init, update, "losses")
 
 
 def streaming_dro(
@@ -219,7 +248,7 @@ def streaming_dro(
     return jnp.exp(log_q), (log_q, smooth, jnp.ones((), bool))
 
   start = lambda: (init(), jnp.zeros(len(prior)), jnp.zeros((), bool))
-  return Weighting(start, update)
+  return Weighting(start, update, "losses")
 
 
 def cvar(prior: Sequence[float], alpha: float) -> Weighting:
@@ -249,7 +278,7 @@ def cvar(prior: Sequence[float], alpha: float) -> Weighting:
     mass = prior * taken
     return mass / mass.sum()
 
-  return _stateless(weights)
+  return _stateless(weights, "losses")
 
 
 def famo(
@@ -312,7 +341,7 @@ def famo(
 
   zeros = lambda: jnp.zeros(num_groups)
   init = lambda: (zeros(), zeros(), zeros(), jnp.zeros((), jnp.int32), zeros())
-  return Weighting(init, update)
+  return Weighting(init, update, "losses")
 
 
 def normalized() -> Weighting:
@@ -338,10 +367,9 @@ def consensus() -> Weighting:
   kept g of sum_{kept h} C_gh. Where more groups disagree with the mean (< 0)
   than agree, w = 0: no update. Simplex or all zero; not non-conflicting.
 
-  Inferred from later public work of PIN's first author. There the rule is
-  applied to each parameter tensor, here to the Gramian that is given, the whole
-  gradient's. Cosines that float32 cannot tell from 0 neither agree nor disagree
-  (ours).
+  Inferred from later public work of PIN's first author, where each parameter
+  tensor goes by itself: `aggregate(..., blocks=str)`. Cosines that float32
+  cannot tell from 0 neither agree nor disagree (ours).
   """
 
   def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
@@ -632,9 +660,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _stateless(
   weights: Callable[[jax.Array, jax.Array], jax.Array],
+  reads: str = "gradients",
 ) -> Weighting:
   update = lambda gramian, losses, state: (weights(gramian, losses), state)
-  return Weighting(lambda: (), update)
+  return Weighting(lambda: (), update, reads)
 
 
 def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -715,9 +744,14 @@ def _nonnegative(matrix: jax.Array, linear: jax.Array) -> jax.Array:
   return largest * x
 
 
+# Published for each parameter tensor by itself.
+BY_TENSOR = ("consensus",)
+
 # A new rule is one function and one line.
 WEIGHTINGS = {
   "backdoor": aggregation.backdoor,
+  "joint": joint,
+  "exact_backdoor": exact_backdoor,
   "annealed_backdoor": annealed_backdoor,
   "inverse_propensity": inverse_propensity,
   "group_dro": group_dro,

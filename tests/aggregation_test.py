@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from toys import assert_trees_close, bigram
 
-from pin_jax import activeness, aggregation, batches, splits, training
+from pin_jax import activeness, aggregation, batches, objectives, splits
 from pin_jax.backbones import sasrec
 from pin_jax.interactions import Interactions
 
 PATHS = list(aggregation.PATHS)
+KNOWN_WEIGHTS_ONLY = ("accumulated", "weighted")
 LENGTHS = (3, 3, 4, 5, 6, 6, 8, 9, 10, 13)
 NUM_ITEMS = 12
 NUM_GROUPS = 3
@@ -46,13 +47,14 @@ def quadratic(theta, batch, key):
 
 
 def one_weight(path, weighting, theta=1.5):
-  run = jax.jit(aggregation.aggregate(quadratic, weighting, path=path))
+  init, step = aggregation.aggregate(quadratic, weighting, path=path)
+  run = jax.jit(step)
   as_float32 = lambda x: jnp.asarray(x, jnp.float32)
   return run(
     {"w": jnp.float32(theta)},
     (as_float32(SLOPES), as_float32(CENTRES)),
     jax.random.split(jax.random.key(0), len(SLOPES)),
-    weighting.init(),
+    init({"w": jnp.float32(theta)}),
   )
 
 
@@ -88,9 +90,10 @@ def test_cheap_paths_say_what_they_do_not_know():
   products = one_weight("accumulated", aggregation.backdoor(PRIOR)).gramian
   np.testing.assert_allclose(np.diagonal(products), gradients**2, rtol=1e-5)
   assert np.isnan(products[~np.eye(4, dtype=bool)]).all()
-  products = one_weight("weighted", aggregation.backdoor(PRIOR)).gramian
-  assert products.shape == (4, 4)
-  assert np.isnan(products).all()
+  for path in ("weighted", "two_pass"):
+    products = one_weight(path, aggregation.backdoor(PRIOR)).gramian
+    assert products.shape == (4, 4)
+    assert np.isnan(products).all()
 
 
 def by_loss_and_step():
@@ -103,7 +106,7 @@ def by_loss_and_step():
   return aggregation.Weighting(lambda: jnp.float32(2), update)
 
 
-@pytest.mark.parametrize("path", ["stacked", "sequential"])
+@pytest.mark.parametrize("path", ["stacked", "sequential", "two_pass", "auto"])
 def test_weighting_reads_gramian_losses_and_state(path):
   out = one_weight(path, by_loss_and_step())
   losses = SLOPES / 2 * (1.5 - CENTRES) ** 2
@@ -177,7 +180,7 @@ def test_zero_gradients_have_cosine_zero():
 
 def test_backdoor_normalises():
   weighting = aggregation.backdoor([1, 3, 0])
-  np.testing.assert_array_equal(weighting.constant, [0.25, 0.75, 0])
+  assert weighting.reads == "nothing"
   weights, state = weighting.update(
     jnp.full((3, 3), jnp.nan), jnp.full(3, jnp.nan), weighting.init()
   )
@@ -199,10 +202,16 @@ def test_unknown_path():
     aggregation.aggregate(quadratic, aggregation.backdoor([1]), path="fast")
 
 
-@pytest.mark.parametrize("path", ["accumulated", "weighted"])
-def test_constant_paths_reject_weightings_that_read_gradients(path):
-  with pytest.raises(ValueError, match=f"{path}.*constant"):
+@pytest.mark.parametrize("path", KNOWN_WEIGHTS_ONLY)
+def test_paths_of_known_weights_reject_rules_that_read_gradients(path):
+  with pytest.raises(ValueError, match=f"{path}.*these read gradients"):
     aggregation.aggregate(quadratic, by_loss_and_step(), path=path)
+
+
+def test_unknown_reads():
+  rule = aggregation.backdoor([1])._replace(reads="everything")
+  with pytest.raises(ValueError, match="reads='everything' is unknown"):
+    aggregation.aggregate(quadratic, rule)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -214,8 +223,9 @@ def test_no_recompilation_on_the_second_call(path):
     return quadratic(theta, batch, key)
 
   weighting = aggregation.backdoor([1, 2])
-  run = jax.jit(aggregation.aggregate(counted, weighting, path=path))
-  theta, state = {"w": jnp.float32(1)}, weighting.init()
+  init, step = aggregation.aggregate(counted, weighting, path=path)
+  run, theta = jax.jit(step), {"w": jnp.float32(1)}
+  state = init(theta)
   for seed in range(3):
     keys = jax.random.split(jax.random.key(seed), 2)
     out = run(theta, (jnp.ones(2), jnp.arange(2.0) + seed), keys, state)
@@ -290,7 +300,7 @@ def complete_data(split, groups, length):
   )
   empty = padded[..., 1] == beyond
   assert (np.asarray(batch.targets)[empty] == 0).all()
-  return training.GroupBatch(batch, None)
+  return objectives.GroupBatch(batch, None)
 
 
 def tiny_sasrec(length, dropout):
@@ -342,7 +352,7 @@ def test_paths_agree_on_sasrec_with_dropout():
   split = tiny_split()
   group_batch = complete_data(split, user_groups(split), 5)
   backbone, params = tiny_sasrec(5, dropout=0.4)
-  loss = training.group_loss(backbone, mean="users", chunk=16)
+  loss = objectives.group_losses(backbone, mean="users", chunk=16).group_loss
   keys = jax.random.split(jax.random.key(5), NUM_GROUPS)
   prior = np.array([0.5, 0.3, 0.2])
   of_group = lambda g: jax.tree.map(lambda x: x[g], group_batch)
@@ -358,7 +368,7 @@ def test_paths_agree_on_sasrec_with_dropout():
   assert abs(dropped - losses[0]) > 1e-3  # dropout is on
   for path in PATHS:
     weighting = aggregation.backdoor(prior)
-    run = jax.jit(aggregation.aggregate(loss, weighting, path=path))
+    run = jax.jit(aggregation.aggregate(loss, weighting, path=path).step)
     out = run(params, group_batch, keys, weighting.init())
     np.testing.assert_allclose(out.losses, np.array(losses), rtol=1e-5)
     assert_trees_close(out.gradient, expected)
@@ -375,10 +385,10 @@ def test_natural_prior_gives_the_joint_gradient(kind, length):
   split = tiny_split()
   groups = user_groups(split)
   backbone, params = tiny_sasrec(length, dropout=0.0)
-  loss = training.group_loss(backbone, mean=kind, chunk=16)
+  loss = objectives.group_losses(backbone, mean=kind, chunk=16).group_loss
   weighting = aggregation.backdoor(prior_of(kind, split, groups))
   keys = jax.random.split(jax.random.key(0), NUM_GROUPS)
-  run = jax.jit(aggregation.aggregate(loss, weighting))
+  run = jax.jit(aggregation.aggregate(loss, weighting).step)
   out = run(params, complete_data(split, groups, length), keys, ())
   users, history, targets = numpy_windows(split, length)
   assert (targets > 0).sum() == sum(LENGTHS) - len(LENGTHS)
@@ -405,15 +415,15 @@ def sampled_gradients(kind, prior, length, batch_size, count):
     length=length,
   )
   weighting = aggregation.backdoor(prior(split, groups))
-  loss = training.group_loss(backbone, mean=kind)
-  run = aggregation.aggregate(loss, weighting, path="weighted")
+  loss = objectives.group_losses(backbone, mean=kind).group_loss
+  run = aggregation.aggregate(loss, weighting, path="weighted").step
 
   def one(key):
     batch = batches.draw_batch(
       key, sequences, pool, batch_size=batch_size, length=length, draw=kind
     )
     keys = jax.random.split(key, NUM_GROUPS)
-    return run(params, training.GroupBatch(batch, None), keys, ()).gradient
+    return run(params, objectives.GroupBatch(batch, None), keys, ()).gradient
 
   keys = jax.random.split(jax.random.key(2), count)
   sampled = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)["table"]

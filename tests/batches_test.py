@@ -18,8 +18,8 @@ from pin_jax.batches import (
   training_targets,
 )
 from pin_jax.interactions import from_columns
+from pin_jax.objectives import position_weights
 from pin_jax.splits import leave_one_out
-from pin_jax.training import position_weights
 from pin_jax.types import InputError
 
 LENGTH, BATCH, STEPS = 4, 64, 200

@@ -16,6 +16,7 @@ from pin_jax import (
   batches,
   criteria,
   negatives,
+  objectives,
   plugins,
   splits,
   training,
@@ -101,10 +102,10 @@ def test_group_loss_equals_a_loop_over_positions(name, shared, kind):
   backbone, criterion = BACKBONES[kind](), _criterion(name, shared)
   params = jax.jit(backbone.init)(jax.random.key(0))
   key = jax.random.key(5)
-  run = jax.jit(training.group_loss(
+  run = jax.jit(objectives.group_losses(
     backbone, mean="interactions", criterion=criterion, chunk=4
-  ))
-  got = run(params, training.GroupBatch(BATCH, None), key)
+  ).group_loss)
+  got = run(params, objectives.GroupBatch(BATCH, None), key)
   drawn = np.asarray(criterion.draw(jax.random.split(key)[1], BATCH).items)
   rows, columns = np.nonzero(TARGETS)
 
@@ -133,20 +134,20 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
   """One chunk is plain reverse mode of the loss just checked."""
   backbone = BACKBONES["attention"]()
   params = backbone.init(jax.random.key(0))
-  group, key = training.GroupBatch(BATCH, None), jax.random.key(1)
+  group, key = objectives.GroupBatch(BATCH, None), jax.random.key(1)
 
   def run(chunk):
-    loss = training.group_loss(
+    loss = objectives.group_losses(
       backbone, mean="users", criterion=_criterion(name, shared), chunk=chunk
-    )
+    ).group_loss
     return jax.jit(jax.value_and_grad(loss))(params, group, key)
 
   assert_trees_close(run(3), run(12))
   step = 0.01
   shifted = lambda s: {**params, "bias": params["bias"].at[4].add(s)}
-  loss = jax.jit(training.group_loss(
+  loss = jax.jit(objectives.group_losses(
     backbone, mean="users", criterion=_criterion(name, shared)
-  ))
+  ).group_loss)
   slope = loss(shifted(step), group, key) - loss(shifted(-step), group, key)
   np.testing.assert_allclose(
     run(3)[1]["bias"][4], slope / (2 * step), atol=1e-4
@@ -159,19 +160,20 @@ def test_plugins_see_the_same_logits():
   plugin = plugins.bottleneck(WIDTH)
   params = jax.jit(plugin.init)(jax.random.key(1))  # starts as the identity
   drawn = criterion.draw(jax.random.key(2), BATCH)
-  weights = training.position_weights(TARGETS, "interactions")
+  weights = objectives.position_weights(TARGETS, "interactions")
   context = backbone.encode(frozen, HISTORY, None)
 
   def run(head, params, shared):
-    loss = training.next_item_loss(
+    loss = objectives.next_item_loss(
       backbone, head, criterion=criterion, chunk=5
     )
-    return jax.jit(jax.value_and_grad(loss))(
-      params, shared, context, TARGETS, weights, drawn
-    )
+    run = jax.jit(jax.value_and_grad(
+      lambda *args: loss(*args, negatives=drawn)[0]
+    ))
+    return run(params, shared, context, TARGETS, weights)
 
-  value, grad = run(training.plugin_head(backbone, plugin), params, frozen)
-  want, _ = run(training.backbone_head(backbone), frozen, None)
+  value, grad = run(objectives.plugin_head(backbone, plugin), params, frozen)
+  want, _ = run(objectives.backbone_head(backbone), frozen, None)
   np.testing.assert_allclose(value, want, rtol=1e-6)
   assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
 
@@ -200,11 +202,11 @@ def test_padding_and_own_targets_are_no_negatives():
   for name, want in (("sampled_softmax", 0.0), ("bpr", 0.0)):
     loss = criteria.SAMPLED_LOSSES[name](0.5, 0.0)
     criterion = criteria.sampled(loss, constant, count=3)
-    run = jax.jit(jax.value_and_grad(training.group_loss(
+    run = jax.jit(jax.value_and_grad(objectives.group_losses(
       backbone, mean="users", criterion=criterion
-    )))
+    ).group_loss))
     value, grad = run(
-      params, training.GroupBatch(batch, None), jax.random.key(0)
+      params, objectives.GroupBatch(batch, None), jax.random.key(0)
     )
     assert value == want
     np.testing.assert_array_equal(grad["table"], 0)
@@ -220,11 +222,11 @@ def test_no_logits_of_positions_by_catalogue(shared):
   params = jax.eval_shape(backbone.init, jax.random.key(0))
 
   def shapes(criterion):
-    loss = jax.value_and_grad(training.group_loss(
+    loss = jax.value_and_grad(objectives.group_losses(
       backbone, mean="users", criterion=criterion, chunk=chunk
-    ))
+    ).group_loss)
     text = str(jax.make_jaxpr(loss)(
-      params, training.GroupBatch(batch, None), jax.random.key(0)
+      params, objectives.GroupBatch(batch, None), jax.random.key(0)
     ))
     found = re.findall(r"\bf\d+\[([\d,]+)\]", text)
     return {tuple(map(int, s.split(","))) for s in found}

@@ -119,13 +119,19 @@ def _with_gradients(f):
   return jax.jit(jax.value_and_grad(f, (0, 2)))
 
 
+def _sum(row_loss, chunk):
+  """The chunked sum alone, every row at scale 1."""
+  f = chunked(row_loss, chunk)
+  return lambda *args: f(*args, jnp.ones(len(args[-1])))[0]
+
+
 @pytest.mark.parametrize(
-  ("rows", "chunk"), [(7, 3), (5, 8), (6, 3)]
+  ("rows", "chunk"), [(7, 3), (5, 8), (6, 3), (14, 8), (9, 4), (1, 8)]
 )
 def test_chunked_equals_the_direct_sum(rows, chunk):
   problem = _problem(rows)
   want = _with_gradients(_direct)(*problem)
-  f = chunked(_row_loss, chunk)
+  f = _sum(_row_loss, chunk)
   _assert_close(jax.jit(f)(*problem), want[0])
   _assert_close(_with_gradients(f)(*problem), want)
 
@@ -134,7 +140,7 @@ def test_chunked_without_jit_scales_with_the_cotangent():
   problem = _problem(7)
   scaled = lambda f: lambda *args: -2.5 * f(*args) ** 2
   want = _with_gradients(scaled(_direct))(*problem)
-  run = jax.value_and_grad(scaled(chunked(_row_loss, 4)), (0, 2))
+  run = jax.value_and_grad(scaled(_sum(_row_loss, 4)), (0, 2))
   got = run(*problem)
   _assert_close(got, want)
 
@@ -146,7 +152,7 @@ def test_chunked_over_a_leading_axis_equals_a_loop(transform):
   want = [_with_gradients(_direct)(*p) for p in problems]
   stack = lambda *xs: np.stack(xs)
   stacked = jax.tree.map(stack, *problems)
-  one = _with_gradients(chunked(_row_loss, 4))
+  one = _with_gradients(_sum(_row_loss, 4))
   if transform == "vmap":
     got = jax.vmap(one)(*stacked)
   else:
@@ -160,7 +166,7 @@ def test_chunked_vmapped_over_weights_alone():
   run = lambda f: jax.vmap(
     _with_gradients(f), (None, None, None, None, 0)
   )(params, shared, inputs, targets, many)
-  _assert_close(run(chunked(_row_loss, 2)), run(_direct))
+  _assert_close(run(_sum(_row_loss, 2)), run(_direct))
 
 
 @pytest.mark.parametrize("vmapped", [False, True])
@@ -175,7 +181,7 @@ def test_rows_of_zero_weight_do_not_poison(vmapped):
   values = jnp.asarray(list(rows.values()))[:, None]
   inputs = {"h": inputs["h"].at[bad].set(values)}
   args = params, shared, inputs, targets, weights.at[bad].set(0)
-  run = _with_gradients(chunked(_row_loss, 2))
+  run = _with_gradients(_sum(_row_loss, 2))
   if vmapped:
     got = jax.vmap(run)(*jax.tree.map(lambda x: jnp.stack([x, x]), args))
     got = jax.tree.map(lambda x: np.asarray(x)[1], got)
@@ -193,23 +199,54 @@ def test_padding_to_whole_chunks_does_not_poison():
 
   inputs = jnp.asarray([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])
   args = jnp.asarray([1.0, 2.0]), None, inputs, jnp.ones(3), jnp.ones(3)
-  value, grad = jax.jit(jax.value_and_grad(chunked(cosine, 2)))(*args)
+  value, grad = jax.jit(jax.value_and_grad(_sum(cosine, 2)))(*args)
   np.testing.assert_allclose(value, 11 / 5 + 2 + 1, rtol=1e-6)
   np.testing.assert_allclose(grad, [3 / 5 + 0 + 1, 4 / 5 + 1 + 0], rtol=1e-6)
 
 
 def test_weights_of_zero_give_zero():
   params, shared, inputs, targets, weights = _problem(5)
-  value, grads = _with_gradients(chunked(_row_loss, 2))(
+  value, grads = _with_gradients(_sum(_row_loss, 2))(
     params, shared, inputs, targets, weights * 0
   )
   assert value == 0
   jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), grads)
 
 
+def test_scale_multiplies_rows_that_come_back_without_it():
+  problem = _problem(9)
+  scale = jnp.asarray([0.0, 2.0, -1.0, 0.5, 0.0, 1.0, 3.0, 0.0, 1.0])
+  (value, rows), grads = jax.jit(
+    jax.value_and_grad(chunked(_row_loss, 4), (0, 2), has_aux=True)
+  )(*problem, scale)
+  *given, weights = problem
+  want = _with_gradients(_direct)(*given, weights * scale)
+  _assert_close((value, grads), want)
+  each = [_direct(*given, weights * jax.nn.one_hot(i, 9)) for i in range(9)]
+  np.testing.assert_allclose(rows, each, rtol=1e-5)
+
+
+def test_rows_after_the_last_weight_are_never_computed():
+  """A row loss that counts its rows: whole chunks, then quarters."""
+  rows, chunk = 40, 8
+  params, shared, inputs, targets, _ = _problem(rows)
+  seen = []
+
+  def counted(params, shared, inputs, targets):
+    jax.debug.callback(lambda: seen.append(len(targets)))
+    return _row_loss(params, shared, inputs, targets)
+
+  for used, want in ((0, []), (3, [2, 2]), (7, [8]), (19, [8, 8, 2, 2])):
+    seen.clear()
+    weights = jnp.where(jnp.arange(rows) < used, 1.0, 0.0)
+    _sum(counted, chunk)(params, shared, inputs, targets, weights)
+    jax.effects_barrier()
+    assert seen == want
+
+
 def test_shared_and_weights_are_constants():
   problem = _problem(5)
-  run = jax.jit(jax.grad(chunked(_row_loss, 2), (1, 4)))
+  run = jax.jit(jax.grad(_sum(_row_loss, 2), (1, 4)))
   of_shared, of_weights = run(*problem)
   assert of_shared == 0
   np.testing.assert_array_equal(of_weights, 0)
@@ -234,8 +271,8 @@ def test_no_intermediate_of_all_rows_by_all_items(stage):
     return _largest(jax.jit(run).lower(*args).compile().as_text())
 
   assert largest(_direct) >= rows * items
-  assert largest(chunked(_row_loss, rows)) >= rows * items
-  assert largest(chunked(_row_loss, 8)) == 8 * items
+  assert largest(_sum(_row_loss, rows)) >= rows * items
+  assert largest(_sum(_row_loss, 8)) == 8 * items
 
 
 # Sampled negatives.

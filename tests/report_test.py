@@ -79,6 +79,8 @@ def _log(run="pin/backbone", steps=60, num_groups=5):
         "loss": norms.tolist(),
         "weights": weights.tolist(),
         "norms": norms.tolist(),
+        "conflict_rate": float((cosines < 0).mean()),
+        "effective_groups": float(num_groups),
         "cosines": cosines.tolist(),
         "learning_rate": 1e-3,
       }
@@ -349,7 +351,7 @@ def test_cosine_with_the_mean_equals_that_of_the_gradients():
 
 def test_plot_gradients_names_the_missing_run(tmp_path):
   constant = [
-    record | {"norms": [np.nan] * 5, "cosines": [[None] * 5] * 5}
+    record | {"cosines": [[None] * 5] * 5, "conflict_rate": None}
     for record in _log()
     if "norms" in record
   ]

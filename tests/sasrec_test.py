@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from pin_jax import training
+from pin_jax import objectives
 from pin_jax.backbones import sasrec as lib
 from pin_jax.batches import Sequences
 from pin_jax.evaluation import Model, Requests, Weights, make_ranker
@@ -317,8 +317,8 @@ def test_group_loss_takes_any_architecture(name):
   build, logits_of = TOYS[name]
   backbone, batch = build(), _toy_batch()
   params = _noisy(backbone.init)
-  loss = training.group_loss(backbone, mean="users", chunk=4)
-  group = training.GroupBatch(batch, None)
+  loss = objectives.group_losses(backbone, mean="users", chunk=4).group_loss
+  group = objectives.GroupBatch(batch, None)
   run = jax.jit(jax.value_and_grad(loss))
   got, grad = run(params, group, jax.random.key(0))
 
@@ -381,15 +381,15 @@ def test_plugin_training_takes_any_architecture(name):
   plugin = bottleneck(WIDTH)
   frozen = _noisy(backbone.init)
   params = jax.jit(plugin.init)(jax.random.key(1))
-  loss = training.next_item_loss(
-    backbone, training.plugin_head(backbone, plugin), chunk=4
+  loss = objectives.next_item_loss(
+    backbone, objectives.plugin_head(backbone, plugin), chunk=4
   )
 
   @jax.jit
   @jax.value_and_grad
   def run(params, frozen):
     context = backbone.encode(frozen, batch.history, None)
-    weights = training.position_weights(batch.targets, "interactions")
+    weights = objectives.position_weights(batch.targets, "interactions")
     return loss(params, frozen, context, batch.targets, weights)
 
   value, grad = run(params, frozen)

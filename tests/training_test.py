@@ -11,6 +11,7 @@ from pin_jax import (
   aggregation,
   batches,
   checkpoints,
+  objectives,
   plugins,
   splits,
   training,
@@ -77,23 +78,23 @@ def numpy_position_weights(targets, mean, importance):
   return weights / weights.sum() if weights.sum() else weights
 
 
-@pytest.mark.parametrize("mean", training.MEANS)
+@pytest.mark.parametrize("mean", objectives.MEANS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_position_weights_against_a_loop(mean, weighted):
   rng = np.random.default_rng(0)
   targets = rng.integers(0, 3, (6, 5))
   targets[2] = 0
   importance = rng.exponential(size=(6, 5)) if weighted else None
-  got = training.position_weights(jnp.asarray(targets), mean, importance)
+  got = objectives.position_weights(jnp.asarray(targets), mean, importance)
   expected = numpy_position_weights(targets, mean, importance)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got.sum(), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("mean", training.MEANS)
+@pytest.mark.parametrize("mean", objectives.MEANS)
 def test_position_weights_of_nothing_are_zero(mean):
-  got = training.position_weights(jnp.zeros((2, 3), jnp.int32), mean)
+  got = objectives.position_weights(jnp.zeros((2, 3), jnp.int32), mean)
   np.testing.assert_array_equal(got, np.zeros((2, 3)))
 
 

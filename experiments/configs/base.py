@@ -27,8 +27,9 @@ def default() -> ConfigDict:
       "thresholds": (),
       "head_share": 0.2,  # of users; also the border of the segments
     },
-    # P(d): 'users', 'uniform', 'interactions' or 'custom' with `values`.
-    "prior": {"kind": "users", "values": ()},
+    # P(d): 'users', 'uniform', 'interactions' or 'custom' with `values`; raised
+    # to the power `exponent` and normalised again.
+    "prior": {"kind": "users", "values": (), "exponent": 1.0},
     "backbone": {
       "name": "sasrec",
       "length": 50,
@@ -49,7 +50,15 @@ def default() -> ConfigDict:
       "plugin_mean": "interactions",
       # A name of pin_jax.weightings.WEIGHTINGS; 'cagrad:c=0.4' sets options.
       "weighting": "backdoor",
-      "path": "sequential",
+      # Over the 'whole' gradient, each 'tensor' by itself, or as the 'rule' was
+      # published.
+      "granularity": "rule",
+      # Parameters with a weighting of their own: ('items|bias=joint',) gives
+      # those whose name matches the regular expression the joint gradient.
+      "blocks": (),
+      # 'auto', or a name of pin_jax.aggregation.PATHS.
+      "path": "auto",
+      "diagnose_every": 10,  # steps between looks at the Gramian; 0 = off
       "clip_importance": 10.0,
     },
     # 'softmax' over the whole catalogue, or of sampled negatives

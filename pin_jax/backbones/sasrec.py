@@ -95,9 +95,15 @@ def sasrec(
     params: PyTree, history: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
     rngs = None if key is None else {"dropout": key}
-    return encoder.apply({"params": params}, history, rngs=rngs)
+    rows = encoder.clone(num_items=len(params["items"]) - 1)
+    return rows.apply({"params": params}, history, rngs=rngs)
 
-  return Backbone(init, encode, take_position, add_candidate_axis, tied_score)
+  return Backbone(
+    init, encode, take_position, add_candidate_axis, tied_score, TABLES
+  )
+
+
+TABLES = ("items", "bias")  # what `tied_score` reads
 
 
 def take_position(

@@ -1,0 +1,351 @@
+"""What the steps minimise: weighted next-item losses of windows and groups."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pin_jax import aggregation, criteria
+from pin_jax.criteria import SOFTMAX, Criterion, Head
+from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.negatives import Negatives
+from pin_jax.types import Backbone, Batch, Plugin, PyTree
+
+MEANS = ("interactions", "users")
+_ITEM_BLOCK = 4096
+
+
+def position_weights(
+  targets: jax.Array, mean: str, importance: jax.Array | None = None
+) -> jax.Array:
+  """Weights of the positions in a group's loss; they sum to 1.
+
+  mean = 'interactions' weights every real position alike, mean = 'users'
+  every row alike and the positions within it alike. Importance weights
+  multiply these and the sum is normalised again (self-normalised).
+
+  Args:
+    targets: [B, L], 0 = none.
+    mean: 'interactions' or 'users'.
+    importance: optional [B, L] weights >= 0.
+
+  Returns:
+    [B, L] float32.
+  """
+  real = (targets > 0).astype(jnp.float32)
+  if mean == "users":
+    real = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
+  if importance is not None:
+    real = real * importance
+  return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
+
+
+def backbone_head(backbone: Backbone) -> Head:
+  """(params, None, states [M], candidates) -> logits [M, C], no plugin."""
+
+  def head(
+    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
+  ) -> jax.Array:
+    del shared
+    representations = backbone.represent(params, states, candidates)
+    return backbone.score(params, representations, candidates)
+
+  return head
+
+
+def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
+  """(plugin params, backbone params, states [M], candidates) -> [M, C]."""
+
+  def head(
+    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
+  ) -> jax.Array:
+    representations = backbone.represent(shared, states, candidates)
+    return backbone.score(
+      shared, plugin.apply(params, representations), candidates
+    )
+
+  return head
+
+
+def next_item_loss(
+  backbone: Backbone,
+  head: Head,
+  *,
+  criterion: Criterion = SOFTMAX,
+  chunk: int = 256,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """The criterion at every real position.
+
+  Args:
+    backbone: gives the states of the positions.
+    head: turns states and candidates into logits.
+    criterion: what is minimised.
+    chunk: positions whose logits are alive at a time.
+
+  Returns:
+    f(params, shared, context, targets [B, L], weights [B, L],
+    scale [B] or None, negatives as `criteria.draw` gives them, by default
+    None) -> (sum of scale * weights * loss, weights * loss [B] summed over the
+    row).
+  """
+  total = chunked(criteria.row_loss(criterion, head), chunk)
+
+  def loss(
+    params: PyTree,
+    shared: PyTree,
+    context: PyTree,
+    targets: jax.Array,
+    weights: jax.Array,
+    scale: jax.Array | None = None,
+    negatives: Negatives | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    scale = jnp.ones(len(targets)) if scale is None else scale
+    rows, columns = real_first(targets)
+    states = backbone.at(context, rows, columns)
+    common, own = negatives, None
+    if negatives is not None and negatives.items.ndim == 2:
+      position = rows * targets.shape[1] + columns
+      common, own = None, jax.tree.map(lambda x: x[position], negatives)
+    value, losses = total(
+      params, (shared, common), states, (targets[rows, columns], own),
+      weights[rows, columns], scale[rows],
+    )
+    return value, jnp.zeros(len(targets)).at[rows].add(losses)
+
+  return loss
+
+
+def real_first(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(rows, columns) of all positions, those with a target first; [B * L]."""
+  order = jnp.argsort(targets.reshape(-1) == 0, stable=True)
+  return order // targets.shape[-1], order % targets.shape[-1]
+
+
+class GroupBatch(NamedTuple):
+  """One group's windows and their importance weights ([B, L] or None)."""
+
+  batch: Batch
+  importance: jax.Array | None
+
+
+class GroupLosses(NamedTuple):
+  """The groups' losses in the forms that `aggregation.aggregate` takes.
+
+  Attributes:
+    group_loss: (params, GroupBatch, key) -> scalar.
+    weighted_loss: (params, GroupBatch [G], keys [G], weights [G]) ->
+      (sum_g w_g L_g, losses [G]): one softmax over the positions of all groups;
+      None for sampled negatives, which are each group's own.
+    gramians: (params, GroupBatch [G], keys [G]) -> (losses [G], [G, G] of
+      every leaf), in blocks of items; None for sampled negatives, or where the
+      backbone has no table.
+  """
+
+  group_loss: aggregation.GroupLoss
+  weighted_loss: aggregation.WeightedLoss | None
+  gramians: aggregation.Gramians | None
+
+
+def group_losses(
+  backbone: Backbone,
+  *,
+  mean: str,
+  criterion: Criterion = SOFTMAX,
+  chunk: int = 256,
+) -> GroupLosses:
+  """The mean next-item loss of a group, and of many at once.
+
+  Args:
+    backbone: the model.
+    mean: see `position_weights`.
+    criterion: what is minimised at every position.
+    chunk: positions whose logits are alive at a time.
+  """
+  loss = next_item_loss(
+    backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
+  )
+
+  def group_loss(
+    params: PyTree, group: GroupBatch, key: jax.Array
+  ) -> jax.Array:
+    drop_key, draw_key = criteria.split_key(criterion, key)
+    history, targets = group.batch.history, group.batch.targets
+    context = backbone.encode(params, history, drop_key)
+    weights = position_weights(targets, mean, group.importance)
+    negatives = criteria.draw(criterion, draw_key, group.batch)
+    return loss(
+      params, None, context, targets, weights, negatives=negatives
+    )[0]
+
+  def weighted_loss(
+    params: PyTree, groups: GroupBatch, keys: jax.Array, weights: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    encode = lambda history, key: backbone.encode(params, history, key)
+    context = jax.vmap(encode)(groups.batch.history, keys)
+    of_positions = jax.vmap(
+      lambda targets, importance: position_weights(targets, mean, importance)
+    )(groups.batch.targets, groups.importance)
+    merge = lambda x: x.reshape(-1, *x.shape[2:])
+    rows = groups.batch.targets.shape[1]
+    value, losses = loss(
+      params, None, jax.tree.map(merge, context), merge(groups.batch.targets),
+      merge(of_positions), jnp.repeat(weights, rows),
+    )
+    return value, losses.reshape(-1, rows).sum(1)
+
+  if criterion.draw is not None:
+    return GroupLosses(group_loss, None, None)
+  gramians = None
+  if backbone.tables:
+    gramians = table_gramians(backbone, mean=mean, chunk=chunk)
+  return GroupLosses(group_loss, weighted_loss, gramians)
+
+
+class _FirstPass(NamedTuple):
+  """What is left of a group once its loss is known: no table, no logits.
+
+  Attributes:
+    loss: scalar.
+    others: gradient of the params that are no table.
+    items: [B * L] the history's items.
+    lookups: gradient of their rows, by table.
+    states: [B * L, ...] states, those with a target first.
+    targets: [B * L] their targets.
+    weights: [B * L] their weights.
+    log_norms: [B * L] log sum_v exp(logit_v).
+  """
+
+  loss: jax.Array
+  others: PyTree
+  items: jax.Array
+  lookups: dict[str, jax.Array]
+  states: PyTree
+  targets: jax.Array
+  weights: jax.Array
+  log_norms: jax.Array
+
+
+def table_gramians(
+  backbone: Backbone, *, mean: str, chunk: int = 256, block: int = _ITEM_BLOCK
+) -> aggregation.Gramians:
+  """Gramians of the group gradients without G gradients of the item table.
+
+  A group's gradient of the table has two parts: rows that its histories look up
+  (a few), and sum_i w_i (softmax_iv - [v = target_i]) r_i of the softmax (all
+  rows). The first pass keeps the lookups' gradients, the states and the
+  softmax's normalisers; the second forms the gradients of a block of items, of
+  all groups, adds up their products and forgets them. Ours.
+
+  Args:
+    backbone: one with tables.
+    mean: see `position_weights`.
+    chunk: positions whose logits are alive at a time.
+    block: items whose gradients are alive at a time.
+  """
+  head = backbone_head(backbone)
+
+  def row_loss(
+    others: PyTree, tables: PyTree, states: PyTree, targets: jax.Array
+  ) -> jax.Array:
+    logits = head({**others, **tables}, None, states, None)
+    return softmax_cross_entropy(
+      logits, targets, jnp.arange(logits.shape[-1]) > 0
+    )
+
+  def block_loss(
+    tables: PyTree, shared: PyTree, states: PyTree, known: PyTree
+  ) -> jax.Array:
+    """A linear form in the block's logits whose gradient is the loss's."""
+    others, items = shared
+    targets, log_norms = known
+    logits = head({**others, **tables}, None, states, None)
+    softmax = jnp.where(items > 0, jnp.exp(logits - log_norms[:, None]), 0)
+    slope = softmax - (items == targets[:, None])
+    return jnp.sum(jax.lax.stop_gradient(slope) * logits, -1)
+
+  total, block_total = chunked(row_loss, chunk), chunked(block_loss, chunk)
+
+  def first_pass(
+    params: PyTree, tables: PyTree, group: GroupBatch, key: jax.Array
+  ) -> _FirstPass:
+    others = {k: v for k, v in params.items() if k not in tables}
+    history, targets = group.batch.history, group.batch.targets
+    items, (rows, columns) = history.reshape(-1), real_first(targets)
+    slots = jnp.where(items > 0, 1 + jnp.arange(len(items)), 0)
+    index = jnp.concatenate([jnp.zeros(1, items.dtype), items])
+
+    def states_of(others: PyTree, lookups: PyTree) -> PyTree:
+      context = backbone.encode(
+        {**others, **lookups}, slots.reshape(history.shape), key
+      )
+      return backbone.at(context, rows, columns)
+
+    lookups = {name: table[index] for name, table in tables.items()}
+    states, pull = jax.vjp(states_of, others, lookups)
+    targets, weights = (
+      x[rows, columns]
+      for x in (targets, position_weights(targets, mean, group.importance))
+    )
+    (loss, losses), (of_others, of_states) = jax.value_and_grad(
+      total, (0, 2), has_aux=True
+    )(others, tables, states, targets, weights, jnp.ones(len(items)))
+    through_states, of_lookups = pull(of_states)
+    chosen = backbone.score(
+      params, backbone.represent(params, states, targets[:, None]),
+      targets[:, None],
+    )[:, 0]
+    log_norms = chosen + losses / jnp.where(weights != 0, weights, 1)
+    return _FirstPass(
+      loss, jax.tree.map(jnp.add, of_others, through_states), items,
+      {name: x[1:] for name, x in of_lookups.items()}, states, targets,
+      weights, log_norms,
+    )
+
+  def block_gradient(
+    others: PyTree, part: PyTree, items: jax.Array, group: _FirstPass
+  ) -> PyTree:
+    gradient = jax.grad(lambda *args: block_total(*args)[0])(
+      part, (others, items), group.states, (group.targets, group.log_norms),
+      group.weights, jnp.ones(len(group.weights)),
+    )
+    row = group.items - items[0]
+    row = jnp.where((row >= 0) & (row < len(items)), row, len(items))
+    return {
+      name: x.at[row].add(group.lookups[name], mode="drop")
+      for name, x in gradient.items()
+    }
+
+  def run(
+    params: PyTree, groups: GroupBatch, keys: jax.Array
+  ) -> tuple[jax.Array, PyTree]:
+    tables = {name: params[name] for name in backbone.tables}
+    others = {k: v for k, v in params.items() if k not in tables}
+    size = len(next(iter(tables.values())))
+    width = min(block, size)
+    passed = jax.lax.map(
+      lambda group: first_pass(params, tables, *group), (groups, keys)
+    )
+
+    def add(index: jax.Array, products: PyTree) -> PyTree:
+      first = jnp.minimum(index * width, size - width)
+      items = first + jnp.arange(width)
+      part = jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, first, width), tables
+      )
+      gradients = jax.lax.map(
+        lambda group: block_gradient(others, part, items, group), passed
+      )
+      new = items >= index * width  # the last block reaches back
+      keep = lambda x: jnp.where(new.reshape(-1, *[1] * (x.ndim - 2)), x, 0)
+      return jax.tree.map(
+        lambda total, x: total + aggregation.leaf_gramian(keep(x)),
+        products, gradients,
+      )
+
+    zero = {name: jnp.zeros((len(keys),) * 2, jnp.float32) for name in tables}
+    products = jax.lax.fori_loop(0, -(-size // width), add, zero)
+    products |= jax.tree.map(aggregation.leaf_gramian, passed.others)
+    return passed.loss, products
+
+  return run
