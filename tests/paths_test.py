@@ -1,0 +1,339 @@
+"""Every path and every block structure, for every rule, against numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import assert_trees_close
+
+from pin_jax import aggregation, objectives, weightings
+from pin_jax.backbones import sasrec
+from pin_jax.types import Batch
+
+SIZE = 4
+PRIOR = np.array([0.1, 0.4, 0.3, 0.2])
+GIVEN = {
+  "prior": PRIOR, "shares": PRIOR, "start": PRIOR, "end": np.ones(SIZE),
+  "steps": 3, "num_groups": SIZE, "alpha": 0.5,
+}
+NEEDS = {
+  "backdoor": ("prior",), "joint": ("shares",), "exact_backdoor": ("prior",),
+  "annealed_backdoor": ("start", "end", "steps"),
+  "inverse_propensity": ("shares",), "group_dro": ("prior",),
+  "streaming_dro": ("prior",), "cvar": ("prior", "alpha"),
+  "famo": ("num_groups",), "gradvac": ("num_groups",),
+}
+RULES = list(weightings.WEIGHTINGS)
+
+
+def rule(name):
+  arguments = {key: GIVEN[key] for key in NEEDS.get(name, ())}
+  return weightings.WEIGHTINGS[name](**arguments)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  """The programs here take longer to compile than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+# loss_g = ||A_g x - c_g||^2 / 2 with x = (a, b / c) flat.
+
+SHAPES = {"a": (3,), "b": {"c": (2, 2)}}
+RNG = np.random.default_rng(4)
+MATRICES = RNG.normal(size=(SIZE, 5, 7)).astype(np.float32)
+CENTRES = RNG.normal(size=(SIZE, 5)).astype(np.float32)
+START = RNG.normal(size=7).astype(np.float32)
+
+
+def params_of(vector):
+  return {"a": vector[:3], "b": {"c": vector[3:].reshape(2, 2)}}
+
+
+def least_squares(params, batch, key):
+  del key
+  matrix, centre = batch
+  x = jnp.concatenate([params["a"], params["b"]["c"].reshape(-1)])
+  return 0.5 * jnp.sum((matrix @ x - centre) ** 2)
+
+
+def by_hand(x):
+  """Losses [G] and gradients [G, 7] in float64."""
+  residual = np.einsum("gij,j->gi", MATRICES.astype(np.float64), x) - CENTRES
+  losses = 0.5 * (residual**2).sum(1)
+  return losses, np.einsum("gij,gi->gj", MATRICES, residual)
+
+
+def weigh_by_hand(weighting, gradients, losses, state):
+  gramian = jnp.asarray(gradients @ gradients.T, jnp.float32)
+  weights, state = weighting.update(
+    gramian, jnp.asarray(losses, jnp.float32), state
+  )
+  return np.asarray(weights, np.float64), state
+
+
+def paths_for(reads):
+  """The paths that give a rule what it reads."""
+  known = ["accumulated", "weighted"] if reads == "nothing" else []
+  return ["stacked", "sequential", "two_pass", *known]
+
+
+CASES = [
+  (name, path) for name in RULES for path in paths_for(rule(name).reads)
+]
+
+
+def run_steps(weighting, path, blocks=None, steps=2):
+  """Two aggregations from one state to the next, each at its own x."""
+  init, step = aggregation.aggregate(
+    least_squares, weighting, path=path, blocks=blocks
+  )
+  run, state, out = jax.jit(step), init(params_of(START)), []
+  for t in range(steps):
+    out.append(run(
+      params_of(jnp.asarray(START + t)), (MATRICES, CENTRES),
+      jax.random.split(jax.random.key(0), SIZE), state,
+    ))
+    state = out[-1].state
+  return out
+
+
+def flat(tree):
+  return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize(("name", "path"), CASES)
+def test_every_rule_on_every_path_equals_numpy(name, path):
+  weighting = rule(name)
+  state = weighting.init()
+  for t, out in enumerate(run_steps(weighting, path)):
+    losses, gradients = by_hand(START + t)
+    weights, state = weigh_by_hand(weighting, gradients, losses, state)
+    np.testing.assert_allclose(out.losses, losses, rtol=1e-5)
+    scale = np.abs(weights).max()
+    np.testing.assert_allclose(out.weights, weights, atol=1e-4 * scale)
+    # The gradient that the path's own weights ask for, to 1e-5.
+    want = np.asarray(out.weights, np.float64) @ gradients
+    scale = np.abs(gradients * np.asarray(out.weights)[:, None]).max()
+    np.testing.assert_allclose(flat(out.gradient), want, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("path", ["stacked", "sequential", "two_pass"])
+def test_gramian_equals_numpy(path):
+  losses, gradients = by_hand(START)
+  out = run_steps(rule("upgrad"), path, steps=1)[0]
+  want = gradients @ gradients.T
+  np.testing.assert_allclose(
+    out.gramian, want, rtol=1e-5, atol=1e-5 * want.max()
+  )
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_tensor_by_itself_equals_one_rule_a_tensor(name):
+  """Block by block in numpy, the state of each block its own."""
+  weighting = rule(name)
+  for path in [p for p in paths_for(weighting.reads) if p != "weighted"]:
+    states = [weighting.init(), weighting.init()]
+    for t, out in enumerate(run_steps(weighting, path, blocks=str)):
+      losses, gradients = by_hand(START + t)
+      assert list(out.weights) == ["a", "b/c"]
+      for k, part in enumerate((slice(0, 3), slice(3, 7))):
+        weights, states[k] = weigh_by_hand(
+          weighting, gradients[:, part], losses, states[k]
+        )
+        got = np.asarray(list(out.weights.values())[k], np.float64)
+        np.testing.assert_allclose(
+          got, weights, atol=2e-4 * np.abs(weights).max()
+        )
+        scale = np.abs(gradients[:, part] * got[:, None]).max()
+        np.testing.assert_allclose(
+          flat(out.gradient)[part], got @ gradients[:, part],
+          atol=1e-5 * scale,
+        )
+
+
+@pytest.mark.parametrize("path", ["stacked", "accumulated", "two_pass", "auto"])
+def test_named_blocks_have_rules_of_their_own(path):
+  """One tensor by the joint gradient, the other adjusted."""
+  uniform = aggregation.backdoor(np.ones(SIZE))
+  rules = {"table": weightings.joint(PRIOR), "encoder": uniform}
+  blocks = lambda leaf: "table" if leaf == "a" else "encoder"
+  out = run_steps(rules, path, blocks=blocks, steps=1)[0]
+  _, gradients = by_hand(START)
+  np.testing.assert_allclose(
+    out.gradient["a"], PRIOR @ gradients[:, :3], rtol=1e-4
+  )
+  np.testing.assert_allclose(
+    flat(out.gradient["b"]), gradients[:, 3:].mean(0), rtol=1e-4
+  )
+  np.testing.assert_allclose(out.weights["table"], PRIOR, rtol=1e-6)
+
+
+def test_states_of_named_blocks_move_by_themselves():
+  rules = {"a": rule("group_dro"), "b/c": rule("annealed_backdoor")}
+  out = run_steps(rules, "auto", blocks=str, steps=2)[-1]
+  assert out.state["b/c"] == 2
+  log_q = np.log(PRIOR)
+  for t in range(2):
+    log_q = log_q + 0.01 * by_hand(START + t)[0]
+  np.testing.assert_allclose(
+    out.weights["a"], np.exp(log_q) / np.exp(log_q).sum(), rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize(("rules", "blocks", "message"), [
+  ({"a": rule("mgda")}, None, "weightings for the blocks .*'a'.* need blocks"),
+  ({"a": rule("mgda")}, str, r"have blocks \['a', 'b/c'\].*for \['a'\]"),
+  ({"a": rule("mgda"), "b/c": rule("mgda"), "d": rule("mgda")}, str,
+   r"for \['a', 'b/c', 'd'\]"),
+])
+def test_blocks_and_rules_must_match(rules, blocks, message):
+  with pytest.raises(ValueError, match=message):
+    run_steps(rules, "auto", blocks=blocks)
+
+
+def test_one_backward_pass_has_the_same_weights_for_all_blocks():
+  with pytest.raises(ValueError, match="one backward pass.*'accumulated'"):
+    run_steps(rule("backdoor"), "weighted", blocks=str)
+
+
+def test_leaf_names():
+  names = aggregation.leaf_names({"b": {"c": 0}, "a": [0, 1]})
+  assert names == ["a/0", "a/1", "b/c"]
+
+
+@pytest.mark.parametrize(("reads", "options", "want"), [
+  ("nothing", {"fused": True, "backend": "gpu"}, "weighted"),
+  ("nothing", {"fused": False, "backend": "gpu"}, "accumulated"),
+  ("nothing", {"fused": True, "backend": "cpu"}, "accumulated"),
+  ("losses", {"fused": True, "backend": "cpu"}, "sequential"),
+  ("gradients", {"fused": True, "backend": "tpu"}, "stacked"),
+  # 5 x 100 bytes are more than a quarter of 1999, not more than one of 2000.
+  ("gradients", {"fused": True, "backend": "tpu", "memory": 1999}, "two_pass"),
+  ("gradients", {"fused": True, "backend": "tpu", "memory": 2000}, "stacked"),
+])
+def test_automatic_path(reads, options, want):
+  options = {"memory": 10**9} | options
+  assert aggregation.choose_path(reads, 5, 100, **options) == want
+
+
+def test_informed_rules_keep_their_weights_and_form_the_gramian():
+  rules = {"a": rule("backdoor"), "b/c": rule("cvar")}
+  assert aggregation.informed(rules)["b/c"].reads == "gradients"
+  cheap = run_steps(rule("backdoor"), "auto", steps=1)[0]
+  telling = run_steps(
+    aggregation.informed(rule("backdoor")), "auto", steps=1
+  )[0]
+  assert np.isnan(cheap.gramian).any()
+  assert np.isfinite(telling.gramian).all()
+  assert_trees_close(telling.gradient, cheap.gradient)
+
+
+# A sequence model: the fused loss of all groups, and Gramians without tables.
+
+ITEMS, LENGTH, ROWS = 30, 6, 5
+
+
+@functools.cache
+def sequence_problem(mean):
+  backbone = sasrec.sasrec(
+    ITEMS, length=LENGTH, width=4, blocks=1, heads=1, dropout=0.3, expansion=1
+  )
+  rng = np.random.default_rng(7)
+  shapes = jax.eval_shape(backbone.init, jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes
+  )
+  items = rng.integers(1, ITEMS + 1, (SIZE, ROWS, LENGTH + 1))
+  lengths = rng.integers(0, LENGTH + 1, (SIZE, ROWS, 1))
+  lengths[2] = 0  # an empty group
+  real = np.arange(LENGTH) >= LENGTH - lengths
+  history, targets = (
+    jnp.asarray(np.where(real, x, 0), jnp.int32)
+    for x in (items[..., :-1], items[..., 1:])
+  )
+  importance = jnp.asarray(rng.exponential(size=real.shape), jnp.float32)
+  batch = Batch(jnp.zeros((SIZE, ROWS), jnp.int32), history, targets)
+  groups = objectives.GroupBatch(batch, importance)
+  keys = jax.random.split(jax.random.key(5), SIZE)
+  losses = objectives.group_losses(backbone, mean=mean, chunk=8)
+  one = jax.jit(jax.value_and_grad(losses.group_loss))
+  of_group = lambda g: jax.tree.map(lambda x: x[g], (groups, keys))
+  values, grads = zip(
+    *(one(params, *of_group(g)) for g in range(SIZE)), strict=True
+  )
+  return backbone, params, (groups, keys), losses, np.array(values), grads
+
+
+@pytest.mark.parametrize("mean", objectives.MEANS)
+def test_weighted_loss_equals_the_groups_one_by_one(mean):
+  _, params, groups, losses, values, grads = sequence_problem(mean)
+  weights = jnp.array([0.5, 0.0, 0.3, 0.2])
+  (total, of_groups), gradient = jax.jit(
+    jax.value_and_grad(losses.weighted_loss, has_aux=True)
+  )(params, *groups, weights)
+  np.testing.assert_allclose(of_groups, values, rtol=1e-5)
+  np.testing.assert_allclose(total, np.dot(weights, values), rtol=1e-5)
+  assert_trees_close(gradient, jax.tree.map(
+    lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)), *grads
+  ))
+
+
+@pytest.mark.parametrize("block", [4, 7, 31, 64])
+def test_gramians_in_blocks_of_items_equal_numpy(block):
+  backbone, params, groups, _, values, grads = sequence_problem("users")
+  losses, products = jax.jit(objectives.table_gramians(
+    backbone, mean="users", chunk=8, block=block
+  ))(params, *groups)
+  np.testing.assert_allclose(losses, values, rtol=1e-5)
+  want = jax.tree.map(
+    lambda *g: np.array([[np.vdot(x, y) for y in g] for x in g]), *grads
+  )
+  assert_trees_close(products, want)
+
+
+@pytest.mark.parametrize("path", ["stacked", "sequential", "two_pass"])
+def test_paths_agree_on_a_sequence_model(path):
+  _, params, groups, losses, _, grads = sequence_problem("users")
+  weighting = weightings.upgrad()
+  run = jax.jit(aggregation.aggregate(
+    losses.group_loss, weighting, path=path,
+    weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+  ).step)
+  out = run(params, *groups, ())
+  rows = np.stack([flat(g).astype(np.float64) for g in grads])
+  products = rows @ rows.T
+  np.testing.assert_allclose(out.gramian, products, atol=1e-5 * products.max())
+  weights, _ = weighting.update(jnp.asarray(products, jnp.float32), None, ())
+  np.testing.assert_allclose(out.weights, weights, rtol=1e-3, atol=1e-4)
+  want = np.asarray(out.weights) @ rows
+  np.testing.assert_allclose(
+    flat(out.gradient), want, rtol=1e-5, atol=1e-5 * np.abs(want).max()
+  )
+
+
+def largest_buffer(path, num_items, size=8):
+  """Bytes of the temporaries of one step, as the compiler plans them."""
+  backbone = sasrec.sasrec(num_items, length=4, width=64, blocks=1)
+  losses = objectives.group_losses(backbone, mean="users", chunk=4)
+  step = aggregation.aggregate(
+    losses.group_loss, weightings.upgrad(), path=path,
+    weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+  ).step
+  shape = jax.ShapeDtypeStruct((size, 2, 4), jnp.int32)
+  groups = objectives.GroupBatch(Batch(shape, shape, shape), None)
+  params = jax.eval_shape(backbone.init, jax.random.key(0))
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+  compiled = jax.jit(step).lower(params, groups, keys, ()).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_two_passes_never_hold_a_table_for_each_group():
+  num_items = 20_000
+  table = num_items * 64 * 4
+  assert largest_buffer("sequential", num_items) > 8 * table
+  assert largest_buffer("two_pass", num_items) < 4 * table
