@@ -1,7 +1,8 @@
 """The main job: data -> stages -> full ranking -> comparison.
 
 A workdir belongs to one configuration and one data set. It holds config.json,
-log.jsonl, events/, checkpoints/, rows.parquet, the tables and plots/.
+log.jsonl, events/, checkpoints/, rows.parquet (rows_sampled.parquet for
+sampled candidates), the tables and plots/.
 """
 
 import json
@@ -22,10 +23,13 @@ from experiments.problem import (
   make_problem,
   requests_for,
 )
+from experiments.tables import SUFFIXES
 from experiments.trainer import (
   Networks,
   Trainer,
   check_adjustment,
+  check_candidates,
+  check_loss,
   make_networks,
   num_steps,
 )
@@ -33,6 +37,16 @@ from pin_jax import activeness, evaluation
 from pin_jax.types import InputError
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
+# What these minimise makes the softmax of the logits an estimate of P(y|x).
+PROPER = ("softmax", "sampled_softmax")
+_TYPES = {  # of what a ranker returns
+  "rank": np.float64,
+  "candidates": np.int32,
+  "rank_unmasked": np.float64,
+  "candidates_unmasked": np.int32,
+  "score": np.float32,
+  "negative_scores": np.float32,
+}
 
 
 def method_rows(
@@ -40,16 +54,17 @@ def method_rows(
 ) -> pl.DataFrame:
   """Ranks the test targets with a method's models; one row a user."""
   users = np.flatnonzero(problem.split.test >= 0)
-  columns = np.zeros((4, len(users)))
+  columns = {}
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
     ranks = trainer.ranker(serve[1] is not None)(
       trainer.weights(*serve), problem.sequences,
       requests_for(problem, "test", users[chosen]),
     )
-    columns[:, chosen] = np.stack(ranks)
+    for key, values in ranks._asdict().items():
+      shape = len(users), *values.shape[1:]
+      columns.setdefault(key, np.zeros(shape, values.dtype))[chosen] = values
   data = problem.split.interactions
   target = data.items[data.offsets[users] + problem.split.test[users]]
-  rank, candidates, rank_unmasked, candidates_unmasked = columns
   return pl.DataFrame({
     "model": [METHODS[name].title] * len(users),
     "seed": np.full(len(users), seed, np.int32),
@@ -58,10 +73,7 @@ def method_rows(
     "segment": problem.segments[users].astype(np.int32),
     "activeness": problem.split.activeness[users].astype(np.int32),
     "target": pl.Series(data.item_ids[target - 1].tolist()),
-    "rank": rank,
-    "candidates": candidates.astype(np.int32),
-    "rank_unmasked": rank_unmasked,
-    "candidates_unmasked": candidates_unmasked.astype(np.int32),
+    **{key: values.astype(_TYPES[key]) for key, values in columns.items()},
   })
 
 
@@ -140,6 +152,8 @@ def run(
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)
   check_adjustment(config, problem, networks)
+  check_loss(config, problem)
+  check_candidates(config, problem)
   claim_workdir(workdir, config, fingerprint(problem))
   if (workdir / "summary.json").exists():
     console.print(f"{workdir} is finished; reprinting its tables")
@@ -148,7 +162,8 @@ def run(
   rows, closeness, cost = _train_all(
     config, problem, networks, workdir, console
   )
-  with (workdir / "rows.parquet").open("wb") as file:
+  name = f"rows{SUFFIXES[config.evaluation.protocol]}.parquet"
+  with (workdir / name).open("wb") as file:
     rows.write_parquet(file)
   summary = {**_summary(config, problem, closeness), "cost": cost}
   temporary = workdir / "summary.json.tmp"
@@ -180,7 +195,7 @@ def _train_all(
       cost |= trainer.cost
       for name in names:
         rows.append(method_rows(name, seed, problem, trainer))
-      if problem.world is not None:
+      if problem.world is not None and config.loss.name in PROPER:
         closeness.append(_closeness(names, problem, trainer))
   finally:
     log.close()

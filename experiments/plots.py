@@ -16,6 +16,7 @@ from experiments.tables import (
   CONFIDENCE,
   NUM_RESAMPLES,
   comparison,
+  maskings,
   model_rows,
   number_range,
   slices,
@@ -225,7 +226,9 @@ def plot_groups(
   cutoff: int = 10,
   num_resamples: int = NUM_RESAMPLES,
 ) -> None:
-  """Plots NDCG of each activeness group, history masked, and its change.
+  """Plots NDCG of each activeness group and its change.
+
+  Of the first list of candidates: history masked, or sampled.
 
   Args:
     rows: result rows.
@@ -235,11 +238,12 @@ def plot_groups(
     cutoff: K of NDCG.
     num_resamples: bootstrap resamples of the users.
   """
+  masking = next(iter(maskings(rows)))
   table = comparison(
     rows, base=base, other=other, cutoff=cutoff, num_resamples=num_resamples
   ).filter(
     pl.col("slice").str.starts_with("group ")
-    & (pl.col("masking") == "history masked")
+    & (pl.col("masking") == masking)
     & (pl.col("metric") == f"NDCG@{cutoff}")
   )
   with matplotlib.rc_context(_STYLE):
@@ -252,7 +256,7 @@ def plot_groups(
     _draw_intervals(top, intervals[0], -0.1, _BLUE, "o")
     _draw_intervals(top, intervals[1], 0.1, _ORANGE, "s")
     top.set_ylim(bottom=0)
-    top.set_ylabel(f"NDCG@{cutoff} (history masked)")
+    top.set_ylabel(f"NDCG@{cutoff} ({masking})")
     top.set_title(f"NDCG@{cutoff} by activeness group, 95 % intervals")
     last = [estimates[-1] for estimates, _, _ in intervals]
     _label_ends(top, table.height - 0.85, last, names, colors, gap=0.075)

@@ -4,7 +4,8 @@
 
 reads DIR/rows.parquet (one row a model, seed and user) and, where present,
 DIR/log.jsonl and DIR/summary.json; prints the tables and writes comparison.csv,
-.md and .json and plots/ beside them.
+.md and .json and plots/ beside them. Where the job ranked sampled candidates,
+rows_sampled.parquet gives comparison_sampled.csv, .md and .json instead.
 """
 
 import json
@@ -21,6 +22,7 @@ from experiments.logs import read_log
 from experiments.plots import plot_activeness, plot_gradients, plot_groups
 from experiments.tables import (
   NUM_RESAMPLES,
+  SUFFIXES,
   comparison,
   model_rows,
   model_table,
@@ -63,12 +65,7 @@ def write_report(
   """
   workdir = epath.Path(workdir)
   console = console or rich.console.Console(highlight=False)
-  if not (workdir / "rows.parquet").exists():
-    raise InputError(
-      f"{workdir} has no rows.parquet; name the workdir of a finished run"
-    )
-  with (workdir / "rows.parquet").open("rb") as file:
-    rows = pl.read_parquet(file)
+  rows, suffix = _read_rows(workdir)
   summary_path = workdir / "summary.json"
   summary = {}
   if summary_path.exists():
@@ -100,7 +97,9 @@ def write_report(
   if summary.get("closeness"):
     truth.print_closeness(summary["closeness"], console)
   print_comparison(table, cutoff=cutoff, console=console, **names)
-  write_comparison(table, models, workdir, cutoff=cutoff, **names)
+  write_comparison(
+    table, models, workdir, cutoff=cutoff, suffix=suffix, **names
+  )
   _write_plots(
     workdir, rows, base, other, console, cutoff=cutoff,
     num_resamples=num_resamples,
@@ -111,6 +110,18 @@ def write_report(
   for path in written:
     console.print(f"  {path}", soft_wrap=True, markup=False)
   return table
+
+
+def _read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
+  """The rows of the job's protocol, and the suffix of its files."""
+  for suffix in SUFFIXES.values():
+    path = workdir / f"rows{suffix}.parquet"
+    if path.exists():
+      with path.open("rb") as file:
+        return pl.read_parquet(file), suffix
+  raise InputError(
+    f"{workdir} has no rows.parquet; name the workdir of a finished run"
+  )
 
 
 def _write_plots(

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs.base import default
 from experiments.methods import METHODS
-from pin_jax import aggregation, batches, objectives
+from pin_jax import aggregation, batches, criteria, objectives
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
@@ -19,6 +20,7 @@ from pin_jax.types import InputError
 
 BACKBONES = {"sasrec": sasrec}
 PLUGINS = {"bottleneck": bottleneck}
+PROPOSALS = ("uniform", "popularity", "in_batch")
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -68,6 +70,9 @@ _CHOICES = {
   "pin.plugin_mean": objectives.MEANS,
   "pin.path": ("auto", *aggregation.PATHS),
   "pin.granularity": ("rule", "whole", "tensor"),
+  "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
+  "loss.candidates": ("shared", "own"),
+  "evaluation.protocol": ("full", "sampled"),
 }
 _AT_LEAST = {
   "groups.num_groups": 1,
@@ -77,6 +82,7 @@ _AT_LEAST = {
   "backbone_steps": 1,
   "plugin_steps": 1,
   "classifier_steps": 1,
+  "loss.negatives": 1,
   "batch_size": 2,
   "dispatch": 1,
   "pin.diagnose_every": 0,
@@ -85,6 +91,8 @@ _AT_LEAST = {
   "validation.every": 1,
   "validation.users": 0,
   "validation.patience": 0,
+  "evaluation.negatives": 1,
+  "evaluation.seed": 0,
   "evaluation.user_chunk": 1,
   "evaluation.item_chunk": 1,
 }
@@ -126,7 +134,34 @@ def check(config: ConfigDict) -> None:
   for key in _SHARES:
     if not 0 <= flat[key] < 1:
       raise _bad(key, flat[key], "give a share from 0 to below 1")
+  if not 0 <= flat["loss.exponent"] < math.inf:
+    raise _bad("loss.exponent", flat["loss.exponent"], "give a finite number")
+  if not 0 <= flat["loss.calibration"] <= 1:
+    raise _bad("loss.calibration", flat["loss.calibration"], "give 0 to 1")
   _check_together(config)
+
+
+def proposal_shares(spec: str) -> dict[str, float]:
+  """Reads `loss.proposal`: a name, or shares 'name:number,name:number'.
+
+  Raises:
+    InputError: for an unknown or repeated name, or a bad share.
+  """
+  shares = {}
+  for item in spec.split(","):
+    name, _, number = item.partition(":")
+    try:
+      share = float(number or 1)
+    except ValueError:
+      share = math.nan
+    if name not in PROPOSALS or name in shares or not 0 < share < math.inf:
+      raise _bad(
+        "loss.proposal", spec,
+        f"use one of {list(PROPOSALS)}, or a positive share of several, each "
+        "once, such as 'in_batch:0.5,uniform:0.5'",
+      )
+    shares[name] = share
+  return shares
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -138,6 +173,12 @@ def _check_together(config: ConfigDict) -> None:
     )
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise _bad("seeds", tuple(config.seeds), "give one or more, each once")
+  shares = proposal_shares(config.loss.proposal)
+  if config.loss.name == "gbce" and set(shares) != {"uniform"}:
+    raise _bad(
+      "loss.proposal", config.loss.proposal,
+      "loss.name='gbce' is made for 'uniform' negatives",
+    )
   if config.batch_size < config.groups.num_groups:
     raise _bad(
       "batch_size", config.batch_size,

@@ -21,21 +21,34 @@ NUM_RESAMPLES = 2000
 CUTOFFS = (5, 10, 20)
 MASKINGS = {"history masked": "rank", "history not masked": "rank_unmasked"}
 SEGMENTS = {0: "tail", 1: "head"}
+# evaluation.protocol -> suffix of its rows and comparison files. Results of
+# one are never beside those of the other.
+SUFFIXES = {"full": "", "sampled": "_sampled"}
 
-_CANDIDATES = {"rank": "candidates", "rank_unmasked": "candidates_unmasked"}
-_FACTS = [
-  "group",
-  "segment",
-  "activeness",
-  "target",
-  "candidates",
-  "candidates_unmasked",
-]
-_COLUMNS = ["model", "seed", "user", "rank", "rank_unmasked", *_FACTS]
+_SAMPLED = {"sampled candidates": "rank"}  # in place of MASKINGS
+_FACTS = ["group", "segment", "activeness", "target", "candidates"]
+_COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
+_FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
+_SAMPLED_COLUMNS = ["score", "negative_scores"]
+
+
+def is_sampled(rows: pl.DataFrame) -> bool:
+  """Whether the targets were ranked among sampled candidates."""
+  return "negative_scores" in rows.columns
+
+
+def maskings(rows: pl.DataFrame) -> dict[str, str]:
+  """Title of each list of candidates -> column of the rank in it."""
+  return _SAMPLED if is_sampled(rows) else MASKINGS
+
+
+def _facts(rows: pl.DataFrame) -> list[str]:
+  return _FACTS if is_sampled(rows) else [*_FACTS, "candidates_unmasked"]
 
 
 def _models(rows: pl.DataFrame) -> list[str]:
-  missing = [name for name in _COLUMNS if name not in rows.columns]
+  own = _SAMPLED_COLUMNS if is_sampled(rows) else _FULL_COLUMNS
+  missing = [name for name in _COLUMNS + own if name not in rows.columns]
   if missing:
     raise InputError(
       f"rows lack the columns {missing}; pass the rows that evaluation wrote"
@@ -71,7 +84,7 @@ def check_same_users(
         f"{only_first} are only in the first and {only_model} only in the "
         "second; evaluate both on the same users and seeds"
       )
-  for fact in _FACTS:
+  for fact in _facts(rows):
     values = rows.filter(pl.col("model").is_in(models)).group_by("user")
     bad = values.agg(pl.col(fact).n_unique().alias("n")).filter(pl.col("n") > 1)
     if bad.height:
@@ -86,20 +99,55 @@ def user_ids(frame: pl.DataFrame) -> np.ndarray:
   return frame["user"].rank("dense").to_numpy()
 
 
-def _metric_names(cutoffs: Iterable[int]) -> dict[str, tuple[str, float]]:
-  """Name of each metric -> (key in METRICS, cutoff)."""
+Names = Mapping[str, tuple[str, float]]
+
+
+def _metric_names(rows: pl.DataFrame, cutoffs: Iterable[int]) -> Names:
+  """Name of each metric -> (key in METRICS or _IMPRESSION_METRICS, cutoff)."""
   names = {}
   for key in ("hr", "ndcg"):
     names |= {f"{key.upper()}@{k}": (key, k) for k in cutoffs}
-  return names | {"MRR": ("mrr", math.inf)}
+  names |= {"MRR": ("mrr", math.inf)}
+  if is_sampled(rows):
+    names |= {key: (key, math.inf) for key in _IMPRESSION_METRICS}
+  return names
 
 
 def _metric_values(
-  ranks: pl.Series, names: Mapping[str, tuple[str, float]]
+  frame: pl.DataFrame, column: str, names: Names
 ) -> np.ndarray:
-  """Values of every metric, [M, N]."""
-  ranks = ranks.to_numpy()
-  return np.stack([metrics.METRICS[key](ranks, k) for key, k in names.values()])
+  """Values of every metric over the rows of one slice, [M, N]."""
+  ranks = frame[column].to_numpy()
+  return np.stack([
+    metrics.METRICS[key](ranks, k) if key in metrics.METRICS
+    else _IMPRESSION_METRICS[key](frame)
+    for key, k in names.values()
+  ])
+
+
+def _scores(frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+  """Logits of the targets [N] and of their negatives [N, C]."""
+  negatives = frame["negative_scores"].explode().to_numpy()
+  return frame["score"].to_numpy(), negatives.reshape(frame.height, -1)
+
+
+def _pooled_auc(frame: pl.DataFrame) -> np.ndarray:
+  """Components of the AUC of the slice's impressions, pooled within a seed."""
+  positive, negatives = _scores(frame)
+  seeds, values = frame["seed"].to_numpy(), np.zeros(frame.height)
+  for seed in np.unique(seeds):
+    own = seeds == seed
+    values[own] = metrics.auc_components(positive[own], negatives[own])
+  return values
+
+
+_IMPRESSION_METRICS = {
+  "AUC": _pooled_auc,
+  "GAUC": lambda frame: metrics.user_auc(
+    frame["rank"].to_numpy(), frame["candidates"].to_numpy()
+  ),
+  "log loss": lambda frame: metrics.log_loss(*_scores(frame)),
+}
 
 
 def slices(frame: pl.DataFrame) -> dict[str, np.ndarray]:
@@ -141,17 +189,16 @@ def comparison(
   """
   check_same_users(rows, [base, other], on=["user", "seed"])
   before, after = model_rows(rows, base), model_rows(rows, other)
-  names = _metric_names(sorted({*CUTOFFS, cutoff}))
+  names = _metric_names(rows, sorted({*CUTOFFS, cutoff}))
   lines = []
-  for masking, column in MASKINGS.items():
-    pair = np.stack([_metric_values(f[column], names) for f in (before, after)])
+  for masking, column in maskings(rows).items():
     for label, mask in slices(before).items():
+      pair = before.filter(mask), after.filter(mask)
+      values = np.stack([_metric_values(f, column, names) for f in pair])
       place = {"slice": label, "masking": masking}
       lines += [
         place | line
-        for line in _slice_lines(
-          before.filter(mask), pair[..., mask], names, num_resamples
-        )
+        for line in _slice_lines(pair[0], values, names, num_resamples)
       ]
   return pl.DataFrame(lines)
 
@@ -159,7 +206,7 @@ def comparison(
 def _slice_lines(
   frame: pl.DataFrame,
   pair: np.ndarray,
-  names: Iterable[str],
+  names: Names,
   num_resamples: int,
 ) -> list[dict[str, Any]]:
   """Lines of one slice and masking; `pair` holds both models, [2, M, N]."""
@@ -185,7 +232,7 @@ def _slice_lines(
 
 
 def model_table(rows: pl.DataFrame, *, cutoff: int = 10) -> pl.DataFrame:
-  """NDCG and HR of every model, overall and of each segment.
+  """NDCG and HR (sampled: AUC) of every model, overall and by segment.
 
   Args:
     rows: result rows of any number of models, all on the same users.
@@ -201,15 +248,16 @@ def model_table(rows: pl.DataFrame, *, cutoff: int = 10) -> pl.DataFrame:
   """
   models = _models(rows)
   check_same_users(rows, models, on=["user"])
-  names = _metric_names([cutoff])
+  names = _metric_names(rows, [cutoff])
+  shown = [f"NDCG@{cutoff}", "AUC" if is_sampled(rows) else f"HR@{cutoff}"]
   lines = []
-  for masking, column in MASKINGS.items():
+  for masking, column in maskings(rows).items():
     for model in models:
       frame = model_rows(rows, model)
-      masks, values = slices(frame), _metric_values(frame[column], names)
+      parts = {label: frame.filter(m) for label, m in slices(frame).items()}
       means = {
-        label: _user_means(values[:, mask], frame.filter(mask))
-        for label, mask in masks.items()
+        label: _user_means(_metric_values(part, column, names), part)
+        for label, part in parts.items()
       }
       line = {
         "masking": masking,
@@ -217,7 +265,7 @@ def model_table(rows: pl.DataFrame, *, cutoff: int = 10) -> pl.DataFrame:
         "seeds": frame["seed"].n_unique(),
         "users": frame["user"].n_unique(),
       }
-      for name in (f"NDCG@{cutoff}", f"HR@{cutoff}"):
+      for name in shown:
         index = list(names).index(name)
         for label in ("overall", "tail", "head"):
           mean = means[label][index] if label in means else math.nan
@@ -249,24 +297,47 @@ def protocol_line(
   Returns:
     Split, ranking, ties, masking, seeds and interval method.
   """
+  seeds = sorted(rows["seed"].unique().to_list())
+  plural = "seed" if len(seeds) == 1 else "seeds"
+  ranking = (
+    _sampled_ranking(rows) if is_sampled(rows)
+    else _full_ranking(rows, num_items)
+  )
+  return (
+    f"{split.rstrip('.')}; {ranking}; "
+    f"{plural} {', '.join(map(str, seeds))} (a user's results are averaged "
+    f"over seeds first); intervals: {100 * CONFIDENCE:.0f} % percentile "
+    f"bootstrap, paired over users, {num_resamples:,} resamples, without the "
+    "spread over training seeds"
+  )
+
+
+def _full_ranking(rows: pl.DataFrame, num_items: int | None) -> str:
   candidates = rows["candidates_unmasked"]
   low, high = candidates.min(), candidates.max()
-  seeds = sorted(rows["seed"].unique().to_list())
   counts = f"{low:,}" if low == high else f"{low:,} to {high:,}"
   if low == high and num_items in (None, high):
     ranking = f"full ranking over {counts} items"
   else:
     whole = "" if num_items is None else f" of {num_items:,}"
     ranking = f"ranking over {counts}{whole} items"
-  plural = "seed" if len(seeds) == 1 else "seeds"
   return (
-    f"{split.rstrip('.')}; {ranking}; ties at their average rank; "
+    f"{ranking}; ties at their average rank; "
     "'history masked' removes the items of the user's history (except the "
-    "target) from the candidates; "
-    f"{plural} {', '.join(map(str, seeds))} (a user's results are averaged "
-    f"over seeds first); intervals: {100 * CONFIDENCE:.0f} % percentile "
-    f"bootstrap, paired over users, {num_resamples:,} resamples, without the "
-    "spread over training seeds"
+    "target) from the candidates"
+  )
+
+
+def _sampled_ranking(rows: pl.DataFrame) -> str:
+  count = rows["candidates"][0] - 1
+  return (
+    "SAMPLED PROTOCOL, not comparable with full ranking: the target against "
+    f"{count:,} items drawn uniformly from those that the user never interacts "
+    "with, held-out ones included, the same for every model; ties at their "
+    "average rank; AUC of all impressions of a slice, GAUC the mean of its "
+    "users' AUC, log loss of sigmoid(logit), not recalibrated to this share "
+    "of positives, lower is better; the best step was chosen by the same "
+    "protocol on the validation targets"
   )
 
 
@@ -295,8 +366,10 @@ def _sections(
   table: pl.DataFrame, masking: str, cutoff: int
 ) -> dict[str, list[list[str]]]:
   """Cells of one masking's table, by metric."""
+  present = set(table["metric"])
+  own = [name for name in _IMPRESSION_METRICS if name in present]
   sections = {}
-  for metric in (f"NDCG@{cutoff}", f"HR@{cutoff}"):
+  for metric in (f"NDCG@{cutoff}", f"HR@{cutoff}", *own):
     chosen = table.filter(
       (pl.col("masking") == masking) & (pl.col("metric") == metric)
     )
@@ -326,6 +399,11 @@ def _model_cells(models: pl.DataFrame, masking: str) -> list[list[str]]:
   ]
 
 
+def _lists(table: pl.DataFrame) -> list[str]:
+  """The lists of candidates that a table speaks of."""
+  return table["masking"].unique(maintain_order=True).to_list()
+
+
 def _rich_table(title: str) -> rich.table.Table:
   return rich.table.Table(
     title=rich.text.Text(title),
@@ -345,7 +423,7 @@ def print_comparison(
   cutoff: int = 10,
   console: rich.console.Console | None = None,
 ) -> None:
-  """Prints NDCG and HR of the slices, one table a masking, and the protocol.
+  """Prints the slices' metrics, one table a masking, and the protocol.
 
   Args:
     table: as `comparison` returns it.
@@ -356,7 +434,7 @@ def print_comparison(
     console: where to print; standard output by default.
   """
   console = console or rich.console.Console(highlight=False)
-  for masking in MASKINGS:
+  for masking in _lists(table):
     out = _rich_table(f"{other} against {base}, {masking}")
     out.add_column("slice", no_wrap=True)
     for header in ("activeness", "users", base, other, "change % [95 %]"):
@@ -381,7 +459,7 @@ def print_models(
   """
   console = console or rich.console.Console(highlight=False)
   headers = models.drop("masking", "users").columns
-  for masking in MASKINGS:
+  for masking in _lists(models):
     out = _rich_table(f"All models, {masking}")
     for index, header in enumerate(headers):
       header = header.replace(" ", "\n")
@@ -412,12 +490,12 @@ def _markdown(
   cutoff: int,
 ) -> str:
   parts = [f"# {other} against {base}", f"Protocol: {protocol}."]
-  for masking in MASKINGS:
+  for masking in _lists(table):
     parts.append(f"## {masking.capitalize()}")
     for metric, lines in _sections(table, masking, cutoff).items():
       headers = [metric, "activeness", "users", base, other, "change % [95 %]"]
       parts.append(_markdown_table(headers, lines, left=1))
-  for masking in MASKINGS:
+  for masking in _lists(models):
     parts.append(f"## All models, {masking}")
     headers = models.drop("masking", "users").columns
     lines = _model_cells(models, masking)
@@ -440,6 +518,7 @@ def write_comparison(
   other: str,
   protocol: str,
   cutoff: int = 10,
+  suffix: str = "",
 ) -> None:
   """Writes comparison.csv, comparison.md and comparison.json.
 
@@ -451,11 +530,12 @@ def write_comparison(
     other: name of the model under test.
     protocol: as `protocol_line` returns it.
     cutoff: K of the tables in comparison.md; the other files hold all.
+    suffix: after 'comparison', a value of SUFFIXES.
   """
-  workdir = epath.Path(workdir)
+  stem = epath.Path(workdir) / f"comparison{suffix}"
   names = {"base": base, "other": other, "protocol": protocol}
-  (workdir / "comparison.csv").write_text(table.write_csv())
-  (workdir / "comparison.md").write_text(
+  stem.with_suffix(".csv").write_text(table.write_csv())
+  stem.with_suffix(".md").write_text(
     _markdown(table, models, cutoff=cutoff, **names)
   )
   lists = {"comparison": table, "models": models}
@@ -466,4 +546,4 @@ def write_comparison(
     ]
     for key, frame in lists.items()
   }
-  (workdir / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+  stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")

@@ -15,13 +15,15 @@ from ml_collections import ConfigDict
 from experiments import logs
 from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
-from experiments.settings import BACKBONES, PLUGINS
+from experiments.settings import BACKBONES, PLUGINS, proposal_shares
 from pin_jax import (
   aggregation,
   batches,
   checkpoints,
+  criteria,
   evaluation,
   metrics,
+  negatives,
   plugins,
   propensity,
   training,
@@ -148,6 +150,79 @@ def _block_of(leaf: str, patterns: Iterable[str]) -> str:
   return next((p for p in patterns if re.search(p, leaf)), "others")
 
 
+def make_criterion(
+  config: ConfigDict,
+  problem: Problem,
+  groups: np.ndarray,
+  *,
+  num_groups: int,
+  draw: str,
+) -> criteria.Criterion:
+  """Builds what training minimises, as `loss` says.
+
+  Args:
+    config: the whole configuration.
+    problem: its training counts are the proposals'.
+    groups: [U], whose batches a user is in; -1 = nobody's.
+    num_groups: G.
+    draw: how the batches are drawn.
+  """
+  options, split = config.loss, problem.split
+  if options.name == "softmax":
+    return criteria.SOFTMAX
+  num_items = split.interactions.num_items
+  make = {
+    "uniform": lambda: negatives.uniform(num_items),
+    "popularity": lambda: negatives.popularity(
+      negatives.training_counts(split), options.exponent
+    ),
+    "in_batch": lambda: negatives.in_batch(
+      negatives.batch_counts(
+        split, groups, num_groups=num_groups, length=config.backbone.length,
+        draw=draw,
+      ), groups,
+    ),
+  }
+  shares = proposal_shares(options.proposal)
+  parts = [(share, make[name]()) for name, share in shares.items()]
+  return criteria.sampled(
+    make_sampled_loss(options, num_items), negatives.mixture(parts),
+    count=options.negatives, shared=options.candidates == "shared",
+  )
+
+
+def make_sampled_loss(
+  options: ConfigDict, num_items: int
+) -> criteria.SampledLoss:
+  """Builds the loss of sampled negatives that `loss.name` names.
+
+  Raises:
+    InputError: if gBCE has more negatives than there are items.
+  """
+  rate = options.negatives / max(num_items - 1, 1)
+  return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
+
+
+Ranker = evaluation.RankFn | evaluation.SampledRankFn
+
+
+def make_ranker(
+  config: ConfigDict, problem: Problem, model: evaluation.Model
+) -> Ranker:
+  """Builds the ranking that `evaluation` names, of test and validation."""
+  data, options = problem.split.interactions, config.evaluation
+  sizes = {
+    "length": config.backbone.length, "user_chunk": options.user_chunk
+  }
+  if options.protocol == "sampled":
+    return evaluation.make_sampled_ranker(
+      model, data, count=options.negatives, seed=options.seed, **sizes
+    )
+  return evaluation.make_ranker(
+    model, num_items=data.num_items, item_chunk=options.item_chunk, **sizes
+  )
+
+
 class Trainer:
   """Trains the stages of one seed; each once, resuming where it can."""
 
@@ -168,17 +243,14 @@ class Trainer:
     self._key = jax.random.key(seed)
     self.cost: dict[str, dict[str, Any]] = {}
     self.length = config.backbone.length
-    self._rankers: dict[bool, evaluation.RankFn] = {}
+    self._rankers: dict[bool, Ranker] = {}
     self.trained: dict[str, training.FitResult] = {}
 
-  def ranker(self, with_plugin: bool) -> evaluation.RankFn:
+  def ranker(self, with_plugin: bool) -> Ranker:
     """The ranking function, with or without plugins; compiled once."""
     if with_plugin not in self._rankers:
-      self._rankers[with_plugin] = evaluation.make_ranker(
-        self.model(with_plugin),
-        num_items=self._problem.split.interactions.num_items,
-        length=self.length,
-        **self._config.evaluation,
+      self._rankers[with_plugin] = make_ranker(
+        self._config, self._problem, self.model(with_plugin)
       )
     return self._rankers[with_plugin]
 
@@ -312,6 +384,7 @@ class Trainer:
         "classifier": self.trained[stage.exact].best,
         "shares": jnp.asarray(shares, jnp.float32),
       }
+    pools = num_groups if stage.grouped else 1
     step = training.backbone_step(
       self._networks.backbone, adjustment.rules, optimizer, schedule,
       batch_size=rows if stage.grouped else rows * num_groups,
@@ -320,6 +393,9 @@ class Trainer:
       blocks=adjustment.blocks,
       diagnose_every=config.pin.diagnose_every if stage.grouped else 0,
       average=config.optimizer.average, importance=importance,
+      criterion=make_criterion(
+        config, problem, groups, num_groups=pools, draw=draw
+      ),
     )
     params = (
       self.trained[stage.start].best if stage.start
@@ -331,7 +407,7 @@ class Trainer:
     )
     operands = training.Operands(
       self._stage_key(stage.name), problem.sequences,
-      self._pool(groups, num_groups if stage.grouped else 1), frozen,
+      self._pool(groups, pools), frozen,
     )
     rank, requests = self.ranker(False), self._validation(stage.users)
 
@@ -351,6 +427,9 @@ class Trainer:
       *self._networks, optimizer, schedule,
       batch_size=config.batch_size // len(SEGMENTS),
       length=self.length, draw=draw, mean=mean,
+      criterion=make_criterion(
+        config, problem, problem.segments, num_groups=len(SEGMENTS), draw=draw
+      ),
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
     params = init(
@@ -432,6 +511,24 @@ def target_shares(problem: Problem, num_groups: int) -> np.ndarray:
   """[G] share of the training targets in each group."""
   counts = np.bincount(problem.groups, problem.targets, num_groups)
   return counts / counts.sum()
+
+
+def check_loss(config: ConfigDict, problem: Problem) -> None:
+  """Raises InputError where the catalogue does not allow `loss`."""
+  if config.loss.name != "softmax":
+    make_sampled_loss(config.loss, problem.split.interactions.num_items)
+
+
+def check_candidates(config: ConfigDict, problem: Problem) -> None:
+  """Raises InputError where a user leaves too few items to sample."""
+  if config.evaluation.protocol == "full":
+    return
+  for part in ("validation", "test"):
+    users = np.flatnonzero(getattr(problem.split, part) >= 0)
+    evaluation.draw_unseen(
+      problem.split.interactions, requests_for(problem, part, users),
+      count=config.evaluation.negatives, seed=config.evaluation.seed,
+    )
 
 
 def check_adjustment(

@@ -1,8 +1,12 @@
-"""Evaluation: full ranking, in chunks of users and items.
+"""Evaluation: full ranking, in chunks of users and items; sampled ranking.
 
 A user's target is ranked among the whole catalogue, once with the items of
 its history left out ('history masked'; the target always takes part) and once
 with all of them. Ties are ranked at their average.
+
+Sampled ranking, among a few items that the user never interacts with, is the
+protocol of older papers. Its numbers are not comparable with those of the full
+ranking, nor do they order models as these do (Krichene & Rendle, KDD 2020).
 """
 
 from collections.abc import Callable
@@ -13,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pin_jax.batches import Sequences
+from pin_jax.interactions import Interactions
+from pin_jax.metrics import average_rank
 from pin_jax.plugins import apply_by_segment
-from pin_jax.types import Backbone, Plugin, PyTree
+from pin_jax.types import Backbone, InputError, Plugin, PyTree
 
 
 class Model(NamedTuple):
@@ -198,17 +204,25 @@ def make_ranker(
     rows = len(requests.users)
     if not rows:
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    chunk = min(user_chunk, rows)
-    pad = -rows % chunk
-    padded = Requests(*(np.pad(x, (0, pad), mode="edge") for x in requests))
-    by_chunk = Requests(
-      *(np.asarray(x, np.int32).reshape(-1, chunk) for x in padded)
-    )
+    by_chunk = _by_chunk(requests, user_chunk)
     size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
     out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
     return Ranks(*(x.reshape(-1)[:rows] for x in out))
 
   return rank
+
+
+def _by_chunk(tree: PyTree, user_chunk: int) -> PyTree:
+  """int32 arrays [n, ...] -> [chunks, chunk, ...]; the last row fills up."""
+  rows = len(jax.tree.leaves(tree)[0])
+  chunk = min(user_chunk, rows)
+
+  def reshape(x: np.ndarray) -> np.ndarray:
+    pad = [(0, -rows % chunk)] + [(0, 0)] * (x.ndim - 1)
+    padded = np.pad(np.asarray(x, np.int32), pad, mode="edge")
+    return padded.reshape(-1, chunk, *x.shape[1:])
+
+  return jax.tree.map(reshape, tree)
 
 
 def _seen_items(
@@ -224,6 +238,127 @@ def _seen_items(
   inner = slot - (ends[safe] - positions[safe])
   flat = sequences.starts[users[safe]] + jnp.where(real, inner, 0)
   return row, jnp.where(real, sequences.items[flat], -1)
+
+
+def draw_unseen(
+  interactions: Interactions, requests: Requests, *, count: int, seed: int
+) -> np.ndarray:
+  """Draws items that a user never interacts with, uniformly, each once.
+
+  What is held out counts as interacted with. The items of a request follow
+  from the seed, the user's index and the target's position alone, so that all
+  models rank the same ones, and validation and test different ones.
+
+  Args:
+    interactions: all of them, held-out ones included.
+    requests: whose candidates to draw.
+    count: C, items a request.
+    seed: of the draws.
+
+  Returns:
+    [n, C] int32.
+
+  Raises:
+    InputError: if a user has interacted with all but fewer than C items.
+  """
+  out = np.zeros((len(requests.users), count), np.int32)
+  for row, user, position in zip(
+    out, requests.users, requests.positions, strict=True
+  ):
+    own = slice(*interactions.offsets[user : user + 2])
+    seen = np.unique(interactions.items[own])
+    left = interactions.num_items - len(seen)
+    if left < count:
+      raise InputError(
+        f"evaluation.negatives={count} is more than the {left} items that user "
+        f"{interactions.user_ids[user]!r} never interacts with; give at most "
+        "that"
+      )
+    rng = np.random.default_rng((seed, int(user), int(position)))
+    picks = rng.choice(left, count, replace=False)
+    skipped = np.searchsorted(
+      seen - 1 - np.arange(len(seen)), picks, side="right"
+    )
+    row[:] = 1 + picks + skipped
+  return out
+
+
+class SampledRanks(NamedTuple):
+  """Sampled ranking of the targets, each [n] unless said.
+
+  Attributes:
+    rank: of the target among itself and C drawn items, ties at their average.
+    candidates: C + 1.
+    score: the target's logit.
+    negative_scores: [n, C] logits of the drawn items.
+  """
+
+  rank: np.ndarray
+  candidates: np.ndarray
+  score: np.ndarray
+  negative_scores: np.ndarray
+
+
+SampledRankFn = Callable[[Weights, Sequences, Requests], SampledRanks]
+
+
+def make_sampled_ranker(
+  model: Model,
+  interactions: Interactions,
+  *,
+  length: int,
+  count: int = 99,
+  seed: int = 0,
+  user_chunk: int = 256,
+) -> SampledRankFn:
+  """Builds the ranking of users' targets among drawn items.
+
+  Args:
+    model: what is evaluated.
+    interactions: see `draw_unseen`.
+    length: L, what the model reads of a history.
+    count: C, drawn items a target.
+    seed: see `draw_unseen`.
+    user_chunk: users a chunk.
+
+  Returns:
+    (weights, sequences, requests) -> SampledRanks.
+  """
+
+  @jax.jit
+  def score_all(
+    weights: Weights, sequences: Sequences, requests: Requests,
+    negatives: jax.Array,
+  ) -> jax.Array:
+    def one(rows: tuple[Requests, jax.Array]) -> jax.Array:
+      (users, positions, segments), drawn = rows
+      states = last_states(
+        model, weights, read_windows(sequences, users, positions, length)
+      )
+      target = sequences.items[sequences.starts[users] + positions]
+      candidates = jnp.concatenate([target[:, None], drawn], axis=1)
+      return score_items(model, weights, states, segments, candidates)
+
+    return jax.lax.map(one, (requests, negatives))
+
+  def rank(
+    weights: Weights, sequences: Sequences, requests: Requests
+  ) -> SampledRanks:
+    rows = len(requests.users)
+    if not rows:
+      nothing = np.zeros(0)
+      return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
+    drawn = draw_unseen(interactions, requests, count=count, seed=seed)
+    scores = score_all(
+      weights, sequences, *_by_chunk((requests, drawn), user_chunk)
+    )
+    scores = np.asarray(scores).reshape(-1, 1 + count)[:rows]
+    return SampledRanks(
+      np.asarray(average_rank(scores, np.zeros(rows, np.int32))),
+      np.full(rows, 1 + count), scores[:, 0], scores[:, 1:],
+    )
+
+  return rank
 
 
 def make_log_probabilities(

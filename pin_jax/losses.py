@@ -1,7 +1,9 @@
 """Losses: the last axis is the list, leading axes are batch, never reduced.
 
-`chunked` turns any per-row loss into a weighted sum whose memory does not
-grow with rows x catalogue.
+The losses of sampled negatives take the target's logit and the negatives'
+logits; which items are negatives is `negatives.py`'s. `chunked` turns any
+per-row loss into a weighted sum whose memory does not grow with rows x
+catalogue.
 """
 
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import PyTree
+from pin_jax.types import InputError, PyTree
 
 
 def softmax_cross_entropy(
@@ -32,6 +34,144 @@ def softmax_cross_entropy(
     logits = jnp.where(where, logits, -jnp.inf)
   chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
   return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def sampled_softmax(
+  positive: jax.Array,
+  negatives: jax.Array,
+  log_counts: jax.Array,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Softmax cross-entropy with the normaliser estimated from negatives (logQ).
+
+  -log( e^s+ / (e^s+ + sum_j e^(s_j - log n_j)) )
+
+  with n_j the expected number of times that item j is drawn. Where the
+  negatives are draws from all items and draws of the target are masked, the
+  normaliser is unbiased, and loss and gradient approach those of
+  `softmax_cross_entropy` with a bias of O(1 / C).
+
+  Args:
+    positive: [...] logit s+ of the target.
+    negatives: [..., C] logits s_j.
+    log_counts: [..., C] log n_j, which is log(C q_j) for C independent draws
+      from q.
+    where: optional [..., C] bool, negatives that take part.
+
+  Returns:
+    [...] float32, nats.
+
+  Reference:
+    Bengio & Senecal, IEEE Trans. Neural Networks 2008 (importance-sampled
+    normaliser); Yi et al., RecSys 2019 (logQ for batch negatives).
+    Deviation: the target is in the normaliser by construction, not by a draw,
+    so its own logit is not corrected (as Khrylchenko et al., RecSys 2025,
+    arXiv 2507.09331, argue); Yi et al. correct it too, which is biased.
+  """
+  positive = positive.astype(jnp.float32)
+  corrected = negatives.astype(jnp.float32) - log_counts
+  margins = corrected - positive[..., None]
+  if where is not None:
+    margins = jnp.where(where, margins, -jnp.inf)
+  own = jnp.zeros_like(positive)[..., None]
+  return jax.nn.logsumexp(jnp.concatenate([own, margins], axis=-1), axis=-1)
+
+
+def binary_cross_entropy(
+  positive: jax.Array,
+  negatives: jax.Array,
+  where: jax.Array | None = None,
+  *,
+  power: float = 1.0,
+) -> jax.Array:
+  """-(power log sigmoid(s+) + sum_j log(1 - sigmoid(s_j))) / (1 + k).
+
+  k counts the negatives that take part. With `power` from `gbce_power` this is
+  gBCE: sigmoid(s+)^power stands for the probability of the target.
+
+  Args:
+    positive: [...] logit s+ of the target.
+    negatives: [..., C] logits s_j.
+    where: optional [..., C] bool, negatives that take part.
+    power: beta, 1 for the plain loss.
+
+  Returns:
+    [...] float32, nats a term.
+
+  Reference:
+    Petrov & Macdonald, RecSys 2023, arXiv 2308.07192, equations of BCE and
+    gBCE. Deviation: masked negatives leave the divisor too.
+  """
+  positive = jax.nn.softplus(-positive.astype(jnp.float32))
+  terms = jax.nn.softplus(negatives.astype(jnp.float32))
+  total, count = _masked_sum(terms, where)
+  return (power * positive + total) / (1 + count)
+
+
+def gbce_power(rate: float, calibration: float) -> float:
+  """beta = alpha (t (1 - 1 / alpha) + 1 / alpha) of gBCE.
+
+  t = 0 gives 1 (plain BCE), t = 1 gives alpha (the positive's probability is
+  then calibrated against the overconfidence of sampling).
+
+  Args:
+    rate: alpha = k / (V - 1), the share of the negatives that are sampled.
+    calibration: t in [0, 1].
+
+  Returns:
+    beta.
+
+  Raises:
+    InputError: if `rate` is outside (0, 1] or `calibration` outside [0, 1].
+
+  Reference:
+    Petrov & Macdonald, RecSys 2023, arXiv 2308.07192.
+  """
+  if not 0 < rate <= 1:
+    raise InputError(
+      f"loss.negatives gives gBCE a sampling rate of {rate:g}, outside (0, 1]; "
+      "give at most the number of items less one"
+    )
+  if not 0 <= calibration <= 1:
+    raise InputError(
+      f"loss.calibration={calibration} is outside [0, 1]; give t such as 0.75"
+    )
+  return rate * (calibration * (1 - 1 / rate) + 1 / rate)
+
+
+def bayesian_personalized_ranking(
+  positive: jax.Array,
+  negatives: jax.Array,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Mean over the negatives of -log sigmoid(s+ - s_j); 0 without negatives.
+
+  Args:
+    positive: [...] logit s+ of the target.
+    negatives: [..., C] logits s_j.
+    where: optional [..., C] bool, negatives that take part.
+
+  Returns:
+    [...] float32, nats.
+
+  Reference:
+    Rendle et al., UAI 2009. Deviation: the mean over several negatives (the
+    paper has one a step); the prior on the parameters is the optimizer's
+    weight decay.
+  """
+  margins = negatives.astype(jnp.float32) - positive[..., None]
+  total, count = _masked_sum(jax.nn.softplus(margins), where)
+  return total / jnp.maximum(count, 1)
+
+
+def _masked_sum(
+  terms: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """(sum, number) of the terms that take part, over the last axis."""
+  if where is None:
+    where = jnp.ones(terms.shape, bool)
+  where = jnp.broadcast_to(where, terms.shape)
+  return jnp.where(where, terms, 0).sum(-1), where.sum(-1)
 
 
 RowLoss = Callable[[PyTree, PyTree, PyTree, PyTree], jax.Array]

@@ -1,8 +1,10 @@
 """Ranks from scores, and the ranking metrics of one relevant item.
 
-Every metric is a function of the target's rank alone, so that evaluation has to
-store nothing but ranks. A rank is 1 for the best place and may be fractional:
-a target that ties with other candidates gets the average of the tied places.
+The ranking metrics are functions of the target's rank alone, so that full
+ranking has to store nothing but ranks. A rank is 1 for the best place and may
+be fractional: a target that ties with other candidates gets the average of the
+tied places. The metrics of sampled impressions (AUC, log loss) need the scores
+of a positive and its negatives.
 """
 
 import math
@@ -118,3 +120,105 @@ METRICS: Mapping[str, Callable[[ArrayLike, float], np.ndarray]] = {
   "ndcg": ndcg,
   "mrr": reciprocal_rank,
 }
+
+
+def user_auc(ranks: ArrayLike, candidates: ArrayLike) -> np.ndarray:
+  """AUC of one positive among its candidates: (C - rank) / (C - 1).
+
+  The share of the negatives that score below the positive, ties half.
+
+  Args:
+    ranks: of any shape, 1 is best, ties at their average.
+    candidates: C, the positive included; at least 2.
+
+  Returns:
+    float64 values of the shape of `ranks`.
+
+  Raises:
+    InputError: if a rank is below 1 or there are fewer than 2 candidates.
+  """
+  ranks, candidates = _checked(ranks, 1), np.asarray(candidates, np.float64)
+  if not np.all(candidates >= 2):
+    raise InputError(
+      f"candidates contain {np.min(candidates)}; AUC needs a negative, so pass "
+      "at least 2"
+    )
+  return (candidates - ranks) / (candidates - 1)
+
+
+def group_auc(aucs: ArrayLike, impressions: ArrayLike) -> float:
+  """GAUC: mean of the users' AUC, weighted by their impressions.
+
+  With as many impressions for every user it is the plain mean.
+
+  Args:
+    aucs: [U] AUC of each user.
+    impressions: [U] number of candidates behind it.
+
+  Returns:
+    The weighted mean.
+
+  Reference:
+    Zhu et al., KDD 2017 (optimized cost per click); Zhou et al., KDD 2018
+    (DIN), equation of GAUC.
+  """
+  return float(np.average(np.asarray(aucs, np.float64), weights=impressions))
+
+
+def auc_components(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
+  """A value a user whose mean over users is the AUC of all impressions pooled.
+
+  psi_u = V10(u) + mean_j V01(u, j) - AUC
+
+  with V10(u) the share of all users' negatives below u's positive, and V01(u,
+  j) the share of all users' positives above u's negative j; ties count half.
+  As every user has as many impressions, the mean of psi is the AUC, and its
+  spread over users is, to first order, the AUC's sampling error with users as
+  clusters; so a bootstrap of the users may resample psi.
+
+  Args:
+    positive: [N] score of each user's positive; a NaN counts as -inf.
+    negatives: [N, C] scores of its negatives; a NaN counts as +inf.
+
+  Returns:
+    [N] float64.
+
+  Reference:
+    DeLong et al., Biometrics 1988 (the components); Obuchowski, Biometrics
+    1997 (clusters). Averaging them by user is ours.
+  """
+  positive = np.nan_to_num(
+    np.asarray(positive, np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf
+  )
+  negatives = np.nan_to_num(
+    np.asarray(negatives, np.float64), nan=np.inf, posinf=np.inf, neginf=-np.inf
+  )
+  below = _share_below(np.sort(negatives, axis=None), positive)
+  above = 1 - _share_below(np.sort(positive), negatives)
+  return below + above.mean(-1) - below.mean()
+
+
+def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+  """Share of the sorted numbers below each value, equal ones half."""
+  left = np.searchsorted(ordered, values, side="left")
+  right = np.searchsorted(ordered, values, side="right")
+  return (left + right) / (2 * len(ordered))
+
+
+def log_loss(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
+  """Mean of -log P(label) over a user's impressions, P = sigmoid(logit).
+
+  It compares models whose logits are meant as such log-odds (trained by binary
+  cross-entropy), and at one ratio of negatives to positives.
+
+  Args:
+    positive: [N] logit of each user's positive.
+    negatives: [N, C] logits of its negatives.
+
+  Returns:
+    [N] float64, nats.
+  """
+  positive = np.asarray(positive, np.float64)
+  negatives = np.asarray(negatives, np.float64)
+  total = np.logaddexp(0, -positive) + np.logaddexp(0, negatives).sum(-1)
+  return total / (1 + negatives.shape[-1])

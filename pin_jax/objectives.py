@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax import aggregation
+from pin_jax import aggregation, criteria
+from pin_jax.criteria import SOFTMAX, Criterion, Head
 from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 MEANS = ("interactions", "users")
@@ -39,56 +41,55 @@ def position_weights(
   return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
 
 
-Head = Callable[[PyTree, PyTree, PyTree], jax.Array]
-
-
 def backbone_head(backbone: Backbone) -> Head:
-  """(params, None, states [M]) -> logits [M, V+1] of the backbone alone."""
+  """(params, None, states [M], candidates) -> logits [M, C], no plugin."""
 
-  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
+  def head(
+    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
+  ) -> jax.Array:
     del shared
-    return backbone.score(
-      params, backbone.represent(params, states, None), None
-    )
+    representations = backbone.represent(params, states, candidates)
+    return backbone.score(params, representations, candidates)
 
   return head
 
 
 def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """(plugin params, backbone params, states [M]) -> logits [M, V+1]."""
+  """(plugin params, backbone params, states [M], candidates) -> [M, C]."""
 
-  def head(params: PyTree, shared: PyTree, states: PyTree) -> jax.Array:
-    representations = backbone.represent(shared, states, None)
-    return backbone.score(shared, plugin.apply(params, representations), None)
+  def head(
+    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
+  ) -> jax.Array:
+    representations = backbone.represent(shared, states, candidates)
+    return backbone.score(
+      shared, plugin.apply(params, representations), candidates
+    )
 
   return head
 
 
 def next_item_loss(
-  backbone: Backbone, head: Head, *, chunk: int = 256
+  backbone: Backbone,
+  head: Head,
+  *,
+  criterion: Criterion = SOFTMAX,
+  chunk: int = 256,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """Full-softmax cross-entropy at every real position.
+  """The criterion at every real position.
 
   Args:
     backbone: gives the states of the positions.
-    head: turns states into logits.
+    head: turns states and candidates into logits.
+    criterion: what is minimised.
     chunk: positions whose logits are alive at a time.
 
   Returns:
     f(params, shared, context, targets [B, L], weights [B, L],
-    scale [B] or None) -> (sum of scale * weights * loss, weights * loss [B]
-    summed over the row).
+    scale [B] or None, negatives as `criteria.draw` gives them, by default
+    None) -> (sum of scale * weights * loss, weights * loss [B] summed over the
+    row).
   """
-
-  def row_loss(
-    params: PyTree, shared: PyTree, states: PyTree, targets: jax.Array
-  ) -> jax.Array:
-    logits = head(params, shared, states)
-    return softmax_cross_entropy(
-      logits, targets, jnp.arange(logits.shape[-1]) > 0
-    )
-
-  total = chunked(row_loss, chunk)
+  total = chunked(criteria.row_loss(criterion, head), chunk)
 
   def loss(
     params: PyTree,
@@ -97,13 +98,18 @@ def next_item_loss(
     targets: jax.Array,
     weights: jax.Array,
     scale: jax.Array | None = None,
+    negatives: Negatives | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     scale = jnp.ones(len(targets)) if scale is None else scale
     rows, columns = real_first(targets)
     states = backbone.at(context, rows, columns)
+    common, own = negatives, None
+    if negatives is not None and negatives.items.ndim == 2:
+      position = rows * targets.shape[1] + columns
+      common, own = None, jax.tree.map(lambda x: x[position], negatives)
     value, losses = total(
-      params, shared, states, targets[rows, columns], weights[rows, columns],
-      scale[rows],
+      params, (shared, common), states, (targets[rows, columns], own),
+      weights[rows, columns], scale[rows],
     )
     return value, jnp.zeros(len(targets)).at[rows].add(losses)
 
@@ -129,35 +135,48 @@ class GroupLosses(NamedTuple):
   Attributes:
     group_loss: (params, GroupBatch, key) -> scalar.
     weighted_loss: (params, GroupBatch [G], keys [G], weights [G]) ->
-      (sum_g w_g L_g, losses [G]): one softmax over the positions of all groups.
+      (sum_g w_g L_g, losses [G]): one softmax over the positions of all groups;
+      None for sampled negatives, which are each group's own.
     gramians: (params, GroupBatch [G], keys [G]) -> (losses [G], [G, G] of
-      every leaf), in blocks of items; None where the backbone has no table.
+      every leaf), in blocks of items; None for sampled negatives, or where the
+      backbone has no table.
   """
 
   group_loss: aggregation.GroupLoss
-  weighted_loss: aggregation.WeightedLoss
+  weighted_loss: aggregation.WeightedLoss | None
   gramians: aggregation.Gramians | None
 
 
 def group_losses(
-  backbone: Backbone, *, mean: str, chunk: int = 256
+  backbone: Backbone,
+  *,
+  mean: str,
+  criterion: Criterion = SOFTMAX,
+  chunk: int = 256,
 ) -> GroupLosses:
   """The mean next-item loss of a group, and of many at once.
 
   Args:
     backbone: the model.
     mean: see `position_weights`.
+    criterion: what is minimised at every position.
     chunk: positions whose logits are alive at a time.
   """
-  loss = next_item_loss(backbone, backbone_head(backbone), chunk=chunk)
+  loss = next_item_loss(
+    backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
+  )
 
   def group_loss(
     params: PyTree, group: GroupBatch, key: jax.Array
   ) -> jax.Array:
+    drop_key, draw_key = criteria.split_key(criterion, key)
     history, targets = group.batch.history, group.batch.targets
-    context = backbone.encode(params, history, key)
+    context = backbone.encode(params, history, drop_key)
     weights = position_weights(targets, mean, group.importance)
-    return loss(params, None, context, targets, weights)[0]
+    negatives = criteria.draw(criterion, draw_key, group.batch)
+    return loss(
+      params, None, context, targets, weights, negatives=negatives
+    )[0]
 
   def weighted_loss(
     params: PyTree, groups: GroupBatch, keys: jax.Array, weights: jax.Array
@@ -175,6 +194,8 @@ def group_losses(
     )
     return value, losses.reshape(-1, rows).sum(1)
 
+  if criterion.draw is not None:
+    return GroupLosses(group_loss, None, None)
   gramians = None
   if backbone.tables:
     gramians = table_gramians(backbone, mean=mean, chunk=chunk)
@@ -227,7 +248,7 @@ def table_gramians(
   def row_loss(
     others: PyTree, tables: PyTree, states: PyTree, targets: jax.Array
   ) -> jax.Array:
-    logits = head({**others, **tables}, None, states)
+    logits = head({**others, **tables}, None, states, None)
     return softmax_cross_entropy(
       logits, targets, jnp.arange(logits.shape[-1]) > 0
     )
@@ -238,7 +259,7 @@ def table_gramians(
     """A linear form in the block's logits whose gradient is the loss's."""
     others, items = shared
     targets, log_norms = known
-    logits = head({**others, **tables}, None, states)
+    logits = head({**others, **tables}, None, states, None)
     softmax = jnp.where(items > 0, jnp.exp(logits - log_norms[:, None]), 0)
     slope = softmax - (items == targets[:, None])
     return jnp.sum(jax.lax.stop_gradient(slope) * logits, -1)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation
+from pin_jax import aggregation, criteria
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
+from pin_jax.criteria import SOFTMAX, Criterion
 from pin_jax.objectives import (
   GroupBatch,
   group_losses,
@@ -26,6 +27,8 @@ from pin_jax.objectives import (
   position_weights,
 )
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
+
+_NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
 
 
 class TrainState(NamedTuple):
@@ -119,6 +122,7 @@ def backbone_step(
   diagnose_every: int = 0,
   average: float = 0.0,
   importance: Importance | None = None,
+  criterion: Criterion = SOFTMAX,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -138,11 +142,12 @@ def backbone_step(
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
+    criterion: what is minimised at every position.
 
   Returns:
     The step.
   """
-  losses = group_losses(backbone, mean=mean)
+  losses = group_losses(backbone, mean=mean, criterion=criterion)
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
@@ -217,6 +222,7 @@ def plugin_step(
   length: int,
   draw: str,
   mean: str,
+  criterion: Criterion = SOFTMAX,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
 
@@ -232,16 +238,24 @@ def plugin_step(
     length: L.
     draw: see `draw_batch`.
     mean: see `position_weights`.
+    criterion: what is minimised at every position.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
-  loss = next_item_loss(backbone, plugin_head(backbone, plugin))
+  loss = next_item_loss(
+    backbone, plugin_head(backbone, plugin), criterion=criterion
+  )
 
-  def segment_loss(params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+  def segment_loss(
+    params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+  ) -> jax.Array:
     context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
     weights = position_weights(batch.targets, mean)
-    return loss(params, frozen, context, batch.targets, weights)[0]
+    negatives = criteria.draw(criterion, key, batch)
+    return loss(
+      params, frozen, context, batch.targets, weights, negatives=negatives
+    )[0]
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -250,9 +264,14 @@ def plugin_step(
       jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
       batch_size=batch_size, length=length, draw=draw,
     )
+    draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
+    keys = jax.random.split(
+      jax.random.fold_in(draw_key, t), batch.users.shape[0]
+    )
+    value_and_grad = jax.value_and_grad(segment_loss)
     losses, grads = jax.lax.map(
-      lambda x: jax.value_and_grad(segment_loss)(x[0], operands.frozen, x[1]),
-      (state.params, batch),
+      lambda x: value_and_grad(x[0], operands.frozen, *x[1:]),
+      (state.params, batch, keys),
     )
     updates, opt_state = jax.vmap(optimizer.update)(
       grads, state.optimizer, state.params

@@ -14,15 +14,17 @@ from pin_jax.evaluation import (
   Model,
   Requests,
   Weights,
+  draw_unseen,
   make_log_probabilities,
   make_ranker,
+  make_sampled_ranker,
   read_windows,
 )
 from pin_jax.interactions import from_columns
 from pin_jax.metrics import ndcg
 from pin_jax.plugins import bottleneck, init_stacked
 from pin_jax.splits import leave_one_out
-from pin_jax.types import Backbone, Plugin
+from pin_jax.types import Backbone, InputError, Plugin
 
 ITEMS, LENGTH, WIDTH, USERS = 30, 5, 4, 23
 
@@ -291,3 +293,84 @@ def test_nobody_to_rank_gives_empty_results(sequences, sasrec):
   assert all(x.shape == (0,) for x in ranks)
   rows = make_log_probabilities(model, **sizes)(weights, sequences, nobody)
   assert rows.shape == (0, ITEMS)
+
+
+# Sampled ranking.
+
+
+def _owned(data, user):
+  return set(data.items[data.offsets[user] : data.offsets[user + 1]].tolist())
+
+
+def test_drawn_items_are_distinct_and_never_interacted_with(split, requests):
+  data = split.interactions
+  drawn = draw_unseen(data, requests, count=9, seed=0)
+  for user, row in zip(requests.users, drawn.tolist(), strict=True):
+    assert len(set(row)) == 9
+    assert not set(row) & _owned(data, user)
+    assert 1 <= min(row) and max(row) <= ITEMS
+
+
+def test_drawn_items_are_uniform(split):
+  data, user = split.interactions, 3
+  counts = np.zeros(ITEMS + 1)
+  requests = Requests(*(np.asarray([x]) for x in (user, 2, 0)))
+  for seed in range(3000):
+    counts[draw_unseen(data, requests, count=4, seed=seed)[0]] += 1
+  free = sorted(set(range(1, ITEMS + 1)) - _owned(data, user))
+  assert counts[free].sum() == counts.sum() == 12_000
+  assert scipy.stats.chisquare(counts[free]).pvalue > 1e-3
+
+
+def test_drawn_items_follow_from_seed_user_and_target(split, requests):
+  data = split.interactions
+  draw = lambda requests, seed=0: draw_unseen(
+    data, requests, count=9, seed=seed
+  )
+  whole = draw(requests)
+  alone = draw(Requests(*(x[4:5] for x in requests)))
+  np.testing.assert_array_equal(alone, whole[4:5])
+  assert set(draw(requests, 1)[4]) != set(whole[4])
+  assert set(whole[4]) != set(whole[USERS])  # user 4's validation target
+  np.testing.assert_array_equal(whole[USERS], whole[USERS + 1])
+
+
+def test_too_few_unseen_items_are_refused(split, requests):
+  with pytest.raises(InputError, match="evaluation.negatives=25 is more"):
+    draw_unseen(split.interactions, requests, count=25, seed=0)
+
+
+@pytest.mark.parametrize("user_chunk", [256, 7])
+@pytest.mark.parametrize("with_plugin", [False, True])
+def test_sampled_ranks_equal_a_loop_over_users(
+  split, sequences, params, requests, user_chunk, with_plugin
+):
+  data = split.interactions
+  factors = FACTORS if with_plugin else np.ones(2, np.float32)
+  model = Model(_bag(), _scale() if with_plugin else None)
+  rank = make_sampled_ranker(
+    model, data, length=LENGTH, count=9, seed=3, user_chunk=user_chunk
+  )
+  got = rank(Weights(params, factors), sequences, requests)
+  drawn = draw_unseen(data, requests, count=9, seed=3)
+  assert got.negative_scores.shape == drawn.shape
+  np.testing.assert_array_equal(got.candidates, 10)
+  for i, (user, position, segment) in enumerate(zip(*requests, strict=True)):
+    start = data.offsets[user]
+    logits = _logits(
+      params, data.items[start : start + position], factors[segment]
+    )
+    target = data.items[start + position]
+    assert got.score[i] == logits[target]
+    np.testing.assert_array_equal(got.negative_scores[i], logits[drawn[i]])
+    listed = np.concatenate([[logits[target]], logits[drawn[i]]])
+    assert got.rank[i] == scipy.stats.rankdata(-listed, method="average")[0]
+
+
+def test_nobody_to_rank_among_samples(split, sequences, params):
+  nobody = Requests(*(np.zeros(0, np.int32) for _ in Requests._fields))
+  rank = make_sampled_ranker(
+    Model(_bag(), None), split.interactions, length=LENGTH, count=9
+  )
+  got = rank(Weights(params, None), sequences, nobody)
+  assert got.rank.shape == (0,) and got.negative_scores.shape == (0, 9)

@@ -26,6 +26,8 @@ LEVELS = {
   "pin_jax.datasets": 1,
   "pin_jax.backbones": 1,
   "pin_jax.batches": 2,
+  "pin_jax.negatives": 2,
+  "pin_jax.criteria": 2,
   "pin_jax.checkpoints": 2,
   "pin_jax.objectives": 2,
   "pin_jax.training": 3,

@@ -11,11 +11,12 @@ import numpy as np
 import polars as pl
 import pytest
 import rich.console
+import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import job, problem, settings, trainer
-from experiments.configs import base, files, ml1m, quickstart
+from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.logs import read_log
 from experiments.methods import METHODS, stages_of
 from pin_jax import aggregation, training
@@ -220,6 +221,47 @@ def test_another_weighting_runs(tmp_path, spec):
   assert table["other"].is_not_null().all()
 
 
+def test_a_sampled_loss_beats_the_untrained_model(tmp_path):
+  config = _config()
+  config.loss.update(
+    name="sampled_softmax", negatives=8, exponent=0.5,
+    proposal="in_batch:0.5,popularity:0.5",
+  )
+  config.methods = ("base", "pin")
+  config.backbone_steps, config.plugin_steps = 60, 20
+  config.dispatch = config.validation.every = 20
+  config.optimizer.learning_rate = 0.02
+  _, text = _run(config, tmp_path)
+  cost = json.loads((tmp_path / "summary.json").read_text())["cost"]
+  chance = np.mean([
+    1 / np.log2(1 + rank) if rank <= 10 else 0 for rank in range(1, 31)
+  ])  # of the 30 items in any order, no history masked
+  assert cost["base"]["validation"][0] > 1.2 * chance
+  assert "KL from" in text
+
+
+def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
+  config = _config()
+  config.loss.update(paper_era.get_config().loss)
+  config.evaluation.update(protocol="sampled", negatives=4)
+  config.data.num_items = 200
+  config.methods = ("base", "pin")
+  config.backbone_steps, config.plugin_steps = 60, 20
+  config.dispatch = config.validation.every = 20
+  config.optimizer.learning_rate = 0.02
+  table, text = _run(config, tmp_path)
+  assert not list(tmp_path.glob("rows.parquet"))
+  assert not list(tmp_path.glob("comparison.*"))
+  rows = pl.read_parquet(tmp_path / "rows_sampled.parquet")
+  assert set(rows["candidates"]) == {5}
+  for row in rows.iter_rows(named=True):
+    listed = np.asarray([row["score"], *row["negative_scores"]])
+    assert row["rank"] == scipy.stats.rankdata(-listed)[0]
+  overall = table.filter(slice="overall", metric="AUC")
+  assert overall["base"][0] > 0.6  # 0.5 without training
+  assert "SAMPLED PROTOCOL" in text and "KL from" not in text
+
+
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
   monkeypatch.setattr(training, "fit", None)  # training would fail
@@ -334,6 +376,11 @@ def _set(key, value):
   return change
 
 
+def _sets(**values):
+  changes = [_set(k.replace("__", "."), v) for k, v in values.items()]
+  return lambda config: [change(config) for change in changes]
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -357,6 +404,22 @@ def _set(key, value):
     (_set("data.source", "web"), "data.source='web'"),
     (_set("data.path", "a.csv"), "source 'simulator' does not use it"),
     (_set("backbone.heads", 3), "no multiple of backbone.heads=3"),
+    (_set("loss.name", "mse"), "loss.name='mse': use one of"),
+    (_set("loss.negatives", 0), "loss.negatives=0: give at least 1"),
+    (_set("loss.exponent", float("inf")), "loss.exponent=inf"),
+    (_set("loss.exponent", -0.5), "loss.exponent=-0.5"),
+    (_set("loss.calibration", 1.5), "loss.calibration=1.5"),
+    (_set("loss.calibration", float("nan")), "loss.calibration=nan"),
+    (_set("loss.candidates", "all"), "loss.candidates='all'"),
+    (_set("loss.proposal", "hard"), "loss.proposal='hard': use one of"),
+    (_set("loss.proposal", "uniform:x"), "loss.proposal='uniform:x'"),
+    (_set("loss.proposal", "uniform,uniform"), "each once"),
+    (_set("loss.proposal", "uniform:0,in_batch"), "positive share"),
+    (_set("evaluation.protocol", "quick"), "evaluation.protocol='quick'"),
+    (_set("evaluation.negatives", 0), "evaluation.negatives=0"),
+    (_sets(evaluation__protocol="sampled"), "evaluation.negatives=99 is more"),
+    (_sets(loss__name="gbce", loss__proposal="in_batch"), "made for 'uniform'"),
+    (_sets(loss__name="gbce", loss__negatives=30), "rate of 1.03448"),
   ],
 )
 def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
@@ -393,7 +456,9 @@ def test_command_line_errors_are_one_line(tmp_path, arguments, message):
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("config", [quickstart.get_config()])
+@pytest.mark.parametrize(
+  "config", [quickstart.get_config(), paper_era.get_config()]
+)
 def test_shipped_configs_pass_the_check(config):
   settings.check(config)
 

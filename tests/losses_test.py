@@ -1,5 +1,6 @@
 """Losses against scipy and against the plain, unchunked formula."""
 
+import functools
 import math
 import re
 
@@ -8,8 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 
-from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.losses import (
+  bayesian_personalized_ranking,
+  binary_cross_entropy,
+  chunked,
+  gbce_power,
+  sampled_softmax,
+  softmax_cross_entropy,
+)
+from pin_jax.types import InputError
 
 WIDTH, ITEMS = 3, 11
 
@@ -263,3 +273,191 @@ def test_no_intermediate_of_all_rows_by_all_items(stage):
   assert largest(_direct) >= rows * items
   assert largest(_sum(_row_loss, rows)) >= rows * items
   assert largest(_sum(_row_loss, 8)) == 8 * items
+
+
+# Sampled negatives.
+
+SAMPLED = {
+  "bce": jax.jit(binary_cross_entropy),
+  "gbce": jax.jit(functools.partial(binary_cross_entropy, power=0.3)),
+  "bpr": jax.jit(bayesian_personalized_ranking),
+  "softmax": jax.jit(
+    lambda p, n, where=None: sampled_softmax(p, n, jnp.zeros_like(n), where)
+  ),
+}
+
+
+def _by_hand(name, positive, negatives, log_counts):
+  """The loss of one row in float64, from the formula's own terms."""
+  sigmoid = scipy.special.expit
+  if name == "softmax":
+    others = np.exp(negatives - log_counts).sum()
+    return -math.log(math.exp(positive) / (math.exp(positive) + others))
+  if name == "bpr":
+    terms = [-math.log(sigmoid(positive - s)) for s in negatives]
+    return sum(terms) / max(len(terms), 1)
+  power = {"bce": 1, "gbce": 0.3}[name]
+  terms = [-math.log(sigmoid(positive) ** power)]
+  terms += [-math.log(1 - sigmoid(s)) for s in negatives]
+  return sum(terms) / len(terms)
+
+
+def _draws(seed=0, shape=(2, 3), negatives=5):
+  rng = np.random.default_rng(seed)
+  draw = lambda *more: 2 * rng.normal(size=(*shape, *more)).astype(np.float32)
+  where = rng.random((*shape, negatives)) < 0.6
+  where[0, 0], where[0, 1] = False, True
+  return draw(), draw(negatives), draw(negatives), where
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("masked", [False, True])
+def test_sampled_losses_equal_a_loop(name, masked):
+  positive, negatives, log_counts, where = _draws()
+  mask = where if masked else None
+  if name == "softmax":
+    got = jax.jit(sampled_softmax)(positive, negatives, log_counts, mask)
+  else:
+    got = SAMPLED[name](positive, negatives, mask)
+  assert got.shape == positive.shape and got.dtype == jnp.float32
+  for i in np.ndindex(positive.shape):
+    kept = where[i] if masked else np.ones(5, bool)
+    want = _by_hand(
+      name, float(positive[i]), negatives[i][kept].astype(float),
+      log_counts[i][kept].astype(float),
+    )
+    np.testing.assert_allclose(got[i], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_masked_negative_takes_no_part(name):
+  positive, negatives, _, where = _draws(1)
+  negatives[~where] = np.nan
+  loss = lambda p, n: SAMPLED[name](p, n, where).sum()
+  run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+  value, (of_positive, of_negatives) = run(
+    positive, np.nan_to_num(negatives)
+  )
+  of_negatives = np.asarray(of_negatives)
+  np.testing.assert_array_equal(of_negatives[~where], 0)
+  assert (of_negatives[where] > 0).all()
+  assert np.isfinite(value) and (np.asarray(of_positive) <= 0).all()
+  assert np.isfinite(SAMPLED[name](positive, negatives, where)).all()
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_losses_of_extreme_logits_are_finite(name):
+  for scale in (1e4, 1e30):
+    positive = jnp.asarray([1.0, -1.0]) * scale
+    negatives = jnp.asarray([[-1.0, 0.0], [1.0, 1.0]]) * scale
+    loss = lambda p, n: SAMPLED[name](p, n).sum()
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    value, grads = run(positive, negatives)
+    assert np.isfinite(value)
+    assert all(np.isfinite(g).all() for g in grads)
+    assert SAMPLED[name](positive, negatives)[0] < 0.7 < value
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_losses_accumulate_bfloat16_in_float32(name):
+  negatives = jnp.linspace(-3, 3, 4001).astype(jnp.bfloat16)
+  got = SAMPLED[name](jnp.bfloat16(0.5), negatives)
+  want = _by_hand(name, 0.5, np.asarray(negatives, float), np.zeros(4001))
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_sampled_softmax_over_all_others_is_the_softmax():
+  rng = np.random.default_rng(2)
+  logits = jnp.asarray(3 * rng.normal(size=(4, 9)), jnp.float32)
+  target = np.asarray([0, 8, 3, 3])
+  others = np.stack([np.delete(np.arange(9), t) for t in target])
+  rows = np.arange(4)[:, None]
+
+  def sampled(logits):
+    return sampled_softmax(
+      logits[rows[:, 0], target], logits[rows, others], jnp.zeros((4, 8))
+    ).sum()
+
+  full = lambda x: softmax_cross_entropy(x, jnp.asarray(target)).sum()
+  run = lambda f: jax.jit(jax.value_and_grad(f))(logits)
+  got, want = run(sampled), run(full)
+  _assert_close(got, want)
+
+
+def test_bias_of_the_sampled_softmax_halves_as_the_draws_double():
+  """Exact expectation over all draws of C items from q, target masked."""
+  logits = np.asarray([0.7, -0.4, 1.1, 0.0], np.float32)
+  q, target = np.asarray([0.4, 0.3, 0.1, 0.2]), 1
+  softmax = scipy.special.softmax(logits.astype(float))
+  full = softmax - np.eye(4)[target]
+
+  @jax.jit
+  @jax.vmap
+  def gradient(counts):
+    """Of one multiset of draws: an item drawn m times weighs m."""
+
+    def loss(x):
+      log_counts = jnp.log(counts.sum() * q) - jnp.log(jnp.maximum(counts, 1))
+      where = (counts > 0) & (jnp.arange(4) != target)
+      return sampled_softmax(x[target], x, log_counts, where)
+
+    return jax.grad(loss)(jnp.asarray(logits))
+
+  biases = []
+  for draws in (8, 16, 32, 64):
+    grid = np.indices([draws + 1] * 3).reshape(3, -1).T
+    grid = grid[grid.sum(1) <= draws]
+    counts = np.concatenate([grid, draws - grid.sum(1, keepdims=True)], 1)
+    chances = scipy.stats.multinomial.pmf(counts, draws, q)
+    grads = np.asarray(gradient(counts.astype(np.float32)), np.float64)
+    biases.append(chances @ grads - full)
+  sizes = np.abs(biases).max(1)
+  assert sizes[0] > 0.005
+  np.testing.assert_allclose(sizes[1:] / sizes[:-1], 0.5, atol=0.12)
+  np.testing.assert_allclose(sizes[-1] / sizes[-2], 0.5, atol=0.02)
+
+
+def test_gbce_power():
+  rate = 256 / 11_923
+  assert gbce_power(rate, 0.0) == pytest.approx(1)
+  assert gbce_power(rate, 1.0) == pytest.approx(rate)
+  want = rate * (0.75 * (1 - 11_923 / 256) + 11_923 / 256)
+  assert gbce_power(rate, 0.75) == pytest.approx(want)
+  assert gbce_power(1.0, 0.5) == pytest.approx(1)
+
+
+def test_gbce_without_calibration_is_bce():
+  positive, negatives, _, where = _draws(3)
+  power = gbce_power(0.1, 0.0)
+  run = jax.jit(functools.partial(binary_cross_entropy, power=power))
+  np.testing.assert_allclose(
+    run(positive, negatives, where),
+    SAMPLED["bce"](positive, negatives, where), rtol=1e-6,
+  )
+
+
+def test_gbce_in_the_limit_recovers_the_sampled_out_odds():
+  """t = 1: at the optimum sigmoid(s) is the item's true probability.
+
+  One item with probability p of being the target; else it is a negative with
+  chance alpha: the minimiser of p * beta * softplus(-s) + (1 - p) * alpha *
+  softplus(s) is sigmoid(s) = p, as in the paper.
+  """
+  p, rate = 0.3, 0.05
+  power = gbce_power(rate, 1.0)
+  expected = lambda s: (
+    p * binary_cross_entropy(s, jnp.zeros(0), power=power)
+    + (1 - p) * rate * jax.nn.softplus(s)
+  )
+  slope = jax.jit(jax.grad(expected))(jnp.float32(math.log(p / (1 - p))))
+  np.testing.assert_allclose(slope, 0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ("rate", "calibration", "message"),
+  [(1.2, 0.5, "rate of 1.2"), (0.0, 0.5, "rate of 0"), (0.5, -1, "=-1")],
+)
+def test_gbce_refuses_bad_numbers(rate, calibration, message):
+  with pytest.raises(InputError, match=message):
+    gbce_power(rate, calibration)

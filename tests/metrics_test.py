@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import sklearn.metrics
 
@@ -158,3 +159,81 @@ def test_metrics_reject_what_is_not_a_rank(metric, ranks):
 def test_metrics_reject_a_cutoff_below_one(metric):
   with pytest.raises(InputError, match="cutoff k is 0"):
     metric([1], 0)
+
+
+# Metrics of sampled impressions.
+
+
+def _impressions(seed=0, users=40, negatives=7):
+  """Scores with ties, and labels of the flat list."""
+  rng = np.random.default_rng(seed)
+  positive = rng.integers(0, 9, users) / 2 + 0.5
+  scores = rng.integers(0, 9, (users, negatives)) / 2
+  labels = np.concatenate([np.ones(users), np.zeros(users * negatives)])
+  return positive, scores, labels
+
+
+def test_user_auc_equals_scikit_learn():
+  positive, negatives, _ = _impressions()
+  every = np.concatenate([positive[:, None], negatives], axis=1)
+  ranks = metrics.average_rank(every, np.zeros(len(every), int))
+  got = metrics.user_auc(ranks, every.shape[1])
+  want = [sklearn.metrics.roc_auc_score([1] + [0] * 7, row) for row in every]
+  np.testing.assert_allclose(got, want, atol=1e-12)
+  assert metrics.user_auc(1, 100) == 1 and metrics.user_auc(100, 100) == 0
+  assert metrics.user_auc(50.5, 100) == 0.5
+
+
+def test_group_auc_weighs_by_impressions():
+  assert metrics.group_auc([1.0, 0.4, 0.1], [10, 30, 60]) == pytest.approx(
+    0.1 + 0.12 + 0.06
+  )
+  assert metrics.group_auc([1.0, 0.4], [5, 5]) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mean_of_the_components_is_the_pooled_auc(seed):
+  positive, negatives, labels = _impressions(seed)
+  scores = np.concatenate([positive, negatives.ravel()])
+  want = sklearn.metrics.roc_auc_score(labels, scores)
+  got = metrics.auc_components(positive, negatives)
+  assert got.shape == positive.shape
+  assert got.mean() == pytest.approx(want, abs=1e-12)
+
+
+def test_spread_of_the_components_is_the_sampling_error_of_the_auc():
+  """Users as clusters: against the AUC of freshly drawn sets of users."""
+  rng = np.random.default_rng(0)
+
+  def draw(users):
+    own = rng.normal(size=(users, 1))  # shared by a user's impressions
+    scores = own + rng.normal(size=(users, 6))
+    return metrics.auc_components(scores[:, 0] + 1, scores[:, 1:])
+
+  means = [draw(150).mean() for _ in range(1500)]
+  predicted = np.mean([draw(150).std() for _ in range(50)]) / math.sqrt(150)
+  assert np.std(means) == pytest.approx(predicted, rel=0.1)
+
+
+def test_scores_of_nan_never_help_the_auc():
+  positive, negatives, _ = _impressions()
+  whole = metrics.auc_components(positive, negatives).mean()
+  positive[3], negatives[5, 2] = np.nan, np.nan
+  assert metrics.auc_components(positive, negatives).mean() < whole
+  nothing = np.full_like(negatives, np.nan)
+  assert metrics.auc_components(positive * np.nan, nothing).mean() == 0
+
+
+def test_log_loss_equals_scikit_learn():
+  positive, negatives, labels = _impressions()
+  got = metrics.log_loss(positive, negatives)
+  logits = np.concatenate([positive, negatives.ravel()])
+  want = sklearn.metrics.log_loss(labels, scipy.special.expit(logits))
+  assert got.shape == positive.shape
+  assert got.mean() == pytest.approx(want, rel=1e-12)
+  assert np.isfinite(metrics.log_loss([-1e5], [[1e5]])).all()
+
+
+def test_auc_without_negatives_is_refused():
+  with pytest.raises(InputError, match="candidates contain 1"):
+    metrics.user_auc([1.0], [1])

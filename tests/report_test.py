@@ -11,6 +11,9 @@ import numpy as np
 import polars as pl
 import pytest
 import rich.console
+import scipy.special
+import scipy.stats
+import sklearn.metrics
 
 from experiments import plots, report, tables
 from pin_jax.types import InputError
@@ -394,3 +397,95 @@ def test_broken_log_line_is_named(tmp_path):
   console = rich.console.Console(file=io.StringIO())
   with pytest.raises(InputError, match="line 2 is damaged"):
     report.write_report(tmp_path, console=console, **FAST)
+
+
+# The sampled protocol.
+
+
+def _sampled_rows(seeds=(0, 1), negatives=9):
+  rows = _rows(seeds=seeds).drop("rank_unmasked", "candidates_unmasked")
+  rng = np.random.default_rng(2)
+  scores = rng.integers(0, 9, (rows.height, negatives + 1)) / 2  # many tie
+  scores[:, 0] += 0.5
+  scores = scores.astype(np.float32)
+  ranks = [scipy.stats.rankdata(-row, method="average")[0] for row in scores]
+  return rows.with_columns(
+    rank=pl.Series(ranks),
+    candidates=pl.lit(negatives + 1, pl.Int32),
+    score=pl.Series(scores[:, 0]),
+    negative_scores=pl.Series(scores[:, 1:]),
+  )
+
+
+def _sampled_by_hand(rows, model, keep, metric):
+  """AUC pooled within each seed; the others a mean over users and seeds."""
+  values = []
+  for seed in (0, 1):
+    chosen = [
+      row for row in rows.iter_rows(named=True)
+      if row["model"] == model and row["seed"] == seed and keep(row)
+    ]
+    labels, scores = [], []
+    for row in chosen:
+      labels.append([1] + [0] * 9)
+      scores.append([row["score"], *row["negative_scores"]])
+    if metric == "AUC":
+      values.append(
+        sklearn.metrics.roc_auc_score(np.ravel(labels), np.ravel(scores))
+      )
+    elif metric == "GAUC":
+      values.append(np.mean([
+        sklearn.metrics.roc_auc_score(x, y)
+        for x, y in zip(labels, scores, strict=True)
+      ]))
+    else:
+      values.append(sklearn.metrics.log_loss(
+        np.ravel(labels), scipy.special.expit(np.ravel(scores))
+      ))
+  return np.mean(values)
+
+
+def test_sampled_comparison_equals_scikit_learn():
+  rows = _sampled_rows()
+  table = tables.comparison(rows, base="base", other="pin", **FAST)
+  assert table["masking"].unique().to_list() == ["sampled candidates"]
+  metrics = [*METRICS, "AUC", "GAUC", "log loss"]
+  assert table.height == len(KEEP) * len(metrics)
+  for line in table.iter_rows(named=True):
+    keep = KEEP[line["slice"]]
+    for model, column in (("base", "base"), ("pin", "other")):
+      if line["metric"] in METRICS:
+        _, want = _by_hand(rows, model, "rank", keep, line["metric"])
+      else:
+        want = _sampled_by_hand(rows, model, keep, line["metric"])
+      assert line[column] == pytest.approx(want, rel=1e-6), line
+    assert line["low"] <= line["relative_change"] <= line["high"]
+
+
+def test_sampled_report_has_files_and_a_header_of_its_own(tmp_path):
+  rows = _sampled_rows()
+  rows.write_parquet(tmp_path / "rows_sampled.parquet")
+  console = rich.console.Console(file=io.StringIO(), width=80)
+  report.write_report(tmp_path, console=console, **FAST)
+  files = {path.name for path in tmp_path.iterdir() if path.is_file()}
+  assert files == {"rows_sampled.parquet"} | {
+    f"comparison_sampled.{kind}" for kind in ("csv", "md", "json")
+  }
+  text = (tmp_path / "comparison_sampled.md").read_text()
+  for part in (
+    "SAMPLED PROTOCOL, not comparable with full ranking", "against 9 items",
+    "## Sampled candidates", "| AUC |", "| GAUC |", "| log loss |",
+    "AUC overall",
+  ):
+    assert part in text, part
+  assert "history masked" not in text and "full ranking over" not in text
+  printed = console.file.getvalue().split("written to")[0]
+  assert "SAMPLED PROTOCOL" in printed
+  assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_sampled_and_full_rows_do_not_mix():
+  with pytest.raises(InputError, match="lack the columns .*score"):
+    tables.model_table(_sampled_rows().drop("score"))
+  with pytest.raises(pl.exceptions.PolarsError):
+    pl.concat([_rows(), _sampled_rows()])

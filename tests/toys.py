@@ -1,6 +1,7 @@
 """A model small enough to check by hand, and how to compare trees."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pin_jax import aggregation, weightings
@@ -42,14 +43,19 @@ def bigram(num_items, *, init=jax.random.normal, dropout=0.0):
       return context
     return context * jax.random.bernoulli(key, 1 - dropout, context.shape)
 
+  def score(params, representations, candidates):
+    logits = representations[:, 0] @ params["table"]
+    if candidates is None:
+      return logits
+    index = jnp.broadcast_to(candidates, (len(logits), candidates.shape[-1]))
+    return jnp.take_along_axis(logits, index, axis=-1)
+
   return Backbone(
     init=lambda key: {"table": init(key, (size, size))},
     encode=encode,
     at=lambda context, rows, columns: context[rows, columns],
     represent=lambda params, states, candidates: states[:, None],
-    score=lambda params, representations, candidates: (
-      representations[:, 0] @ params["table"]
-    ),
+    score=score,
   )
 
 

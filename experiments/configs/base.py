@@ -61,6 +61,19 @@ def default() -> ConfigDict:
       "diagnose_every": 10,  # steps between looks at the Gramian; 0 = off
       "clip_importance": 10.0,
     },
+    # 'softmax' over the whole catalogue, or of sampled negatives
+    # 'sampled_softmax' (logQ-corrected), 'gbce', 'bce' or 'bpr'; the other keys
+    # are theirs.
+    "loss": {
+      "name": "softmax",
+      "negatives": 256,
+      "candidates": "shared",  # by a batch's positions, or each its 'own'
+      # 'uniform', 'popularity', 'in_batch', or shares of the negatives, such as
+      # 'in_batch:0.5,uniform:0.5'.
+      "proposal": "uniform",
+      "exponent": 1.0,  # of the training counts in 'popularity'
+      "calibration": 0.75,  # t of gbce
+    },
     "batch_size": 250,  # windows a step, shared out over the groups
     "backbone_steps": 1500,
     "plugin_steps": 300,
@@ -81,7 +94,15 @@ def default() -> ConfigDict:
       "users": 0,  # validate on so many users, drawn once; 0 = all
       "patience": 0,  # validations without improvement before a stop; 0 = off
     },
-    "evaluation": {"user_chunk": 256, "item_chunk": 65_536},
+    "evaluation": {
+      # 'full' ranking, or 'sampled': the target among so many `negatives`,
+      # drawn by `seed`, not by the runs' seeds. Never in one table.
+      "protocol": "full",
+      "negatives": 99,
+      "seed": 0,
+      "user_chunk": 256,
+      "item_chunk": 65_536,
+    },
     "dispatch": 10,  # steps a dispatch
   })
 

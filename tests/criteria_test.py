@@ -1,0 +1,347 @@
+"""Criteria: which logits the losses see, keys, memory; each one learns."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from toys import assert_trees_close, bigram
+
+from pin_jax import (
+  aggregation,
+  batches,
+  criteria,
+  negatives,
+  objectives,
+  plugins,
+  splits,
+  training,
+)
+from pin_jax.backbones import sasrec
+from pin_jax.interactions import from_columns
+from pin_jax.types import Backbone, Batch
+
+ITEMS, WIDTH = 9, 4
+TARGETS = jnp.asarray([[0, 0, 4, 4], [7, 2, 9, 1], [0, 5, 5, 3]])
+HISTORY = jnp.where(TARGETS > 0, jnp.roll(TARGETS, 1, 1) % ITEMS + 1, 0)
+BATCH = Batch(jnp.arange(3), HISTORY, TARGETS)
+NAMES = tuple(criteria.SAMPLED_LOSSES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  """The programs here take longer to compile than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _criterion(name, shared=True, count=5, num_items=ITEMS):
+  loss = criteria.SAMPLED_LOSSES[name](count / (num_items - 1), 0.75)
+  return criteria.sampled(
+    loss, negatives.uniform(num_items), count=count, shared=shared
+  )
+
+
+def _target_attention():
+  """A model whose representation depends on the candidate."""
+
+  def init(key):
+    return {
+      "items": jax.random.normal(key, (ITEMS + 1, WIDTH)),
+      "bias": jnp.linspace(-1, 1, ITEMS + 1),
+    }
+
+  def represent(params, states, candidates):
+    table = params["items"]
+    table = table if candidates is None else table[candidates]
+    return states[:, None] * jnp.tanh(
+      jnp.broadcast_to(table, (len(states), *table.shape[-2:]))
+    )
+
+  return Backbone(
+    init, lambda params, history, key=None: params["items"][history],
+    sasrec.take_position, represent, sasrec.tied_score,
+  )
+
+
+BACKBONES = {
+  "sasrec": functools.partial(
+    sasrec.sasrec, ITEMS, length=4, width=WIDTH, blocks=1, heads=1, dropout=0.0
+  ),
+  "attention": _target_attention,
+}
+
+
+def _row_loss(name, logits, target, items):
+  """One position, by hand; `logits` of the whole catalogue, float64."""
+  kept = [v for v in items if v != target]
+  own, others = logits[target], logits[kept]
+  sigmoid = scipy.special.expit
+  if name == "sampled_softmax":
+    estimate = np.exp(others).sum() * ITEMS / len(items)
+    return -math.log(math.exp(own) / (math.exp(own) + estimate))
+  if name == "bpr":
+    return -np.log(sigmoid(own - others)).sum() / max(len(kept), 1)
+  rate = len(items) / (ITEMS - 1)
+  power = {"bce": 1, "gbce": rate * (0.75 * (1 - 1 / rate) + 1 / rate)}[name]
+  terms = power * np.log(sigmoid(own)) + np.log(1 - sigmoid(others)).sum()
+  return -terms / (1 + len(kept))
+
+
+@pytest.mark.parametrize(
+  ("name", "shared", "kind"),
+  [(name, name != "bce", "attention") for name in NAMES]
+  + [("sampled_softmax", False, "attention"), ("gbce", True, "sasrec")],
+)
+def test_group_loss_equals_a_loop_over_positions(name, shared, kind):
+  backbone, criterion = BACKBONES[kind](), _criterion(name, shared)
+  params = jax.jit(backbone.init)(jax.random.key(0))
+  key = jax.random.key(5)
+  run = jax.jit(objectives.group_losses(
+    backbone, mean="interactions", criterion=criterion, chunk=4
+  ).group_loss)
+  got = run(params, objectives.GroupBatch(BATCH, None), key)
+  drawn = np.asarray(criterion.draw(jax.random.split(key)[1], BATCH).items)
+  rows, columns = np.nonzero(TARGETS)
+
+  @jax.jit
+  def whole(params):
+    states = backbone.at(backbone.encode(params, HISTORY, None), rows, columns)
+    return backbone.score(
+      params, backbone.represent(params, states, None), None
+    )
+
+  logits = whole(params)
+  want = [
+    _row_loss(
+      name, np.asarray(logits[i], float), int(TARGETS[row, column]),
+      drawn if shared else drawn[4 * row + column],
+    )
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True))
+  ]
+  np.testing.assert_allclose(got, np.mean(want), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("name", "shared"), [("sampled_softmax", True), ("bpr", False)]
+)
+def test_gradient_does_not_depend_on_the_chunk(name, shared):
+  """One chunk is plain reverse mode of the loss just checked."""
+  backbone = BACKBONES["attention"]()
+  params = backbone.init(jax.random.key(0))
+  group, key = objectives.GroupBatch(BATCH, None), jax.random.key(1)
+
+  def run(chunk):
+    loss = objectives.group_losses(
+      backbone, mean="users", criterion=_criterion(name, shared), chunk=chunk
+    ).group_loss
+    return jax.jit(jax.value_and_grad(loss))(params, group, key)
+
+  assert_trees_close(run(3), run(12))
+  step = 0.01
+  shifted = lambda s: {**params, "bias": params["bias"].at[4].add(s)}
+  loss = jax.jit(objectives.group_losses(
+    backbone, mean="users", criterion=_criterion(name, shared)
+  ).group_loss)
+  slope = loss(shifted(step), group, key) - loss(shifted(-step), group, key)
+  np.testing.assert_allclose(
+    run(3)[1]["bias"][4], slope / (2 * step), atol=1e-4
+  )
+
+
+def test_plugins_see_the_same_logits():
+  backbone, criterion = BACKBONES["attention"](), _criterion("gbce", False)
+  frozen = backbone.init(jax.random.key(0))
+  plugin = plugins.bottleneck(WIDTH)
+  params = jax.jit(plugin.init)(jax.random.key(1))  # starts as the identity
+  drawn = criterion.draw(jax.random.key(2), BATCH)
+  weights = objectives.position_weights(TARGETS, "interactions")
+  context = backbone.encode(frozen, HISTORY, None)
+
+  def run(head, params, shared):
+    loss = objectives.next_item_loss(
+      backbone, head, criterion=criterion, chunk=5
+    )
+    run = jax.jit(jax.value_and_grad(
+      lambda *args: loss(*args, negatives=drawn)[0]
+    ))
+    return run(params, shared, context, TARGETS, weights)
+
+  value, grad = run(objectives.plugin_head(backbone, plugin), params, frozen)
+  want, _ = run(objectives.backbone_head(backbone), frozen, None)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
+
+
+def test_the_softmax_takes_the_key_itself():
+  key = jax.random.key(3)
+  model_key, none = criteria.split_key(criteria.SOFTMAX, key)
+  assert model_key is key and none is None
+  assert criteria.draw(criteria.SOFTMAX, none, BATCH) is None
+  model_key, draw_key = criteria.split_key(_criterion("bce"), key)
+  keys = {tuple(jax.random.key_data(k).tolist())
+          for k in (key, model_key, draw_key)}
+  assert len(keys) == 3
+
+
+def test_padding_and_own_targets_are_no_negatives():
+  """All items drawn are the target: nothing is left to compare with."""
+  constant = negatives.Proposal(
+    lambda key, batch, shape: jnp.full(shape, 4, jnp.int32).at[..., 0].set(0),
+    lambda items, batch, count: jnp.zeros(items.shape),
+  )
+  backbone = bigram(ITEMS)
+  params = backbone.init(jax.random.key(0))
+  targets = jnp.asarray([[0, 4, 4]])
+  batch = Batch(jnp.zeros(1, int), jnp.asarray([[0, 2, 3]]), targets)
+  for name, want in (("sampled_softmax", 0.0), ("bpr", 0.0)):
+    loss = criteria.SAMPLED_LOSSES[name](0.5, 0.0)
+    criterion = criteria.sampled(loss, constant, count=3)
+    run = jax.jit(jax.value_and_grad(objectives.group_losses(
+      backbone, mean="users", criterion=criterion
+    ).group_loss))
+    value, grad = run(
+      params, objectives.GroupBatch(batch, None), jax.random.key(0)
+    )
+    assert value == want
+    np.testing.assert_array_equal(grad["table"], 0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_no_logits_of_positions_by_catalogue(shared):
+  """Nor of all positions by their negatives, but one chunk's at a time."""
+  items, count, length, rows, chunk = 1501, 64, 8, 8, 16
+  backbone = sasrec.sasrec(items, length=length, width=2, blocks=1, heads=1)
+  history = jnp.ones((rows, length), jnp.int32)
+  batch = Batch(jnp.arange(rows), history, history)
+  params = jax.eval_shape(backbone.init, jax.random.key(0))
+
+  def shapes(criterion):
+    loss = jax.value_and_grad(objectives.group_losses(
+      backbone, mean="users", criterion=criterion, chunk=chunk
+    ).group_loss)
+    text = str(jax.make_jaxpr(loss)(
+      params, objectives.GroupBatch(batch, None), jax.random.key(0)
+    ))
+    found = re.findall(r"\bf\d+\[([\d,]+)\]", text)
+    return {tuple(map(int, s.split(","))) for s in found}
+
+  sizes = shapes(_criterion("bce", shared, count, items))
+  assert (chunk, count) in sizes
+  assert not {s for s in sizes if items in s or items + 1 in s} - {
+    (items + 1,), (items + 1, 2)
+  }
+  assert (rows * length, count, 2) not in sizes
+  assert (chunk, items + 1) in shapes(criteria.SOFTMAX)
+
+
+# Learning: items follow each other in a ring, with noise.
+
+
+@pytest.fixture(scope="module")
+def ring():
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(6, 14, 60)
+  steps = np.where(rng.random(sizes.sum()) < 0.9, 1, 4)
+  items = np.cumsum(steps) % ITEMS
+  users = np.repeat(np.arange(60), sizes)
+  split = splits.leave_one_out(from_columns(users, items))
+  groups = np.arange(60) % 2
+  pool = batches.make_pool(
+    batches.training_targets(split), groups, num_groups=2, length=5
+  )
+  return split, groups, batches.make_sequences(split), pool
+
+
+def _accuracy(logits):
+  """How often the first choice after v is v + 1 in the ring."""
+  first = np.argmax(np.asarray(logits)[1:, 1:], axis=1)
+  return np.mean(first == (np.arange(ITEMS) + 1) % ITEMS)
+
+
+def _proposal(name, split, groups):
+  in_batch = lambda: negatives.in_batch(
+    negatives.batch_counts(
+      split, groups, num_groups=2, length=5, draw="interactions"
+    ), groups,
+  )
+  counts = negatives.training_counts(split)
+  return {
+    "uniform": lambda: negatives.uniform(ITEMS),
+    "popularity": lambda: negatives.popularity(counts),
+    "in_batch": in_batch,
+  }[name]()
+
+
+@pytest.mark.parametrize(
+  ("name", "proposal", "path"),
+  [
+    ("sampled_softmax", "in_batch", "weighted"),
+    ("sampled_softmax", "popularity", "stacked"),
+    ("gbce", "uniform", "sequential"),
+    ("bce", "uniform", "accumulated"),
+    ("bpr", "uniform", "sequential"),
+  ],
+)
+def test_every_loss_learns_the_ring(ring, name, proposal, path):
+  split, groups, sequences, pool = ring
+  backbone = bigram(ITEMS, init=lambda key, shape: jnp.zeros(shape))
+  criterion = criteria.sampled(
+    criteria.SAMPLED_LOSSES[name](4 / (ITEMS - 1), 0.75),
+    _proposal(proposal, split, groups), count=4, shared=name != "bce",
+  )
+  weighting = aggregation.backdoor([0.5, 0.5])
+  optimizer, schedule = training.make_optimizer(
+    40, learning_rate=0.2, warmup=0
+  )
+  step = training.backbone_step(
+    backbone, weighting, optimizer, schedule, batch_size=8, length=5,
+    draw="interactions", mean="interactions", path=path, criterion=criterion,
+  )
+  params = backbone.init(jax.random.key(0))
+  operands = training.Operands(jax.random.key(1), sequences, pool, None)
+  losses = []
+  state = training.fit(
+    step, training.init_state(params, optimizer, weighting), operands,
+    name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
+    evaluate_every=40, dispatch=40,
+    on_steps=lambda t, log: losses.append(log["loss"]),
+  )
+  assert _accuracy(params["table"]) < 0.3
+  assert _accuracy(state.best["table"]) == 1
+  assert losses[0][-5:].mean() < 0.8 * losses[0][0].mean()
+
+
+def test_plugins_learn_the_ring_from_negatives(ring):
+  split, groups, sequences, pool = ring
+  backbone = bigram(ITEMS)
+  criterion = criteria.sampled(
+    criteria.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
+    _proposal("in_batch", split, groups), count=4,
+  )
+  optimizer, schedule = training.make_optimizer(
+    40, learning_rate=0.2, warmup=0
+  )
+  frozen = {"table": jnp.eye(ITEMS + 1)}
+  plugin = plugins.bottleneck(ITEMS + 1, hidden=16)
+  step = training.plugin_step(
+    backbone, plugin, optimizer, schedule, batch_size=8, length=5,
+    draw="interactions", mean="interactions", criterion=criterion,
+  )
+  start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
+    jax.random.key(2)
+  )
+  operands = training.Operands(jax.random.key(1), sequences, pool, frozen)
+  result = training.fit(
+    step, training.init_state(start, optimizer, stacked=True), operands,
+    name="plugins", num_steps=40, stacked=True, evaluate_every=40,
+    dispatch=40, evaluate=lambda p: np.zeros(2),
+  )
+  for segment in range(2):
+    own = jax.tree.map(lambda x, s=segment: x[s], result.best)
+    assert _accuracy(plugin.apply(own, jnp.eye(ITEMS + 1))) > 0.8

@@ -1,0 +1,277 @@
+"""Negatives: chi-square of the draws, and the gradient that they estimate."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from pin_jax import batches, negatives, splits
+from pin_jax.interactions import from_columns
+from pin_jax.losses import sampled_softmax
+from pin_jax.types import Batch, InputError
+
+ITEMS = 6
+COUNTS = np.asarray([99, 8, 0, 1, 3, 4, 4])  # the first stands for padding
+LOGITS = np.asarray([0.9, -0.4, 0.3, -1.0, 0.0, 0.5], np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _batch(targets, users=None):
+  targets = jnp.asarray(targets, jnp.int32)
+  users = jnp.zeros(len(targets), jnp.int32) if users is None else users
+  return Batch(users, targets * 0, targets)
+
+
+BATCH = _batch([[0, 0, 3], [5, 5, 1]])
+EMPIRICAL = np.bincount([3, 5, 5, 1], minlength=ITEMS + 1)
+
+
+def _proposals():
+  uniform = negatives.uniform(ITEMS)
+  popular = negatives.popularity(COUNTS)
+  return {
+    "uniform": (uniform, np.ones(ITEMS)),
+    "popularity": (popular, COUNTS[1:]),
+    "tempered": (negatives.popularity(COUNTS, 0.5), np.sqrt(COUNTS[1:])),
+    "exponent 0": (negatives.popularity(COUNTS, 0.0), np.ones(ITEMS)),
+    "in_batch": (
+      negatives.in_batch(EMPIRICAL[None], np.zeros(1)), EMPIRICAL[1:]
+    ),
+    "mixture": (
+      negatives.mixture([(1.0, uniform), (3.0, popular)]),
+      np.ones(ITEMS) / ITEMS + 3 * COUNTS[1:] / COUNTS[1:].sum(),
+    ),
+  }
+
+
+NAMES = tuple(_proposals())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shared", [True, False])
+def test_draws_follow_the_distribution(name, shared):
+  proposal, mass = _proposals()[name]
+  count = 40_000 if shared else 8_000
+  drawn = jax.jit(lambda key: negatives.draw_negatives(
+    proposal, key, BATCH, count=count, shared=shared
+  ))(jax.random.key(3))
+  assert drawn.items.shape == ((count,) if shared else (6, count))
+  assert drawn.log_counts.shape == drawn.items.shape
+  observed = np.bincount(np.ravel(drawn.items), minlength=ITEMS + 1)
+  assert observed[0] == 0 and len(observed) == ITEMS + 1
+  want = mass / np.sum(mass) * observed.sum()
+  np.testing.assert_array_equal(observed[1:][want == 0], 0)
+  kept = want > 0
+  assert scipy.stats.chisquare(observed[1:][kept], want[kept]).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_log_counts_are_the_expected_numbers(name):
+  proposal, mass = _proposals()[name]
+  items = jnp.arange(1, ITEMS + 1)
+  got = np.exp(proposal.log_counts(items, BATCH, 64))
+  want = 64 * mass / np.sum(mass)
+  if name == "in_batch":
+    want = want * 3 / 4  # the row's own position is one of the four
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_log_counts_of_batches_are_their_groups():
+  counts = np.asarray([[0, 1, 3], [0, 2, 2]])
+  proposal = negatives.in_batch(counts, np.asarray([1, 0, -1, 1]))
+  items = jnp.asarray([1, 2])
+  for user, want in ((0, [0.5, 0.5]), (1, [0.25, 0.75]), (3, [0.5, 0.5])):
+    batch = _batch([[1, 2]], users=jnp.asarray([user]))
+    got = np.exp(proposal.log_counts(items, batch, 10))
+    np.testing.assert_allclose(got, 5 * np.asarray(want), rtol=1e-5)
+
+
+def test_rare_items_of_a_large_catalogue_are_drawn():
+  """No item's chance is lost to rounding, and the chances sum to one."""
+  counts = np.concatenate([[0], [1e10], np.ones(999)])
+  proposal = negatives.popularity(counts)
+  logs = np.asarray(
+    proposal.log_counts(jnp.arange(1, 1001), BATCH, 1), np.float64
+  )
+  assert np.isfinite(logs).all()
+  np.testing.assert_allclose(np.exp(logs).sum(), 1, rtol=1e-6)
+  drawn = proposal.sample(jax.random.key(0), BATCH, (1000,))
+  assert drawn.min() >= 1 and drawn.max() <= 1000
+
+
+def test_the_key_decides_and_rows_differ():
+  proposal = negatives.uniform(1000)
+  run = lambda seed, shared: np.asarray(negatives.draw_negatives(
+    proposal, jax.random.key(seed), BATCH, count=9, shared=shared
+  ).items)
+  np.testing.assert_array_equal(run(0, True), run(0, True))
+  assert (run(0, True) != run(1, True)).any()
+  own = run(0, False)
+  assert len({tuple(row) for row in own.tolist()}) == 6
+
+
+def test_a_batch_without_targets_gives_no_items():
+  drawn = negatives.draw_negatives(
+    negatives.in_batch(COUNTS[None], np.zeros(1)), jax.random.key(0),
+    _batch([[0, 0]]), count=3, shared=True,
+  )
+  np.testing.assert_array_equal(drawn.items, 0)
+
+
+def test_mixture_rounds_to_the_number_of_draws():
+  parts = [(0.2, negatives.uniform(ITEMS)), (0.8, negatives.popularity(COUNTS))]
+  proposal = negatives.mixture(parts)
+  for count in (1, 2, 3, 7, 100):
+    drawn = proposal.sample(jax.random.key(0), BATCH, (4, count))
+    assert drawn.shape == (4, count)
+    logs = proposal.log_counts(jnp.arange(1, ITEMS + 1), BATCH, count)
+    np.testing.assert_allclose(np.exp(logs).sum(), count, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: negatives.popularity(COUNTS, math.nan), "exponent=nan"),
+    (lambda: negatives.popularity(COUNTS, -1.0), "exponent=-1"),
+    (lambda: negatives.popularity([3, 0, 0]), "counts of all items are 0"),
+    (lambda: negatives.mixture([]), r"shares \[\]"),
+    (lambda: negatives.mixture([(0.0, None)]), r"shares \[0.0\]"),
+  ],
+)
+def test_bad_proposals_are_refused(make, message):
+  with pytest.raises(InputError, match=message):
+    make()
+
+
+# What the draws are for: the gradient of the full softmax.
+
+TARGET = 5
+
+
+def _covering(name):
+  """A proposal under which every item can be drawn, and random batches."""
+  counts = np.where(COUNTS > 0, COUNTS, 2)
+  counts[0] = 0
+  uniform = negatives.uniform(ITEMS)
+  popular = negatives.popularity(counts, 0.7)
+  return counts, {
+    "uniform": uniform,
+    "popularity": popular,
+    "in_batch": negatives.in_batch(counts[None], np.zeros(1)),
+    "mixture": negatives.mixture([
+      (1.0, negatives.in_batch(counts[None], np.zeros(1))), (1.0, uniform)
+    ]),
+  }[name]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+  "name", ["uniform", "popularity", "in_batch", "mixture"]
+)
+def test_corrected_gradient_tends_to_that_of_the_full_softmax(name, shared):
+  """The mean over draws, and for batch negatives over batches; bias ~ 1/C."""
+  counts, proposal = _covering(name)
+  chances = jnp.asarray(counts / counts.sum())
+  full = scipy.special.softmax(LOGITS.astype(float))
+  full -= np.arange(1, ITEMS + 1) == TARGET
+
+  def gradient(key, count):
+    """Of the row of the batch's first position, whose target is TARGET."""
+    others_key, key = jax.random.split(key)
+    others = jax.random.choice(others_key, ITEMS + 1, (4 * count,), p=chances)
+    batch = _batch(jnp.concatenate([jnp.asarray([TARGET]), others])[None])
+    drawn = negatives.draw_negatives(
+      proposal, key, batch, count=count, shared=shared
+    )
+    items, logs = drawn if shared else (x[0] for x in drawn)
+    logits = lambda x: sampled_softmax(
+      x[TARGET - 1], x[items - 1], logs, items != TARGET
+    )
+    return jax.grad(logits)(jnp.asarray(LOGITS))
+
+  biases = []
+  for count, repeats in ((4, 4000), (32, 2000)):
+    keys = jax.random.split(jax.random.key(count), repeats)
+    grads = jax.jit(jax.vmap(lambda k, c=count: gradient(k, c)))(keys)
+    grads = np.asarray(grads, np.float64)
+    error = grads.std(0) / math.sqrt(repeats)
+    biases.append((grads.mean(0) - full, error))
+  (few, few_error), (many, many_error) = biases
+  assert np.abs(few).max() > 5 * few_error.max()  # it is biased, ...
+  # ... and eight times the draws leave an eighth of it, give or take noise.
+  expected = few / 8
+  margin = 5 * np.sqrt(many_error**2 + (few_error / 8) ** 2)
+  np.testing.assert_array_less(
+    np.abs(many - expected), margin + 0.5 * np.abs(expected).max()
+  )
+
+
+# Counts.
+
+
+def _split():
+  rng = np.random.default_rng(0)
+  sizes = rng.integers(3, 15, 12)
+  users = np.repeat(np.arange(12), sizes)
+  items = rng.integers(0, 9, len(users))
+  items[:9] = np.arange(9)
+  return splits.leave_one_out(from_columns(users, items))
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_training_counts_leave_out_what_is_held_out(skip):
+  split = _split()
+  data = split.interactions
+  weights = np.random.default_rng(1).random(data.num_users)
+  want = np.zeros(data.num_items + 1)
+  for user in range(data.num_users):
+    history = data.items[data.offsets[user] : data.offsets[user + 1]]
+    for item in history[:-2][skip:]:
+      want[item] += weights[user]
+  got = negatives.training_counts(split, weights, skip=skip)
+  np.testing.assert_allclose(got, want)
+  plain = negatives.training_counts(split)
+  assert plain.sum() == split.train_end.sum()
+
+
+@pytest.mark.parametrize("draw", batches.DRAWS)
+def test_batch_counts_are_what_batches_hold(draw):
+  """Against the targets of many batches, of histories up to one window."""
+  split, length = _split(), 12
+  groups = np.arange(12) % 3 - 1
+  targets = batches.training_targets(split)
+  pool = batches.make_pool(targets, groups, num_groups=2, length=length)
+  drawn = batches.draw_batch(
+    jax.random.key(0), batches.make_sequences(split), pool, batch_size=6000,
+    length=length, draw=draw,
+  )
+  counts = negatives.batch_counts(
+    split, groups, num_groups=2, length=length, draw=draw
+  )
+  for group in range(2):
+    held = np.asarray(drawn.targets[group])
+    observed = np.bincount(held[held > 0], minlength=counts.shape[1])
+    shares = counts[group] / counts[group].sum()
+    np.testing.assert_allclose(
+      observed / observed.sum(), shares, atol=0.01
+    )
+
+
+def test_batch_counts_by_users_weigh_long_histories_less():
+  users = np.repeat([0, 1], [4, 43])  # 1 and 40 training targets
+  items = np.where(users == 0, 0, 1)
+  split = splits.leave_one_out(from_columns(users, items))
+  counts = negatives.batch_counts(
+    split, np.zeros(2), num_groups=1, length=10, draw="users"
+  )
+  np.testing.assert_allclose(counts, [[0, 1, 40 * 10 / 40]])
