@@ -1,6 +1,7 @@
 """A model small enough to check by hand, and how to compare trees."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pin_jax.types import Backbone
@@ -25,6 +26,13 @@ def bigram(num_items, *, init=jax.random.normal, dropout=0.0):
       representations[:, 0] @ params["table"]
     ),
   )
+
+
+def noisy(init, seed=0, scale=0.5):
+  """Random parameters of the shapes that `init` gives."""
+  rng = np.random.default_rng(seed)
+  draw = lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
+  return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0)))
 
 
 def assert_trees_close(got, expected, tolerance=1e-5):
