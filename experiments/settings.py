@@ -1,6 +1,7 @@
 """Checks a configuration and loads the data it names, before any long work."""
 
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,13 +12,16 @@ from ml_collections import ConfigDict
 from experiments.configs.base import default
 from experiments.methods import METHODS
 from pin_jax import aggregation, batches, training
+from pin_jax.backbones.din import din
+from pin_jax.backbones.gru4rec import gru4rec
+from pin_jax.backbones.hstu import hstu
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
 from pin_jax.plugins import bottleneck
 from pin_jax.types import InputError
 
-BACKBONES = {"sasrec": sasrec}
+BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 PLUGINS = {"bottleneck": bottleneck}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
@@ -73,6 +77,9 @@ _AT_LEAST = {
   "backbone.length": 1,
   "backbone.blocks": 1,
   "backbone.expansion": 1,
+  "backbone.layers": 1,
+  "backbone.attention_hidden": 1,
+  "backbone.hidden": 1,
   "backbone_steps": 1,
   "plugin_steps": 1,
   "classifier_steps": 1,
@@ -103,6 +110,12 @@ def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
   return _SOURCES[options.pop("source")][0](**options)
 
 
+def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
+  """The keys of the `backbone` section that the named backbone takes."""
+  taken = inspect.signature(BACKBONES[backbone.name]).parameters
+  return {key: value for key, value in backbone.items() if key in taken}
+
+
 def check(config: ConfigDict) -> None:
   """Checks keys, types and values of a whole configuration.
 
@@ -124,7 +137,21 @@ def check(config: ConfigDict) -> None:
   for key in _SHARES:
     if not 0 <= flat[key] < 1:
       raise _bad(key, flat[key], "give a share from 0 to below 1")
+  _check_backbone(config.backbone)
   _check_together(config)
+
+
+def _check_backbone(backbone: ConfigDict) -> None:
+  """A key that the backbone does not take must stay at its default."""
+  taken = backbone_options(backbone)
+  for key, default_value in default().backbone.items():
+    if key in taken or key == "name" or backbone[key] == default_value:
+      continue
+    raise _bad(
+      f"backbone.{key}", backbone[key],
+      f"{backbone.name!r} does not take it; leave it at {default_value!r} or "
+      f"set one of {sorted(taken)}",
+    )
 
 
 def _check_together(config: ConfigDict) -> None:

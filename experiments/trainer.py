@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from experiments import logs
 from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
-from experiments.settings import BACKBONES, PLUGINS
+from experiments.settings import BACKBONES, PLUGINS, backbone_options
 from pin_jax import (
   aggregation,
   batches,
@@ -39,8 +39,8 @@ class Networks(NamedTuple):
 
 def make_networks(config: ConfigDict, num_items: int) -> Networks:
   """Builds the backbone and the plugin that the config names."""
-  options = config.backbone.to_dict()
-  backbone = BACKBONES[options.pop("name")](num_items, **options)
+  options = backbone_options(config.backbone)
+  backbone = BACKBONES[config.backbone.name](num_items, **options)
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
   return Networks(backbone, plugin)

@@ -1,10 +1,12 @@
 """The main job end to end on tiny data: results, resuming, bad input."""
 
+import inspect
 import io
 import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -292,6 +294,10 @@ def _set(key, value):
     (_set("data.source", "web"), "data.source='web'"),
     (_set("data.path", "a.csv"), "source 'simulator' does not use it"),
     (_set("backbone.heads", 3), "no multiple of backbone.heads=3"),
+    (_set("backbone.name", "gru"), "backbone.name='gru': use one of"),
+    (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
+    (_set("backbone.layers", 0), "backbone.layers=0: give at least 1"),
+    (_set("backbone.name", "gru4rec"), "blocks=1: 'gru4rec' does not take it"),
   ],
 )
 def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
@@ -302,6 +308,41 @@ def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
   assert message in str(error.value)
   assert "\n" not in str(error.value)
   assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", settings.BACKBONES)
+def test_naming_a_backbone_is_enough(name):
+  config = base.amazon(None, "any.parquet")
+  config.backbone.name = name
+  settings.check(config)
+  options = settings.backbone_options(config.backbone)
+  assert {"length": 32, "width": 64, "dropout": 0.5}.items() <= options.items()
+  assert callable(settings.BACKBONES[name](30, **options).encode)
+
+
+def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
+  section = base.default().backbone.to_dict()
+  taken = set()
+  for build in settings.BACKBONES.values():
+    for key, parameter in inspect.signature(build).parameters.items():
+      if key in section:
+        assert parameter.default == section[key]
+        taken.add(key)
+  assert taken == set(section) - {"name"}
+
+
+def test_a_backbone_that_attends_to_candidates_runs_the_job(tmp_path):
+  config = _config()
+  config.methods = ("base", "pin")
+  config.backbone.update(name="din", blocks=base.default().backbone.blocks)
+  config.backbone_steps, config.plugin_steps = 4, 4
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    _run(config, tmp_path / "w")
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
+  rows = pl.read_parquet(tmp_path / "w" / "rows.parquet")
+  assert rows["rank"].is_finite().all() and len(rows) == 2 * 80
 
 
 @pytest.mark.parametrize(

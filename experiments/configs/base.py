@@ -29,14 +29,19 @@ def default() -> ConfigDict:
     },
     # P(d): 'users', 'uniform', 'interactions' or 'custom' with `values`.
     "prior": {"kind": "users", "values": ()},
+    # 'sasrec', 'gru4rec', 'hstu' or 'din'. The others leave a key that is not
+    # theirs at its default.
     "backbone": {
       "name": "sasrec",
       "length": 50,
       "width": 64,
-      "blocks": 2,
-      "heads": 2,
       "dropout": 0.2,
-      "expansion": 4,
+      "blocks": 2,  # sasrec, hstu
+      "heads": 2,  # sasrec, hstu
+      "expansion": 4,  # sasrec
+      "layers": 1,  # gru4rec
+      "attention_hidden": 36,  # din
+      "hidden": 80,  # din
     },
     "plugin": {"name": "bottleneck", "hidden": 32},
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
