@@ -23,6 +23,7 @@ from pin_jax.types import InputError
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 PLUGINS = {"bottleneck": bottleneck}
+_OF_ANY_BACKBONE = {"name", "bucket_rows"}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -80,6 +81,7 @@ _AT_LEAST = {
   "backbone.layers": 1,
   "backbone.attention_hidden": 1,
   "backbone.hidden": 1,
+  "backbone.bucket_rows": 0,
   "backbone_steps": 1,
   "plugin_steps": 1,
   "classifier_steps": 1,
@@ -143,9 +145,9 @@ def check(config: ConfigDict) -> None:
 
 def _check_backbone(backbone: ConfigDict) -> None:
   """A key that the backbone does not take must stay at its default."""
-  taken = backbone_options(backbone)
+  taken = backbone_options(backbone).keys()
   for key, default_value in default().backbone.items():
-    if key in taken or key == "name" or backbone[key] == default_value:
+    if key in taken | _OF_ANY_BACKBONE or backbone[key] == default_value:
       continue
     raise _bad(
       f"backbone.{key}", backbone[key],

@@ -42,6 +42,9 @@ def default() -> ConfigDict:
       "layers": 1,  # gru4rec
       "attention_hidden": 36,  # din
       "hidden": 80,  # din
+      # Encode rows in chunks of so many of like length; 0 = all at L. Saves
+      # time where most of a batch is padding; 64 suits the sparse data sets.
+      "bucket_rows": 0,
     },
     "plugin": {"name": "bottleneck", "hidden": 32},
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
