@@ -170,6 +170,11 @@ def _check_together(config: ConfigDict) -> None:
       "batch_size", config.batch_size,
       f"give at least groups.num_groups={config.groups.num_groups}",
     )
+  if config.backbone.bucket_rows and config.pin.path == "stacked":
+    raise _bad(
+      "backbone.bucket_rows", config.backbone.bucket_rows,
+      "pin.path='stacked' would run every length; use 'sequential' or 0",
+    )
   if config.validation.every % config.dispatch:
     raise _bad(
       "validation.every", config.validation.every,
