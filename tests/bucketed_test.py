@@ -94,7 +94,7 @@ def _run(backbone, *arguments):
 )
 def test_context_loss_and_gradient_equal_the_plain_ones(name, rows):
   backbone, params = _build(name)
-  wrapped = bucketed(backbone, rows=rows, shortest=3)
+  wrapped = bucketed(backbone, rows=rows)
   (want, context), grad = _run(backbone, params, _history())
   (got, got_context), got_grad = _run(wrapped, params, _history())
   np.testing.assert_allclose(got, want, rtol=1e-5)
