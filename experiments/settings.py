@@ -1,6 +1,7 @@
 """Checks a configuration and loads the data it names, before any long work."""
 
 import difflib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -12,15 +13,19 @@ from ml_collections import ConfigDict
 from experiments.configs.base import default
 from experiments.methods import METHODS
 from pin_jax import aggregation, batches, criteria, objectives
+from pin_jax.backbones.din import din
+from pin_jax.backbones.gru4rec import gru4rec
+from pin_jax.backbones.hstu import hstu
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
 from pin_jax.plugins import bottleneck
 from pin_jax.types import InputError
 
-BACKBONES = {"sasrec": sasrec}
+BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 PLUGINS = {"bottleneck": bottleneck}
 PROPOSALS = ("uniform", "popularity", "in_batch")
+_OF_ANY_BACKBONE = {"name", "bucket_rows"}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -79,6 +84,10 @@ _AT_LEAST = {
   "backbone.length": 1,
   "backbone.blocks": 1,
   "backbone.expansion": 1,
+  "backbone.layers": 1,
+  "backbone.attention_hidden": 1,
+  "backbone.hidden": 1,
+  "backbone.bucket_rows": 0,
   "backbone_steps": 1,
   "plugin_steps": 1,
   "classifier_steps": 1,
@@ -113,6 +122,12 @@ def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
   return _SOURCES[options.pop("source")][0](**options)
 
 
+def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
+  """The keys of the `backbone` section that the named backbone takes."""
+  taken = inspect.signature(BACKBONES[backbone.name]).parameters
+  return {key: value for key, value in backbone.items() if key in taken}
+
+
 def check(config: ConfigDict) -> None:
   """Checks keys, types and values of a whole configuration.
 
@@ -138,6 +153,7 @@ def check(config: ConfigDict) -> None:
     raise _bad("loss.exponent", flat["loss.exponent"], "give a finite number")
   if not 0 <= flat["loss.calibration"] <= 1:
     raise _bad("loss.calibration", flat["loss.calibration"], "give 0 to 1")
+  _check_backbone(config.backbone)
   _check_together(config)
 
 
@@ -164,6 +180,19 @@ def proposal_shares(spec: str) -> dict[str, float]:
   return shares
 
 
+def _check_backbone(backbone: ConfigDict) -> None:
+  """A key that the backbone does not take must stay at its default."""
+  taken = backbone_options(backbone).keys()
+  for key, default_value in default().backbone.items():
+    if key in taken | _OF_ANY_BACKBONE or backbone[key] == default_value:
+      continue
+    raise _bad(
+      f"backbone.{key}", backbone[key],
+      f"{backbone.name!r} does not take it; leave it at {default_value!r} or "
+      f"set one of {sorted(taken)}",
+    )
+
+
 def _check_together(config: ConfigDict) -> None:
   unknown = [name for name in config.methods if name not in METHODS]
   if unknown or len(config.methods) < 2:
@@ -183,6 +212,12 @@ def _check_together(config: ConfigDict) -> None:
     raise _bad(
       "batch_size", config.batch_size,
       f"give at least groups.num_groups={config.groups.num_groups}",
+    )
+  vmapped = config.pin.path in ("stacked", "weighted")
+  if config.backbone.bucket_rows and vmapped:
+    raise _bad(
+      "backbone.bucket_rows", config.backbone.bucket_rows,
+      "pin.path='stacked' would run every length; use 'sequential' or 0",
     )
   if config.validation.every % config.dispatch:
     raise _bad(

@@ -15,7 +15,12 @@ from ml_collections import ConfigDict
 from experiments import logs
 from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
-from experiments.settings import BACKBONES, PLUGINS, proposal_shares
+from experiments.settings import (
+  BACKBONES,
+  PLUGINS,
+  backbone_options,
+  proposal_shares,
+)
 from pin_jax import (
   aggregation,
   batches,
@@ -28,6 +33,7 @@ from pin_jax import (
   propensity,
   training,
 )
+from pin_jax.backbones.bucketed import bucketed
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
@@ -43,8 +49,10 @@ class Networks(NamedTuple):
 
 def make_networks(config: ConfigDict, num_items: int) -> Networks:
   """Builds the backbone and the plugin that the config names."""
-  options = config.backbone.to_dict()
-  backbone = BACKBONES[options.pop("name")](num_items, **options)
+  options = backbone_options(config.backbone)
+  backbone = BACKBONES[config.backbone.name](num_items, **options)
+  if config.backbone.bucket_rows:
+    backbone = bucketed(backbone, rows=config.backbone.bucket_rows)
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
   return Networks(backbone, plugin)

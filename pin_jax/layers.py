@@ -1,4 +1,4 @@
-"""Layers that the backbones share: dropout, causal attention, MLP."""
+"""Layers that the backbones share: dropout, causal attention, MLP, GRU."""
 
 import math
 from typing import Any
@@ -117,3 +117,51 @@ class Block(nn.Module):
     drop = lambda h: Dropout(self.dropout)(h)
     x = x + drop(attention(nn.LayerNorm()(x), mask))
     return x + drop(mlp(nn.LayerNorm()(x)))
+
+
+class GRU(nn.Module):
+  """Gated recurrent unit over time, with the gates of `flax.linen.GRUCell`.
+
+    r, z = sigmoid(W x + b + U h)
+    n    = tanh(W_n x + b_n + r (U_n h + c_n))
+    h'   = (1 - z) n + z h
+
+  W x of all positions is one product ahead of the scan, which then costs one
+  product [B, H] x [H, 3 H] a step. The state starts at zero and padding leaves
+  it as it is.
+  """
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Maps x [B, L, D] with mask [B, L] to states [B, L, H]."""
+    recurrent = self.param("recurrent", _orthogonal, (self.width, 3))
+    bias = self.param("bias", nn.initializers.zeros, (self.width,))
+    by_time = jnp.swapaxes(x, 0, 1)
+    inputs = nn.Dense(3 * self.width, name="inputs")(by_time)
+
+    def step(
+      h: jax.Array, now: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+      given, real = now
+      gates, new = jnp.split(given, [2 * self.width], -1)
+      of_gates, of_new = jnp.split(h @ recurrent, [2 * self.width], -1)
+      reset, keep = jnp.split(jax.nn.sigmoid(gates + of_gates), 2, -1)
+      new = jnp.tanh(new + reset * (of_new + bias))
+      h = jnp.where(real[:, None], (1 - keep) * new + keep * h, h)
+      return h, h
+
+    start = jnp.zeros((x.shape[0], self.width), inputs.dtype)
+    states = jax.lax.scan(step, start, (inputs, mask.T))[1]
+    return jnp.swapaxes(states, 0, 1)
+
+
+def _orthogonal(
+  key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32
+) -> jax.Array:
+  """One orthogonal matrix a gate, side by side; (H, gates) -> [H, gates H]."""
+  width, gates = shape
+  draw = nn.initializers.orthogonal()
+  keys = jax.random.split(key, gates)
+  return jnp.concatenate([draw(k, (width, width), dtype) for k in keys], 1)

@@ -1,5 +1,6 @@
 """The main job end to end on tiny data: results, resuming, bad input."""
 
+import inspect
 import io
 import json
 import subprocess
@@ -420,6 +421,11 @@ def _sets(**values):
     (_sets(evaluation__protocol="sampled"), "evaluation.negatives=99 is more"),
     (_sets(loss__name="gbce", loss__proposal="in_batch"), "made for 'uniform'"),
     (_sets(loss__name="gbce", loss__negatives=30), "rate of 1.03448"),
+    (_set("backbone.name", "gru"), "backbone.name='gru': use one of"),
+    (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
+    (_set("backbone.layers", 0), "backbone.layers=0: give at least 1"),
+    (_set("backbone.bucket_rows", -1), "bucket_rows=-1: give at least 0"),
+    (_set("backbone.name", "gru4rec"), "blocks=1: 'gru4rec' does not take it"),
   ],
 )
 def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
@@ -430,6 +436,63 @@ def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
   assert message in str(error.value)
   assert "\n" not in str(error.value)
   assert not (tmp_path / "w").exists()
+
+
+def test_bucketing_is_refused_where_groups_are_stacked():
+  config = _config()
+  config.backbone.bucket_rows = 4
+  settings.check(config)
+  config.pin.path = "stacked"
+  with pytest.raises(InputError, match="bucket_rows=4: pin.path='stacked'"):
+    settings.check(config)
+
+
+def test_a_bucketed_backbone_scores_as_the_plain_one():
+  config = _config()
+  history = np.asarray([[0, 0, 0, 0, 0, 3], [0, 4, 9, 1, 2, 7]])
+  plain = trainer.make_networks(config, 30).backbone
+  config.backbone.bucket_rows = 1
+  other = trainer.make_networks(config, 30).backbone
+  params = jax.jit(plain.init)(jax.random.key(0))
+  got, want = (b.encode(params, history) for b in (other, plain))
+  assert other.encode is not plain.encode
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", settings.BACKBONES)
+def test_naming_a_backbone_is_enough(name):
+  config = base.amazon(None, "any.parquet")
+  config.backbone.name = name
+  settings.check(config)
+  options = settings.backbone_options(config.backbone)
+  assert {"length": 32, "width": 64, "dropout": 0.5}.items() <= options.items()
+  assert callable(settings.BACKBONES[name](30, **options).encode)
+
+
+def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
+  section = base.default().backbone.to_dict()
+  taken = set()
+  for build in settings.BACKBONES.values():
+    for key, parameter in inspect.signature(build).parameters.items():
+      if key in section:
+        assert parameter.default == section[key]
+        taken.add(key)
+  assert taken == set(section) - {"name", "bucket_rows"}
+
+
+@pytest.mark.slow
+def test_a_backbone_that_attends_to_candidates_runs_the_job(tmp_path):
+  config = _config()
+  config.methods = ("base", "pin")
+  config.backbone.update(name="din", blocks=base.default().backbone.blocks)
+  config.backbone_steps, config.plugin_steps = 4, 4
+  jax.config.update("jax_disable_most_optimizations", True)
+  try:
+    _run(config, tmp_path / "w")
+  finally:
+    jax.config.update("jax_disable_most_optimizations", False)
+  rows = pl.read_parquet(tmp_path / "w" / "rows.parquet")
+  assert rows["rank"].is_finite().all() and len(rows) == 2 * 80
 
 
 @pytest.mark.parametrize(

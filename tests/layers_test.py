@@ -1,4 +1,4 @@
-"""Layers: dropout's statistics, attention against a loop over positions."""
+"""Layers: dropout's statistics, attention and GRU against loops."""
 
 import math
 
@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 import scipy.special
 import scipy.stats
+from toys import noisy
 
 from pin_jax.layers import (
+  GRU,
   MLP,
   Block,
   CausalAttention,
@@ -174,3 +177,59 @@ def test_block_is_the_identity_where_its_kernels_are_zero():
   block = Block(2, 8, 0.0, nn.initializers.zeros)
   variables = jax.jit(block.init)(jax.random.key(1), x, mask)
   np.testing.assert_array_equal(jax.jit(block.apply)(variables, x, mask), x)
+
+
+def _gru(length=6, width=4, hidden=3):
+  layer = GRU(hidden)
+  x = _normal(2, length, width)
+  mask = jnp.arange(length) >= jnp.asarray([[0], [2]])
+  return layer, noisy(lambda key: layer.init(key, x, mask)), x, mask
+
+
+def test_gru_equals_a_loop_over_time():
+  layer, variables, x, mask = _gru()
+  got = jax.jit(layer.apply)(variables, x, mask)
+  p = references.wide(variables["params"])
+  np.testing.assert_allclose(got[0], references.gru(p, x[0]), atol=1e-5)
+  np.testing.assert_allclose(got[1, 2:], references.gru(p, x[1, 2:]), atol=1e-5)
+  np.testing.assert_array_equal(got[1, :2], 0)
+
+
+def test_gru_has_the_gates_of_flax():
+  layer, variables, x, mask = _gru()
+  p = variables["params"]
+  cell = nn.GRUCell(3)
+  parts = lambda a: jnp.split(a, 3, -1)
+  given = zip(
+    "rzn", parts(p["inputs"]["kernel"]), parts(p["inputs"]["bias"]),
+    parts(p["recurrent"]), strict=True,
+  )
+  theirs = {}
+  for gate, kernel, bias, recurrent in given:
+    theirs["i" + gate] = {"kernel": kernel, "bias": bias}
+    theirs["h" + gate] = {"kernel": recurrent}
+  theirs["hn"]["bias"] = p["bias"]
+  h, want = jnp.zeros((2, 3)), []
+  for t in range(x.shape[1]):
+    h, _ = cell.apply({"params": theirs}, h, x[:, t])
+    want.append(h)
+  got = jax.jit(layer.apply)(variables, x, jnp.ones_like(mask))
+  np.testing.assert_allclose(got, jnp.stack(want, 1), atol=1e-6)
+
+
+def test_gru_keeps_its_state_over_padding():
+  layer, variables, x, mask = _gru()
+  gap = mask.at[0, 3].set(False)
+  got = jax.jit(layer.apply)(variables, x, gap)
+  np.testing.assert_array_equal(got[0, 3], got[0, 2])
+  keep = np.asarray([0, 1, 2, 4, 5])
+  p = references.wide(variables["params"])
+  want = references.gru(p, x[0, keep])
+  np.testing.assert_allclose(got[0, keep], want, atol=1e-5)
+
+
+def test_gru_starts_orthogonal():
+  layer, _, x, mask = _gru()
+  params = jax.jit(layer.init)(jax.random.key(1), x, mask)["params"]
+  for kernel in np.split(np.asarray(params["recurrent"]), 3, -1):
+    np.testing.assert_allclose(kernel @ kernel.T, np.eye(3), atol=1e-5)

@@ -59,6 +59,13 @@ def bigram(num_items, *, init=jax.random.normal, dropout=0.0):
   )
 
 
+def noisy(init, seed=0, scale=0.5):
+  """Random parameters of the shapes that `init` gives."""
+  rng = np.random.default_rng(seed)
+  draw = lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
+  return jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0)))
+
+
 def assert_trees_close(got, expected, tolerance=1e-5):
   """Within `tolerance` of each element or of the largest of the tree."""
   largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(expected))

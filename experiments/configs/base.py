@@ -30,14 +30,22 @@ def default() -> ConfigDict:
     # P(d): 'users', 'uniform', 'interactions' or 'custom' with `values`; raised
     # to the power `exponent` and normalised again.
     "prior": {"kind": "users", "values": (), "exponent": 1.0},
+    # 'sasrec', 'gru4rec', 'hstu' or 'din'. The others leave a key that is not
+    # theirs at its default.
     "backbone": {
       "name": "sasrec",
       "length": 50,
       "width": 64,
-      "blocks": 2,
-      "heads": 2,
       "dropout": 0.2,
-      "expansion": 4,
+      "blocks": 2,  # sasrec, hstu
+      "heads": 2,  # sasrec, hstu
+      "expansion": 4,  # sasrec
+      "layers": 1,  # gru4rec
+      "attention_hidden": 36,  # din
+      "hidden": 80,  # din
+      # Encode rows in chunks of so many of like length; 0 = all at L. Saves
+      # time where most of a batch is padding; 64 suits the sparse data sets.
+      "bucket_rows": 0,
     },
     "plugin": {"name": "bottleneck", "hidden": 32},
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
@@ -161,7 +169,7 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config = default()
   values = parse(argument, path=data_path(file))
   config.data = files_section(values["path"])
-  config.backbone.update(length=32, dropout=0.5)
+  config.backbone.update(length=32, dropout=0.5, bucket_rows=64)
   config.backbone_steps, config.plugin_steps = 2000, 500
   config.batch_size = 255
   config.validation.every = 250

@@ -28,11 +28,7 @@ class _Encoder(nn.Module):
   @nn.compact
   def __call__(self, history: jax.Array) -> jax.Array:
     init = nn.initializers.normal(0.02)
-    table = self.param(
-      "items", nn.initializers.normal(self.width**-0.5),
-      (self.num_items + 1, self.width),
-    )
-    self.param("bias", nn.initializers.zeros, (self.num_items + 1,))
+    table = item_table(self, self.num_items, self.width)
     positions = self.param("positions", init, (self.length, self.width))
     mask = history > 0
     length = history.shape[-1]
@@ -75,18 +71,60 @@ def sasrec(
     InputError: if `width` is no multiple of `heads`, or `dropout` is outside
       [0, 1).
   """
+  check_heads(width, heads)
+  check_dropout(dropout)
+  encoder = _Encoder(
+    num_items, length, width, blocks, heads, dropout, expansion
+  )
+  return from_encoder(encoder, length)
+
+
+def check_heads(width: int, heads: int) -> None:
+  """Raises InputError if `width` is no multiple of `heads`."""
   if heads < 1 or width % heads:
     raise InputError(
       f"backbone.width={width} is no multiple of backbone.heads={heads}; "
       "change one of them"
     )
+
+
+def check_dropout(dropout: float) -> None:
+  """Raises InputError if the rate is outside [0, 1)."""
   if not 0 <= dropout < 1:
     raise InputError(
       f"backbone.dropout={dropout} is outside [0, 1); give a share such as 0.2"
     )
-  encoder = _Encoder(
-    num_items, length, width, blocks, heads, dropout, expansion
+
+
+def check_window(history: jax.Array, length: int) -> None:
+  """Raises InputError if the rows are longer than the backbone reads."""
+  if history.shape[-1] > length:
+    raise InputError(
+      f"a history of {history.shape[-1]} is longer than "
+      f"backbone.length={length}; raise it or cut the history"
+    )
+
+
+def item_table(module: nn.Module, num_items: int, width: int) -> jax.Array:
+  """Adds `items` [V+1, D] and `bias` [V+1] to a module; returns `items`."""
+  table = module.param(
+    "items", nn.initializers.normal(width**-0.5), (num_items + 1, width)
   )
+  module.param("bias", nn.initializers.zeros, (num_items + 1,))
+  return table
+
+
+def from_encoder(encoder: nn.Module, length: int) -> Backbone:
+  """A backbone whose states ignore the candidate, with tied output.
+
+  Args:
+    encoder: maps history [B, L] to states [B, L, D]; holds the parameters of
+      `item_table`; reads the rng 'dropout' where there is one.
+    length: longest history.
+
+  Returns:
+    The backbone; its `encode` raises InputError for a longer history.
+  """
 
   def init(key: jax.Array) -> PyTree:
     return encoder.init(key, jnp.zeros((1, length), jnp.int32))["params"]
@@ -94,6 +132,7 @@ def sasrec(
   def encode(
     params: PyTree, history: jax.Array, key: jax.Array | None = None
   ) -> jax.Array:
+    check_window(history, length)
     rngs = None if key is None else {"dropout": key}
     rows = encoder.clone(num_items=len(params["items"]) - 1)
     return rows.apply({"params": params}, history, rngs=rngs)

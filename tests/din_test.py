@@ -1,0 +1,105 @@
+"""DIN: candidates in inner chunks, memory, what the history may change."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import ITEMS, LENGTH, WIDTH
+from toys import assert_trees_close, noisy
+
+from pin_jax.backbones.din import din
+from pin_jax.types import InputError
+
+HISTORY = np.asarray([[0, 0, 0, 5, 2, 9, 4, 1], [7, 3, 11, 8, 12, 6, 10, 2]])
+UNIT = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  """The programs here take longer to compile than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def _build(**more):
+  return din(
+    ITEMS, length=LENGTH, width=WIDTH, attention_hidden=UNIT, hidden=6, **more
+  )
+
+
+def _last_logits(backbone, candidates, history=HISTORY):
+  def run(params):
+    context = backbone.encode(params, history, None)
+    states = backbone.at(context, jnp.arange(2), jnp.full(2, LENGTH - 1))
+    represented = backbone.represent(params, states, candidates)
+    return backbone.score(params, represented, candidates)
+
+  return run
+
+
+def _chunks_of(candidates):
+  """The budget that lets so many candidates of two rows live at a time."""
+  return 2 * LENGTH * UNIT * candidates
+
+
+@pytest.mark.parametrize("form", ["shared", "own", "all"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_inner_chunks_change_nothing(form, chunk):
+  candidates = {
+    "shared": jnp.asarray([4, 0, 12, 4, 7]),
+    "own": jnp.asarray([[4, 0, 12, 4, 7], [1, 2, 3, 4, 5]]),
+    "all": None,
+  }[form]
+  whole = _build()
+  params = noisy(whole.init)
+
+  def run(backbone):
+    logits = _last_logits(backbone, candidates)
+    loss = lambda p: jnp.sum(jnp.sin(logits(p)))
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+  want, got = run(whole), run(_build(max_elements=_chunks_of(chunk)))
+  assert_trees_close(got, want)
+
+
+def test_memory_of_the_activation_unit_follows_the_budget():
+  params = noisy(_build().init)
+
+  def largest(backbone):
+    states = jnp.asarray(HISTORY), jnp.ones(HISTORY.shape)
+    loss = lambda p: backbone.represent(p, states, None).sum()
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    return max(math.prod(map(int, s.split(","))) for s in shapes)
+
+  assert largest(_build()) >= _chunks_of(ITEMS + 1)
+  assert largest(_build(max_elements=_chunks_of(5))) == _chunks_of(5)
+
+
+def test_the_order_of_the_history_does_not_matter():
+  backbone = _build()
+  params = noisy(backbone.init)
+  want = jax.jit(_last_logits(backbone, None))(params)
+  got = jax.jit(_last_logits(backbone, None, np.sort(HISTORY)))(params)
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_leaves_out_items_and_keeps_the_mean():
+  backbone = _build(dropout=0.25)
+  history = jnp.ones((2000, LENGTH), jnp.int32).at[:, :2].set(0)
+  _, factors = backbone.encode(None, history, jax.random.key(1))
+  factors = np.asarray(factors)
+  np.testing.assert_array_equal(factors[:, :2], 0)
+  assert set(np.unique(factors)) == {0, np.float32(1 / 0.75)}
+  sigma = math.sqrt(0.25 / 0.75 / factors[:, 2:].size)
+  assert abs(factors[:, 2:].mean() - 1) < 5 * sigma
+
+
+@pytest.mark.parametrize("option", ["attention_hidden", "hidden"])
+def test_widths_below_one_are_refused(option):
+  with pytest.raises(InputError, match=f"backbone.{option}=0"):
+    din(ITEMS, **{option: 0})
