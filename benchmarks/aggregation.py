@@ -47,6 +47,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds of the timing")
 _RULES = flags.DEFINE_multi_string(
   "rules", ["backdoor", "upgrad"], "weightings to time"
 )
+_PATHS = flags.DEFINE_multi_enum(
+  "paths", list(aggregation.PATHS), list(aggregation.PATHS), "paths to time"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of the windows and the parameters")
 
 
@@ -133,14 +136,17 @@ def cases(num_items: int, groups: int) -> list[Case]:
   for rule in _RULES.value:
     make = weightings.WEIGHTINGS[rule]
     weighting = make(shares) if rule == "backdoor" else make()
-    for path in aggregation.PATHS:
-      try:
-        aggregation.check_path(path, weighting.reads, whole=True)
-      except ValueError:
-        continue
+    for path in _open_paths(weighting.reads):
       name = f"{rule}, {path}"
       found.append(build(name, batch=batch, weighting=weighting, path=path))
   return found
+
+
+def _open_paths(reads: str) -> list[str]:
+  """The chosen paths that serve such a rule and differ from each other."""
+  known = ("accumulated", "weighted")
+  closed = ("two_pass",) if reads == "nothing" else known
+  return [path for path in _PATHS.value if path not in closed]
 
 
 def ratios(found: Sequence[Case]) -> tuple[list[list[float]], float]:

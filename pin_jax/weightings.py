@@ -135,7 +135,7 @@ def inverse_propensity(
   """Examples weighted by 1 / share^a of their group, clipped. Ours.
 
   w_g ~ share_g min(share_g^-a, clip): a = 0 is the joint gradient, a = 1
-  without a clip equal weights. Simplex; linear; constant. The standard
+  without a clip equal weights. Simplex; linear. The standard
   estimator with the group in the place of the treatment.
 
   Args:
