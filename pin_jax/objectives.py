@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pin_jax import aggregation, criteria
 from pin_jax.criteria import SOFTMAX, Criterion, Head
-from pin_jax.losses import chunked, softmax_cross_entropy
+from pin_jax.losses import chunked
 from pin_jax.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
@@ -245,13 +245,10 @@ def table_gramians(
   """
   head = backbone_head(backbone)
 
-  def row_loss(
-    others: PyTree, tables: PyTree, states: PyTree, targets: jax.Array
+  def split_head(
+    others: PyTree, tables: PyTree, states: PyTree, candidates: None
   ) -> jax.Array:
-    logits = head({**others, **tables}, None, states, None)
-    return softmax_cross_entropy(
-      logits, targets, jnp.arange(logits.shape[-1]) > 0
-    )
+    return head({**others, **tables}, None, states, candidates)
 
   def block_loss(
     tables: PyTree, shared: PyTree, states: PyTree, known: PyTree
@@ -259,12 +256,13 @@ def table_gramians(
     """A linear form in the block's logits whose gradient is the loss's."""
     others, items = shared
     targets, log_norms = known
-    logits = head({**others, **tables}, None, states, None)
+    logits = split_head(others, tables, states, None)
     softmax = jnp.where(items > 0, jnp.exp(logits - log_norms[:, None]), 0)
     slope = softmax - (items == targets[:, None])
     return jnp.sum(jax.lax.stop_gradient(slope) * logits, -1)
 
-  total, block_total = chunked(row_loss, chunk), chunked(block_loss, chunk)
+  total = chunked(criteria.row_loss(SOFTMAX, split_head), chunk)
+  block_total = chunked(block_loss, chunk)
 
   def first_pass(
     params: PyTree, tables: PyTree, group: GroupBatch, key: jax.Array
@@ -289,7 +287,10 @@ def table_gramians(
     )
     (loss, losses), (of_others, of_states) = jax.value_and_grad(
       total, (0, 2), has_aux=True
-    )(others, tables, states, targets, weights, jnp.ones(len(items)))
+    )(
+      others, (tables, None), states, (targets, None), weights,
+      jnp.ones(len(items)),
+    )
     through_states, of_lookups = pull(of_states)
     chosen = backbone.score(
       params, backbone.represent(params, states, targets[:, None]),
