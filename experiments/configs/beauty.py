@@ -3,9 +3,9 @@
   python -m experiments.main --config=experiments/configs/beauty.py \
     --workdir=runs/beauty
 
-About 20 minutes on one CPU core (base 460 CPU-seconds). Expect, history masked,
-a base of NDCG@10 .050 (tail .046, head .068) and PIN at -13 % [-16, -10] for
-tail and -15 % [-19, -11] for head users.
+About 25 minutes on one busy CPU core (base 580 CPU-seconds). Expect, history
+masked, a base of NDCG@10 .051 (tail .046, head .069) and PIN at -13 %
+[-16, -10] for tail and -16 % [-20, -11] for head users.
 """
 
 from ml_collections import ConfigDict

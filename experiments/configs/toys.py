@@ -3,9 +3,9 @@
   python -m experiments.main --config=experiments/configs/toys.py \
     --workdir=runs/toys
 
-About 20 minutes on one CPU core (base 450 CPU-seconds). Expect, history masked,
-a base of NDCG@10 .056 (tail .057, head .050) and PIN at -17 % [-20, -14] for
-tail and -19 % [-25, -13] for head users.
+About 30 minutes on one busy CPU core (base 600 CPU-seconds). Expect, history
+masked, a base of NDCG@10 .055 (tail .056, head .049) and PIN at -15 %
+[-18, -12] for tail and -16 % [-22, -10] for head users.
 """
 
 from ml_collections import ConfigDict
