@@ -358,7 +358,7 @@ def aggregate(
     if rule.reads not in READS:
       raise ValueError(f"reads={rule.reads!r} is unknown; use one of {READS}")
   reads = max((rule.reads for rule in rules), key=READS.index)
-  check_path(path, reads, blocks is None)
+  _check_path(path, reads, blocks is None)
   problem = _Problem(group_loss, weighted_loss, gramians)
 
   def step(
@@ -395,17 +395,8 @@ def initial_state(
   return _plan(weighting, blocks, params).init()
 
 
-def check_path(path: str, reads: str, whole: bool) -> None:
-  """Checks that a path exists and gives a rule what it reads.
-
-  Args:
-    path: name of the path, or 'auto'.
-    reads: see `Weighting`.
-    whole: whether the whole gradient is one block.
-
-  Raises:
-    ValueError: if not.
-  """
+def _check_path(path: str, reads: str, whole: bool) -> None:
+  """Raises ValueError unless the path exists and gives what is read."""
   if path != "auto" and path not in PATHS:
     raise ValueError(
       f"path={path!r} is unknown; use one of {['auto', *PATHS]}"
