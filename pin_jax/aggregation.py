@@ -46,6 +46,9 @@ Gramians = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 READS = ("nothing", "losses", "gradients")
 # Copies of the gradient may take this share of a device's memory.
 _COPIES_SHARE = 0.25
+# Up to so many bytes of G gradients, one group at a time gains more from a CPU's
+# caches than passing over the parameters G times costs.
+_CACHED_BYTES = 50_000_000
 _GRAMIAN_BLOCK = 4096
 
 
@@ -322,8 +325,8 @@ def aggregate(
                  other, at (G + 1) / 2 times the cost of all the gradients.
 
   'auto' takes the cheapest that the rule allows. Where it reads nothing:
-  `weighted` on accelerators, given a `weighted_loss`, else `accumulated`, whose
-  working set suits caches. Else G gradients at once, `stacked` on accelerators
+  `weighted`, given a `weighted_loss`, but `accumulated` on CPU as long as the
+  parameters are small, for its working set suits caches. Else G gradients at once, `stacked` on accelerators
   and `sequential` on CPU, as long as they fit a quarter of the memory, and
   `two_pass` beyond.
 
@@ -437,7 +440,8 @@ def choose_path(
   """
   on_cpu = (backend or jax.default_backend()) == "cpu"
   if reads == "nothing":
-    return "weighted" if fused and not on_cpu else "accumulated"
+    cached = on_cpu and num_groups * gradient_bytes <= _CACHED_BYTES
+    return "weighted" if fused and not cached else "accumulated"
   memory = _device_memory() if memory is None else memory
   if num_groups * gradient_bytes > _COPIES_SHARE * memory:
     return "two_pass"

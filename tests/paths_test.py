@@ -196,6 +196,9 @@ def test_leaf_names():
   ("nothing", {"fused": True, "backend": "gpu"}, "weighted"),
   ("nothing", {"fused": False, "backend": "gpu"}, "accumulated"),
   ("nothing", {"fused": True, "backend": "cpu"}, "accumulated"),
+  ("nothing", {"fused": True, "backend": "cpu", "size": 10**7}, "accumulated"),
+  ("nothing", {"fused": True, "backend": "cpu", "size": 10**8}, "weighted"),
+  ("nothing", {"fused": False, "backend": "cpu", "size": 9**9}, "accumulated"),
   ("losses", {"fused": True, "backend": "cpu"}, "sequential"),
   ("gradients", {"fused": True, "backend": "tpu"}, "stacked"),
   # 5 x 100 bytes are more than a quarter of 1999, not more than one of 2000.
@@ -203,8 +206,9 @@ def test_leaf_names():
   ("gradients", {"fused": True, "backend": "tpu", "memory": 2000}, "stacked"),
 ])
 def test_automatic_path(reads, options, want):
-  options = {"memory": 10**9} | options
-  assert aggregation.choose_path(reads, 5, 100, **options) == want
+  options = {"memory": 10**9, "size": 100} | options
+  size = options.pop("size")
+  assert aggregation.choose_path(reads, 5, size, **options) == want
 
 
 def test_informed_rules_keep_their_weights_and_form_the_gramian():
