@@ -46,8 +46,8 @@ Gramians = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
 READS = ("nothing", "losses", "gradients")
 # Copies of the gradient may take this share of a device's memory.
 _COPIES_SHARE = 0.25
-# Up to so many bytes of G gradients, one group at a time gains more from a CPU's
-# caches than passing over the parameters G times costs.
+# Up to so many bytes of G gradients, one group at a time gains more from a
+# CPU's caches than passing over the parameters G times costs.
 _CACHED_BYTES = 50_000_000
 _GRAMIAN_BLOCK = 4096
 
@@ -326,9 +326,9 @@ def aggregate(
 
   'auto' takes the cheapest that the rule allows. Where it reads nothing:
   `weighted`, given a `weighted_loss`, but `accumulated` on CPU as long as the
-  parameters are small, for its working set suits caches. Else G gradients at once, `stacked` on accelerators
-  and `sequential` on CPU, as long as they fit a quarter of the memory, and
-  `two_pass` beyond.
+  parameters are small, for its working set suits caches. Else G gradients at
+  once, `stacked` on accelerators and `sequential` on CPU, as long as they fit a
+  quarter of the memory, and `two_pass` beyond.
 
   Args:
     group_loss: (params, batch, key) -> scalar loss of one group.
