@@ -217,7 +217,8 @@ def _check_together(config: ConfigDict) -> None:
   if config.backbone.bucket_rows and vmapped:
     raise _bad(
       "backbone.bucket_rows", config.backbone.bucket_rows,
-      "pin.path='stacked' would run every length; use 'sequential' or 0",
+      f"pin.path={config.pin.path!r} would run every length; use 'sequential' "
+      "or 0",
     )
   if config.validation.every % config.dispatch:
     raise _bad(
