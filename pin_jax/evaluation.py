@@ -94,12 +94,18 @@ def score_items(
   return backbone.score(weights.backbone, representations, candidates)
 
 
-def last_states(
-  model: Model, weights: Weights, history: jax.Array
+def states_before(
+  model: Model,
+  weights: Weights,
+  sequences: Sequences,
+  users: jax.Array,
+  positions: jax.Array,
+  length: int,
 ) -> PyTree:
-  """The backbone's states after the whole window; [B, L] -> [B]."""
-  rows, length = history.shape
+  """The backbone's states after the `length` items before a position; [B]."""
+  history = read_windows(sequences, users, positions, length)
   context = model.backbone.encode(weights.backbone, history, None)
+  rows = len(users)
   return model.backbone.at(
     context, jnp.arange(rows), jnp.full(rows, length - 1)
   )
@@ -140,8 +146,8 @@ def make_ranker(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
     users, positions, segments = requests
-    states = last_states(
-      model, weights, read_windows(sequences, users, positions, length)
+    states = states_before(
+      model, weights, sequences, users, positions, length
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = _seen_items(sequences, users, positions, size)
@@ -332,8 +338,8 @@ def make_sampled_ranker(
   ) -> jax.Array:
     def one(rows: tuple[Requests, jax.Array]) -> jax.Array:
       (users, positions, segments), drawn = rows
-      states = last_states(
-        model, weights, read_windows(sequences, users, positions, length)
+      states = states_before(
+        model, weights, sequences, users, positions, length
       )
       target = sequences.items[sequences.starts[users] + positions]
       candidates = jnp.concatenate([target[:, None], drawn], axis=1)
@@ -371,8 +377,9 @@ def make_log_probabilities(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> jax.Array:
     users, positions, segments = requests
-    history = read_windows(sequences, users, positions, length)
-    states = last_states(model, weights, history)
+    states = states_before(
+      model, weights, sequences, users, positions, length
+    )
     logits = score_items(model, weights, states, segments, None)
     return jax.nn.log_softmax(logits[:, 1:], axis=-1)
 
