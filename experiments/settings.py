@@ -25,7 +25,7 @@ from pin_jax.types import InputError
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 PLUGINS = {"bottleneck": bottleneck}
 PROPOSALS = ("uniform", "popularity", "in_batch")
-_OF_ANY_BACKBONE = {"name", "bucket_rows"}
+_OF_ANY_BACKBONE = {"name", "pack_rows"}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -87,7 +87,7 @@ _AT_LEAST = {
   "backbone.layers": 1,
   "backbone.attention_hidden": 1,
   "backbone.hidden": 1,
-  "backbone.bucket_rows": 0,
+  "backbone.pack_rows": 0,
   "backbone_steps": 1,
   "plugin_steps": 1,
   "classifier_steps": 1,
@@ -195,7 +195,7 @@ def _check_backbone(backbone: ConfigDict) -> None:
 
 def _check_together(config: ConfigDict) -> None:
   unknown = [name for name in config.methods if name not in METHODS]
-  if unknown or len(config.methods) < 2:
+  if unknown or len(config.methods) < 1:
     raise _bad(
       "methods", tuple(config.methods),
       f"give two or more of {list(METHODS)}, first the one compared with",
@@ -212,13 +212,6 @@ def _check_together(config: ConfigDict) -> None:
     raise _bad(
       "batch_size", config.batch_size,
       f"give at least groups.num_groups={config.groups.num_groups}",
-    )
-  vmapped = config.pin.path in ("stacked", "weighted")
-  if config.backbone.bucket_rows and vmapped:
-    raise _bad(
-      "backbone.bucket_rows", config.backbone.bucket_rows,
-      f"pin.path={config.pin.path!r} would run every length; use 'sequential' "
-      "or 0",
     )
   if config.validation.every % config.dispatch:
     raise _bad(

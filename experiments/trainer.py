@@ -33,7 +33,6 @@ from pin_jax import (
   propensity,
   training,
 )
-from pin_jax.backbones.bucketed import bucketed
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
@@ -51,8 +50,7 @@ def make_networks(config: ConfigDict, num_items: int) -> Networks:
   """Builds the backbone and the plugin that the config names."""
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
-  if config.backbone.bucket_rows:
-    backbone = bucketed(backbone, rows=config.backbone.bucket_rows)
+  backbone = backbone._replace(packed=config.backbone.pack_rows)
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
   return Networks(backbone, plugin)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pin_jax import packing
 from pin_jax.batches import Sequences
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
@@ -104,7 +105,7 @@ def states_before(
 ) -> PyTree:
   """The backbone's states after the `length` items before a position; [B]."""
   history = read_windows(sequences, users, positions, length)
-  context = model.backbone.encode(weights.backbone, history, None)
+  context = packing.encode(model.backbone, weights.backbone, history)
   rows = len(users)
   return model.backbone.at(
     context, jnp.arange(rows), jnp.full(rows, length - 1)

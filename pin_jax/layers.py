@@ -56,8 +56,15 @@ class Dropout(nn.Module):
     return dropout(x, self.rate, self.make_rng("dropout"))
 
 
+def reads(windows: jax.Array) -> jax.Array:
+  """Whether t reads s: s <= t, both of one window; [B, L] -> [B, L, L]."""
+  causal = jnp.tril(jnp.ones((windows.shape[-1],) * 2, bool))
+  of_key = windows[:, None, :]
+  return causal & (of_key == windows[:, :, None]) & (of_key > 0)
+
+
 class CausalAttention(nn.Module):
-  """Multi-head self-attention: position t reads positions <= t.
+  """Multi-head self-attention: t reads the positions <= t of its window.
 
   Every position may read itself, so a row of padding stays finite.
   """
@@ -67,15 +74,14 @@ class CausalAttention(nn.Module):
   kernel_init: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attends within rows; x [B, L, D], mask [B, L] (True = real)."""
+  def __call__(self, x: jax.Array, windows: jax.Array) -> jax.Array:
+    """Attends within windows; x [B, L, D], windows [B, L] (0 = padding)."""
     length, width = x.shape[-2:]
     dense = lambda name: nn.DenseGeneral(
       (self.heads, width // self.heads), kernel_init=self.kernel_init, name=name
     )
     query, key, value = (dense(name)(x) for name in ("query", "key", "value"))
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    visible = (causal & mask[:, None, :]) | jnp.eye(length, dtype=bool)
+    visible = reads(windows) | jnp.eye(length, dtype=bool)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
     logits = logits / math.sqrt(width // self.heads)
     logits = jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min)
@@ -110,12 +116,12 @@ class Block(nn.Module):
   kernel_init: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Maps x [B, L, D] with mask [B, L] to [B, L, D]."""
+  def __call__(self, x: jax.Array, windows: jax.Array) -> jax.Array:
+    """Maps x [B, L, D] with windows [B, L] to [B, L, D]."""
     attention = CausalAttention(self.heads, self.dropout, self.kernel_init)
     mlp = MLP(self.hidden, self.dropout, self.kernel_init)
     drop = lambda h: Dropout(self.dropout)(h)
-    x = x + drop(attention(nn.LayerNorm()(x), mask))
+    x = x + drop(attention(nn.LayerNorm()(x), windows))
     return x + drop(mlp(nn.LayerNorm()(x)))
 
 
@@ -127,24 +133,25 @@ class GRU(nn.Module):
     h'   = (1 - z) n + z h
 
   W x of all positions is one product ahead of the scan, which then costs one
-  product [B, H] x [H, 3 H] a step. The state starts at zero and padding leaves
-  it as it is.
+  product [B, H] x [H, 3 H] a step. The state starts at zero, anew where one
+  window follows another, and padding leaves it as it is.
   """
 
   width: int
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Maps x [B, L, D] with mask [B, L] to states [B, L, H]."""
+  def __call__(self, x: jax.Array, windows: jax.Array) -> jax.Array:
+    """Maps x [B, L, D] with windows [B, L] to states [B, L, H]."""
     recurrent = self.param("recurrent", _orthogonal, (self.width, 3))
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     by_time = jnp.swapaxes(x, 0, 1)
     inputs = nn.Dense(3 * self.width, name="inputs")(by_time)
 
     def step(
-      h: jax.Array, now: tuple[jax.Array, jax.Array]
+      h: jax.Array, now: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-      given, real = now
+      given, real, first = now
+      h = jnp.where(first[:, None], 0, h)
       gates, new = jnp.split(given, [2 * self.width], -1)
       of_gates, of_new = jnp.split(h @ recurrent, [2 * self.width], -1)
       reset, keep = jnp.split(jax.nn.sigmoid(gates + of_gates), 2, -1)
@@ -153,7 +160,10 @@ class GRU(nn.Module):
       return h, h
 
     start = jnp.zeros((x.shape[0], self.width), inputs.dtype)
-    states = jax.lax.scan(step, start, (inputs, mask.T))[1]
+    before = jnp.pad(windows, [(0, 0), (1, 0)])[:, :-1]
+    opens = (windows != before) & (windows > 0) & (before > 0)
+    steps = inputs, windows.T > 0, opens.T
+    states = jax.lax.scan(step, start, steps)[1]
     return jnp.swapaxes(states, 0, 1)
 
 

@@ -180,11 +180,9 @@ RowLoss = Callable[[PyTree, PyTree, PyTree, PyTree], jax.Array]
 def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
   """Sum_i scale_i * weight_i * row_loss_i, one chunk of rows alive at a time.
 
-  The gradient is formed in the forward pass, chunk by chunk, so neither pass
-  holds more than `chunk` rows of logits and no logit is computed twice. The
-  chunks after the last row of non-zero weight cost nothing (under vmap: after
-  the last of any example). A row of zero weight repeats a real one, so that
-  what it holds cannot turn the gradient into NaN.
+  The sum is `accumulated`; the chunks after the last row of non-zero weight
+  cost nothing. A row of zero weight repeats a real one, so that what it holds
+  cannot turn the gradient into NaN.
 
   Args:
     row_loss: (params, shared, inputs [M, ...], constants [M, ...]) -> [M].
@@ -197,51 +195,103 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
     constants.
   """
 
-  small = chunk // 4 if chunk % 4 == 0 else chunk
+  def part(
+    params: PyTree, shared: PyTree, inputs: PyTree, constants: PyTree
+  ) -> tuple[jax.Array, jax.Array]:
+    shared, repeated = shared
+    constants, weights, scale = constants
+    real = weights != 0
 
-  def chunk_sum(
+    def fill(x: jax.Array, other: jax.Array) -> jax.Array:
+      return jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, other)
+
+    inputs, constants = jax.tree.map(fill, (inputs, constants), repeated)
+    losses = row_loss(params, shared, inputs, constants)
+    losses = jnp.where(real, losses, 0) * weights
+    return jnp.sum(losses * scale), losses
+
+  total = accumulated(part, chunk, chunk // 4 if chunk % 4 == 0 else chunk)
+
+  def run(
     params: PyTree,
-    inputs: PyTree,
     shared: PyTree,
+    inputs: PyTree,
     constants: PyTree,
     weights: jax.Array,
     scale: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
-    losses = row_loss(params, shared, inputs, constants)
-    losses = jnp.where(weights != 0, losses, 0) * weights
-    return jnp.sum(losses * scale), losses
+    real = weights != 0
+    used = jnp.max(jnp.where(real, jnp.arange(len(real)) + 1, 0))
+    first = jnp.argmax(real)
+    repeated = jax.tree.map(lambda x: x[first], (inputs, constants))
+    return total(
+      params, (shared, repeated), inputs, (constants, weights, scale), used
+    )
+
+  return run
+
+
+Part = Callable[
+  [PyTree, PyTree, PyTree, PyTree], tuple[jax.Array, jax.Array]
+]
+
+
+def accumulated(part: Part, chunk: int, rest: int) -> Callable[..., tuple]:
+  """Sum of a function over chunks of rows, its gradient formed on the way.
+
+  The gradient is formed in the forward pass, chunk by chunk, so neither pass
+  holds what more than a chunk needs and nothing is computed twice. Rows from
+  `used` on cost nothing but what fills up a chunk (under vmap: from the most
+  used on).
+
+  Args:
+    part: (params, shared, inputs [c, ...], constants [c, ...]) -> (scalar,
+      rows [c, ...] float32), called with c = `chunk` and c = `rest`.
+    chunk: rows a chunk, while so many are left.
+    rest: rows of the chunks after that, at most `chunk`.
+
+  Returns:
+    f(params, shared, inputs [M, ...], constants [M, ...], used) -> (scalar,
+    rows [M, ...]). The scalar is differentiable in params and the
+    floating-point inputs, constant in the others; the rows are constants, 0
+    from the last chunk on.
+  """
 
   def pad(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1))
 
-  def loop(body: Callable, carry: PyTree, rows: PyTree) -> PyTree:
+  def loop(
+    body: Callable, carry: PyTree, rows: PyTree, used: jax.Array
+  ) -> PyTree:
     """Runs body(carry, rows of the chunk, first row) over the rows in use."""
-    real = rows[2] != 0
-    used = jnp.max(jnp.where(real, jnp.arange(len(real)) + 1, 0))
-    whole = (used + small - 1) // chunk
-    repeated = jnp.argmax(real)
-    padded = jax.tree.map(pad, (*rows, real))
+    whole = (used + rest - 1) // chunk
 
     def step(carry: PyTree, first: jax.Array, size: int) -> PyTree:
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size)
-      inputs, constants, weights, scale, real = jax.tree.map(take, padded)
-      fill = lambda x, whole: jnp.where(
-        real.reshape(-1, *[1] * (x.ndim - 1)), x, whole[repeated]
-      )
-      filled = jax.tree.map(fill, (inputs, constants), rows[:2])
-      return body(carry, (*filled, weights, scale), first)
+      return body(carry, jax.tree.map(take, rows), first)
 
     carry = jax.lax.fori_loop(
       0, whole, lambda i, c: step(c, i * chunk, chunk), carry
     )
-    rest = jnp.maximum(used - whole * chunk, 0)
+    if rest == chunk:
+      return carry
+    left = jnp.maximum(used - whole * chunk, 0)
     return jax.lax.fori_loop(
-      0, -(-rest // small),
-      lambda i, c: step(c, whole * chunk + i * small, small), carry,
+      0, -(-left // rest),
+      lambda i, c: step(c, whole * chunk + i * rest, rest), carry,
     )
 
   def put(whole: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0)
+
+  def no_rows(*arguments: PyTree) -> jax.Array:
+    _, rows = jax.eval_shape(part, *arguments)
+    count = len(jax.tree.leaves(arguments[2:])[0])
+    return pad(jnp.zeros((count, *rows.shape[1:]), jnp.float32))
+
+  def cut(tree: PyTree, like: PyTree) -> PyTree:
+    count = len(jax.tree.leaves(like)[0])
+    return jax.tree.map(lambda x: x[:count], tree)
 
   @jax.custom_vjp
   def total(
@@ -249,37 +299,37 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
     shared: PyTree,
     inputs: PyTree,
     constants: PyTree,
-    weights: jax.Array,
-    scale: jax.Array,
+    used: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     def body(carry: PyTree, rows: PyTree, first: jax.Array) -> PyTree:
-      inputs, constants, weights, scale = rows
-      part, losses = chunk_sum(
-        params, inputs, shared, constants, weights, scale
-      )
-      return carry[0] + part, put(carry[1], losses, first)
+      value, of_rows = part(params, shared, *rows)
+      return carry[0] + value, put(carry[1], of_rows, first)
 
-    zero = jnp.float32(0), pad(jnp.zeros(weights.shape, jnp.float32))
-    value, losses = loop(body, zero, (inputs, constants, weights, scale))
-    return value, losses[: len(weights)]
+    zero = jnp.float32(0), no_rows(params, shared, inputs, constants)
+    padded = jax.tree.map(pad, (inputs, constants))
+    value, of_rows = loop(body, zero, padded, used)
+    return value, cut(of_rows, (inputs, constants))
 
   def forward(
     params: PyTree,
     shared: PyTree,
     inputs: PyTree,
     constants: PyTree,
-    weights: jax.Array,
-    scale: jax.Array,
+    used: jax.Array,
   ) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+    def chunk_part(
+      params: PyTree, inputs: PyTree, constants: PyTree
+    ) -> tuple[jax.Array, jax.Array]:
+      return part(params, shared, inputs, constants)
+
     def body(carry: PyTree, rows: PyTree, first: jax.Array) -> PyTree:
-      value, losses, of_params, of_inputs = carry
-      inputs, constants, weights, scale = rows
-      (part, row_losses), (params_part, inputs_part) = jax.value_and_grad(
-        chunk_sum, (0, 1), has_aux=True, allow_int=True
-      )(params, inputs, shared, constants, weights, scale)
+      value, of_rows, of_params, of_inputs = carry
+      (more, new_rows), (params_part, inputs_part) = jax.value_and_grad(
+        chunk_part, (0, 1), has_aux=True, allow_int=True
+      )(params, *rows)
       return (
-        value + part,
-        put(losses, row_losses, first),
+        value + more,
+        put(of_rows, new_rows, first),
         jax.tree.map(jnp.add, of_params, params_part),
         jax.tree.map(
           lambda whole, x: put(whole, x, first) if _is_float(x) else whole,
@@ -287,25 +337,22 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
         ),
       )
 
+    padded = jax.tree.map(pad, (inputs, constants))
     zero = (
       jnp.float32(0),
-      pad(jnp.zeros(weights.shape, jnp.float32)),
+      no_rows(params, shared, inputs, constants),
       jax.tree.map(jnp.zeros_like, params),
-      jax.tree.map(lambda x: pad(jnp.zeros_like(x)), inputs),
+      jax.tree.map(jnp.zeros_like, padded[0]),
     )
-    value, losses, of_params, of_inputs = loop(
-      body, zero, (inputs, constants, weights, scale)
-    )
-    losses, of_inputs = jax.tree.map(
-      lambda x: x[: len(weights)], (losses, of_inputs)
-    )
-    return (value, losses), (of_params, of_inputs)
+    value, of_rows, of_params, of_inputs = loop(body, zero, padded, used)
+    rows = inputs, constants
+    return (value, cut(of_rows, rows)), (of_params, cut(of_inputs, rows))
 
   def backward(residuals: PyTree, cotangents: tuple) -> tuple:
     of_params, of_inputs = jax.tree.map(
       lambda x: x * cotangents[0] if _is_float(x) else None, residuals
     )
-    return of_params, None, of_inputs, None, None, None
+    return of_params, None, of_inputs, None, None
 
   total.defvjp(forward, backward)
   return total

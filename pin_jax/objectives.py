@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax import aggregation, criteria
+from pin_jax import aggregation, criteria, packing
 from pin_jax.criteria import SOFTMAX, Criterion, Head
-from pin_jax.losses import chunked
+from pin_jax.losses import accumulated, chunked
 from pin_jax.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
@@ -73,7 +73,7 @@ def next_item_loss(
   head: Head,
   *,
   criterion: Criterion = SOFTMAX,
-  chunk: int = 256,
+  chunk: int = 128,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """The criterion at every real position.
 
@@ -85,9 +85,8 @@ def next_item_loss(
 
   Returns:
     f(params, shared, context, targets [B, L], weights [B, L],
-    scale [B] or None, negatives as `criteria.draw` gives them, by default
-    None) -> (sum of scale * weights * loss, weights * loss [B] summed over the
-    row).
+    scale [B, L] or None, negatives as `criteria.draw` gives them, by default
+    None) -> (sum of scale * weights * loss, weights * loss [B, L]).
   """
   total = chunked(criteria.row_loss(criterion, head), chunk)
 
@@ -100,7 +99,7 @@ def next_item_loss(
     scale: jax.Array | None = None,
     negatives: Negatives | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    scale = jnp.ones(len(targets)) if scale is None else scale
+    scale = jnp.ones(targets.shape) if scale is None else scale
     rows, columns = real_first(targets)
     states = backbone.at(context, rows, columns)
     common, own = negatives, None
@@ -109,9 +108,9 @@ def next_item_loss(
       common, own = None, jax.tree.map(lambda x: x[position], negatives)
     value, losses = total(
       params, (shared, common), states, (targets[rows, columns], own),
-      weights[rows, columns], scale[rows],
+      weights[rows, columns], scale[rows, columns],
     )
-    return value, jnp.zeros(len(targets)).at[rows].add(losses)
+    return value, jnp.zeros(targets.shape).at[rows, columns].set(losses)
 
   return loss
 
@@ -152,7 +151,7 @@ def group_losses(
   *,
   mean: str,
   criterion: Criterion = SOFTMAX,
-  chunk: int = 256,
+  chunk: int = 128,
 ) -> GroupLosses:
   """The mean next-item loss of a group, and of many at once.
 
@@ -162,37 +161,31 @@ def group_losses(
     criterion: what is minimised at every position.
     chunk: positions whose logits are alive at a time.
   """
-  loss = next_item_loss(
+  make = packed_loss if backbone.packed else plain_loss
+  loss = make(next_item_loss(
     backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
-  )
+  ), backbone)
 
   def group_loss(
     params: PyTree, group: GroupBatch, key: jax.Array
   ) -> jax.Array:
     drop_key, draw_key = criteria.split_key(criterion, key)
-    history, targets = group.batch.history, group.batch.targets
-    context = backbone.encode(params, history, drop_key)
-    weights = position_weights(targets, mean, group.importance)
-    negatives = criteria.draw(criterion, draw_key, group.batch)
+    batch = group.batch
+    weights = position_weights(batch.targets, mean, group.importance)
+    negatives = criteria.draw(criterion, draw_key, batch)
+    one = jax.tree.map(lambda x: x[None], (batch, weights))
     return loss(
-      params, None, context, targets, weights, negatives=negatives
+      params, *one, jnp.ones(1), drop_key[None], negatives=negatives
     )[0]
 
   def weighted_loss(
     params: PyTree, groups: GroupBatch, keys: jax.Array, weights: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    encode = lambda history, key: backbone.encode(params, history, key)
-    context = jax.vmap(encode)(groups.batch.history, keys)
     of_positions = jax.vmap(
       lambda targets, importance: position_weights(targets, mean, importance)
     )(groups.batch.targets, groups.importance)
-    merge = lambda x: x.reshape(-1, *x.shape[2:])
-    rows = groups.batch.targets.shape[1]
-    value, losses = loss(
-      params, None, jax.tree.map(merge, context), merge(groups.batch.targets),
-      merge(of_positions), jnp.repeat(weights, rows),
-    )
-    return value, losses.reshape(-1, rows).sum(1)
+    value, losses = loss(params, groups.batch, of_positions, weights, keys)
+    return value, losses.sum((1, 2))
 
   if criterion.draw is not None:
     return GroupLosses(group_loss, None, None)
@@ -200,6 +193,102 @@ def group_losses(
   if backbone.tables:
     gramians = table_gramians(backbone, mean=mean, chunk=chunk)
   return GroupLosses(group_loss, weighted_loss, gramians)
+
+
+WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+  """The loss of G stacks of windows, one window a row.
+
+  Args:
+    loss: as `next_item_loss` returns it.
+    backbone: encodes the windows.
+
+  Returns:
+    f(params, batch [G, B], weights [G, B, L], scale [G], keys [G], negatives or
+    None) -> (sum of scale * weights * loss, weights * loss [G, B, L]).
+  """
+
+  def run(
+    params: PyTree,
+    batch: Batch,
+    weights: jax.Array,
+    scale: jax.Array,
+    keys: jax.Array,
+    negatives: Negatives | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    encode = lambda history, key: backbone.encode(params, history, key)
+    merge = lambda x: x.reshape(-1, *x.shape[2:])
+    if len(keys) == 1:
+      context = encode(batch.history[0], keys[0])
+    else:
+      context = jax.tree.map(merge, jax.vmap(encode)(batch.history, keys))
+    factors = jnp.broadcast_to(scale[:, None, None], weights.shape)
+    value, losses = loss(
+      params, None, context, merge(batch.targets), merge(weights),
+      merge(factors), negatives,
+    )
+    return value, losses.reshape(weights.shape)
+
+  return run
+
+
+def packed_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+  """`plain_loss` over packed rows, `backbone.packed` of them at a time.
+
+  The gradient is formed in the forward pass, chunk by chunk. Without dropout
+  value and gradient equal the plain ones up to rounding; with dropout the masks
+  follow from the first key and the chunk.
+  """
+
+  def part(
+    params: PyTree, shared: PyTree, inputs: None, constants: PyTree
+  ) -> tuple[jax.Array, jax.Array]:
+    batch, weights, factors, key, common, own = shared
+    source, index = jax.tree.map(lambda x: x[0], constants)
+    context = backbone.encode(
+      params, packing.rows_of(batch.history, source),
+      jax.random.fold_in(key, index),
+    )
+    targets, weights, factors = (
+      packing.take(x, source) for x in (batch.targets, weights, factors)
+    )
+    if own is not None:
+      place = jnp.maximum(source.reshape(-1), 0)
+      common = jax.tree.map(lambda x: x[place], own)
+    value, losses = loss(
+      params, None, context, targets, weights, factors, common
+    )
+    return value, losses[None]
+
+  total = accumulated(part, 1, 1)
+
+  def run(
+    params: PyTree,
+    batch: Batch,
+    weights: jax.Array,
+    scale: jax.Array,
+    keys: jax.Array,
+    negatives: Negatives | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    factors = jnp.broadcast_to(scale[:, None, None], weights.shape)
+    merged = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[2:]), (batch, weights, factors)
+    )
+    packed = packing.pack(merged[0].history)
+    source = packing.chunks_of(packed.source, backbone.packed, fill=-1)
+    own = negatives is not None and negatives.items.ndim == 2
+    negatives = (None, negatives) if own else (negatives, None)
+    value, losses = total(
+      params, (*merged, keys[0], *negatives), None,
+      (source, jnp.arange(len(source))), -(-packed.used // backbone.packed),
+    )
+    place = jnp.where(source >= 0, source, weights.size)
+    spread = jnp.zeros(weights.size).at[place].set(losses, mode="drop")
+    return value, spread.reshape(weights.shape)
+
+  return run
 
 
 class _FirstPass(NamedTuple):
@@ -227,7 +316,7 @@ class _FirstPass(NamedTuple):
 
 
 def table_gramians(
-  backbone: Backbone, *, mean: str, chunk: int = 256, block: int = _ITEM_BLOCK
+  backbone: Backbone, *, mean: str, chunk: int = 128, block: int = _ITEM_BLOCK
 ) -> aggregation.Gramians:
   """Gramians of the group gradients without G gradients of the item table.
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pin_jax import packing
 from pin_jax.batches import draw_batch
 from pin_jax.training import Importance, Operands, Step, TrainState
 from pin_jax.types import Backbone, Batch, PyTree
@@ -34,7 +35,7 @@ def log_propensity(
 ) -> jax.Array:
   """log P(d|x) after every history position; [B, L] -> [B, L, G]."""
   rows, columns = jnp.indices(history.shape).reshape(2, -1)
-  context = backbone.encode(frozen, history, None)
+  context = packing.encode(backbone, frozen, history)
   states = backbone.at(context, rows, columns)
   padding = jnp.zeros(1, jnp.int32)
   x = backbone.represent(frozen, states, padding)[:, 0]

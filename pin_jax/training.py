@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, criteria
+from pin_jax import aggregation, criteria, packing
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
 from pin_jax.criteria import SOFTMAX, Criterion
@@ -250,7 +250,9 @@ def plugin_step(
   def segment_loss(
     params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
   ) -> jax.Array:
-    context = jax.lax.stop_gradient(backbone.encode(frozen, batch.history))
+    context = jax.lax.stop_gradient(
+      packing.encode(backbone, frozen, batch.history)
+    )
     weights = position_weights(batch.targets, mean)
     negatives = criteria.draw(criterion, key, batch)
     return loss(

@@ -20,6 +20,21 @@ class TrainingError(RuntimeError):
   """Training cannot go on: names the run, the step, the value, the remedy."""
 
 
+class Rows(NamedTuple):
+  """Histories laid one after another in the rows of a batch.
+
+  Attributes:
+    items: [B, L] int32, 0 = padding.
+    windows: [B, L] int32, which history a position belongs to, 0 = none; a
+      history is contiguous and reads nothing of another.
+    later: [L] or [B, L] int32, columns that follow in the position's history.
+  """
+
+  items: jax.Array
+  windows: jax.Array
+  later: jax.Array
+
+
 class Backbone(NamedTuple):
   """A sequence model as five pure functions over a plain parameter tree.
 
@@ -31,8 +46,9 @@ class Backbone(NamedTuple):
 
   Attributes:
     init: key -> params.
-    encode: (params, history [B, L], key or None) -> context of the B rows;
-      a key switches dropout on.
+    encode: (params, history [B, L] or Rows, key or None) -> context of the B
+      rows; a key switches dropout on. With Rows, a position's context is that
+      of its history alone.
     at: (context, rows [M], columns [M]) -> states after reading
       history[row, :column + 1], leading axis M.
     represent: (params, states [M], candidates) -> [M, 1 or C, D].
@@ -41,6 +57,8 @@ class Backbone(NamedTuple):
     tables: names of the params that hold one row an item, [V+1, ...], where
       `encode` reads no more than `table[history]`, whatever the number of rows,
       and `score` gives the logits of the rows there are.
+    packed: rows that are encoded at a time, several histories in each (see
+      `packing`); 0 = one history a row, all at once.
 
   Candidates are item indices [C] (shared by all rows) or [M, C], or None for
   the whole catalogue with padding, 0..V in order.
@@ -52,6 +70,7 @@ class Backbone(NamedTuple):
   represent: Callable[[PyTree, PyTree, jax.Array | None], jax.Array]
   score: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
   tables: tuple[str, ...] = ()
+  packed: int = 0
 
 
 class Plugin(NamedTuple):

@@ -424,7 +424,7 @@ def _sets(**values):
     (_set("backbone.name", "gru"), "backbone.name='gru': use one of"),
     (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
     (_set("backbone.layers", 0), "backbone.layers=0: give at least 1"),
-    (_set("backbone.bucket_rows", -1), "bucket_rows=-1: give at least 0"),
+    (_set("backbone.pack_rows", -1), "pack_rows=-1: give at least 0"),
     (_set("backbone.name", "gru4rec"), "blocks=1: 'gru4rec' does not take it"),
   ],
 )
@@ -438,25 +438,11 @@ def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
   assert not (tmp_path / "w").exists()
 
 
-def test_bucketing_is_refused_where_groups_are_stacked():
+def test_the_backbone_packs_as_many_rows_as_the_config_says():
   config = _config()
-  config.backbone.bucket_rows = 4
-  settings.check(config)
-  config.pin.path = "stacked"
-  with pytest.raises(InputError, match="bucket_rows=4: pin.path='stacked'"):
-    settings.check(config)
-
-
-def test_a_bucketed_backbone_scores_as_the_plain_one():
-  config = _config()
-  history = np.asarray([[0, 0, 0, 0, 0, 3], [0, 4, 9, 1, 2, 7]])
-  plain = trainer.make_networks(config, 30).backbone
-  config.backbone.bucket_rows = 1
-  other = trainer.make_networks(config, 30).backbone
-  params = jax.jit(plain.init)(jax.random.key(0))
-  got, want = (b.encode(params, history) for b in (other, plain))
-  assert other.encode is not plain.encode
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  assert trainer.make_networks(config, 30).backbone.packed == 0
+  config.backbone.pack_rows = 5
+  assert trainer.make_networks(config, 30).backbone.packed == 5
 
 
 @pytest.mark.parametrize("name", settings.BACKBONES)
@@ -477,7 +463,7 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {"name", "bucket_rows"}
+  assert taken == set(section) - {"name", "pack_rows"}
 
 
 @pytest.mark.slow

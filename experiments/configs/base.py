@@ -43,9 +43,10 @@ def default() -> ConfigDict:
       "layers": 1,  # gru4rec
       "attention_hidden": 36,  # din
       "hidden": 80,  # din
-      # Encode rows in chunks of so many of like length; 0 = all at L. Saves
-      # time where most of a batch is padding; 64 suits the sparse data sets.
-      "bucket_rows": 0,
+      # Lay short histories one after another in rows of L and encode so many
+      # rows at a time; 0 = a history a row, all at once. Saves time where most
+      # of a batch is padding, and on CPU where a batch outgrows the caches.
+      "pack_rows": 0,
     },
     "plugin": {"name": "bottleneck", "hidden": 32},
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
@@ -169,7 +170,7 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config = default()
   values = parse(argument, path=data_path(file))
   config.data = files_section(values["path"])
-  config.backbone.update(length=32, dropout=0.5, bucket_rows=64)
+  config.backbone.update(length=32, dropout=0.5, pack_rows=8)
   config.backbone_steps, config.plugin_steps = 2000, 500
   config.batch_size = 255
   config.validation.every = 250

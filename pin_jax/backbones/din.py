@@ -15,9 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pin_jax.backbones.sasrec import check_dropout, check_window
+from pin_jax.backbones.sasrec import as_rows, check_dropout
 from pin_jax.layers import dropout as drop
-from pin_jax.types import Backbone, InputError, PyTree
+from pin_jax.types import Backbone, InputError, PyTree, Rows
 
 
 class _ActivationUnit(nn.Module):
@@ -118,13 +118,14 @@ def din(
     }
 
   def encode(
-    params: PyTree, history: jax.Array, key: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
+    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     del params
-    check_window(history, length)
-    history = jnp.asarray(history)
-    factors = (history > 0).astype(jnp.float32)
-    return history, factors if key is None else drop(factors, dropout, key)
+    items, windows, _ = as_rows(history, length)
+    factors = (items > 0).astype(jnp.float32)
+    if key is not None:
+      factors = drop(factors, dropout, key)
+    return items, factors, windows
 
   def represent(
     params: PyTree,
@@ -161,11 +162,14 @@ def _indices(candidates: jax.Array | None, num_items: int) -> jax.Array:
 
 
 def _prefix(
-  context: tuple[jax.Array, jax.Array], rows: jax.Array, columns: jax.Array
+  context: tuple[jax.Array, jax.Array, jax.Array],
+  rows: jax.Array,
+  columns: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Items [M, L] and factors [M, L]; what comes after the column counts 0."""
-  items, factors = context
+  items, factors, windows = context
   seen = jnp.arange(items.shape[1]) <= columns[:, None]
+  seen &= windows[rows] == windows[rows, columns][:, None]
   return items[rows], factors[rows] * seen
 
 

@@ -15,7 +15,7 @@ import jax
 
 from pin_jax.backbones.sasrec import check_dropout, from_encoder, item_table
 from pin_jax.layers import GRU, Dropout
-from pin_jax.types import Backbone
+from pin_jax.types import Backbone, Rows
 
 
 class _Encoder(nn.Module):
@@ -25,12 +25,11 @@ class _Encoder(nn.Module):
   dropout: float
 
   @nn.compact
-  def __call__(self, history: jax.Array) -> jax.Array:
+  def __call__(self, rows: Rows) -> jax.Array:
     table = item_table(self, self.num_items, self.width)
-    mask = history > 0
-    x = Dropout(self.dropout)(table[history] * math.sqrt(self.width))
+    x = Dropout(self.dropout)(table[rows.items] * math.sqrt(self.width))
     for _ in range(self.layers):
-      x = Dropout(self.dropout)(GRU(self.width)(x, mask))
+      x = Dropout(self.dropout)(GRU(self.width)(x, rows.windows))
     return x
 
 

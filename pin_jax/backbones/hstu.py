@@ -21,8 +21,8 @@ from pin_jax.backbones.sasrec import (
   from_encoder,
   item_table,
 )
-from pin_jax.layers import Dropout
-from pin_jax.types import Backbone
+from pin_jax.layers import Dropout, reads
+from pin_jax.types import Backbone, Rows
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -33,7 +33,7 @@ class _Unit(nn.Module):
   dropout: float
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, windows: jax.Array) -> jax.Array:
     rows, now, width = x.shape
     norm = nn.LayerNorm(use_bias=False, use_scale=False)
     project = nn.Dense(4 * width, use_bias=False, kernel_init=_INIT)
@@ -44,8 +44,8 @@ class _Unit(nn.Module):
     distance = np.subtract.outer(np.arange(now), np.arange(now))
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
     logits = logits + bias[np.maximum(distance, 0)]
-    visible = (distance >= 0) & mask[:, None, None, :]
-    weights = jnp.where(visible, jax.nn.silu(logits) / self.length, 0)
+    weights = jax.nn.silu(logits) / self.length
+    weights = jnp.where(reads(windows)[:, None], weights, 0)
     read = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
     gated = Dropout(self.dropout)(norm(read) * u)
     out = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
@@ -61,13 +61,12 @@ class _Encoder(nn.Module):
   dropout: float
 
   @nn.compact
-  def __call__(self, history: jax.Array) -> jax.Array:
+  def __call__(self, rows: Rows) -> jax.Array:
     table = item_table(self, self.num_items, self.width)
-    mask = history > 0
-    x = Dropout(self.dropout)(table[history] * math.sqrt(self.width))
+    x = Dropout(self.dropout)(table[rows.items] * math.sqrt(self.width))
     for _ in range(self.blocks):
-      x = _Unit(self.length, self.heads, self.dropout)(x, mask)
-    return nn.LayerNorm()(x) * mask[..., None]
+      x = _Unit(self.length, self.heads, self.dropout)(x, rows.windows)
+    return nn.LayerNorm()(x) * (rows.items > 0)[..., None]
 
 
 def hstu(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pin_jax.layers import Block, Dropout
-from pin_jax.types import Backbone, InputError, PyTree
+from pin_jax.types import Backbone, InputError, PyTree, Rows
 
 
 class _Encoder(nn.Module):
@@ -26,17 +26,17 @@ class _Encoder(nn.Module):
   expansion: int
 
   @nn.compact
-  def __call__(self, history: jax.Array) -> jax.Array:
+  def __call__(self, rows: Rows) -> jax.Array:
     init = nn.initializers.normal(0.02)
     table = item_table(self, self.num_items, self.width)
     positions = self.param("positions", init, (self.length, self.width))
-    mask = history > 0
-    length = history.shape[-1]
-    x = table[history] * math.sqrt(self.width) + positions[-length:]
+    mask = rows.items > 0
+    placed = positions[self.length - 1 - rows.later]
+    x = table[rows.items] * math.sqrt(self.width) + placed
     x = Dropout(self.dropout)(x * mask[..., None])
     for _ in range(self.blocks):
       x = Block(self.heads, self.expansion * self.width, self.dropout, init)(
-        x, mask
+        x, rows.windows
       )
     return nn.LayerNorm()(x) * mask[..., None]
 
@@ -96,13 +96,22 @@ def check_dropout(dropout: float) -> None:
     )
 
 
-def check_window(history: jax.Array, length: int) -> None:
-  """Raises InputError if the rows are longer than the backbone reads."""
+def as_rows(history: jax.Array | Rows, length: int) -> Rows:
+  """One history a row, if they are not laid out in rows already.
+
+  Raises:
+    InputError: if the rows are longer than the backbone reads.
+  """
+  if isinstance(history, Rows):
+    return history
   if history.shape[-1] > length:
     raise InputError(
       f"a history of {history.shape[-1]} is longer than "
       f"backbone.length={length}; raise it or cut the history"
     )
+  history = jnp.asarray(history)
+  later = jnp.arange(history.shape[-1] - 1, -1, -1)
+  return Rows(history, (history > 0).astype(jnp.int32), later)
 
 
 def item_table(module: nn.Module, num_items: int, width: int) -> jax.Array:
@@ -118,7 +127,7 @@ def from_encoder(encoder: nn.Module, length: int) -> Backbone:
   """A backbone whose states ignore the candidate, with tied output.
 
   Args:
-    encoder: maps history [B, L] to states [B, L, D]; holds the parameters of
+    encoder: maps Rows to states [B, L, D]; holds the parameters of
       `item_table`; reads the rng 'dropout' where there is one.
     length: longest history.
 
@@ -127,15 +136,15 @@ def from_encoder(encoder: nn.Module, length: int) -> Backbone:
   """
 
   def init(key: jax.Array) -> PyTree:
-    return encoder.init(key, jnp.zeros((1, length), jnp.int32))["params"]
+    nothing = as_rows(jnp.zeros((1, length), jnp.int32), length)
+    return encoder.init(key, nothing)["params"]
 
   def encode(
-    params: PyTree, history: jax.Array, key: jax.Array | None = None
+    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
   ) -> jax.Array:
-    check_window(history, length)
     rngs = None if key is None else {"dropout": key}
-    rows = encoder.clone(num_items=len(params["items"]) - 1)
-    return rows.apply({"params": params}, history, rngs=rngs)
+    sized = encoder.clone(num_items=len(params["items"]) - 1)
+    return sized.apply({"params": params}, as_rows(history, length), rngs=rngs)
 
   return Backbone(
     init, encode, take_position, add_candidate_axis, tied_score, TABLES

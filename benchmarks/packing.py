@@ -1,14 +1,10 @@
-"""Times bucketed against plain encoding on the training rows of a data set.
+"""Times packed against plain rows on a data set.
 
-CPU-seconds of encoding and its gradient, of a whole joint training step, and of
-ranking 1,024 users, plain and bucketed in turn within one process; the ratio is
-the median over the repetitions:
+CPU-milliseconds of a whole joint training step and of ranking 1,024 users, one
+history a row and packed in turn within one process; the ratio is the median
+over the repetitions:
 
-    python -m benchmarks.bucketing --path=amazon_beauty_s3rec.parquet
-
-On Beauty (Amazon 2014, windows of 32, 18 % real, one core) the ratios for
-encoding, step and ranking are 2.1, 1.4 and 1.9 with SASRec, 2.3, 1.0 and 1.3
-with GRU4Rec, 1.8, 1.3 and 1.4 with HSTU.
+    python -m benchmarks.packing --path=amazon_beauty_s3rec.parquet
 """
 
 import argparse
@@ -22,7 +18,6 @@ import numpy as np
 
 from experiments.settings import BACKBONES
 from pin_jax import aggregation, batches, evaluation, splits, training
-from pin_jax.backbones.bucketed import bucketed
 from pin_jax.datasets import files
 from pin_jax.types import Backbone, PyTree
 
@@ -34,8 +29,7 @@ def main() -> None:
   )
   parser.add_argument("--path", required=True)
   parser.add_argument("--backbones", default="sasrec,gru4rec,hstu")
-  parser.add_argument("--rows", type=int, default=64)
-  parser.add_argument("--shortest", type=int, default=4)
+  parser.add_argument("--rows", type=int, default=8)
   parser.add_argument("--batch_size", type=int, default=255)
   parser.add_argument("--length", type=int, default=32)
   parser.add_argument("--width", type=int, default=64)
@@ -47,7 +41,7 @@ def main() -> None:
       split.interactions.num_items, length=args.length, width=args.width,
       dropout=0.5,
     )
-    other = bucketed(plain, rows=args.rows, shortest=args.shortest)
+    other = plain._replace(packed=args.rows)
     print(json.dumps({"backbone": name, **compare(plain, other, split, args)}))
 
 
@@ -55,7 +49,7 @@ def compare(
   plain: Backbone, other: Backbone, split: splits.Split,
   args: argparse.Namespace,
 ) -> dict[str, list[float]]:
-  """[CPU-milliseconds plain, bucketed, ratio] of every kind of work."""
+  """[CPU-milliseconds plain, packed, ratio] of every kind of work."""
   params = jax.jit(plain.init)(jax.random.key(0))
   works = [
     workloads(backbone, params, split, args) for backbone in (plain, other)
@@ -78,23 +72,11 @@ def workloads(
   )
   sizes = {"batch_size": args.batch_size, "length": args.length}
 
-  @jax.jit
-  def encode(key: jax.Array) -> PyTree:
-    batch = batches.draw_batch(
-      key, sequences, pool, draw="interactions", **sizes
-    )
-    weights = jax.random.normal(key, (args.width,))
-
-    def loss(params: PyTree) -> jax.Array:
-      return jnp.sum(backbone.encode(params, batch.history[0], key) @ weights)
-
-    return jax.grad(loss)(params)
-
   optimizer, schedule = training.make_optimizer(100)
   weighting = aggregation.backdoor(np.ones(1))
   step = jax.jit(training.backbone_step(
     backbone, weighting, optimizer, schedule, draw="interactions",
-    mean="interactions", path="sequential", **sizes,
+    mean="interactions", **sizes,
   ))
   state = training.init_state(params, optimizer, weighting)
   operands = training.Operands(jax.random.key(1), sequences, pool, None)
@@ -108,7 +90,6 @@ def workloads(
   )
   weights = evaluation.Weights(params, None)
   return {
-    "encode": lambda i: jax.block_until_ready(encode(jax.random.key(i))),
     "step": lambda i: jax.block_until_ready(
       step(state, operands, jnp.int32(i))[0].params
     ),
