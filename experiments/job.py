@@ -241,7 +241,7 @@ def _summary(
   """What the tables need besides the rows."""
   data = problem.split.interactions
   names = method_names(config.methods, config.pin.weighting)
-  base, *_, other = (METHODS[name].title for name in names)
+  base, other = (METHODS[names[i]].title for i in (0, -1))
   return {
     "data": data.name,
     "fingerprint": fingerprint(problem),

@@ -58,7 +58,7 @@ def write_report(
     console: where to print; standard output by default.
 
   Returns:
-    The comparison table.
+    The comparison table; where there is one model, the table of the models.
 
   Raises:
     InputError: if rows.parquet is absent or does not allow the comparison.
@@ -73,9 +73,11 @@ def write_report(
   base = base or summary.get("base", "base")
   other = other or summary.get("other", "pin")
 
-  table = comparison(
-    rows, base=base, other=other, cutoff=cutoff, num_resamples=num_resamples
-  )
+  table = None
+  if base != other:
+    table = comparison(
+      rows, base=base, other=other, cutoff=cutoff, num_resamples=num_resamples
+    )
   models = model_table(rows, cutoff=cutoff)
   protocol = protocol_line(
     rows,
@@ -96,7 +98,10 @@ def write_report(
   print_models(models, console=console)
   if summary.get("closeness"):
     truth.print_closeness(summary["closeness"], console)
-  print_comparison(table, cutoff=cutoff, console=console, **names)
+  if table is None:
+    console.print(f"Protocol: {protocol}.", markup=False)
+  else:
+    print_comparison(table, cutoff=cutoff, console=console, **names)
   write_comparison(
     table, models, workdir, cutoff=cutoff, suffix=suffix, **names
   )
@@ -109,7 +114,7 @@ def write_report(
   console.print(f"written to {workdir}:", soft_wrap=True)
   for path in written:
     console.print(f"  {path}", soft_wrap=True, markup=False)
-  return table
+  return models if table is None else table
 
 
 def _read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
@@ -137,7 +142,8 @@ def _write_plots(
   users = model_rows(rows, base).unique("user", maintain_order=True)
   columns = [users[c].to_numpy() for c in ("activeness", "group", "segment")]
   plot_activeness(*columns, plots / "activeness.png")
-  plot_groups(rows, base, other, plots / "groups_ndcg.png", **options)
+  if base != other:
+    plot_groups(rows, base, other, plots / "groups_ndcg.png", **options)
   if not (workdir / "log.jsonl").exists():
     return
   records = read_log(workdir)

@@ -198,7 +198,7 @@ def _check_together(config: ConfigDict) -> None:
   if unknown or len(config.methods) < 1:
     raise _bad(
       "methods", tuple(config.methods),
-      f"give two or more of {list(METHODS)}, first the one compared with",
+      f"give one or more of {list(METHODS)}, first the one compared with",
     )
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise _bad("seeds", tuple(config.seeds), "give one or more, each once")

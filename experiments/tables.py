@@ -240,8 +240,9 @@ def model_table(rows: pl.DataFrame, *, cutoff: int = 10) -> pl.DataFrame:
 
   Returns:
     One line a masking and model, in the order of the rows: masking, model,
-    seeds, users and 'NDCG@10 overall', 'NDCG@10 tail', ..., 'HR@10 head'. A
-    model may have fewer seeds than another.
+    seeds, users and 'NDCG@10 overall', its 'std over seeds' (NaN for one),
+    'NDCG@10 tail', ..., 'HR@10 head'. A model may have fewer seeds than
+    another.
 
   Raises:
     InputError: if the models differ in their users or targets.
@@ -270,8 +271,17 @@ def model_table(rows: pl.DataFrame, *, cutoff: int = 10) -> pl.DataFrame:
         for label in ("overall", "tail", "head"):
           mean = means[label][index] if label in means else math.nan
           line[f"{name} {label}"] = float(mean)
+          if label == "overall" and name == shown[0]:
+            values = _metric_values(frame, column, names)[index]
+            line["std over seeds"] = _std_over_seeds(values, frame)
       lines.append(line)
   return pl.DataFrame(lines)
+
+
+def _std_over_seeds(values: np.ndarray, frame: pl.DataFrame) -> float:
+  """Standard deviation of the seeds' means; NaN for one seed."""
+  means = frame.select("seed", value=values).group_by("seed").mean()["value"]
+  return math.nan if len(means) < 2 else float(means.std())
 
 
 def _user_means(values: np.ndarray, frame: pl.DataFrame) -> np.ndarray:
@@ -451,13 +461,14 @@ def print_comparison(
 def print_models(
   models: pl.DataFrame, *, console: rich.console.Console | None = None
 ) -> None:
-  """Prints all models, one table a masking.
+  """Prints all models, one table a masking, 80 columns wide.
 
   Args:
     models: as `model_table` returns it.
     console: where to print; standard output by default.
   """
   console = console or rich.console.Console(highlight=False)
+  models = models.drop("std over seeds")  # in the files, where there is room
   headers = models.drop("masking", "users").columns
   for masking in _lists(models):
     out = _rich_table(f"All models, {masking}")
@@ -481,7 +492,7 @@ def _markdown_table(
 
 
 def _markdown(
-  table: pl.DataFrame,
+  table: pl.DataFrame | None,
   models: pl.DataFrame,
   *,
   base: str,
@@ -489,8 +500,9 @@ def _markdown(
   protocol: str,
   cutoff: int,
 ) -> str:
-  parts = [f"# {other} against {base}", f"Protocol: {protocol}."]
-  for masking in _lists(table):
+  title = base if table is None else f"{other} against {base}"
+  parts = [f"# {title}", f"Protocol: {protocol}."]
+  for masking in [] if table is None else _lists(table):
     parts.append(f"## {masking.capitalize()}")
     for metric, lines in _sections(table, masking, cutoff).items():
       headers = [metric, "activeness", "users", base, other, "change % [95 %]"]
@@ -510,7 +522,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_comparison(
-  table: pl.DataFrame,
+  table: pl.DataFrame | None,
   models: pl.DataFrame,
   workdir: epath.PathLike,
   *,
@@ -523,7 +535,8 @@ def write_comparison(
   """Writes comparison.csv, comparison.md and comparison.json.
 
   Args:
-    table: as `comparison` returns it.
+    table: as `comparison` returns it; None where there is one model, of which
+      comparison.csv then tells.
     models: as `model_table` returns it.
     workdir: existing directory to write to.
     base: name of the model to compare with.
@@ -534,11 +547,13 @@ def write_comparison(
   """
   stem = epath.Path(workdir) / f"comparison{suffix}"
   names = {"base": base, "other": other, "protocol": protocol}
-  stem.with_suffix(".csv").write_text(table.write_csv())
+  lists = {"models": models}
+  if table is not None:
+    lists = {"comparison": table, **lists}
+  stem.with_suffix(".csv").write_text(next(iter(lists.values())).write_csv())
   stem.with_suffix(".md").write_text(
     _markdown(table, models, cutoff=cutoff, **names)
   )
-  lists = {"comparison": table, "models": models}
   content = names | {
     key: [
       {name: _plain(value) for name, value in line.items()}

@@ -91,7 +91,7 @@ def test_the_order_of_the_history_does_not_matter():
 def test_dropout_leaves_out_items_and_keeps_the_mean():
   backbone = _build(dropout=0.25)
   history = jnp.ones((2000, LENGTH), jnp.int32).at[:, :2].set(0)
-  _, factors = backbone.encode(None, history, jax.random.key(1))
+  _, factors, _ = backbone.encode(None, history, jax.random.key(1))
   factors = np.asarray(factors)
   np.testing.assert_array_equal(factors[:, :2], 0)
   assert set(np.unique(factors)) == {0, np.float32(1 / 0.75)}

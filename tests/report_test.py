@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import statistics
 import subprocess
 import sys
 import warnings
@@ -211,6 +213,29 @@ def test_model_table_equals_a_loop_over_the_rows():
           rows, line["model"], COLUMNS[line["masking"]], KEEP[label], metric
         )
         assert line[f"{metric} {label}"] == pytest.approx(want, rel=1e-9)
+    of_seeds = [
+      _by_hand(
+        rows.filter(seed=seed), line["model"], COLUMNS[line["masking"]],
+        KEEP["overall"], "NDCG@10",
+      )[1]
+      for seed in range(line["seeds"])
+    ]
+    want = statistics.stdev(of_seeds) if line["seeds"] > 1 else math.nan
+    assert line["std over seeds"] == pytest.approx(want, nan_ok=True)
+
+
+def test_one_model_is_reported_without_a_comparison(tmp_path):
+  rows = _rows(["base"])
+  rows.write_parquet(tmp_path / "rows.parquet")
+  console = rich.console.Console(file=io.StringIO())
+  table = report.write_report(tmp_path, other="base", console=console, **FAST)
+  assert table.equals(tables.model_table(rows))
+  written = pl.read_csv(tmp_path / "comparison.csv")
+  assert written["model"].to_list() == ["base", "base"]
+  text = (tmp_path / "comparison.md").read_text()
+  assert text.startswith("# base\n") and "against" not in text
+  names = {path.name for path in (tmp_path / "plots").iterdir()}
+  assert names == {"activeness.png"}
 
 
 def test_model_table_refuses_different_users():
