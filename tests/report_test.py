@@ -308,7 +308,7 @@ def test_markdown_json_and_csv_hold_the_numbers_and_the_protocol(tmp_path):
   assert names["protocol"] in markdown
   lines = [x for x in markdown.splitlines() if x.startswith("|")]
   widths = {x.replace("\\|", "").count("|") for x in lines}
-  assert widths == {7, 9}
+  assert widths == {7, 10}
   first = table.filter(metric="NDCG@10").row(0, named=True)
   assert f"| {first['base']:.4f} | {first['other']:.4f} |" in markdown
 
