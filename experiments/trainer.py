@@ -34,6 +34,7 @@ from pin_jax import (
   training,
 )
 from pin_jax.backbones.bucketed import bucketed
+from pin_jax.backbones.precision import computed_in
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
@@ -51,6 +52,7 @@ def make_networks(config: ConfigDict, num_items: int) -> Networks:
   """Builds the backbone and the plugin that the config names."""
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
+  backbone = computed_in(backbone, config.backbone.compute)
   if config.backbone.bucket_rows:
     backbone = bucketed(backbone, rows=config.backbone.bucket_rows)
   options = config.plugin.to_dict()

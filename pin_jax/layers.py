@@ -1,5 +1,10 @@
-"""Layers that the backbones share: dropout, causal attention, MLP, GRU."""
+"""Layers that the backbones share: dropout, causal attention, MLP, GRU.
 
+All of them compute in the type of their parameters and inputs; `product`,
+`lookup`, dropout's factor, softmax and the GRU's state are float32 throughout.
+"""
+
+import functools
 import math
 from typing import Any
 
@@ -37,10 +42,52 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-  """Zeroes a share `rate` of the elements and rescales the others."""
+  """Zeroes a share `rate` of the elements and rescales the others.
+
+  The factor 1 / (1 - rate) applies in float32.
+  """
   threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
   keep = hash_bits(key, x.shape) >= threshold
-  return jnp.where(keep, x / (1 - rate), 0)
+  scaled = x.astype(jnp.float32) / (1 - rate)
+  return jnp.where(keep, scaled.astype(x.dtype), 0)
+
+
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+  """table[index], whose gradient adds up in float32, whatever the type."""
+  return table.astype(jnp.float32)[index].astype(table.dtype)
+
+
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """einsum(spec, x, y) accumulated and given in float32.
+
+  The two products of the backward pass take the gradient rounded to the type
+  of the operands, so that they too have operands of that type alone; without
+  it, they would multiply float32 with bfloat16. For float32 this is `einsum`.
+  """
+  if x.dtype == y.dtype and x.dtype != jnp.float32:
+    return _narrow_product(spec, x, y)
+  return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _product_forward(
+  spec: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _narrow_product(spec, x, y), (x, y)
+
+
+def _product_backward(
+  spec: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  _, pull = jax.vjp(functools.partial(jnp.einsum, spec), *operands)
+  return pull(gradient.astype(operands[0].dtype))
+
+
+_narrow_product.defvjp(_product_forward, _product_backward)
 
 
 class Dropout(nn.Module):
@@ -76,11 +123,11 @@ class CausalAttention(nn.Module):
     query, key, value = (dense(name)(x) for name in ("query", "key", "value"))
     causal = jnp.tril(jnp.ones((length, length), bool))
     visible = (causal & mask[:, None, :]) | jnp.eye(length, dtype=bool)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    logits = product("bqhd,bkhd->bhqk", query, key)
     logits = logits / math.sqrt(width // self.heads)
     logits = jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min)
     weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
-    read = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    read = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(x.dtype), value)
     return nn.DenseGeneral(
       width, axis=(-2, -1), kernel_init=self.kernel_init, name="out"
     )(read)
@@ -128,7 +175,9 @@ class GRU(nn.Module):
 
   W x of all positions is one product ahead of the scan, which then costs one
   product [B, H] x [H, 3 H] a step. The state starts at zero and padding leaves
-  it as it is.
+  it as it is. State and gates are float32 whatever the type of the parameters:
+  (1 - z) n of a gate close to 1 would vanish beside z h otherwise. Only W x and
+  the operands of U h are of their type.
   """
 
   width: int
@@ -140,19 +189,23 @@ class GRU(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     by_time = jnp.swapaxes(x, 0, 1)
     inputs = nn.Dense(3 * self.width, name="inputs")(by_time)
+    narrow = lambda x: x.astype(inputs.dtype)
+    # As float32 the scan's operands have gradients that add up in it.
+    recurrent, bias = (x.astype(jnp.float32) for x in (recurrent, bias))
 
     def step(
       h: jax.Array, now: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
       given, real = now
       gates, new = jnp.split(given, [2 * self.width], -1)
-      of_gates, of_new = jnp.split(h @ recurrent, [2 * self.width], -1)
+      of_state = product("bh,hk->bk", narrow(h), narrow(recurrent))
+      of_gates, of_new = jnp.split(of_state, [2 * self.width], -1)
       reset, keep = jnp.split(jax.nn.sigmoid(gates + of_gates), 2, -1)
       new = jnp.tanh(new + reset * (of_new + bias))
       h = jnp.where(real[:, None], (1 - keep) * new + keep * h, h)
-      return h, h
+      return h, narrow(h)
 
-    start = jnp.zeros((x.shape[0], self.width), inputs.dtype)
+    start = jnp.zeros((x.shape[0], self.width), jnp.float32)
     states = jax.lax.scan(step, start, (inputs, mask.T))[1]
     return jnp.swapaxes(states, 0, 1)
 

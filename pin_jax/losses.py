@@ -303,7 +303,8 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
 
   def backward(residuals: PyTree, cotangents: tuple) -> tuple:
     of_params, of_inputs = jax.tree.map(
-      lambda x: x * cotangents[0] if _is_float(x) else None, residuals
+      lambda x: (x * cotangents[0]).astype(x.dtype) if _is_float(x) else None,
+      residuals,
     )
     return of_params, None, of_inputs, None, None, None
 

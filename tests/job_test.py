@@ -425,6 +425,7 @@ def _sets(**values):
     (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
     (_set("backbone.layers", 0), "backbone.layers=0: give at least 1"),
     (_set("backbone.bucket_rows", -1), "bucket_rows=-1: give at least 0"),
+    (_set("backbone.compute", "float16"), "compute='float16': use one of"),
     (_set("backbone.name", "gru4rec"), "blocks=1: 'gru4rec' does not take it"),
   ],
 )
@@ -459,6 +460,18 @@ def test_a_bucketed_backbone_scores_as_the_plain_one():
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_the_compute_type_reaches_the_encoder_through_the_buckets():
+  config = _config()
+  config.backbone.update(bucket_rows=1, compute="bfloat16")
+  settings.check(config)
+  backbone = trainer.make_networks(config, 30).backbone
+  params = jax.eval_shape(backbone.init, jax.random.key(0))
+  history = jax.ShapeDtypeStruct((2, 6), np.int32)
+  context = jax.eval_shape(backbone.encode, params, history)
+  assert context.dtype.name == "bfloat16"
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+
+
 @pytest.mark.parametrize("name", settings.BACKBONES)
 def test_naming_a_backbone_is_enough(name):
   config = base.amazon(None, "any.parquet")
@@ -477,7 +490,7 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {"name", "bucket_rows"}
+  assert taken == set(section) - {"name", "bucket_rows", "compute"}
 
 
 @pytest.mark.slow

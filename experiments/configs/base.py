@@ -46,6 +46,9 @@ def default() -> ConfigDict:
       # Encode rows in chunks of so many of like length; 0 = all at L. Saves
       # time where most of a batch is padding; 64 suits the sparse data sets.
       "bucket_rows": 0,
+      # Type of the products' operands: 'float32', or 'bfloat16' for
+      # accelerators. Params, optimizer and sums are float32 in any case.
+      "compute": "float32",
     },
     "plugin": {"name": "bottleneck", "hidden": 32},
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'

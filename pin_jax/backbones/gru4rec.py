@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 
 from pin_jax.backbones.sasrec import check_dropout, from_encoder, item_table
-from pin_jax.layers import GRU, Dropout
+from pin_jax.layers import GRU, Dropout, lookup
 from pin_jax.types import Backbone
 
 
@@ -28,7 +28,8 @@ class _Encoder(nn.Module):
   def __call__(self, history: jax.Array) -> jax.Array:
     table = item_table(self, self.num_items, self.width)
     mask = history > 0
-    x = Dropout(self.dropout)(table[history] * math.sqrt(self.width))
+    x = lookup(table, history) * math.sqrt(self.width)
+    x = Dropout(self.dropout)(x)
     for _ in range(self.layers):
       x = Dropout(self.dropout)(GRU(self.width)(x, mask))
     return x

@@ -21,7 +21,7 @@ from pin_jax.backbones.sasrec import (
   from_encoder,
   item_table,
 )
-from pin_jax.layers import Dropout
+from pin_jax.layers import Dropout, lookup, product
 from pin_jax.types import Backbone
 
 _INIT = nn.initializers.normal(0.02)
@@ -42,10 +42,11 @@ class _Unit(nn.Module):
     by_head = (rows, now, self.heads, width // self.heads)
     v, q, k = (h.reshape(by_head) for h in vqk)
     distance = np.subtract.outer(np.arange(now), np.arange(now))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    logits = product("bqhd,bkhd->bhqk", q, k)
     logits = logits + bias[np.maximum(distance, 0)]
     visible = (distance >= 0) & mask[:, None, None, :]
     weights = jnp.where(visible, jax.nn.silu(logits) / self.length, 0)
+    weights = weights.astype(x.dtype)
     read = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
     gated = Dropout(self.dropout)(norm(read) * u)
     out = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
@@ -64,7 +65,8 @@ class _Encoder(nn.Module):
   def __call__(self, history: jax.Array) -> jax.Array:
     table = item_table(self, self.num_items, self.width)
     mask = history > 0
-    x = Dropout(self.dropout)(table[history] * math.sqrt(self.width))
+    x = lookup(table, history) * math.sqrt(self.width)
+    x = Dropout(self.dropout)(x)
     for _ in range(self.blocks):
       x = _Unit(self.length, self.heads, self.dropout)(x, mask)
     return nn.LayerNorm()(x) * mask[..., None]

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pin_jax.layers import Block, Dropout
+from pin_jax.layers import Block, Dropout, lookup, product
 from pin_jax.types import Backbone, InputError, PyTree
 
 
@@ -32,7 +32,7 @@ class _Encoder(nn.Module):
     positions = self.param("positions", init, (self.length, self.width))
     mask = history > 0
     length = history.shape[-1]
-    x = table[history] * math.sqrt(self.width) + positions[-length:]
+    x = lookup(table, history) * math.sqrt(self.width) + positions[-length:]
     x = Dropout(self.dropout)(x * mask[..., None])
     for _ in range(self.blocks):
       x = Block(self.heads, self.expansion * self.width, self.dropout, init)(
@@ -167,7 +167,7 @@ def tied_score(
 
   Args:
     params: holds `items` [V+1, D] and `bias` [V+1].
-    representations: [M, 1 or C, D].
+    representations: [M, 1 or C, D], of any float type.
     candidates: item indices, [C] shared by all rows or [M, C]; None = the
       whole table 0..V, in order.
 
@@ -176,11 +176,9 @@ def tied_score(
   """
   table, bias = params["items"], params["bias"]
   if candidates is not None:
-    table, bias = table[candidates], bias[candidates]
+    table, bias = lookup(table, candidates), bias[candidates]
   spec = "mkd,cd->mkc" if table.ndim == 2 else "mkd,mcd->mkc"
   if representations.shape[1] > 1:
     spec = "mcd,cd->mc" if table.ndim == 2 else "mcd,mcd->mc"
-  logits = jnp.einsum(
-    spec, representations, table, preferred_element_type=jnp.float32
-  )
+  logits = product(spec, representations, table)
   return (logits[:, 0] if logits.ndim == 3 else logits) + bias
