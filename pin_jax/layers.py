@@ -30,8 +30,7 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   Returns:
     uint32 array of the given shape.
   """
-  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.key_data(key)
+  key = _key_words(key)
   low, high = key[..., 0], key[..., -1]
   bits = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(_GOLDEN)
   bits = bits ^ low
@@ -41,13 +40,61 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return (bits ^ (bits >> 16)).reshape(shape)
 
 
+def hardware_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Random bits of the device's generator, XLA's RngBitGenerator.
+
+  Stateless: the generator's state is the key, twice if it has two words, as
+  JAX makes its 'rbg' keys; key derivation stays threefry's. The bits differ
+  from one kind of device to another.
+
+  Under `vmap` over keys all examples share the generator of the first key and
+  take consecutive parts of its stream: their masks are independent, but those
+  of a batch follow from its first key and are not the masks that the keys give
+  one by one. `lax.map` and `scan` give those. A sharded result is the unsharded
+  one; XLA generates it whole on every device, unless
+  --xla_tpu_spmd_rng_bit_generator_unsafe=1 lets each device draw its part.
+
+  Args:
+    key: typed or raw PRNG key, of two or four words.
+    shape: shape of the result.
+
+  Returns:
+    uint32 array of the given shape.
+  """
+  key = _key_words(key)
+  state = jnp.tile(key, 4 // key.shape[-1])
+  return jax.lax.rng_bit_generator(state, shape)[1]
+
+
+def mask_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """`hash_bits` on CPU, `hardware_bits` on accelerators.
+
+  The platform is that of the lowering, so that one traced program is right for
+  each; neither it nor a vmapped one holds the other's branch. The arguments are
+  those of the two.
+  """
+  return jax.lax.platform_dependent(
+    _key_words(key),
+    cpu=functools.partial(hash_bits, shape=shape),
+    default=functools.partial(hardware_bits, shape=shape),
+  )
+
+
+def _key_words(key: jax.Array) -> jax.Array:
+  """The raw words of a key, typed or raw; [..., 2 or 4] uint32."""
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.key_data(key)
+  return key
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
   """Zeroes a share `rate` of the elements and rescales the others.
 
-  The factor 1 / (1 - rate) applies in float32.
+  The factor 1 / (1 - rate) applies in float32. The mask follows from the key
+  and the platform that the program is lowered for, see `mask_bits`.
   """
   threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-  keep = hash_bits(key, x.shape) >= threshold
+  keep = mask_bits(key, x.shape) >= threshold
   scaled = x.astype(jnp.float32) / (1 - rate)
   return jnp.where(keep, scaled.astype(x.dtype), 0)
 
