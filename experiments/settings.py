@@ -16,6 +16,7 @@ from pin_jax import aggregation, batches, criteria, objectives
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.backbones.hstu import hstu
+from pin_jax.backbones.precision import COMPUTE
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
@@ -25,7 +26,7 @@ from pin_jax.types import InputError
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 PLUGINS = {"bottleneck": bottleneck}
 PROPOSALS = ("uniform", "popularity", "in_batch")
-_OF_ANY_BACKBONE = {"name", "pack_rows"}
+_OF_ANY_BACKBONE = {"name", "pack_rows", "compute"}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -66,6 +67,7 @@ _CHOICES = {
   "groups.rule": ("users", "interactions", "thresholds", "head_share"),
   "prior.kind": ("users", "uniform", "interactions", "custom"),
   "backbone.name": tuple(BACKBONES),
+  "backbone.compute": COMPUTE,
   "plugin.name": tuple(PLUGINS),
   "joint.draw": batches.DRAWS,
   "joint.mean": objectives.MEANS,

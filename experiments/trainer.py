@@ -33,6 +33,7 @@ from pin_jax import (
   propensity,
   training,
 )
+from pin_jax.backbones.precision import computed_in
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
@@ -50,6 +51,7 @@ def make_networks(config: ConfigDict, num_items: int) -> Networks:
   """Builds the backbone and the plugin that the config names."""
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
+  backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)

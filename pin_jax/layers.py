@@ -1,5 +1,10 @@
-"""Layers that the backbones share: dropout, causal attention, MLP, GRU."""
+"""Layers that the backbones share: dropout, causal attention, MLP, GRU.
 
+All of them compute in the type of their parameters and inputs; `product`,
+`lookup`, dropout's factor, softmax and the GRU's state are float32 throughout.
+"""
+
+import functools
 import math
 from typing import Any
 
@@ -25,8 +30,7 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   Returns:
     uint32 array of the given shape.
   """
-  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-    key = jax.random.key_data(key)
+  key = _key_words(key)
   low, high = key[..., 0], key[..., -1]
   bits = jax.lax.iota(jnp.uint32, math.prod(shape)) * jnp.uint32(_GOLDEN)
   bits = bits ^ low
@@ -36,11 +40,101 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return (bits ^ (bits >> 16)).reshape(shape)
 
 
+def hardware_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Random bits of the device's generator, XLA's RngBitGenerator.
+
+  Stateless: the generator's state is the key, twice if it has two words, as
+  JAX makes its 'rbg' keys; key derivation stays threefry's. The bits differ
+  from one kind of device to another.
+
+  Under `vmap` over keys all examples share the generator of the first key and
+  take consecutive parts of its stream: their masks are independent, but those
+  of a batch follow from its first key and are not the masks that the keys give
+  one by one. `lax.map` and `scan` give those. A sharded result is the unsharded
+  one; XLA generates it whole on every device, unless
+  --xla_tpu_spmd_rng_bit_generator_unsafe=1 lets each device draw its part.
+
+  Args:
+    key: typed or raw PRNG key, of two or four words.
+    shape: shape of the result.
+
+  Returns:
+    uint32 array of the given shape.
+  """
+  key = _key_words(key)
+  state = jnp.tile(key, 4 // key.shape[-1])
+  return jax.lax.rng_bit_generator(state, shape)[1]
+
+
+def mask_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """`hash_bits` on CPU, `hardware_bits` on accelerators.
+
+  The platform is that of the lowering, so that one traced program is right for
+  each; neither it nor a vmapped one holds the other's branch. The arguments are
+  those of the two.
+  """
+  return jax.lax.platform_dependent(
+    _key_words(key),
+    cpu=functools.partial(hash_bits, shape=shape),
+    default=functools.partial(hardware_bits, shape=shape),
+  )
+
+
+def _key_words(key: jax.Array) -> jax.Array:
+  """The raw words of a key, typed or raw; [..., 2 or 4] uint32."""
+  if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jax.random.key_data(key)
+  return key
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-  """Zeroes a share `rate` of the elements and rescales the others."""
+  """Zeroes a share `rate` of the elements and rescales the others.
+
+  The factor 1 / (1 - rate) applies in float32. The mask follows from the key
+  and the platform that the program is lowered for, see `mask_bits`.
+  """
   threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-  keep = hash_bits(key, x.shape) >= threshold
-  return jnp.where(keep, x / (1 - rate), 0)
+  keep = mask_bits(key, x.shape) >= threshold
+  scaled = x.astype(jnp.float32) / (1 - rate)
+  return jnp.where(keep, scaled.astype(x.dtype), 0)
+
+
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+  """table[index], whose gradient adds up in float32, whatever the type."""
+  return table.astype(jnp.float32)[index].astype(table.dtype)
+
+
+def product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """einsum(spec, x, y) accumulated and given in float32.
+
+  The two products of the backward pass take the gradient rounded to the type
+  of the operands, so that they too have operands of that type alone; without
+  it, they would multiply float32 with bfloat16. For float32 this is `einsum`.
+  """
+  if x.dtype == y.dtype and x.dtype != jnp.float32:
+    return _narrow_product(spec, x, y)
+  return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow_product(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
+
+
+def _product_forward(
+  spec: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return _narrow_product(spec, x, y), (x, y)
+
+
+def _product_backward(
+  spec: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  _, pull = jax.vjp(functools.partial(jnp.einsum, spec), *operands)
+  return pull(gradient.astype(operands[0].dtype))
+
+
+_narrow_product.defvjp(_product_forward, _product_backward)
 
 
 class Dropout(nn.Module):
@@ -82,11 +176,11 @@ class CausalAttention(nn.Module):
     )
     query, key, value = (dense(name)(x) for name in ("query", "key", "value"))
     visible = reads(windows) | jnp.eye(length, dtype=bool)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key)
+    logits = product("bqhd,bkhd->bhqk", query, key)
     logits = logits / math.sqrt(width // self.heads)
     logits = jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min)
     weights = Dropout(self.dropout)(jax.nn.softmax(logits, axis=-1))
-    read = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+    read = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(x.dtype), value)
     return nn.DenseGeneral(
       width, axis=(-2, -1), kernel_init=self.kernel_init, name="out"
     )(read)
@@ -134,7 +228,10 @@ class GRU(nn.Module):
 
   W x of all positions is one product ahead of the scan, which then costs one
   product [B, H] x [H, 3 H] a step. The state starts at zero, anew where one
-  window follows another, and padding leaves it as it is.
+  window follows another, and padding leaves it as it is. State and gates are
+  float32 whatever the type of the parameters: (1 - z) n of a gate close to 1
+  would vanish beside z h otherwise. Only W x and the operands of U h are of
+  their type.
   """
 
   width: int
@@ -146,6 +243,9 @@ class GRU(nn.Module):
     bias = self.param("bias", nn.initializers.zeros, (self.width,))
     by_time = jnp.swapaxes(x, 0, 1)
     inputs = nn.Dense(3 * self.width, name="inputs")(by_time)
+    narrow = lambda x: x.astype(inputs.dtype)
+    # As float32 the scan's operands have gradients that add up in it.
+    recurrent, bias = (x.astype(jnp.float32) for x in (recurrent, bias))
 
     def step(
       h: jax.Array, now: tuple[jax.Array, jax.Array, jax.Array]
@@ -153,13 +253,14 @@ class GRU(nn.Module):
       given, real, first = now
       h = jnp.where(first[:, None], 0, h)
       gates, new = jnp.split(given, [2 * self.width], -1)
-      of_gates, of_new = jnp.split(h @ recurrent, [2 * self.width], -1)
+      of_state = product("bh,hk->bk", narrow(h), narrow(recurrent))
+      of_gates, of_new = jnp.split(of_state, [2 * self.width], -1)
       reset, keep = jnp.split(jax.nn.sigmoid(gates + of_gates), 2, -1)
       new = jnp.tanh(new + reset * (of_new + bias))
       h = jnp.where(real[:, None], (1 - keep) * new + keep * h, h)
-      return h, h
+      return h, narrow(h)
 
-    start = jnp.zeros((x.shape[0], self.width), inputs.dtype)
+    start = jnp.zeros((x.shape[0], self.width), jnp.float32)
     before = jnp.pad(windows, [(0, 0), (1, 0)])[:, :-1]
     opens = (windows != before) & (windows > 0) & (before > 0)
     steps = inputs, windows.T > 0, opens.T

@@ -350,7 +350,8 @@ def accumulated(part: Part, chunk: int, rest: int) -> Callable[..., tuple]:
 
   def backward(residuals: PyTree, cotangents: tuple) -> tuple:
     of_params, of_inputs = jax.tree.map(
-      lambda x: x * cotangents[0] if _is_float(x) else None, residuals
+      lambda x: (x * cotangents[0]).astype(x.dtype) if _is_float(x) else None,
+      residuals,
     )
     return of_params, None, of_inputs, None, None
 

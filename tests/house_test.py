@@ -22,6 +22,7 @@ LEVELS = {
   "pin_jax.activeness": 1,
   "pin_jax.splits": 1,
   "pin_jax.plugins": 1,
+  "pin_jax.packing": 1,
   "pin_jax.sharding": 1,
   "pin_jax.datasets": 1,
   "pin_jax.backbones": 1,

@@ -425,6 +425,7 @@ def _sets(**values):
     (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
     (_set("backbone.layers", 0), "backbone.layers=0: give at least 1"),
     (_set("backbone.pack_rows", -1), "pack_rows=-1: give at least 0"),
+    (_set("backbone.compute", "float16"), "compute='float16': use one of"),
     (_set("backbone.name", "gru4rec"), "blocks=1: 'gru4rec' does not take it"),
   ],
 )
@@ -445,6 +446,18 @@ def test_the_backbone_packs_as_many_rows_as_the_config_says():
   assert trainer.make_networks(config, 30).backbone.packed == 5
 
 
+def test_the_compute_type_reaches_the_encoder():
+  config = _config()
+  config.backbone.compute = "bfloat16"
+  settings.check(config)
+  backbone = trainer.make_networks(config, 30).backbone
+  params = jax.eval_shape(backbone.init, jax.random.key(0))
+  history = jax.ShapeDtypeStruct((2, 6), np.int32)
+  context = jax.eval_shape(backbone.encode, params, history)
+  assert context.dtype.name == "bfloat16"
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+
+
 @pytest.mark.parametrize("name", settings.BACKBONES)
 def test_naming_a_backbone_is_enough(name):
   config = base.amazon(None, "any.parquet")
@@ -463,7 +476,7 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {"name", "pack_rows"}
+  assert taken == set(section) - {"name", "pack_rows", "compute"}
 
 
 @pytest.mark.slow

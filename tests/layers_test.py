@@ -19,7 +19,9 @@ from pin_jax.layers import (
   CausalAttention,
   Dropout,
   dropout,
+  hardware_bits,
   hash_bits,
+  mask_bits,
 )
 
 SIZE = 100_000
@@ -97,6 +99,105 @@ def test_hash_bits_are_uniform():
   assert scipy.stats.chisquare(counts).pvalue > 1e-4
   ones = ((bits[:, None] >> np.arange(32, dtype=np.uint32)) & 1).mean(0)
   assert np.abs(ones - 0.5).max() < 5 * 0.5 / math.sqrt(SIZE)
+
+
+# Accelerators draw their masks by hardware; here by XLA's generator for CPU.
+
+
+def _hardware(keys, size=SIZE):
+  draw = lambda key: hardware_bits(key, (size,))
+  return np.asarray(jax.jit(lambda keys: jax.lax.map(draw, keys))(keys))
+
+
+def _transformed(how):
+  """A program that draws masks; its keys and x."""
+  drop = lambda x, key: dropout(x, 0.5, key)
+  x, keys = jnp.ones((3, 8, 8)), jax.random.split(jax.random.key(0), 3)
+  over = {
+    "alone": lambda x, keys: drop(x, keys[0]),
+    "vmap": jax.vmap(drop),
+    "vmap of x": lambda x, keys: jax.vmap(drop, (0, None))(x, keys[0]),
+    "scan": lambda x, keys: jax.lax.map(lambda a: drop(*a), (x, keys)),
+    "grad": jax.grad(lambda x, keys: jnp.sum(jax.vmap(drop)(x, keys) ** 2)),
+    "checkpoint": jax.grad(
+      lambda x, keys: jnp.sum(jax.checkpoint(jax.vmap(drop))(x, keys) ** 2)
+    ),
+  }[how]
+  return jax.jit(over), x, keys
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+  "how", ["alone", "vmap", "vmap of x", "scan", "grad", "checkpoint"]
+)
+def test_each_platform_lowers_its_own_generator_alone(how, platform):
+  run, *args = _transformed(how)
+  text = run.trace(*args).lower(lowering_platforms=(platform,)).as_text()
+  assert ("rng_bit_generator" in text) == (platform != "cpu")
+  hashed = str(0x9E3779B9) in text  # the constant of the counter
+  assert hashed == (platform == "cpu")
+
+
+def test_one_export_serves_every_platform():
+  run, *args = _transformed("vmap")
+  exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(*args)
+  assert exported.platforms == ("cpu", "cuda", "tpu")
+  np.testing.assert_array_equal(exported.call(*args), run(*args))
+
+
+def test_masks_on_cpu_are_the_hash():
+  key = jax.random.key(9)
+  for how in (lambda f: f, jax.jit):
+    np.testing.assert_array_equal(
+      how(lambda key: mask_bits(key, (4, 6)))(key), hash_bits(key, (4, 6))
+    )
+  # murmur3's finaliser by hand, with the words of a key of four.
+  words = jnp.asarray([11, 22, 33, 44], jnp.uint32)
+  wrap = 2**32
+  for i, got in enumerate(np.asarray(mask_bits(words, (5,)))):
+    bits = (i * 0x9E3779B9 % wrap) ^ 11
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+      bits = ((bits ^ (bits >> shift)) * factor + 44) % wrap
+    assert got == bits ^ (bits >> 16)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_hardware_masks_keep_their_share_and_are_independent(rate):
+  keys = [jax.random.key(seed) for seed in range(3)]
+  keys += list(jax.random.split(keys[0], 3))
+  masks = _hardware(jnp.stack(keys)) >= np.uint32(rate * 2**32)
+  sigma = math.sqrt(rate * (1 - rate) / SIZE)
+  assert np.abs(masks.mean(1) - (1 - rate)).max() < 5 * sigma
+  off = np.corrcoef(masks)[~np.eye(len(keys), dtype=bool)]
+  assert np.abs(off).max() < 5 / math.sqrt(SIZE)
+  for lag in (1, 64):
+    lagged = np.corrcoef(masks[0, lag:], masks[0, :-lag])[0, 1]
+    assert abs(lagged) < 5 / math.sqrt(SIZE)
+
+
+def test_hardware_bits_follow_the_key():
+  key = jax.random.key(7)
+  want = hardware_bits(key, (3, 50))
+  raw = hardware_bits(jax.random.key_data(key), (3, 50))
+  four = hardware_bits(jax.random.key(7, impl="rbg"), (3, 50))
+  for got in (raw, four, _hardware(key[None], 150)[0].reshape(3, 50)):
+    np.testing.assert_array_equal(got, want)
+  assert (want != hardware_bits(jax.random.key(8), (3, 50))).any()
+  np.testing.assert_array_equal(
+    want, jax.random.bits(jax.random.key(7, impl="rbg"), (3, 50))
+  )
+
+
+def test_vmapped_hardware_masks_are_parts_of_the_first_keys_stream():
+  keys = jax.random.split(jax.random.key(4), 3)
+  draw = jax.vmap(lambda key: hardware_bits(key, (SIZE,)))
+  bits = np.asarray(jax.jit(draw)(keys))
+  np.testing.assert_array_equal(bits, hardware_bits(keys[0], (3, SIZE)))
+  off = np.corrcoef(bits >= 2**31)[~np.eye(3, dtype=bool)]
+  assert np.abs(off).max() < 5 / math.sqrt(SIZE)
+  shared = jax.vmap(lambda x: x * hardware_bits(keys[0], (5,)))
+  rows = np.asarray(shared(jnp.ones((2, 1), jnp.uint32)))
+  np.testing.assert_array_equal(rows[0], rows[1])  # one key, one mask
 
 
 def test_dropout_layer_is_off_without_a_key():

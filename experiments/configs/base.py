@@ -47,6 +47,9 @@ def default() -> ConfigDict:
       # rows at a time; 0 = a history a row, all at once. Saves time where most
       # of a batch is padding, and on CPU where a batch outgrows the caches.
       "pack_rows": 0,
+      # Type of the products' operands: 'float32', or 'bfloat16' for
+      # accelerators. Params, optimizer and sums are float32 in any case.
+      "compute": "float32",
     },
     "plugin": {"name": "bottleneck", "hidden": 32},
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from pin_jax.backbones.sasrec import as_rows, check_dropout
 from pin_jax.layers import dropout as drop
+from pin_jax.layers import lookup
 from pin_jax.types import Backbone, InputError, PyTree, Rows
 
 
@@ -58,7 +59,7 @@ class _Predictor(nn.Module):
     h = jnp.concatenate([*parts, product], -1)
     for size in (self.hidden, max(self.hidden // 2, 1)):
       h = nn.PReLU()(nn.Dense(size)(h))
-    return nn.Dense(1)(h)[..., 0]
+    return nn.Dense(1, dtype=jnp.float32)(h)[..., 0]
 
 
 def din(
@@ -133,13 +134,13 @@ def din(
     candidates: jax.Array | None,
   ) -> jax.Array:
     items, factors = states
-    past = params["items"][items]
+    past = lookup(params["items"], items)
 
     def pool(index: jax.Array) -> jax.Array:
       weights = unit.apply(
-        {"params": params["unit"]}, past, params["items"][index]
-      )
-      return jnp.einsum("mlc,mld->mcd", weights * factors[..., None], past)
+        {"params": params["unit"]}, past, lookup(params["items"], index)
+      ) * factors[..., None]
+      return jnp.einsum("mlc,mld->mcd", weights.astype(past.dtype), past)
 
     index = _indices(candidates, num_items)
     return _in_chunks(
@@ -149,7 +150,7 @@ def din(
   def score(
     params: PyTree, representations: jax.Array, candidates: jax.Array | None
   ) -> jax.Array:
-    embedded = params["items"][_indices(candidates, num_items)]
+    embedded = lookup(params["items"], _indices(candidates, num_items))
     return predictor.apply(
       {"params": params["predictor"]}, representations, embedded
     )

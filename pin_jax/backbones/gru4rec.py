@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 
 from pin_jax.backbones.sasrec import check_dropout, from_encoder, item_table
-from pin_jax.layers import GRU, Dropout
+from pin_jax.layers import GRU, Dropout, lookup
 from pin_jax.types import Backbone, Rows
 
 
@@ -27,7 +27,8 @@ class _Encoder(nn.Module):
   @nn.compact
   def __call__(self, rows: Rows) -> jax.Array:
     table = item_table(self, self.num_items, self.width)
-    x = Dropout(self.dropout)(table[rows.items] * math.sqrt(self.width))
+    x = lookup(table, rows.items) * math.sqrt(self.width)
+    x = Dropout(self.dropout)(x)
     for _ in range(self.layers):
       x = Dropout(self.dropout)(GRU(self.width)(x, rows.windows))
     return x

@@ -21,7 +21,7 @@ from pin_jax.backbones.sasrec import (
   from_encoder,
   item_table,
 )
-from pin_jax.layers import Dropout, reads
+from pin_jax.layers import Dropout, lookup, product, reads
 from pin_jax.types import Backbone, Rows
 
 _INIT = nn.initializers.normal(0.02)
@@ -42,10 +42,11 @@ class _Unit(nn.Module):
     by_head = (rows, now, self.heads, width // self.heads)
     v, q, k = (h.reshape(by_head) for h in vqk)
     distance = np.subtract.outer(np.arange(now), np.arange(now))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    logits = product("bqhd,bkhd->bhqk", q, k)
     logits = logits + bias[np.maximum(distance, 0)]
     weights = jax.nn.silu(logits) / self.length
     weights = jnp.where(reads(windows)[:, None], weights, 0)
+    weights = weights.astype(x.dtype)
     read = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)
     gated = Dropout(self.dropout)(norm(read) * u)
     out = nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
@@ -63,7 +64,8 @@ class _Encoder(nn.Module):
   @nn.compact
   def __call__(self, rows: Rows) -> jax.Array:
     table = item_table(self, self.num_items, self.width)
-    x = Dropout(self.dropout)(table[rows.items] * math.sqrt(self.width))
+    x = lookup(table, rows.items) * math.sqrt(self.width)
+    x = Dropout(self.dropout)(x)
     for _ in range(self.blocks):
       x = _Unit(self.length, self.heads, self.dropout)(x, rows.windows)
     return nn.LayerNorm()(x) * (rows.items > 0)[..., None]

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pin_jax.layers import Block, Dropout
+from pin_jax.layers import Block, Dropout, lookup, product
 from pin_jax.types import Backbone, InputError, PyTree, Rows
 
 
@@ -31,8 +31,8 @@ class _Encoder(nn.Module):
     table = item_table(self, self.num_items, self.width)
     positions = self.param("positions", init, (self.length, self.width))
     mask = rows.items > 0
-    placed = positions[self.length - 1 - rows.later]
-    x = table[rows.items] * math.sqrt(self.width) + placed
+    placed = lookup(positions, self.length - 1 - rows.later)
+    x = lookup(table, rows.items) * math.sqrt(self.width) + placed
     x = Dropout(self.dropout)(x * mask[..., None])
     for _ in range(self.blocks):
       x = Block(self.heads, self.expansion * self.width, self.dropout, init)(
@@ -176,7 +176,7 @@ def tied_score(
 
   Args:
     params: holds `items` [V+1, D] and `bias` [V+1].
-    representations: [M, 1 or C, D].
+    representations: [M, 1 or C, D], of any float type.
     candidates: item indices, [C] shared by all rows or [M, C]; None = the
       whole table 0..V, in order.
 
@@ -185,11 +185,9 @@ def tied_score(
   """
   table, bias = params["items"], params["bias"]
   if candidates is not None:
-    table, bias = table[candidates], bias[candidates]
+    table, bias = lookup(table, candidates), bias[candidates]
   spec = "mkd,cd->mkc" if table.ndim == 2 else "mkd,mcd->mkc"
   if representations.shape[1] > 1:
     spec = "mcd,cd->mc" if table.ndim == 2 else "mcd,mcd->mc"
-  logits = jnp.einsum(
-    spec, representations, table, preferred_element_type=jnp.float32
-  )
+  logits = product(spec, representations, table)
   return (logits[:, 0] if logits.ndim == 3 else logits) + bias
