@@ -532,8 +532,8 @@ def fit_many(
       values = np.asarray(evaluate(k, params), np.float64).reshape(-1)
       on_evaluation(k, t, values)
       progress[k], better[k] = _compare(progress[k], t, values)
-    share = (time.process_time() - clock) / len(running)
-    clock = time.process_time()
+    now = time.process_time()
+    share, clock = (now - clock) / len(running), now
     for k in running:
       total = progress[k].cpu_seconds + share
       progress[k] = progress[k]._replace(cpu_seconds=total)
