@@ -57,7 +57,7 @@ def method_rows(
   columns = {}
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
     ranks = trainer.ranker(serve[1] is not None)(
-      trainer.weights(*serve), problem.sequences,
+      trainer.weights(seed, *serve), problem.sequences,
       requests_for(problem, "test", users[chosen]),
     )
     for key, values in ranks._asdict().items():
@@ -87,7 +87,7 @@ def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
 
 
 def model_log_probabilities(
-  name: str, problem: Problem, trainer: Trainer, users: np.ndarray
+  name: str, seed: int, problem: Problem, trainer: Trainer, users: np.ndarray
 ) -> np.ndarray:
   """log P(y|x) of a method's models at users' test events; [n, V]."""
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
@@ -98,7 +98,7 @@ def model_log_probabilities(
       length=trainer.length,
     )
     out[chosen] = compute(
-      trainer.weights(*serve), problem.sequences,
+      trainer.weights(seed, *serve), problem.sequences,
       requests_for(problem, "test", users[chosen]),
     )
   return out
@@ -186,17 +186,19 @@ def _train_all(
   progress = logs.JobProgress(total, console)
   rows, closeness, cost = [], [], {}
   try:
-    for seed in config.seeds:
+    for first in range(0, len(config.seeds), config.num_seeds):
+      seeds = tuple(config.seeds[first : first + config.num_seeds])
       trainer = Trainer(
-        config, problem, networks, workdir, seed, log, progress
+        config, problem, networks, workdir, seeds, log, progress
       )
       for stage in stages:
         trainer.train(stage)
       cost |= trainer.cost
-      for name in names:
-        rows.append(method_rows(name, seed, problem, trainer))
-      if problem.world is not None and config.loss.name in PROPER:
-        closeness.append(_closeness(names, problem, trainer))
+      for seed in seeds:
+        for name in names:
+          rows.append(method_rows(name, seed, problem, trainer))
+        if problem.world is not None and config.loss.name in PROPER:
+          closeness.append(_closeness(names, seed, problem, trainer))
   finally:
     log.close()
     progress.close()
@@ -204,7 +206,7 @@ def _train_all(
 
 
 def _closeness(
-  names: tuple[str, ...], problem: Problem, trainer: Trainer
+  names: tuple[str, ...], seed: int, problem: Problem, trainer: Trainer
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
@@ -214,7 +216,9 @@ def _closeness(
   )
   data = problem.split.interactions
   models = {
-    METHODS[name].title: model_log_probabilities(name, problem, trainer, users)
+    METHODS[name].title: model_log_probabilities(
+      name, seed, problem, trainer, users
+    )
     for name in names
   }
   target = data.items[data.offsets[users] + requests.positions]

@@ -82,6 +82,7 @@ _CHOICES = {
   "evaluation.protocol": ("full", "sampled"),
 }
 _AT_LEAST = {
+  "num_seeds": 1,
   "groups.num_groups": 1,
   "backbone.length": 1,
   "backbone.blocks": 1,
@@ -204,6 +205,17 @@ def _check_together(config: ConfigDict) -> None:
     )
   if not config.seeds or len(set(config.seeds)) < len(config.seeds):
     raise _bad("seeds", tuple(config.seeds), "give one or more, each once")
+  if len(config.seeds) % config.num_seeds:
+    raise _bad(
+      "num_seeds", config.num_seeds,
+      f"the number of seeds, {len(config.seeds)}, must be a multiple of it",
+    )
+  if config.num_seeds > 1 and config.backbone.bucket_rows:
+    raise _bad(
+      "backbone.bucket_rows", config.backbone.bucket_rows,
+      f"num_seeds={config.num_seeds} at once would run every length; set it "
+      "to 0",
+    )
   shares = proposal_shares(config.loss.proposal)
   if config.loss.name == "gbce" and set(shares) != {"uniform"}:
     raise _bad(

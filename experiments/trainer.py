@@ -1,9 +1,10 @@
 """Trains the stages of a job."""
 
+import functools
 import inspect
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -231,8 +232,33 @@ def make_ranker(
   )
 
 
+class _Run(NamedTuple):
+  """A stage ready for training; what the seeds differ in is by seed.
+
+  Attributes:
+    step: of one seed.
+    pool: whom to draw from.
+    start: seed -> state before step 0.
+    frozen: seed -> params that stay as they are.
+    evaluator: seed -> (params -> validation values).
+    names: of these values.
+  """
+
+  step: training.Step
+  pool: batches.Pool
+  start: Callable[[int], training.TrainState]
+  frozen: Callable[[int], PyTree]
+  evaluator: Callable[[int], Callable[[PyTree], np.ndarray]]
+  names: tuple[str, ...]
+
+
 class Trainer:
-  """Trains the stages of one seed; each once, resuming where it can."""
+  """Trains the stages of one seed, or of several seeds at once.
+
+  Each stage is trained once and resumes where it can. Several seeds share the
+  steps' dispatches and the checkpoints; each has its own selection, its own
+  patience and its own logs, as if it were alone.
+  """
 
   def __init__(
     self,
@@ -240,19 +266,18 @@ class Trainer:
     problem: Problem,
     networks: Networks,
     workdir: epath.Path,
-    seed: int,
+    seeds: tuple[int, ...],
     log: logs.RunLog,
     progress: logs.JobProgress,
   ) -> None:
     """Prepares what the stages share."""
     self._config, self._problem, self._networks = config, problem, networks
-    self._workdir, self._seed = workdir, seed
+    self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
-    self._key = jax.random.key(seed)
     self.cost: dict[str, dict[str, Any]] = {}
     self.length = config.backbone.length
     self._rankers: dict[bool, Ranker] = {}
-    self.trained: dict[str, training.FitResult] = {}
+    self.trained: dict[str, dict[int, training.FitResult]] = {}
 
   def ranker(self, with_plugin: bool) -> Ranker:
     """The ranking function, with or without plugins; compiled once."""
@@ -268,52 +293,64 @@ class Trainer:
     return evaluation.Model(self._networks.backbone, plugin)
 
   def weights(
-    self, backbone: str, plugin: str | None
+    self, seed: int, backbone: str, plugin: str | None
   ) -> evaluation.Weights:
-    """The trained parameters of two stages."""
+    """The trained parameters of a seed's two stages."""
     return evaluation.Weights(
-      self.trained[backbone].best, plugin and self.trained[plugin].best
+      self._best(backbone, seed), plugin and self._best(plugin, seed)
     )
+
+  def _best(self, stage: str, seed: int) -> PyTree:
+    return self.trained[stage][seed].best
 
   def train(self, stage: Stage) -> None:
     """Trains a stage, or reads its finished checkpoint."""
     steps = num_steps(self._config, stage)
-    run = self.run_name(stage)
+    seeds = self._seeds
+    runs = [self.run_name(stage, seed) for seed in seeds]
     store = checkpoints.Checkpoints(
-      self._workdir / "checkpoints" / run.replace("/", "-")
+      self._workdir / "checkpoints" / self._directory(stage)
     )
     build = {
       "backbone": self._backbone_run,
       "plugin": self._plugin_run,
       "classifier": self._classifier_run,
     }[stage.kind]
-    step, state, operands, evaluate, names = build(stage, steps)
-    counted = 0
+    run = build(stage, steps)
+    operands = training.Operands(
+      training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
+      self._problem.sequences, run.pool,
+      training.join_runs([run.frozen(seed) for seed in seeds]),
+    )
+    evaluators = [run.evaluator(seed) for seed in seeds]
+    counted = [0] * len(seeds)
 
-    def advance(count: int, resumed: bool = False) -> None:
-      nonlocal counted
-      counted += count
+    def advance(k: int, count: int, resumed: bool = False) -> None:
+      counted[k] += count
       if resumed:
         self._progress.skip(count)
       else:
-        self._progress.advance(run, count)
+        self._progress.advance(runs[k], count)
 
-    def on_resume(t: int) -> None:
-      self._log.rewind(run, t)
-      advance(t, resumed=True)
+    def on_resume(k: int, t: int) -> None:
+      self._log.rewind(runs[k], t)
+      advance(k, t, resumed=True)
 
-    def on_steps(start: int, log: dict[str, np.ndarray]) -> None:
-      self._log.steps(run, start, log)
-      advance(len(log["loss"]))
+    def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
+      self._log.steps(runs[k], start, log)
+      advance(k, len(log["loss"]))
 
-    def on_evaluation(t: int, values: np.ndarray) -> None:
-      self._log.evaluation(run, t, dict(zip(names, values, strict=True)))
+    def on_evaluation(k: int, t: int, values: np.ndarray) -> None:
+      named = dict(zip(run.names, values, strict=True))
+      self._log.evaluation(runs[k], t, named)
 
-    self.trained[stage.name] = training.fit(
-      step, state, operands,
-      name=run,
+    results = training.fit_many(
+      run.step if len(seeds) == 1 else training.many(run.step),
+      training.join_runs([run.start(seed) for seed in seeds]),
+      operands,
+      names=runs,
       num_steps=steps,
-      evaluate=evaluate,
+      evaluate=lambda k, params: evaluators[k](params),
       evaluate_every=self._config.validation.every,
       dispatch=self._config.dispatch,
       patience=self._config.validation.patience,
@@ -325,23 +362,28 @@ class Trainer:
       on_resume=on_resume,
     )
     store.close()
-    result = self.trained[stage.name]
-    self.cost[run] = {
-      "steps": result.last_step,
-      "best_steps": result.best_steps,
-      "validation": result.best_values,
-      "cpu_seconds": round(result.cpu_seconds, 1),
-    }
-    if counted < steps:
-      advance(steps - counted, resumed=True)
+    self.trained[stage.name] = dict(zip(seeds, results, strict=True))
+    for k, result in enumerate(results):
+      self.cost[runs[k]] = {
+        "steps": result.last_step,
+        "best_steps": result.best_steps,
+        "validation": result.best_values,
+        "cpu_seconds": round(result.cpu_seconds, 1),
+      }
+      if counted[k] < steps:
+        advance(k, steps - counted[k], resumed=True)
 
-  def run_name(self, stage: Stage) -> str:
+  def run_name(self, stage: Stage, seed: int) -> str:
     """The stage's name in logs; led by the seed where there are several."""
     several = len(self._config.seeds) > 1
-    return f"seed{self._seed}/{stage.name}" if several else stage.name
+    return f"seed{seed}/{stage.name}" if several else stage.name
 
-  def _stage_key(self, name: str) -> jax.Array:
-    return jax.random.fold_in(self._key, zlib.crc32(name.encode()))
+  def _directory(self, stage: Stage) -> str:
+    """The name of the checkpoints' directory, one for all seeds at once."""
+    first, *others = (self.run_name(stage, seed) for seed in self._seeds)
+    if others:
+      first = f"seeds{'-'.join(map(str, self._seeds))}/{stage.name}"
+    return first.replace("/", "-")
 
   def _optimizer(self, steps: int, prefix: str = "") -> tuple:
     options = self._config.optimizer.to_dict()
@@ -369,7 +411,7 @@ class Trainer:
       "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
     }[stage.sampling]
 
-  def _backbone_run(self, stage: Stage, steps: int) -> tuple:
+  def _backbone_run(self, stage: Stage, steps: int) -> _Run:
     config, problem = self._config, self._problem
     num_groups = config.groups.num_groups
     shares = target_shares(problem, num_groups)
@@ -382,16 +424,11 @@ class Trainer:
     rows = config.batch_size // num_groups
     optimizer, schedule = self._optimizer(steps)
     draw, mean = self._sampling(stage)
-    importance, frozen = None, None
+    importance = None
     if stage.exact:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-      frozen = {
-        "backbone": self.trained["base"].best,
-        "classifier": self.trained[stage.exact].best,
-        "shares": jnp.asarray(shares, jnp.float32),
-      }
     pools = num_groups if stage.grouped else 1
     step = training.backbone_step(
       self._networks.backbone, adjustment.rules, optimizer, schedule,
@@ -404,19 +441,29 @@ class Trainer:
       criterion=make_criterion(
         config, problem, groups, num_groups=pools, draw=draw
       ),
+      runs=len(self._seeds),
     )
-    params = (
-      self.trained[stage.start].best if stage.start
-      else jax.jit(self._networks.backbone.init)(self._stage_key("init"))
-    )
-    state = training.init_state(
-      params, optimizer, adjustment.rules, blocks=adjustment.blocks,
-      average=config.optimizer.average > 0,
-    )
-    operands = training.Operands(
-      self._stage_key(stage.name), problem.sequences,
-      self._pool(groups, pools), frozen,
-    )
+    init = jax.jit(self._networks.backbone.init)
+
+    def start(seed: int) -> training.TrainState:
+      params = (
+        self._best(stage.start, seed) if stage.start
+        else init(_stage_key(seed, "init"))
+      )
+      return training.init_state(
+        params, optimizer, adjustment.rules, blocks=adjustment.blocks,
+        average=config.optimizer.average > 0,
+      )
+
+    def frozen(seed: int) -> PyTree:
+      if not stage.exact:
+        return None
+      return {
+        "backbone": self._best("base", seed),
+        "classifier": self._best(stage.exact, seed),
+        "shares": jnp.asarray(shares, jnp.float32),
+      }
+
     rank, requests = self.ranker(False), self._validation(stage.users)
 
     def evaluate(params: PyTree) -> np.ndarray:
@@ -424,11 +471,13 @@ class Trainer:
       ranks = rank(weights, problem.sequences, requests)
       return metrics.ndcg(ranks.rank, CUTOFF).mean()[None]
 
-    return step, state, operands, evaluate, (stage.users,)
+    return _Run(
+      step, self._pool(groups, pools), start, frozen, lambda seed: evaluate,
+      (stage.users,),
+    )
 
-  def _plugin_run(self, stage: Stage, steps: int) -> tuple:
+  def _plugin_run(self, stage: Stage, steps: int) -> _Run:
     config, problem = self._config, self._problem
-    frozen = self.trained[stage.start].best
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
     step = training.plugin_step(
@@ -440,28 +489,29 @@ class Trainer:
       ),
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
-    params = init(
-      self._networks.plugin, self._stage_key(stage.name + "/init"),
-      len(SEGMENTS),
-    )
-    state = training.init_state(params, optimizer, stacked=True)
-    operands = training.Operands(
-      self._stage_key(stage.name), problem.sequences,
-      self._pool(problem.segments, len(SEGMENTS)), frozen,
-    )
+
+    def start(seed: int) -> training.TrainState:
+      key = _stage_key(seed, stage.name + "/init")
+      params = init(self._networks.plugin, key, len(SEGMENTS))
+      return training.init_state(params, optimizer, stacked=True)
+
     rank, requests = self.ranker(True), self._validation("all")
 
-    def evaluate(params: PyTree) -> np.ndarray:
-      weights = evaluation.Weights(frozen, params)
+    def evaluate(seed: int, params: PyTree) -> np.ndarray:
+      weights = evaluation.Weights(self._best(stage.start, seed), params)
       ranks = rank(weights, problem.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
       sizes = np.bincount(requests.segments, minlength=len(SEGMENTS))
       sums = np.bincount(requests.segments, values, len(SEGMENTS))
       return sums / np.maximum(sizes, 1)
 
-    return step, state, operands, evaluate, SEGMENTS
+    return _Run(
+      step, self._pool(problem.segments, len(SEGMENTS)), start,
+      lambda seed: self._best(stage.start, seed),
+      lambda seed: functools.partial(evaluate, seed), SEGMENTS,
+    )
 
-  def _classifier_run(self, stage: Stage, steps: int) -> tuple:
+  def _classifier_run(self, stage: Stage, steps: int) -> _Run:
     config, problem = self._config, self._problem
     backbone = self._networks.backbone
     optimizer, schedule = self._optimizer(steps, "classifier_")
@@ -469,34 +519,34 @@ class Trainer:
       backbone, optimizer, schedule, batch_size=config.batch_size,
       length=self.length,
     )
-    params = propensity.init_classifier(
-      self._stage_key(stage.name + "/init"), config.backbone.width,
-      config.groups.num_groups,
-    )
-    frozen = {
-      "backbone": self.trained[stage.start].best,
-      "groups": jnp.asarray(problem.groups, jnp.int32),
-    }
+    groups = jnp.asarray(problem.groups, jnp.int32)
     pool = self._pool(np.zeros_like(problem.groups), 1)
-    operands = training.Operands(
-      self._stage_key(stage.name), problem.sequences, pool, frozen
-    )
-    held_out = batches.draw_batch(
-      self._stage_key(stage.name + "/validation"), problem.sequences, pool,
-      batch_size=4 * config.batch_size, length=self.length, draw="interactions",
-    )
-    held_out = jax.tree.map(lambda x: x[0], held_out)
-    loss = jax.jit(
-      lambda params: propensity.classifier_loss(
-        backbone, frozen["backbone"], params, held_out, frozen["groups"]
+
+    def start(seed: int) -> training.TrainState:
+      params = propensity.init_classifier(
+        _stage_key(seed, stage.name + "/init"), config.backbone.width,
+        config.groups.num_groups,
       )
-    )
+      return training.init_state(params, optimizer)
 
-    def evaluate(params: PyTree) -> np.ndarray:
-      return -np.asarray(loss(params))[None]
+    def frozen(seed: int) -> PyTree:
+      return {"backbone": self._best(stage.start, seed), "groups": groups}
 
-    state = training.init_state(params, optimizer)
-    return step, state, operands, evaluate, ("log_likelihood",)
+    def evaluator(seed: int) -> Callable[[PyTree], np.ndarray]:
+      held_out = batches.draw_batch(
+        _stage_key(seed, stage.name + "/validation"), problem.sequences, pool,
+        batch_size=4 * config.batch_size, length=self.length,
+        draw="interactions",
+      )
+      held_out = jax.tree.map(lambda x: x[0], held_out)
+      loss = jax.jit(
+        lambda params: propensity.classifier_loss(
+          backbone, self._best(stage.start, seed), params, held_out, groups
+        )
+      )
+      return lambda params: -np.asarray(loss(params))[None]
+
+    return _Run(step, pool, start, frozen, evaluator, ("log_likelihood",))
 
   def _validation(self, users: str) -> evaluation.Requests:
     problem = self._problem
@@ -513,6 +563,10 @@ class Trainer:
       rng = np.random.default_rng(0)
       chosen = np.sort(rng.choice(chosen, limit, replace=False))
     return requests_for(problem, "validation", chosen)
+
+
+def _stage_key(seed: int, name: str) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
 def target_shares(problem: Problem, num_groups: int) -> np.ndarray:

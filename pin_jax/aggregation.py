@@ -308,6 +308,7 @@ def aggregate(
   blocks: Blocks | None = None,
   weighted_loss: WeightedLoss | None = None,
   gramians: Gramians | None = None,
+  runs: int = 1,
 ) -> Aggregator:
   """Builds the function that aggregates the gradients of G groups.
 
@@ -342,6 +343,8 @@ def aggregate(
       losses [G]).
     gramians: optional form of the Gramian that never holds G gradients:
       (params, batches, keys) -> (losses [G], tree of each leaf's [G, G]).
+    runs: how many of these are computed at once, under a `vmap` around the
+      step: 'auto' counts the memory of them all.
 
   Returns:
     The aggregator.
@@ -371,7 +374,7 @@ def aggregate(
     chosen = path
     if path == "auto":
       chosen = choose_path(
-        reads, len(keys), _bytes(params),
+        reads, len(keys), runs * _bytes(params),
         fused=weighted_loss is not None and blocks is None,
       )
     run = PATHS[chosen](problem, plan, reads)

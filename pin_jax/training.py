@@ -2,12 +2,13 @@
 
 Stage 1 learns a backbone from group gradients (`backbone_step`), stage 2 a
 plugin for each segment on the frozen backbone (`plugin_step`). Joint training
-is stage 1 with a single group.
+is stage 1 with a single group. N runs that differ in their seeds can be trained
+at once (`many`, `fit_many`).
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +124,7 @@ def backbone_step(
   average: float = 0.0,
   importance: Importance | None = None,
   criterion: Criterion = SOFTMAX,
+  runs: int = 1,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -143,6 +145,7 @@ def backbone_step(
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
     criterion: what is minimised at every position.
+    runs: N, where the step goes through `many`; see `aggregation.aggregate`.
 
   Returns:
     The step.
@@ -152,7 +155,7 @@ def backbone_step(
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
       losses.group_loss, rules, path=path, blocks=blocks,
-      weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+      weighted_loss=losses.weighted_loss, gramians=losses.gramians, runs=runs,
     ).step
 
   cheap = aggregator(weighting, path)
@@ -323,6 +326,34 @@ def init_state(
   return start(params)
 
 
+def many(step: Step) -> Step:
+  """N runs of a step at once: `vmap` over what each run has of its own.
+
+  Run k does what `step` does with run k's state, key and frozen params, up to
+  the rounding of batched products. All runs are at the same t, so that what
+  depends on t alone (`diagnose_every`) stays a branch; branches on data, such
+  as those of `backbones.bucketed`, run all their programs. Runs may also differ
+  in what an optimizer of `optax.inject_hyperparams` keeps in its state, such as
+  the learning rate.
+
+  Args:
+    step: of one run.
+
+  Returns:
+    The step of N runs: the leaves of its state and logs, `operands.key` and
+    the leaves of `operands.frozen` lead with [N] (see `join_runs`);
+    `operands.sequences` and `operands.pool` are shared.
+  """
+  return jax.vmap(step, (0, Operands(0, None, None, 0), None))
+
+
+def join_runs(trees: Sequence[PyTree]) -> PyTree:
+  """Stacks the trees of N runs, leaves [N, ...]; a single one stays as is."""
+  if len(trees) == 1:
+    return trees[0]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def effective_share(weights: jax.Array, real: jax.Array) -> jax.Array:
   """Kish's effective sample size over the sample size, by group.
 
@@ -341,14 +372,15 @@ def _move_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
 
 
 class FitResult(NamedTuple):
-  """What `fit` returns.
+  """What `fit` returns of a run.
 
   Attributes:
     best: params at the best validated step (each segment's own in stage 2).
     best_steps: that step, a list of length 1 or S.
     best_values: its validation value.
     last_step: steps trained.
-    cpu_seconds: processor time of all launches, validation included.
+    cpu_seconds: processor time of all launches, validation included; what runs
+      at once take together is shared out evenly among those not yet stopped.
   """
 
   best: PyTree
@@ -359,7 +391,7 @@ class FitResult(NamedTuple):
 
 
 class Progress(NamedTuple):
-  """Host state of the loop; saved with every checkpoint.
+  """Host state of a run in the loop; saved with every checkpoint.
 
   Attributes:
     step: steps done.
@@ -382,43 +414,93 @@ def fit(
   operands: Operands,
   *,
   name: str,
-  num_steps: int,
   evaluate: Callable[[PyTree], np.ndarray],
-  evaluate_every: int,
-  dispatch: int = 10,
-  patience: int = 0,
-  stacked: bool = False,
-  evaluate_first: bool = False,
-  checkpoints: Checkpoints | None = None,
   on_steps: Callable[[int, dict[str, np.ndarray]], None] = lambda t, log: None,
   on_evaluation: Callable[[int, np.ndarray], None] = lambda t, values: None,
   on_resume: Callable[[int], None] = lambda t: None,
+  **options: Any,
 ) -> FitResult:
-  """Runs steps, validates, keeps the best params, checkpoints, resumes.
-
-  `dispatch` steps run in one compiled scan; the next is queued before the
-  logs of the last are read.
+  """One run: `fit_many` with a single name, so that no axis [N] is there.
 
   Args:
     step: the pure step.
     state: the state before step 0; donated.
     operands: what the step reads.
     name: the run's name in errors.
-    num_steps: steps of the run.
-    evaluate: params -> validation values, higher is better: [1], or [S] where
-      each segment keeps its own best.
-    evaluate_every: steps between validations (and checkpoints).
-    dispatch: steps a dispatch, a divisor of `evaluate_every`.
-    patience: stop after so many validations without improvement; 0 = never.
-    stacked: params lead with [S] and each slot is selected by itself.
-    evaluate_first: validate before step 0 too, so that the start can be best.
-    checkpoints: where to save and resume; None = nowhere.
+    evaluate: params -> validation values.
     on_steps: called with the first step and the stacked logs of a dispatch.
     on_evaluation: called with the step and the validation values.
     on_resume: called with the step that a checkpoint continues from.
+    **options: the others of `fit_many`.
 
   Returns:
     The best params and how they were reached.
+
+  Raises:
+    TrainingError: if a loss is not finite.
+    ValueError: if `dispatch` does not divide `evaluate_every`.
+  """
+  return fit_many(
+    step, state, operands, names=(name,),
+    evaluate=lambda k, params: evaluate(params),
+    on_steps=lambda k, t, log: on_steps(t, log),
+    on_evaluation=lambda k, t, values: on_evaluation(t, values),
+    on_resume=lambda k, t: on_resume(t), **options,
+  )[0]
+
+
+def fit_many(
+  step: Step,
+  state: TrainState,
+  operands: Operands,
+  *,
+  names: Sequence[str],
+  num_steps: int,
+  evaluate: Callable[[int, PyTree], np.ndarray],
+  evaluate_every: int,
+  dispatch: int = 10,
+  patience: int = 0,
+  stacked: bool = False,
+  evaluate_first: bool = False,
+  checkpoints: Checkpoints | None = None,
+  on_steps: Callable[[int, int, dict[str, np.ndarray]], None] = (
+    lambda k, t, log: None
+  ),
+  on_evaluation: Callable[[int, int, np.ndarray], None] = (
+    lambda k, t, values: None
+  ),
+  on_resume: Callable[[int, int], None] = lambda k, t: None,
+) -> list[FitResult]:
+  """Runs steps, validates, keeps the best params, checkpoints, resumes.
+
+  `dispatch` steps run in one compiled scan; the next is queued before the
+  logs of the last are read. N runs advance together and are selected and
+  stopped each by itself: one that has stopped is computed on, for the others'
+  sake, but neither logged nor validated any more.
+
+  Args:
+    step: the pure step, with N > 1 names that of `many`.
+    state: the state before step 0; donated. Its leaves lead with [N] where
+      N > 1.
+    operands: what the step reads.
+    names: [N], the runs' names in errors.
+    num_steps: steps of a run.
+    evaluate: (run k, its params) -> validation values, higher is better: [1],
+      or [S] where each segment keeps its own best.
+    evaluate_every: steps between validations (and checkpoints).
+    dispatch: steps a dispatch, a divisor of `evaluate_every`.
+    patience: stop after so many validations without improvement; 0 = never.
+    stacked: params of a run lead with [S]; each slot is selected by itself.
+    evaluate_first: validate before step 0 too, so that the start can be best.
+    checkpoints: where to save and resume, all runs as one; None = nowhere.
+    on_steps: called with the run, the first step and the stacked logs of a
+      dispatch.
+    on_evaluation: called with the run, the step and the validation values.
+    on_resume: called with the run and the step that a checkpoint continues
+      from.
+
+  Returns:
+    [N] best params and how they were reached.
 
   Raises:
     TrainingError: if a loss is not finite.
@@ -429,51 +511,85 @@ def fit(
       f"dispatch={dispatch} must divide evaluate_every={evaluate_every}"
     )
   run = _compile(step)
+  of_run = _take if len(names) > 1 else lambda tree, k: tree
   served = lambda s: s.params if s.average is None else s.average
   best = _copy(served(state))
-  progress = Progress(0, [], [], 0, 0.0)
+  progress = [Progress(0, [], [], 0, 0.0)] * len(names)
   saved = checkpoints and checkpoints.restore((state, best))
   if saved:
-    (state, best), progress = saved[0], Progress(**saved[1])
-    on_resume(progress.step)
-  started = time.process_time() - progress.cpu_seconds
+    (state, best), progress = saved[0], _from_record(saved[1])
+    for k, one in enumerate(progress):
+      on_resume(k, one.step)
+  clock = time.process_time()
+
+  def live() -> list[int]:
+    stopped = [0 < patience <= one.stale for one in progress]
+    return [k for k in range(len(names)) if not stopped[k]]
 
   def validate(t: int) -> None:
-    nonlocal best, progress
-    values = np.asarray(evaluate(served(state)), np.float64).reshape(-1)
-    on_evaluation(t, values)
-    old = np.asarray(progress.values or [-math.inf] * len(values))
-    better = values > old
-    best = _select(better, served(state), best, stacked)
-    steps = progress.steps or [0] * len(values)
-    progress = Progress(
-      t,
-      np.where(better, values, old).tolist(),
-      [t if b else s for b, s in zip(better, steps, strict=True)],
-      0 if better.any() else progress.stale + 1,
-      time.process_time() - started,
-    )
+    nonlocal best, clock
+    better, running = {}, live()
+    for k in running:
+      params = of_run(served(state), k)
+      values = np.asarray(evaluate(k, params), np.float64).reshape(-1)
+      on_evaluation(k, t, values)
+      progress[k], better[k] = _compare(progress[k], t, values)
+    now = time.process_time()
+    share, clock = (now - clock) / len(running), now
+    for k in running:
+      total = progress[k].cpu_seconds + share
+      progress[k] = progress[k]._replace(cpu_seconds=total)
+    nothing = np.zeros(len(progress[0].values), bool)
+    chosen = np.stack([better.get(k, nothing) for k in range(len(names))])
+    best = _select(chosen, served(state), best, stacked)
     if checkpoints:
-      checkpoints.save(t, (state, best), progress._asdict())
+      checkpoints.save(t, (state, best), _to_record(progress))
 
-  if evaluate_first and not progress.values:
+  if evaluate_first and not progress[0].values:
     validate(0)
-  t, pending = progress.step, None
-  while t < num_steps and not 0 < patience <= progress.stale:
+  t, pending = max(one.step for one in progress), None
+  while t < num_steps and live():
     stop = min(t + evaluate_every, num_steps)
     while t < stop:
       count = min(dispatch, stop - t)
       state, logs = run(state, operands, t, count)
-      _deliver(pending, name, on_steps)
+      _deliver(pending, names, live(), on_steps)
       pending, t = (t, logs), t + count
-    _deliver(pending, name, on_steps)
+    _deliver(pending, names, live(), on_steps)
     pending = None
     validate(t)
   if checkpoints:
     checkpoints.wait()
-  return FitResult(
-    best, progress.steps, progress.values, t, progress.cpu_seconds
-  )
+  return [
+    FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
+    for k, one in enumerate(progress)
+  ]
+
+
+def _to_record(progress: list[Progress]) -> dict[str, Any]:
+  """What a checkpoint holds of N runs; of one, its own record."""
+  records = [one._asdict() for one in progress]
+  return {"runs": records} if len(records) > 1 else records[0]
+
+
+def _from_record(record: dict[str, Any]) -> list[Progress]:
+  return [Progress(**one) for one in record.get("runs", [record])]
+
+
+def _compare(
+  old: Progress, t: int, values: np.ndarray
+) -> tuple[Progress, np.ndarray]:
+  """(progress after a validation, which of its slots improved)."""
+  before = np.asarray(old.values or [-math.inf] * len(values))
+  better = values > before
+  steps = old.steps or [0] * len(values)
+  return Progress(
+    t,
+    np.where(better, values, before).tolist(),
+    [t if b else s for b, s in zip(better, steps, strict=True)],
+    0 if better.any() else old.stale + 1,
+    old.cpu_seconds,
+  ), better
 
 
 def _compile(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
@@ -491,35 +607,55 @@ def _copy(tree: PyTree) -> PyTree:
   return jax.tree.map(jnp.copy, tree)
 
 
+@jax.jit
+def _take(tree: PyTree, k: int) -> PyTree:
+  return jax.tree.map(lambda x: x[k], tree)
+
+
 def _select(
   better: np.ndarray, new: PyTree, old: PyTree, stacked: bool
 ) -> PyTree:
-  if not stacked:
-    return _copy(new) if better[0] else old
+  """The new leaves where better [N, S] (not stacked: [N, 1]), else the old."""
+  better = better if stacked else better[:, 0]
+  if len(better) == 1:
+    better = better[0]
+  if not better.ndim:
+    return _copy(new) if better else old
   return _pick(jnp.asarray(better), new, old)
 
 
 @jax.jit
 def _pick(better: jax.Array, new: PyTree, old: PyTree) -> PyTree:
   def pick(new: jax.Array, old: jax.Array) -> jax.Array:
-    chosen = better.reshape((-1,) + (1,) * (new.ndim - 1))
+    chosen = better.reshape(better.shape + (1,) * (new.ndim - better.ndim))
     return jnp.where(chosen, new, old)
 
   return jax.tree.map(pick, new, old)
 
 
 def _deliver(
-  pending: tuple[int, Any] | None, name: str, on_steps: Callable[..., None]
+  pending: tuple[int, Any] | None,
+  names: Sequence[str],
+  live: list[int],
+  on_steps: Callable[..., None],
 ) -> None:
   if pending is None:
     return
   start, logs = pending[0], jax.device_get(pending[1])
-  bad = np.argwhere(~np.isfinite(logs["loss"]))
+  of_run = lambda k: jax.tree.map(lambda x: x[:, k], logs)
+  by_run = {k: of_run(k) for k in live} if len(names) > 1 else {0: logs}
+  for k, log in by_run.items():
+    _check_finite(log["loss"], names[k], start)
+  for k, log in by_run.items():
+    on_steps(k, start, log)
+
+
+def _check_finite(loss: np.ndarray, name: str, start: int) -> None:
+  """Raises TrainingError at the first loss [count, ...] that is not finite."""
+  bad = np.argwhere(~np.isfinite(loss))
   if len(bad):
     offset, group = bad[0][0], bad[0][1:].tolist()
     raise TrainingError(
-      f"{name}: the loss of group {group} is "
-      f"{logs['loss'][tuple(bad[0])]} at step {start + offset}; lower "
-      "optimizer.learning_rate or optimizer.clip"
+      f"{name}: the loss of group {group} is {loss[tuple(bad[0])]} at step "
+      f"{start + offset}; lower optimizer.learning_rate or optimizer.clip"
     )
-  on_steps(start, logs)

@@ -265,7 +265,7 @@ def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
 
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
-  monkeypatch.setattr(training, "fit", None)  # training would fail
+  monkeypatch.setattr(training, "fit_many", None)  # training would fail
   _, again = _run(config, workdir)
   assert "is finished" in again
   assert text.split("All models", 1)[1] == again.split("All models", 1)[1]
@@ -286,22 +286,22 @@ def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
   class Killed(Exception):
     pass
 
-  fit = training.fit
+  fit = training.fit_many
 
   def dying_fit(*args, **kwargs):
     on_steps = kwargs["on_steps"]
 
-    def deliver(start, log):
-      on_steps(start, log)
-      if kwargs["name"] == "pin/backbone" and start >= 8:
+    def deliver(k, start, log):
+      on_steps(k, start, log)
+      if kwargs["names"] == ["pin/backbone"] and start >= 8:
         raise Killed
 
     return fit(*args, **{**kwargs, "on_steps": deliver})
 
-  monkeypatch.setattr(training, "fit", dying_fit)
+  monkeypatch.setattr(training, "fit_many", dying_fit)
   with pytest.raises(Killed):
     _run(config, tmp_path / "killed")
-  monkeypatch.setattr(training, "fit", fit)
+  monkeypatch.setattr(training, "fit_many", fit)
   _run(config, tmp_path / "killed")
   whole, killed = (
     pl.read_parquet(tmp_path / name / "rows.parquet")
@@ -401,6 +401,12 @@ def _sets(**values):
     (_set("methods", ("base", "best")), "methods=('base', 'best')"),
     (_set("seeds", ()), "seeds=()"),
     (_set("seeds", (1, 1)), "each once"),
+    (_set("num_seeds", 0), "num_seeds=0: give at least 1"),
+    (_set("num_seeds", 2), "num_seeds=2: the number of seeds, 1, must be a"),
+    (
+      _sets(seeds=(0, 1), num_seeds=2, backbone__bucket_rows=4),
+      "backbone.bucket_rows=4: num_seeds=2 at once would run every length",
+    ),
     (_set("dispatch", 3), "multiple of dispatch=3"),
     (_set("data.source", "web"), "data.source='web'"),
     (_set("data.path", "a.csv"), "source 'simulator' does not use it"),

@@ -15,6 +15,9 @@ def default() -> ConfigDict:
     "methods": ("base", "pin_backbone", "pin"),
     # One run of every method a seed; intervals average a user over seeds.
     "seeds": (0,),
+    # How many of them are trained at once, as one vectorised run: much faster
+    # on an accelerator, in `num_seeds` times the memory; 1 = one after another.
+    "num_seeds": 1,
     # `source` is 'simulator', 'files' or 'tfds'; the other keys are the
     # arguments of its reader.
     "data": {"source": "simulator"},

@@ -1,0 +1,471 @@
+"""Several runs at once: run k is the single run with its seed.
+
+The reference is `fit` of one run, which tests/training_test.py checks by hand.
+"""
+
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+import pytest
+import rich.console
+from etils import epath
+from ml_collections import ConfigDict
+from toys import assert_trees_close, bigram
+from training_test import (
+  NUM_ITEMS,
+  assert_trees_equal,
+  counting_step,
+  data_of,
+  random_sequences,
+)
+
+from experiments import job, report
+from experiments.configs import base
+from experiments.logs import read_log
+from pin_jax import aggregation, checkpoints, plugins, training, weightings
+from pin_jax.backbones import gru4rec
+from pin_jax.types import TrainingError
+
+LENGTH, STEPS, SEEDS = 4, 20, (0, 1, 5)
+# The toy's few products are summed in one order with and without the axis; the
+# GRU's small matrix products are not, which leaves the last bits of float32.
+# (SASRec would not do: its keys' biases have no gradient but rounding, and Adam
+# scales that up.)
+BACKBONES = {
+  "toy": (bigram(NUM_ITEMS, dropout=0.3), 0),
+  "gru": (
+    gru4rec.gru4rec(NUM_ITEMS, length=LENGTH, width=4, dropout=0.3), 1e-6
+  ),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_quickly():
+  """The programs here take longer to compile than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def compare(got, want, tolerance):
+  if tolerance:
+    assert_trees_close(got, want, tolerance)
+  else:
+    assert_trees_equal(got, want)
+
+
+def of_run(tree, k):
+  return jax.tree.map(lambda x: x[k], tree)
+
+
+def key_of(seed, name):
+  return jax.random.fold_in(jax.random.key(seed), name)
+
+
+def stage_1(backbone, *, diagnose_every=4, runs=1):
+  """-> (step, seed -> (state, operands)) with state in every part."""
+  sequences, pool = data_of(
+    random_sequences([3, 5, 7, 9, 12, 4]), [0, 0, 1, 1, 1, 0], LENGTH
+  )
+  rule = weightings.streaming_dro([0.4, 0.6], 0.1)
+  optimizer, schedule = training.make_optimizer(
+    STEPS, learning_rate=0.05, warmup=3
+  )
+  step = training.backbone_step(
+    backbone, rule, optimizer, schedule, batch_size=3, length=LENGTH,
+    draw="interactions", mean="users", diagnose_every=diagnose_every,
+    average=0.8, runs=runs,
+  )
+  init = jax.jit(backbone.init)
+
+  def start(seed):
+    state = training.init_state(
+      init(key_of(seed, 0)), optimizer, rule, average=True
+    )
+    key = key_of(seed, 1)
+    return state, training.Operands(key, sequences, pool, None)
+
+  return step, start
+
+
+def stage_2():
+  """The same for plugins, on a backbone of each seed's own."""
+  backbone, plugin = bigram(NUM_ITEMS), plugins.bottleneck(NUM_ITEMS + 1)
+  sequences, pool = data_of(
+    random_sequences([4, 6, 5, 7]), [0, 0, 1, 1], LENGTH
+  )
+  optimizer, schedule = training.make_optimizer(
+    STEPS, learning_rate=0.05, warmup=0
+  )
+  step = training.plugin_step(
+    backbone, plugin, optimizer, schedule, batch_size=2, length=LENGTH,
+    draw="users", mean="users",
+  )
+  init = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))
+
+  def start(seed):
+    state = training.init_state(init(key_of(seed, 2)), optimizer, stacked=True)
+    frozen = backbone.init(key_of(seed, 0))
+    return state, training.Operands(key_of(seed, 3), sequences, pool, frozen)
+
+  return step, start
+
+
+def joined(start, seeds=SEEDS):
+  states, operands = zip(*map(start, seeds), strict=True)
+  return training.join_runs(states), training.Operands(
+    training.join_runs([x.key for x in operands]), operands[0].sequences,
+    operands[0].pool, training.join_runs([x.frozen for x in operands]),
+  )
+
+
+@jax.jit
+def wave(params):
+  """Validation values that go up and down as params change; [S] or [1]."""
+  leaf = jax.tree.leaves(params)[-1]
+  slots = leaf.reshape(2, -1) if leaf.ndim == 3 else leaf.reshape(1, -1)
+  return jnp.sin(40 * slots.std(-1))
+
+
+def fit_options(**options):
+  return {"num_steps": STEPS, "evaluate_every": 4, "dispatch": 2} | options
+
+
+def fit_one(step, start, seed, **options):
+  """-> (result, logs by step, values by step)."""
+  logs, values = {}, {}
+  result = training.fit(
+    step, *start(seed), name="one", evaluate=wave,
+    on_steps=lambda t, log: logs.update({t: log}),
+    on_evaluation=lambda t, value: values.update({t: value.tolist()}),
+    **fit_options(**options),
+  )
+  return result, logs, values
+
+
+def fit_all(step, start, **options):
+  """The same of all seeds at once; [N] of each."""
+  logs, values = [{} for _ in SEEDS], [{} for _ in SEEDS]
+
+  def on_evaluation(k, t, value):
+    values[k][t] = value.tolist()
+
+  hooks = {
+    "on_steps": lambda k, t, log: logs[k].update({t: log}),
+    "on_evaluation": on_evaluation,
+  }
+  results = training.fit_many(
+    training.many(step), *joined(start), names=[f"seed{s}" for s in SEEDS],
+    evaluate=lambda k, params: wave(params),
+    **fit_options(**hooks | options),
+  )
+  return list(zip(results, logs, values, strict=True))
+
+
+def unrolled(step, state, operands):
+  body = lambda s, t: step(s, operands, t)
+  return jax.lax.scan(body, state, jnp.arange(STEPS))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_state_of_run_k_is_that_of_seed_k(name):
+  backbone, tolerance = BACKBONES[name]
+  step, start = stage_1(backbone)
+  several = training.many(stage_1(backbone, runs=len(SEEDS))[0])
+  together = jax.jit(lambda *args: unrolled(several, *args))(*joined(start))
+  alone = jax.jit(lambda *args: unrolled(step, *args))
+  for k, seed in enumerate(SEEDS):
+    state, logs = alone(*start(seed))
+    compare(of_run(together[0], k), state, tolerance)
+    compare(
+      together[1]["loss"][:, k], logs["loss"], tolerance
+    )
+  with pytest.raises(AssertionError):
+    assert_trees_close(of_run(together[0], 0), of_run(together[0], 1), 0.01)
+
+
+@pytest.mark.parametrize("patience", [0, 1])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_fit_finds_for_run_k_is_what_it_finds_alone(stage, patience):
+  step, start = stage_1(BACKBONES["toy"][0]) if stage == 1 else stage_2()
+  tolerance = 0 if stage == 1 else 1e-6
+  options = {"patience": patience, "stacked": stage == 2}
+  options["evaluate_first"] = stage == 2
+  together = fit_all(step, start, **options)
+  stops = set()
+  for seed, (result, logs, values) in zip(SEEDS, together, strict=True):
+    alone, own_logs, own_values = fit_one(step, start, seed, **options)
+    compare(result.best, alone.best, tolerance)
+    assert result.best_steps == alone.best_steps
+    np.testing.assert_allclose(
+      result.best_values, alone.best_values, rtol=20 * tolerance
+    )
+    assert result.last_step == alone.last_step
+    assert values.keys() == own_values.keys()
+    compare(logs, own_logs, 10 * tolerance)
+    stops.add(result.last_step)
+  assert (len(stops) > 1) == bool(patience)  # the seeds stop apart
+
+
+def test_a_look_every_few_steps_stays_a_branch():
+  conds = {}
+  backbone = BACKBONES["toy"][0]
+  for every in (0, 4):
+    step, start = stage_1(backbone, diagnose_every=every)
+    at_own = jax.vmap(step, (0, training.Operands(0, None, None, 0), 0))
+    conds[every] = [
+      str(jax.make_jaxpr(f)(*args, t)).count(" cond[")
+      for f, args, t in (
+        (step, start(0), jnp.int32(0)),
+        (training.many(step), joined(start), jnp.int32(0)),
+        (at_own, joined(start), jnp.zeros(len(SEEDS), jnp.int32)),
+      )
+    ]
+  one, together, at_own_steps = np.subtract(conds[4], conds[0])
+  assert one == together > at_own_steps
+
+
+def test_runs_may_differ_in_what_the_optimizer_keeps():
+  rates = (0.3, 0.01)
+  tuned = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
+
+  def step_of(optimizer):
+    def step(state, operands, t):
+      noise = jax.random.normal(jax.random.fold_in(operands.key, t))
+      loss = lambda w: (w - noise) ** 2
+      value, grad = jax.value_and_grad(loss)(state.params)
+      updates, kept = optimizer.update(grad, state.optimizer)
+      params = optax.apply_updates(state.params, updates)
+      return state._replace(params=params, optimizer=kept), {"loss": value}
+
+    return step
+
+  states = []
+  for rate in rates:
+    kept = tuned.init(jnp.float32(1))
+    kept.hyperparams["learning_rate"] = jnp.float32(rate)
+    states.append(training.TrainState(jnp.float32(1), kept, (), None))
+  keys = training.join_runs([key_of(s, 0) for s in range(2)])
+  after, _ = unrolled(
+    training.many(step_of(tuned)), training.join_runs(states),
+    training.Operands(keys, None, None, None),
+  )
+  for k, rate in enumerate(rates):
+    w = 1.0
+    for t in range(STEPS):
+      noise = jax.random.normal(jax.random.fold_in(keys[k], t))
+      w -= rate * 2 * (w - float(noise))
+    np.testing.assert_allclose(after.params[k], w, rtol=1e-4)
+
+
+# The loop alone, with a step that counts and scripted values.
+
+
+def scripted(values, *, step=None, **options):
+  """Two runs; -> (results, steps delivered and evaluations of each)."""
+  calls = [([], []) for _ in values]
+  scripts = [iter(own) for own in values]
+
+  def several(state, operands, t):
+    state, log = (step or counting_step())(state, operands, t)
+    loss = jnp.zeros((len(values), 2)).at[-1].set(log["loss"])
+    return state, {"loss": loss, "t": jnp.full(len(values), t)}
+
+  params = {"w": jnp.arange(len(values)) * 100.0}
+  results = training.fit_many(
+    several, training.TrainState(params, (), (), None), None,
+    names=["first", "second"],
+    evaluate=lambda k, params: np.array([next(scripts[k])]),
+    on_steps=lambda k, t, log: calls[k][0].extend(log["t"].tolist()),
+    on_evaluation=lambda k, t, value: calls[k][1].append(t),
+    **fit_options(num_steps=40) | options,
+  )
+  return results, calls
+
+
+def test_each_run_stops_and_is_selected_by_itself():
+  results, calls = scripted(
+    [[0.5, 0.4, 0.5, 9, 9], [0.1, 0.2, 0.3, 0.2, 0.2]], patience=2
+  )
+  assert [r[1:4] for r in results] == [([4], [0.5], 12), ([12], [0.3], 20)]
+  assert [float(r.best["w"]) for r in results] == [4, 112]
+  for (steps, evaluations), last in zip(calls, (12, 20), strict=True):
+    assert steps == list(range(last))
+    assert evaluations == list(range(4, last + 1, 4))
+
+
+def test_a_loss_that_is_not_finite_names_its_run():
+  step = counting_step(bad_at=7)
+  with pytest.raises(TrainingError, match=r"^second: .*\[1\].*nan at step 7"):
+    scripted([[0.1] * 9] * 2, step=step)
+
+
+def test_a_stopped_run_may_diverge():
+  results, _ = scripted(
+    [[0.1, 0.2, 0.3, 0.3], [0.2, 0.1]], step=counting_step(bad_at=9),
+    patience=1,
+  )
+  assert [r.last_step for r in results] == [16, 8]
+
+
+class Stop(Exception):
+  """Stands for a crash."""
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+  step, start = stage_1(BACKBONES["toy"][0])
+  whole = fit_all(step, start, patience=1)
+  last = [result.last_step for result, *_ in whole]
+  crash = sorted(set(last))[1]  # one run has stopped, the others go on
+  resumed = []
+
+  def dying(k, t, value):
+    if t == crash:
+      raise Stop
+
+  for hooks in ({"on_evaluation": dying}, {}):
+    saved = checkpoints.Checkpoints(tmp_path)
+    again = None
+    try:
+      again = fit_all(
+        step, start, patience=1, checkpoints=saved,
+        on_resume=lambda k, t: resumed.append((k, t)), **hooks,
+      )
+    except Stop:
+      pass
+    saved.close()
+  assert resumed == [
+    (k, min(t, crash - 4)) for k, t in enumerate(last)
+  ]
+  for (result, logs, _), (want, own_logs, _) in zip(again, whole, strict=True):
+    assert_trees_equal(result.best, want.best)
+    assert result[1:4] == want[1:4]
+    kept = {t: log for t, log in own_logs.items() if t >= crash - 4}
+    assert_trees_equal(logs, kept)
+
+
+def test_cost_is_shared_out_among_the_running(monkeypatch):
+  now = iter([10.0, 14.0, 20.0, 23.0])  # at the start, after validations
+  monkeypatch.setattr(training.time, "process_time", lambda: next(now))
+  results, _ = scripted([[0.1, 0.1], [0.1, 0.2, 0.2]], patience=1)
+  assert [r.cpu_seconds for r in results] == [2 + 3, 2 + 3 + 3]
+
+
+def test_the_automatic_path_counts_the_memory_of_all_runs():
+  chosen = {}
+  for runs in (1, 1000):
+    loss = lambda params, x, key: jnp.sum(params * x)
+    fused = lambda params, x, keys, weights: (
+      jnp.vdot(weights, x @ params), x @ params
+    )
+    init, step = aggregation.aggregate(
+      loss, aggregation.backdoor([0.4, 0.6]), weighted_loss=fused, runs=runs
+    )
+    params = jnp.ones(10_000)
+    out = step(params, jnp.ones((2, 10_000)), jnp.zeros((2, 2)), init(params))
+    chosen[runs] = bool(jnp.isnan(out.gramian).all())
+  assert chosen == {1: False, 1000: True}  # `accumulated`, then `weighted`
+
+
+# The job.
+
+
+def tiny_config(num_seeds):
+  config = base.default()
+  config.data = ConfigDict({
+    "source": "simulator", "seed": 0, "num_users": 60, "num_items": 30,
+    "borders": (4, 6, 9, 30),
+  })
+  config.groups.num_groups = 3
+  config.backbone.update(length=6, width=8, blocks=1, dropout=0.1)
+  config.plugin.hidden, config.batch_size = 4, 24
+  config.backbone_steps, config.plugin_steps = 12, 8
+  config.classifier_steps = 8
+  config.pin.diagnose_every = 4
+  config.dispatch, config.validation.every = 4, 4
+  config.methods = ("base", "pin")
+  config.seeds, config.num_seeds = (0, 1), num_seeds
+  return config
+
+
+@pytest.fixture
+def _no_tables(monkeypatch):
+  """Tables and plots take longer than the training of these jobs."""
+  monkeypatch.setattr(report, "write_report", lambda *args, **kwargs: None)
+
+
+def run_job(config, workdir):
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  job.run(config, workdir, console)
+  rows = pl.read_parquet(workdir / "rows.parquet")
+  summary = json.loads((workdir / "summary.json").read_text())
+  return rows, read_log(epath.Path(workdir)), summary["cost"]
+
+
+def assert_jobs_equal(one_by_one, at_once):
+  (rows, log, cost), (others, other_log, other_cost) = one_by_one, at_once
+  assert others.equals(rows)
+  assert other_cost.keys() == cost.keys()
+  for run, expected in cost.items():
+    got = other_cost[run]
+    assert got["steps"] == expected["steps"]
+    assert got["best_steps"] == expected["best_steps"]
+    np.testing.assert_allclose(got["validation"], expected["validation"])
+  for run in cost:
+    own, got = (
+      [r for r in records if r["run"] == run] for records in (log, other_log)
+    )
+    assert [r["step"] for r in got] == [r["step"] for r in own]
+    for a, b in zip(got, own, strict=True):
+      assert a.keys() == b.keys()
+      if "loss" in a:
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+  assert {r["run"] for r in other_log} == set(cost)
+
+
+@pytest.mark.usefixtures("_no_tables")
+def test_a_job_of_seeds_at_once_is_the_job_of_one_after_another(
+  tmp_path, monkeypatch
+):
+  one_by_one = run_job(tiny_config(1), tmp_path / "one")
+  fit_many = training.fit_many
+
+  def dying_fit(*args, **kwargs):
+    on_steps = kwargs["on_steps"]
+
+    def deliver(k, start, log):
+      on_steps(k, start, log)
+      if kwargs["names"][k] == "seed1/pin/backbone" and start >= 8:
+        raise Stop
+
+    return fit_many(*args, **{**kwargs, "on_steps": deliver})
+
+  monkeypatch.setattr(training, "fit_many", dying_fit)
+  with pytest.raises(Stop):
+    run_job(tiny_config(2), tmp_path / "two")
+  monkeypatch.setattr(training, "fit_many", fit_many)
+  at_once = run_job(tiny_config(2), tmp_path / "two")
+  assert_jobs_equal(one_by_one, at_once)
+  runs = {"base", "pin/backbone", "pin/plugins"}
+  assert set(at_once[2]) == {f"seed{k}/{run}" for k in (0, 1) for run in runs}
+  for run in at_once[2]:
+    assert list((tmp_path / "two" / "events" / run).glob("events*"))
+  names = {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()}
+  assert names == {f"seeds0-1-{run.replace('/', '-')}" for run in runs}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_tables")
+def test_every_stage_trains_seeds_at_once(tmp_path):
+  jobs = []
+  for num_seeds in (1, 2):
+    config = tiny_config(num_seeds)
+    config.methods = ("base", "pin_exact", "fine_tuned")
+    config.validation.patience, config.optimizer.average = 1, 0.5
+    jobs.append(run_job(config, tmp_path / str(num_seeds)))
+  assert_jobs_equal(*jobs)
