@@ -210,12 +210,6 @@ def _check_together(config: ConfigDict) -> None:
       "num_seeds", config.num_seeds,
       f"the number of seeds, {len(config.seeds)}, must be a multiple of it",
     )
-  if config.num_seeds > 1 and config.backbone.bucket_rows:
-    raise _bad(
-      "backbone.bucket_rows", config.backbone.bucket_rows,
-      f"num_seeds={config.num_seeds} at once would run every length; set it "
-      "to 0",
-    )
   shares = proposal_shares(config.loss.proposal)
   if config.loss.name == "gbce" and set(shares) != {"uniform"}:
     raise _bad(

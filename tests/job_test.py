@@ -403,10 +403,6 @@ def _sets(**values):
     (_set("seeds", (1, 1)), "each once"),
     (_set("num_seeds", 0), "num_seeds=0: give at least 1"),
     (_set("num_seeds", 2), "num_seeds=2: the number of seeds, 1, must be a"),
-    (
-      _sets(seeds=(0, 1), num_seeds=2, backbone__bucket_rows=4),
-      "backbone.bucket_rows=4: num_seeds=2 at once would run every length",
-    ),
     (_set("dispatch", 3), "multiple of dispatch=3"),
     (_set("data.source", "web"), "data.source='web'"),
     (_set("data.path", "a.csv"), "source 'simulator' does not use it"),
