@@ -283,7 +283,7 @@ class Trainer:
       self._workdir / "checkpoints" / run.replace("/", "-")
     )
     build = {
-      "backbone": self._backbone_run,
+      "backbone": self.backbone_run,
       "plugin": self._plugin_run,
       "classifier": self._classifier_run,
     }[stage.kind]
@@ -369,7 +369,8 @@ class Trainer:
       "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
     }[stage.sampling]
 
-  def _backbone_run(self, stage: Stage, steps: int) -> tuple:
+  def backbone_run(self, stage: Stage, steps: int) -> tuple:
+    """(step, state, operands, evaluate, names) that stage 1 is fitted with."""
     config, problem = self._config, self._problem
     num_groups = config.groups.num_groups
     shares = target_shares(problem, num_groups)

@@ -426,7 +426,7 @@ def fit(
     raise ValueError(
       f"dispatch={dispatch} must divide evaluate_every={evaluate_every}"
     )
-  run = _compile(step)
+  run = compile_steps(step)
   served = lambda s: s.params if s.average is None else s.average
   best = _copy(served(state))
   progress = Progress(0, [], [], 0, 0.0)
@@ -474,7 +474,12 @@ def fit(
   )
 
 
-def _compile(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
+def compile_steps(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
+  """(state, operands, first step, count) -> (state, logs), in one dispatch.
+
+  The state is donated; every `count` has a program of its own.
+  """
+
   def run(
     state: TrainState, operands: Operands, start: int, count: int
   ) -> tuple[TrainState, PyTree]:
