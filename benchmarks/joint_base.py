@@ -5,7 +5,7 @@ experiments/configs/beauty.py: its step, its dispatch, its ranker.
 """
 
 import io
-import tempfile
+import os
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ class JointBase:
     networks = make_networks(config, self.problem.split.interactions.num_items)
     stage = stages_of(("base",))[0]
     steps = num_steps(config, stage)
-    workdir = epath.Path(tempfile.mkdtemp())
+    workdir = epath.Path(os.path.dirname(data))
     silent = rich.console.Console(file=io.StringIO())
     self.trainer = Trainer(
       config, self.problem, networks, workdir, seed, logs.RunLog(workdir),

@@ -14,7 +14,6 @@ where torch >= 2.6 would refuse RecBole's.
 
 import itertools
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +73,7 @@ class RecBole:
     """Builds the data set, the loaders, the model and the trainer."""
     torch.set_num_threads(1)
     self.data = protocol.read_data(data)
-    folder = tempfile.mkdtemp()
+    folder = os.path.dirname(data)
     write_atomic(self.data, folder)
     self.config = make_config(folder, settings)
     init_seed(self.config["seed"], self.config["reproducibility"])

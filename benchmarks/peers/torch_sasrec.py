@@ -57,8 +57,8 @@ class Packed(NamedTuple):
 
 def pack(
   items: np.ndarray, first: np.ndarray, count: np.ndarray, length: int
-) -> tuple[Packed, np.ndarray]:
-  """Packs windows of `count` items from `first` on; also gives their order."""
+) -> Packed:
+  """Packs the windows of `count` items, and targets, from `first` on."""
   order = np.argsort(count, kind="stable")
   first, count = first[order], count[order]
   ends = np.cumsum(count)
@@ -79,7 +79,7 @@ def pack(
     as_tensor(items[index]), as_tensor(items[index + 1]),
     as_tensor(length - count[row] + column), cells, shapes,
     as_tensor(ends - 1),
-  ), order
+  )
 
 
 class Block(nn.Module):
@@ -266,11 +266,10 @@ class Twin:
     first = tile * self.length - offset
     last = np.minimum(first + self.length, count)
     first = np.maximum(first, 0)
-    # A window that the offset left without targets cannot occur.
     return pack(
       self.data.items, self.data.starts[users] + first, last - first,
       self.length,
-    )[0]
+    )
 
   def rate(self) -> float:
     """Linear warm-up, then cosine decay."""
@@ -307,7 +306,7 @@ class Twin:
 
   @torch.no_grad()
   def ranks(self, users: np.ndarray, held_out: int) -> np.ndarray:
-    """Ranks of the held-out targets, history masked; [n]."""
+    """Ranks of the held-out targets, history masked, in any order; [n]."""
     self.model.eval()
     counts = self.data.targets[users] + 3 - held_out
     users = users[np.argsort(counts, kind="stable")]
@@ -317,7 +316,7 @@ class Twin:
       counts = self.data.targets[part] + 3 - held_out
       ends = self.data.starts[part] + counts
       kept = np.minimum(counts, self.length)
-      batch, _ = pack(self.data.items, ends - kept, kept, self.length)
+      batch = pack(self.data.items, ends - kept, kept, self.length)
       states = self.model(
         batch.items, batch.positions, batch.cells, batch.shapes, batch.last
       )
