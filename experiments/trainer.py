@@ -232,7 +232,7 @@ def make_ranker(
   )
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
   """A stage ready for training; what the seeds differ in is by seed.
 
   Attributes:
@@ -312,16 +312,12 @@ class Trainer:
       self._workdir / "checkpoints" / self._directory(stage)
     )
     build = {
-      "backbone": self._backbone_run,
+      "backbone": self.backbone_run,
       "plugin": self._plugin_run,
       "classifier": self._classifier_run,
     }[stage.kind]
     run = build(stage, steps)
-    operands = training.Operands(
-      training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
-      self._problem.sequences, run.pool,
-      training.join_runs([run.frozen(seed) for seed in seeds]),
-    )
+    operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
 
@@ -373,6 +369,15 @@ class Trainer:
       if counted[k] < steps:
         advance(k, steps - counted[k], resumed=True)
 
+  def operands(self, stage: Stage, run: Run) -> training.Operands:
+    """What the steps of all seeds read."""
+    seeds = self._seeds
+    return training.Operands(
+      training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
+      self._problem.sequences, run.pool,
+      training.join_runs([run.frozen(seed) for seed in seeds]),
+    )
+
   def run_name(self, stage: Stage, seed: int) -> str:
     """The stage's name in logs; led by the seed where there are several."""
     several = len(self._config.seeds) > 1
@@ -411,7 +416,8 @@ class Trainer:
       "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
     }[stage.sampling]
 
-  def _backbone_run(self, stage: Stage, steps: int) -> _Run:
+  def backbone_run(self, stage: Stage, steps: int) -> Run:
+    """What stage 1 is fitted with."""
     config, problem = self._config, self._problem
     num_groups = config.groups.num_groups
     shares = target_shares(problem, num_groups)
@@ -471,12 +477,12 @@ class Trainer:
       ranks = rank(weights, problem.sequences, requests)
       return metrics.ndcg(ranks.rank, CUTOFF).mean()[None]
 
-    return _Run(
+    return Run(
       step, self._pool(groups, pools), start, frozen, lambda seed: evaluate,
       (stage.users,),
     )
 
-  def _plugin_run(self, stage: Stage, steps: int) -> _Run:
+  def _plugin_run(self, stage: Stage, steps: int) -> Run:
     config, problem = self._config, self._problem
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
@@ -505,13 +511,13 @@ class Trainer:
       sums = np.bincount(requests.segments, values, len(SEGMENTS))
       return sums / np.maximum(sizes, 1)
 
-    return _Run(
+    return Run(
       step, self._pool(problem.segments, len(SEGMENTS)), start,
       lambda seed: self._best(stage.start, seed),
       lambda seed: functools.partial(evaluate, seed), SEGMENTS,
     )
 
-  def _classifier_run(self, stage: Stage, steps: int) -> _Run:
+  def _classifier_run(self, stage: Stage, steps: int) -> Run:
     config, problem = self._config, self._problem
     backbone = self._networks.backbone
     optimizer, schedule = self._optimizer(steps, "classifier_")
@@ -546,7 +552,7 @@ class Trainer:
       )
       return lambda params: -np.asarray(loss(params))[None]
 
-    return _Run(step, pool, start, frozen, evaluator, ("log_likelihood",))
+    return Run(step, pool, start, frozen, evaluator, ("log_likelihood",))
 
   def _validation(self, users: str) -> evaluation.Requests:
     problem = self._problem

@@ -510,7 +510,7 @@ def fit_many(
     raise ValueError(
       f"dispatch={dispatch} must divide evaluate_every={evaluate_every}"
     )
-  run = _compile(step)
+  run = compile_steps(step)
   of_run = _take if len(names) > 1 else lambda tree, k: tree
   served = lambda s: s.params if s.average is None else s.average
   best = _copy(served(state))
@@ -592,7 +592,12 @@ def _compare(
   ), better
 
 
-def _compile(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
+def compile_steps(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
+  """(state, operands, first step, count) -> (state, logs), in one dispatch.
+
+  The state is donated; every `count` has a program of its own.
+  """
+
   def run(
     state: TrainState, operands: Operands, start: int, count: int
   ) -> tuple[TrainState, PyTree]:

@@ -80,7 +80,7 @@ def test_a_step_is_measured_on_its_own_positions(tmp_path):
   path = tmp_path / "some.csv"
   path.write_text("\n".join(["user,item,time", *rows]))
   config = utilization.joint_config("beauty", str(path), "gru4rec", 8)
-  config.batch_size, config.backbone.bucket_rows = 40, 0
+  config.batch_size, config.backbone.pack_rows = 40, 0
   data = utilization.problem.make_problem(config)
   found = utilization.measure(config, data, 1)
   # One window a user (fewer than 32 targets), drawn alike; two are held out.

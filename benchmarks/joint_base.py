@@ -1,0 +1,89 @@
+"""The joint base as a system of benchmarks/throughput.py.
+
+SASRec as experiments/trainer.py builds it for the stage 'base' of
+experiments/configs/beauty.py: its step, its dispatch, its ranker.
+"""
+
+import io
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+from etils import epath
+
+from benchmarks.peers import protocol
+from experiments import logs
+from experiments.configs import beauty
+from experiments.methods import stages_of
+from experiments.problem import make_problem, requests_for
+from experiments.trainer import Trainer, make_networks, num_steps
+from pin_jax import evaluation, training
+
+
+class JointBase:
+  """The system: see `protocol.System`."""
+
+  def __init__(
+    self, data: str, path: str, eval_users: int, seed: int, **settings: Any
+  ) -> None:
+    """Builds the stage on the data set at `path`; the config sets the rest."""
+    del settings
+    config = beauty.get_config(f"path={path}")
+    self.problem = make_problem(config)
+    networks = make_networks(config, self.problem.split.interactions.num_items)
+    stage = stages_of(("base",))[0]
+    steps = num_steps(config, stage)
+    workdir = epath.Path(os.path.dirname(data))
+    silent = rich.console.Console(file=io.StringIO())
+    self.trainer = Trainer(
+      config, self.problem, networks, workdir, (seed,), logs.RunLog(workdir),
+      logs.JobProgress(steps, silent),
+    )
+    run = self.trainer.backbone_run(stage, steps)
+    self.state = run.start(seed)
+    self.operands = self.trainer.operands(stage, run)
+    self.ndcg = run.evaluator(seed)
+    self.start = jax.device_get(self.state)
+    self.run = training.compile_steps(run.step)
+    self.dispatch, self.t = config.dispatch, 0
+    # Windows are drawn uniformly: a step has so many targets on average.
+    windows = int(self.operands.pool.window_starts[-1])
+    self.targets = (
+      config.batch_size * self.problem.targets.sum() / windows
+      * self.dispatch
+    )
+    self.requests = requests_for(
+      self.problem, "test",
+      protocol.chosen_users(protocol.read_data(data), eval_users),
+    )
+
+  def restart(self) -> None:
+    """Back to the initial values."""
+    self.state, self.t = jax.device_put(self.start), 0
+
+  def train_dispatch(self) -> int:
+    """The steps of one dispatch; returns their targets, on average."""
+    self.state, log = self.run(self.state, self.operands, self.t, self.dispatch)
+    self.t += self.dispatch
+    jax.block_until_ready((self.state.params, log))
+    return self.targets
+
+  def train(self, seconds: float) -> int:
+    """Whole dispatches until the time is over."""
+    return round(protocol.repeat(self.train_dispatch, seconds))
+
+  def evaluate(self) -> int:
+    """Ranks the chosen users' test targets."""
+    weights = evaluation.Weights(self.state.params, None)
+    rank = self.trainer.ranker(False)
+    return len(rank(weights, self.problem.sequences, self.requests).rank)
+
+  def validate(self) -> float:
+    """NDCG@10 of all validation targets."""
+    return float(np.mean(self.ndcg(self.state.params)))
+
+
+if __name__ == "__main__":
+  protocol.serve(JointBase)

@@ -1,0 +1,210 @@
+"""What the systems of benchmarks/throughput.py share: the wire and the clock.
+
+A system runs in a process of its own and answers JSON lines on its standard
+output, one for each line on its standard input. Standard library and numpy
+alone: it serves every environment.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+CUTOFF = 10
+
+
+class System(Protocol):
+  """What a system can do; every method waits for its result."""
+
+  def train(self, seconds: float) -> int:
+    """Trains for at least so many CPU-seconds; returns the targets."""
+
+  def evaluate(self) -> int:
+    """Ranks the test targets of the chosen users; returns their number."""
+
+  def validate(self) -> float:
+    """NDCG@10 of all validation targets, history masked."""
+
+  def restart(self) -> None:
+    """Sets parameters and optimizer back to the start; keeps programs."""
+
+
+class Data(NamedTuple):
+  """The interactions as the driver writes them; item 0 is padding.
+
+  A user's test target is the last interaction, the validation target the one
+  before it, all others train; the first of these is no target.
+
+  Attributes:
+    items: [N], users contiguous, in the order of time.
+    starts: [U], a user's first index into `items`.
+    targets: [U], training targets.
+    num_items: V.
+  """
+
+  items: np.ndarray
+  starts: np.ndarray
+  targets: np.ndarray
+  num_items: int
+
+  def histories(self, held_out: int) -> Iterator[np.ndarray]:
+    """Every user's items but for the last `held_out`."""
+    for start, count in zip(self.starts, self.targets, strict=True):
+      yield self.items[start : start + count + 3 - held_out]
+
+
+def write_data(path: str, data: Data) -> None:
+  """Writes the .npz that `read_data` reads."""
+  np.savez(path, **data._asdict())
+
+
+def read_data(path: str) -> Data:
+  """Reads what `write_data` wrote."""
+  with np.load(path) as file:
+    values = {name: file[name] for name in Data._fields}
+  return Data(**{**values, "num_items": int(values["num_items"])})
+
+
+def chosen_users(data: Data, count: int) -> np.ndarray:
+  """The users whose test targets all systems rank; the same for all."""
+  users = np.random.default_rng(0).permutation(len(data.starts))
+  return np.sort(users[:count])
+
+
+def seen_items(
+  data: Data, users: np.ndarray, held_out: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """(row, item) of every item before the target, flat.
+
+  Args:
+    data: the interactions.
+    users: [n].
+    held_out: 1 for test targets, 2 for validation targets.
+  """
+  counts = data.targets[users] + 3 - held_out
+  row = np.repeat(np.arange(len(users)), counts)
+  inner = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+  return row, data.items[data.starts[users][row] + inner]
+
+
+def ndcg(ranks: np.ndarray) -> np.ndarray:
+  """1 / log2(1 + rank) where rank <= 10, else 0."""
+  return np.where(ranks <= CUTOFF, 1 / np.log2(1 + ranks), 0)
+
+
+def masked_ranks(
+  scores: np.ndarray, target: np.ndarray, row: np.ndarray, seen: np.ndarray
+) -> np.ndarray:
+  """Ranks among the unseen items 1..V, ties at their average; [n].
+
+  Args:
+    scores: [n, V + 1]; overwritten.
+    target: [n] items.
+    row: rows of `seen`.
+    seen: items to leave out.
+  """
+  own = scores[np.arange(len(target)), target].copy()[:, None]
+  scores[:, 0] = -np.inf
+  scores[row, seen] = -np.inf
+  scores[np.arange(len(target)), target] = own[:, 0]
+  above = np.count_nonzero(scores > own, axis=1)
+  tied = np.count_nonzero(scores == own, axis=1) - 1
+  return 1 + above + 0.5 * tied
+
+
+def clock(run: Callable[[], Any]) -> tuple[Any, float]:
+  """(result, CPU-seconds of this process)."""
+  start = time.process_time()
+  result = run()
+  return result, time.process_time() - start
+
+
+def repeat(batch: Callable[[], int], seconds: float) -> int:
+  """Runs whole batches for at least so many CPU-seconds; adds up counts."""
+  start, count = time.process_time(), batch()
+  while time.process_time() - start < seconds:
+    count += batch()
+  return count
+
+
+def reach(
+  system: System, target: float, cap: float, first: float, ratio: float
+) -> dict[str, Any]:
+  """Trains until the validation NDCG@10 first reaches the target.
+
+  Validates at marks of training time first, first * ratio, first * ratio^2, …
+  so the answer is known up to the factor `ratio`.
+
+  Args:
+    system: trained from the start.
+    target: the NDCG@10 to reach.
+    cap: CPU-seconds of training after which to give up.
+    first: CPU-seconds before the first validation.
+    ratio: of one mark to the last.
+
+  Returns:
+    reached: whether it did; cpu_seconds: of training until then; below: the
+    time of the last validation that fell short; validation_cpu_seconds;
+    curve: [time, NDCG@10] of every validation.
+  """
+  system.restart()
+  spent, validation, mark, curve = 0.0, 0.0, min(first, cap), []
+  while True:
+    _, seconds = clock(lambda: system.train(mark - spent))  # noqa: B023
+    spent += seconds
+    value, seconds = clock(system.validate)
+    validation += seconds
+    curve.append([round(spent, 2), round(value, 5)])
+    if value >= target or spent >= cap:
+      break
+    while mark <= spent:
+      mark *= ratio
+    mark = min(mark, cap)
+  return {
+    "reached": value >= target,
+    "cpu_seconds": spent,
+    "below": curve[-2][0] if len(curve) > 1 else 0.0,
+    "validation_cpu_seconds": validation,
+    "curve": curve,
+  }
+
+
+def answer(system: System, request: dict[str, Any]) -> dict[str, Any]:
+  """What a system replies to a request; see `Child` in the driver."""
+  options = {key: value for key, value in request.items() if key != "do"}
+  if request["do"] == "reach":
+    return reach(system, **options)
+  if request["do"] == "warm":
+    run = lambda: (system.train(options["seconds"]), system.evaluate())
+    return {"cpu_seconds": clock(run)[1]}
+  work = {
+    "train": lambda: system.train(options["seconds"]),
+    "evaluate": system.evaluate,
+  }[request["do"]]
+  count, seconds = clock(work)
+  return {"count": count, "cpu_seconds": seconds}
+
+
+def serve(build: Callable[..., System]) -> None:
+  """Answers requests until standard input ends.
+
+  The first request is {"do": "start", "data": FILE, …}; its other keys are
+  the settings that `build` takes. What libraries print goes to standard error.
+  """
+  wire = os.fdopen(os.dup(1), "w")
+  os.dup2(2, 1)
+  system = None
+  for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "start":
+      del request["do"]
+      system, seconds = clock(lambda: build(**request))  # noqa: B023
+      reply = {"cpu_seconds": seconds}
+    else:
+      reply = answer(system, request)
+    wire.write(json.dumps(reply) + "\n")
+    wire.flush()
