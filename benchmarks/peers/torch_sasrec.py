@@ -16,8 +16,8 @@ makes it fast:
   computed beyond its keys and values.
 
 With `--compile`, torch.compile compiles what does not depend on the lengths of
-the rows (all of a block but attention) and the ranking, once each for any
-number of positions; the whole encoder would be compiled again for every batch.
+the rows (all of a block but attention), once for any number of positions. The
+whole encoder would be compiled again for every batch.
 """
 
 import argparse
@@ -233,11 +233,9 @@ class Twin:
     self.users = protocol.chosen_users(self.data, settings["eval_users"])
     self.model = Encoder(self.data.num_items, settings)
     self.start = {k: v.clone() for k, v in self.model.state_dict().items()}
-    self.rank = rank
     if compiled:
       Block.enter = torch.compile(Block.enter, dynamic=True)
       Block.leave = torch.compile(Block.leave, dynamic=True)
-      self.rank = torch.compile(rank, dynamic=True)
     windows = -(-self.data.targets // self.length)
     self.owner = np.repeat(np.arange(len(windows)), windows)
     self.tile = np.arange(len(self.owner)) - np.repeat(
@@ -322,7 +320,7 @@ class Twin:
       )
       row, seen = protocol.seen_items(self.data, part, held_out)
       as_tensor = lambda x: torch.from_numpy(x.astype(np.int64))
-      out.append(self.rank(
+      out.append(rank(
         states, self.model.items, self.model.bias,
         as_tensor(self.data.items[ends]), as_tensor(row), as_tensor(seen),
       ))
