@@ -19,12 +19,7 @@ NUM_ITEMS = 12
 NUM_GROUPS = 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  """The programs here take longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def test_docstring_example():

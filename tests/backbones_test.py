@@ -44,12 +44,7 @@ HISTORY = np.asarray(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  """The programs here take longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _scorer(backbone):

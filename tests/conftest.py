@@ -16,6 +16,14 @@ def _compilation_cache(tmp_path_factory):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+@pytest.fixture(scope="module")
+def compile_quickly():
+  """For modules whose programs take longer to compile than to run."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 _DEFAULT = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 

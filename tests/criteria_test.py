@@ -32,12 +32,7 @@ BATCH = Batch(jnp.arange(3), HISTORY, TARGETS)
 NAMES = tuple(criteria.SAMPLED_LOSSES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  """The programs here take longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _criterion(name, shared=True, count=5, num_items=ITEMS):

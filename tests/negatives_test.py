@@ -19,11 +19,7 @@ COUNTS = np.asarray([99, 8, 0, 1, 3, 4, 4])  # the first stands for padding
 LOGITS = np.asarray([0.9, -0.4, 0.3, -1.0, 0.0, 0.5], np.float32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _batch(targets, users=None):

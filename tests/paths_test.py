@@ -19,12 +19,7 @@ def rule(name):
   return RULES[name](PRIOR)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  """The programs here take longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 # loss_g = ||A_g x - c_g||^2 / 2 with x = (a, b / c) flat.

@@ -33,12 +33,7 @@ STEPS = 80
 SUMS = ("exp", "log", "reduce_sum", "reduce_max", "rsqrt", "cumsum")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  """The programs here take longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 @pytest.fixture(scope="module", params=BUILDERS)

@@ -24,12 +24,7 @@ NUM_ITEMS = 9
 SIZE = NUM_ITEMS + 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_quickly():
-  """The programs here take longer to compile than to run."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def data_of(sequences, groups, length):
