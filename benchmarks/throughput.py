@@ -26,17 +26,16 @@ the first batch (compilation) come before, apart. Lines of JSON:
               known up to that factor: `below` is the last mark that fell short.
               Validation is timed apart; training ends at --cap_seconds.
 
-On Beauty, on a busy machine, ours over the peer's, median [lowest, highest]:
+On Beauty, on a busy machine, `--rounds=3 --peer_seconds=10`, ours over the
+peer's, median [lowest, highest]:
 
     peer            train                  evaluate
-    torch eager     1.02 [0.93, 1.14]      0.67 [0.60, 0.78]
-    torch compiled  1.05 [0.97, 1.06]      0.77 [0.62, 0.83]
-    recbole         13.2 [11.4, 15.9]      3.5 [3.1, 3.8]
-    rectools        16.0 [13.5, 17.6]      3.1 [2.9, 3.3]
+    torch eager     1.24 [0.96, 1.33]      0.79 [0.75, 0.88]
+    torch compiled  1.21 [1.20, 1.25]      0.81 [0.76, 0.83]
+    recbole         14.2 [13.7, 14.8]      4.5 [4.0, 4.6]
+    rectools        16.6 [16.3, 19.6]      3.2 [3.1, 3.5]
 
-with some 7,000 targets and 8,000 users per CPU-second of ours (five rounds for
-PyTorch, three for the libraries). The more loaded the machine, the better ours
-stands beside PyTorch: 1.27 and 0.74 beside the eager twin in such a run.
+with some 8,300 targets and 10,000 users per CPU-second of ours.
 torch.compile keeps programs on disk, so its first batches count only the first
 time.
 """

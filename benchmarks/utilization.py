@@ -26,14 +26,7 @@ Rates and steps are timed in turn; the share is the median over the rounds.
 work included, the body of every loop once.
 
 `--config` names a config of experiments/configs; all settings are its, but for
-the backbone's name and width. One line of JSON a backbone and width. On one
-busy core, per cent:
-
-                      sasrec  gru4rec  hstu
-    beauty, D =  64       40       37    33
-    beauty, D = 256       46       53    42
-    ml1m,   D =  64       42       52    36
-    ml1m,   D = 256       74       67    65
+the backbone's name and width. One line of JSON a backbone and width.
 """
 
 import argparse
