@@ -12,14 +12,31 @@ import jax
 import numpy as np
 import rich.console
 from etils import epath
+from ml_collections import ConfigDict
 
 from benchmarks.peers import protocol
 from experiments import logs
 from experiments.configs import beauty
 from experiments.methods import stages_of
-from experiments.problem import make_problem, requests_for
-from experiments.trainer import Trainer, make_networks, num_steps
+from experiments.problem import Problem, make_problem, requests_for
+from experiments.trainer import Run, Trainer, make_networks, num_steps
 from pin_jax import evaluation, training
+
+
+def prepare(
+  config: ConfigDict, data: Problem, folder: str, seed: int = 0
+) -> tuple[Trainer, Run, training.Operands]:
+  """The stage 'base' as the main job trains it; logs go to the folder."""
+  networks = make_networks(config, data.split.interactions.num_items)
+  stage = stages_of(("base",))[0]
+  steps, workdir = num_steps(config, stage), epath.Path(folder)
+  silent = rich.console.Console(file=io.StringIO())
+  trainer = Trainer(
+    config, data, networks, workdir, (seed,), logs.RunLog(workdir),
+    logs.JobProgress(steps, silent),
+  )
+  run = trainer.backbone_run(stage, steps)
+  return trainer, run, trainer.operands(stage, run)
 
 
 class JointBase:
@@ -32,18 +49,10 @@ class JointBase:
     del settings
     config = beauty.get_config(f"path={path}")
     self.problem = make_problem(config)
-    networks = make_networks(config, self.problem.split.interactions.num_items)
-    stage = stages_of(("base",))[0]
-    steps = num_steps(config, stage)
-    workdir = epath.Path(os.path.dirname(data))
-    silent = rich.console.Console(file=io.StringIO())
-    self.trainer = Trainer(
-      config, self.problem, networks, workdir, (seed,), logs.RunLog(workdir),
-      logs.JobProgress(steps, silent),
+    self.trainer, run, self.operands = prepare(
+      config, self.problem, os.path.dirname(data), seed
     )
-    run = self.trainer.backbone_run(stage, steps)
     self.state = run.start(seed)
-    self.operands = self.trainer.operands(stage, run)
     self.ndcg = run.evaluator(seed)
     self.start = jax.device_get(self.state)
     self.run = training.compile_steps(run.step)

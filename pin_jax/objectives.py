@@ -161,8 +161,7 @@ def group_losses(
     criterion: what is minimised at every position.
     chunk: positions whose logits are alive at a time.
   """
-  make = packed_loss if backbone.packed else plain_loss
-  loss = make(next_item_loss(
+  loss = windows_loss(next_item_loss(
     backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
   ), backbone)
 
@@ -198,8 +197,8 @@ def group_losses(
 WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
-  """The loss of G stacks of windows, one window a row.
+def windows_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+  """The loss of G stacks of windows, packed where the backbone is.
 
   Args:
     loss: as `next_item_loss` returns it.
@@ -209,6 +208,8 @@ def plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
     f(params, batch [G, B], weights [G, B, L], scale [G], keys [G], negatives or
     None) -> (sum of scale * weights * loss, weights * loss [G, B, L]).
   """
+  make = _packed_loss if backbone.packed else _plain_loss
+  of_layout = make(loss, backbone)
 
   def run(
     params: PyTree,
@@ -218,24 +219,40 @@ def plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
     keys: jax.Array,
     negatives: Negatives | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    encode = lambda history, key: backbone.encode(params, history, key)
-    merge = lambda x: x.reshape(-1, *x.shape[2:])
-    if len(keys) == 1:
-      context = encode(batch.history[0], keys[0])
-    else:
-      context = jax.tree.map(merge, jax.vmap(encode)(batch.history, keys))
     factors = jnp.broadcast_to(scale[:, None, None], weights.shape)
-    value, losses = loss(
-      params, None, context, merge(batch.targets), merge(weights),
-      merge(factors), negatives,
-    )
+    merged = jax.tree.map(_merge, (batch, weights, factors))
+    value, losses = of_layout(params, *merged, keys, negatives)
     return value, losses.reshape(weights.shape)
 
   return run
 
 
-def packed_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
-  """`plain_loss` over packed rows, `backbone.packed` of them at a time.
+def _merge(x: jax.Array) -> jax.Array:
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+  """One window a row: (params, batch [G B], weights, factors, keys [G], …)."""
+
+  def run(
+    params: PyTree, batch: Batch, weights: jax.Array, factors: jax.Array,
+    keys: jax.Array, negatives: Negatives | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    encode = lambda history, key: backbone.encode(params, history, key)
+    if len(keys) == 1:
+      context = encode(batch.history, keys[0])
+    else:
+      stacks = batch.history.reshape(len(keys), -1, weights.shape[1])
+      context = jax.tree.map(_merge, jax.vmap(encode)(stacks, keys))
+    return loss(
+      params, None, context, batch.targets, weights, factors, negatives
+    )
+
+  return run
+
+
+def _packed_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+  """`_plain_loss` over packed rows, `backbone.packed` of them at a time.
 
   The gradient is formed in the forward pass, chunk by chunk. Without dropout
   value and gradient equal the plain ones up to rounding; with dropout the masks
@@ -265,28 +282,18 @@ def packed_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
   total = accumulated(part, 1, 1)
 
   def run(
-    params: PyTree,
-    batch: Batch,
-    weights: jax.Array,
-    scale: jax.Array,
-    keys: jax.Array,
-    negatives: Negatives | None = None,
+    params: PyTree, batch: Batch, weights: jax.Array, factors: jax.Array,
+    keys: jax.Array, negatives: Negatives | None,
   ) -> tuple[jax.Array, jax.Array]:
-    factors = jnp.broadcast_to(scale[:, None, None], weights.shape)
-    merged = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), (batch, weights, factors)
-    )
-    packed = packing.pack(merged[0].history)
-    source = packing.chunks_of(packed.source, backbone.packed, fill=-1)
+    packed = packing.pack(batch.history)
+    source = packing.source_chunks(packed, backbone.packed)
     own = negatives is not None and negatives.items.ndim == 2
     negatives = (None, negatives) if own else (negatives, None)
     value, losses = total(
-      params, (*merged, keys[0], *negatives), None,
+      params, (batch, weights, factors, keys[0], *negatives), None,
       (source, jnp.arange(len(source))), -(-packed.used // backbone.packed),
     )
-    place = jnp.where(source >= 0, source, weights.size)
-    spread = jnp.zeros(weights.size).at[place].set(losses, mode="drop")
-    return value, spread.reshape(weights.shape)
+    return value, packing.take(_merge(losses), packed.place)
 
   return run
 

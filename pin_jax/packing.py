@@ -21,16 +21,14 @@ class Packed(NamedTuple):
   Attributes:
     source: [B, L] int32, which position b L + c of the histories lies there;
       -1 = none.
+    place: [B, L] int32, where each position of the histories lies, row L +
+      column; -1 = nowhere, for it is padding.
     used: scalar, rows that hold any.
-    rows: [B] int32, the row of each history.
-    ends: [B] int32, the column of its last item there (-1 if it is empty and
-      first in its row).
   """
 
   source: jax.Array
+  place: jax.Array
   used: jax.Array
-  rows: jax.Array
-  ends: jax.Array
 
 
 def pack(history: jax.Array) -> Packed:
@@ -57,12 +55,13 @@ def pack(history: jax.Array) -> Packed:
   first = starts - jax.lax.cummax(jnp.where(opens, starts, 0))
   column = jnp.arange(length) - (length - sizes[:, None])  # within the history
   place = rows[:, None] * length + first[:, None] + column
-  place = jnp.where(column >= 0, place, count * length)
-  source = jnp.full(count * length, -1).at[place.reshape(-1)].set(
+  target = jnp.where(column >= 0, place, count * length)
+  source = jnp.full(count * length, -1).at[target.reshape(-1)].set(
     jnp.arange(count * length), mode="drop"
   )
   return Packed(
-    source.reshape(count, length), rows[-1] + 1, rows, first + sizes - 1
+    source.reshape(count, length), jnp.where(column >= 0, place, -1),
+    rows[-1] + 1,
   )
 
 
@@ -96,7 +95,7 @@ def encode(backbone: Backbone, params: PyTree, history: jax.Array) -> PyTree:
   if not chunk:
     return backbone.encode(params, history, None)
   packed = pack(history)
-  source = chunks_of(packed.source, chunk, fill=-1)
+  source = source_chunks(packed, chunk)
 
   def one(index: jax.Array) -> PyTree:
     return backbone.encode(params, rows_of(history, source[index]), None)
@@ -109,20 +108,13 @@ def encode(backbone: Backbone, params: PyTree, history: jax.Array) -> PyTree:
     lambda x: jnp.zeros((len(source), *x.shape), x.dtype), shapes
   )
   context = jax.lax.fori_loop(0, -(-packed.used // chunk), body, nothing)
-  length = history.shape[1]
-  place = jnp.full(history.size, -1).at[
-    jnp.where(packed.source >= 0, packed.source, history.size).reshape(-1)
-  ].set(jnp.arange(history.size), mode="drop")
-  return jax.tree.map(
-    lambda x: take(
-      x.reshape(-1, length, *x.shape[3:]), place.reshape(history.shape)
-    ),
-    context,
-  )
+  merge = lambda x: x.reshape(-1, *x.shape[2:])
+  return jax.tree.map(lambda x: take(merge(x), packed.place), context)
 
 
-def chunks_of(x: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
-  """[B, ...] -> [chunks, chunk, ...], the last one filled up."""
-  pad = [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1)
-  padded = jnp.pad(x, pad, constant_values=fill)
-  return padded.reshape(-1, chunk, *x.shape[1:])
+def source_chunks(packed: Packed, chunk: int) -> jax.Array:
+  """`source` by chunks of rows, [chunks, chunk, L]; the last one filled up."""
+  source = packed.source
+  pad = [(0, -len(source) % chunk), (0, 0)]
+  padded = jnp.pad(source, pad, constant_values=-1)
+  return padded.reshape(-1, chunk, source.shape[1])

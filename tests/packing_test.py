@@ -47,14 +47,13 @@ def _build(name, **more):
 
 def _next_fit(history):
   """The rows of a loop that puts each history behind the last, if it fits."""
-  rows, out = [[]], []
+  rows = [[]]
   for b, row in enumerate(history):
     own = [b * len(row) + c for c in np.flatnonzero(row)]
     if len(rows[-1]) + len(own) > len(row):
       rows.append([])
     rows[-1] += own
-    out.append((len(rows) - 1, len(rows[-1]) - 1))
-  return rows, out
+  return rows
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -63,14 +62,16 @@ def test_packing_equals_a_loop_of_next_fit(count, seed):
   counts = np.random.default_rng(seed).integers(0, LENGTH + 1, count)
   history = np.asarray(_batch(counts).history)
   got = jax.jit(packing.pack)(history)
-  rows, places = _next_fit(history)
+  rows = _next_fit(history)
   want = np.full(history.shape, -1)
   for row, own in zip(want, rows, strict=False):
     row[: len(own)] = own
   np.testing.assert_array_equal(got.source, want)
   assert got.used == len(rows)
-  np.testing.assert_array_equal(got.rows, [row for row, _ in places])
-  np.testing.assert_array_equal(got.ends, [end for _, end in places])
+  places = np.full(history.size, -1)
+  for row, own in enumerate(rows):
+    places[own] = row * LENGTH + np.arange(len(own))
+  np.testing.assert_array_equal(got.place.reshape(-1), places)
 
 
 def test_packed_rows_hold_items_owners_and_distances():
@@ -99,10 +100,7 @@ def test_states_equal_those_of_one_history_a_row(name):
   if name == "din":  # its states are the items, in packed rows
     packed = packing.pack(history)
     context = backbone.encode(params, packing.rows_of(history, packed.source))
-    index = np.full(history.size, -1)
-    source = np.asarray(packed.source).reshape(-1)
-    index[source[source >= 0]] = np.flatnonzero(source >= 0)
-    place = index.reshape(history.shape)[rows, columns]
+    place = packed.place[rows, columns]
     rows, columns = place // LENGTH, place % LENGTH
   else:
     context = encode(backbone._replace(packed=3), params, history)
@@ -232,7 +230,7 @@ def test_dropout_follows_the_key_and_differs_between_chunks():
   backbone, params = _build("sasrec", dropout=0.5)
   batch = _batch([LENGTH] * 4)
   same = jax.tree.map(lambda x: jnp.stack([x[0]] * 4), batch)
-  losses_of = objectives.packed_loss(
+  losses_of = objectives.windows_loss(
     objectives.next_item_loss(backbone, objectives.backbone_head(backbone)),
     backbone._replace(packed=1),
   )
