@@ -26,9 +26,10 @@ Rates and steps are timed in turn; the share is the median over the rounds.
 work included, the body of every loop once.
 
 `--config` names a config of experiments/configs; all settings are its, but for
-the backbone's name and width. One line of JSON a backbone and width. On one core
-with another busy, SASRec on Beauty (--backbones=sasrec --rounds=5): 44 % at
-width 64, 60 % at width 256.
+the backbone's name and width. One line of JSON a backbone and width.
+
+On one core, the other busy, SASRec on Beauty (--backbones=sasrec --rounds=5):
+44 % at width 64, 60 % at width 256.
 """
 
 import argparse
