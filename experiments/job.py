@@ -16,7 +16,13 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs, report, settings, truth
-from experiments.methods import METHODS, method_names, stages_of
+from experiments.methods import (
+  METHODS,
+  Method,
+  Stage,
+  method_names,
+  stages_of,
+)
 from experiments.problem import (
   Problem,
   fingerprint,
@@ -27,6 +33,7 @@ from experiments.tables import SUFFIXES
 from experiments.trainer import (
   Networks,
   Trainer,
+  assigned,
   check_adjustment,
   check_candidates,
   check_loss,
@@ -56,9 +63,9 @@ def method_rows(
   users = np.flatnonzero(problem.split.test >= 0)
   columns = {}
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
-    ranks = trainer.ranker(serve[1] is not None)(
-      trainer.weights(seed, *serve), problem.sequences,
-      requests_for(problem, "test", users[chosen]),
+    stage, requests = _served(METHODS[name], serve, problem, users[chosen])
+    ranks = trainer.ranker(stage and stage.plugin)(
+      trainer.weights(seed, serve[0], stage), problem.sequences, requests
     )
     for key, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
@@ -77,6 +84,24 @@ def method_rows(
   })
 
 
+def _served(
+  method: Method,
+  serve: tuple[str, str | None],
+  problem: Problem,
+  users: np.ndarray,
+) -> tuple[Stage | None, evaluation.Requests]:
+  """(plugin stage of a serve entry, test requests routed to its plugins)."""
+  requests = requests_for(problem, "test", users)
+  if serve[1] is None:
+    return None, requests
+  stage = method.stage(serve[1])
+  segments, count = assigned(problem, stage)
+  segments = segments[users].astype(np.int32)
+  if method.swapped:
+    segments = count - 1 - segments
+  return stage, requests._replace(segments=segments)
+
+
 def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
   """(serve entry, mask over users), each model once."""
   of_user = problem.segments[users]
@@ -92,14 +117,14 @@ def model_log_probabilities(
   """log P(y|x) of a method's models at users' test events; [n, V]."""
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
+    stage, requests = _served(METHODS[name], serve, problem, users[chosen])
     compute = evaluation.make_log_probabilities(
-      trainer.model(serve[1] is not None),
+      trainer.model(stage and stage.plugin),
       num_items=problem.split.interactions.num_items,
       length=trainer.length,
     )
     out[chosen] = compute(
-      trainer.weights(seed, *serve), problem.sequences,
-      requests_for(problem, "test", users[chosen]),
+      trainer.weights(seed, serve[0], stage), problem.sequences, requests
     )
   return out
 

@@ -18,8 +18,9 @@ from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
-  PLUGINS,
   backbone_options,
+  consultation,
+  make_plugin,
   proposal_shares,
 )
 from pin_jax import (
@@ -42,10 +43,10 @@ CUTOFF = 10
 
 
 class Networks(NamedTuple):
-  """The functions that a job trains."""
+  """The functions that a job trains; the plugins by `Stage.plugin`."""
 
   backbone: Backbone
-  plugin: Plugin
+  plugins: dict[str, Plugin]
 
 
 def make_networks(config: ConfigDict, num_items: int) -> Networks:
@@ -54,9 +55,12 @@ def make_networks(config: ConfigDict, num_items: int) -> Networks:
   backbone = BACKBONES[config.backbone.name](num_items, **options)
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
-  options = config.plugin.to_dict()
-  plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
-  return Networks(backbone, plugin)
+  like = jax.eval_shape(backbone.init, jax.random.key(0))
+  return Networks(backbone, {
+    "own": make_plugin(config, like),
+    "shared": make_plugin(config, like, widen=len(SEGMENTS)),
+    "memory_alone": plugins.memory_alone(consultation(config)),
+  })
 
 
 def make_weighting(
@@ -276,29 +280,43 @@ class Trainer:
     self._log, self._progress = log, progress
     self.cost: dict[str, dict[str, Any]] = {}
     self.length = config.backbone.length
-    self._rankers: dict[bool, Ranker] = {}
+    self._rankers: dict[str | None, Ranker] = {}
     self.trained: dict[str, dict[int, training.FitResult]] = {}
 
-  def ranker(self, with_plugin: bool) -> Ranker:
-    """The ranking function, with or without plugins; compiled once."""
-    if with_plugin not in self._rankers:
-      self._rankers[with_plugin] = make_ranker(
-        self._config, self._problem, self.model(with_plugin)
+  def ranker(self, plugin: str | None) -> Ranker:
+    """The ranking function, with a kind of plugin or none; compiled once."""
+    if plugin not in self._rankers:
+      self._rankers[plugin] = make_ranker(
+        self._config, self._problem, self.model(plugin)
       )
-    return self._rankers[with_plugin]
+    return self._rankers[plugin]
 
-  def model(self, with_plugin: bool) -> evaluation.Model:
+  def model(self, plugin: str | None) -> evaluation.Model:
     """The functions of what is evaluated."""
-    plugin = self._networks.plugin if with_plugin else None
-    return evaluation.Model(self._networks.backbone, plugin)
+    chosen = plugin and self._networks.plugins[plugin]
+    return evaluation.Model(self._networks.backbone, chosen)
 
   def weights(
-    self, seed: int, backbone: str, plugin: str | None
+    self, seed: int, backbone: str, plugin: Stage | None
   ) -> evaluation.Weights:
     """The trained parameters of a seed's two stages."""
+    if plugin is None:
+      return evaluation.Weights(self._best(backbone, seed), None)
     return evaluation.Weights(
-      self._best(backbone, seed), plugin and self._best(plugin, seed)
+      self._best(backbone, seed), self._best(plugin.name, seed),
+      self._evidence(plugin.plugin),
     )
+
+  def _evidence(self, plugin: str) -> plugins.Evidence | None:
+    """What a kind of plugin reads besides, None where that is nothing."""
+    return self._whole_evidence if self._networks.plugins[plugin].mix else None
+
+  @functools.cached_property
+  def _whole_evidence(self) -> plugins.Evidence:
+    options = self._config.memory.to_dict()
+    for key in plugins.Consultation._fields:
+      del options[key]
+    return plugins.make_evidence(self._problem.split, **options)
 
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
@@ -376,6 +394,7 @@ class Trainer:
       training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
       self._problem.sequences, run.pool,
       training.join_runs([run.frozen(seed) for seed in seeds]),
+      self._evidence(stage.plugin) if stage.kind == "plugin" else None,
     )
 
   def run_name(self, stage: Stage, seed: int) -> str:
@@ -470,7 +489,7 @@ class Trainer:
         "shares": jnp.asarray(shares, jnp.float32),
       }
 
-    rank, requests = self.ranker(False), self._validation(stage.users)
+    rank, requests = self.ranker(None), self._validation(stage.users)
 
     def evaluate(params: PyTree) -> np.ndarray:
       weights = evaluation.Weights(params, None)
@@ -484,37 +503,56 @@ class Trainer:
 
   def _plugin_run(self, stage: Stage, steps: int) -> Run:
     config, problem = self._config, self._problem
+    plugin = self._networks.plugins[stage.plugin]
+    segments, count = assigned(problem, stage)
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
+    criterion_draw = "users" if draw == "validation" else draw
     step = training.plugin_step(
-      *self._networks, optimizer, schedule,
-      batch_size=config.batch_size // len(SEGMENTS),
+      self._networks.backbone, plugin, optimizer, schedule,
+      batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
       criterion=make_criterion(
-        config, problem, problem.segments, num_groups=len(SEGMENTS), draw=draw
+        config, problem, segments, num_groups=count, draw=criterion_draw
       ),
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
 
     def start(seed: int) -> training.TrainState:
       key = _stage_key(seed, stage.name + "/init")
-      params = init(self._networks.plugin, key, len(SEGMENTS))
+      params = init(plugin, key, count)
       return training.init_state(params, optimizer, stacked=True)
 
-    rank, requests = self.ranker(True), self._validation("all")
+    requests = self._validation("all")
+    pool = None
+    if draw == "validation":
+      fitted = _fitted_users(len(segments))
+      pool = batches.make_held_out(
+        problem.split.validation, np.where(fitted, segments, -1),
+        num_groups=count,
+      )
+      left = ~fitted[requests.users]
+      requests = evaluation.Requests(*(x[left] for x in requests))
+    requests = requests._replace(
+      segments=segments[requests.users].astype(np.int32)
+    )
+    rank = self.ranker(stage.plugin)
 
     def evaluate(seed: int, params: PyTree) -> np.ndarray:
-      weights = evaluation.Weights(self._best(stage.start, seed), params)
+      weights = evaluation.Weights(
+        self._best(stage.start, seed), params, self._evidence(stage.plugin)
+      )
       ranks = rank(weights, problem.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
-      sizes = np.bincount(requests.segments, minlength=len(SEGMENTS))
-      sums = np.bincount(requests.segments, values, len(SEGMENTS))
+      sizes = np.bincount(requests.segments, minlength=count)
+      sums = np.bincount(requests.segments, values, count)
       return sums / np.maximum(sizes, 1)
 
     return Run(
-      step, self._pool(problem.segments, len(SEGMENTS)), start,
+      step, pool or self._pool(segments, count), start,
       lambda seed: self._best(stage.start, seed),
-      lambda seed: functools.partial(evaluate, seed), SEGMENTS,
+      lambda seed: functools.partial(evaluate, seed),
+      SEGMENTS if count > 1 else ("all",),
     )
 
   def _classifier_run(self, stage: Stage, steps: int) -> Run:
@@ -571,6 +609,23 @@ class Trainer:
     return requests_for(problem, "validation", chosen)
 
 
+def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
+  """([U] segment whose plugin of a stage serves each user, how many there are).
+  """
+  if stage.plugin != "own":
+    return np.zeros_like(problem.segments), 1
+  if stage.assign == "random":
+    rng = np.random.default_rng(0)
+    return rng.permutation(problem.segments), len(SEGMENTS)
+  return problem.segments, len(SEGMENTS)
+
+
+def _fitted_users(num_users: int) -> np.ndarray:
+  """[U] bool, the half of the users whose validation targets stage 2 learns."""
+  drawn = np.random.default_rng(0).permutation(num_users)
+  return drawn < num_users // 2
+
+
 def _stage_key(seed: int, name: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
@@ -625,5 +680,6 @@ def num_steps(config: ConfigDict, stage: Stage) -> int:
     "backbone": first,
     "plugin": second,
     "both": first + second,
+    "none": 0,
     "classifier": config.classifier_steps,
   }[stage.phase]

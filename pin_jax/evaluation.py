@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import packing
-from pin_jax.batches import Sequences
+from pin_jax import packing, plugins
+from pin_jax.batches import Sequences, read_back
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
-from pin_jax.plugins import apply_by_segment
-from pin_jax.types import Backbone, InputError, Plugin, PyTree
+from pin_jax.types import Backbone, InputError, Plugin, PyTree, Reading
 
 
 class Model(NamedTuple):
@@ -32,10 +31,17 @@ class Model(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """The parameters of what is evaluated; `plugins` leaves lead with [S]."""
+  """The parameters of what is evaluated.
+
+  Attributes:
+    backbone: of the backbone.
+    plugins: of the plugins, leaves [S, ...]; None without.
+    evidence: what the plugins read besides, or None.
+  """
 
   backbone: PyTree
   plugins: PyTree
+  evidence: PyTree = None
 
 
 class Requests(NamedTuple):
@@ -78,21 +84,29 @@ def read_windows(
   return jnp.where(index >= 0, sequences.items[flat], 0)
 
 
+class States(NamedTuple):
+  """Rows of one segment, ready to be scored.
+
+  Attributes:
+    states: the backbone's, leading axis M.
+    reading: what the plugin reads of the history, or None.
+    weights: of the segment: its plugin's own, the backbone's as the plugin
+      wants them.
+  """
+
+  states: PyTree
+  reading: Reading | None
+  weights: Weights
+
+
 def score_items(
-  model: Model,
-  weights: Weights,
-  states: PyTree,
-  segments: jax.Array,
-  candidates: jax.Array | None,
+  model: Model, rows: States, candidates: jax.Array | None
 ) -> jax.Array:
-  """Logits [M, C] of the backbone's states, through the users' plugins."""
-  backbone, plugin = model
-  representations = backbone.represent(weights.backbone, states, candidates)
-  if plugin is not None:
-    representations = apply_by_segment(
-      plugin, weights.plugins, representations, segments
-    )
-  return backbone.score(weights.backbone, representations, candidates)
+  """Logits [M, C] of rows of one segment, through its plugin."""
+  return plugins.logits(
+    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
+    rows.states, rows.reading, candidates,
+  )
 
 
 def states_before(
@@ -101,15 +115,32 @@ def states_before(
   sequences: Sequences,
   users: jax.Array,
   positions: jax.Array,
+  segment: jax.Array,
   length: int,
-) -> PyTree:
-  """The backbone's states after the `length` items before a position; [B]."""
+) -> States:
+  """The states after the `length` items before a position; [B].
+
+  Args:
+    model: what is evaluated.
+    weights: of all segments.
+    sequences: the interactions.
+    users: [B].
+    positions: [B] in-user position of the target.
+    segment: scalar, that of all rows.
+    length: L.
+  """
+  own = jax.tree.map(lambda x: x[segment], weights.plugins)
+  frozen = plugins.adapted(model.plugin, own, weights.backbone)
   history = read_windows(sequences, users, positions, length)
-  context = packing.encode(model.backbone, weights.backbone, history)
+  context = packing.encode(model.backbone, frozen, history)
   rows = len(users)
-  return model.backbone.at(
+  states = model.backbone.at(
     context, jnp.arange(rows), jnp.full(rows, length - 1)
   )
+  reading = None
+  if model.plugin is not None and model.plugin.recent:
+    reading = read_back(sequences, users, positions - 1, model.plugin.recent)
+  return States(states, reading, Weights(frozen, own, weights.evidence))
 
 
 RankFn = Callable[[Weights, Sequences, Requests], Ranks]
@@ -148,7 +179,7 @@ def make_ranker(
   ) -> Ranks:
     users, positions, segments = requests
     states = states_before(
-      model, weights, sequences, users, positions, length
+      model, weights, sequences, users, positions, segments[0], length
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = _seen_items(sequences, users, positions, size)
@@ -156,8 +187,7 @@ def make_ranker(
     def scores(index: jax.Array) -> tuple[jax.Array, jax.Array]:
       items = index * width + jnp.arange(width)
       candidates = None if chunks == 1 else jnp.minimum(items, num_items)
-      logits = score_items(model, weights, states, segments, candidates)
-      return logits, items
+      return score_items(model, states, candidates), items
 
     def target_score(total: jax.Array, index: jax.Array) -> tuple:
       logits, items = scores(index)
@@ -211,25 +241,46 @@ def make_ranker(
     rows = len(requests.users)
     if not rows:
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    by_chunk = _by_chunk(requests, user_chunk)
+    index = _chunks(model, requests, user_chunk)
+    by_chunk = _take_chunks(requests, index)
     size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
     out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
-    return Ranks(*(x.reshape(-1)[:rows] for x in out))
+    return _from_chunks(out, index, rows)
 
   return rank
 
 
-def _by_chunk(tree: PyTree, user_chunk: int) -> PyTree:
-  """int32 arrays [n, ...] -> [chunks, chunk, ...]; the last row fills up."""
-  rows = len(jax.tree.leaves(tree)[0])
-  chunk = min(user_chunk, rows)
+def _chunks(model: Model, requests: Requests, user_chunk: int) -> np.ndarray:
+  """Which request lies where, [chunks, chunk].
 
-  def reshape(x: np.ndarray) -> np.ndarray:
-    pad = [(0, -rows % chunk)] + [(0, 0)] * (x.ndim - 1)
-    padded = np.pad(np.asarray(x, np.int32), pad, mode="edge")
-    return padded.reshape(-1, chunk, *x.shape[1:])
+  A chunk is of one segment, where there are plugins; a segment's last chunk is
+  filled up with its last request.
+  """
+  segments = np.asarray(requests.segments)
+  if model.plugin is None:
+    segments = np.zeros_like(segments)
+  chunk = min(user_chunk, len(segments))
+  parts = []
+  for segment in np.unique(segments):
+    own = np.flatnonzero(segments == segment)
+    parts.append(np.pad(own, (0, -len(own) % chunk), mode="edge"))
+  return np.concatenate(parts).reshape(-1, chunk)
 
-  return jax.tree.map(reshape, tree)
+
+def _take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
+  """Arrays [n, ...] -> int32 [chunks, chunk, ...]."""
+  return jax.tree.map(lambda x: np.asarray(x, np.int32)[index], tree)
+
+
+def _from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
+  """Arrays [chunks, chunk, ...] -> [n, ...], in the order of the requests."""
+
+  def place(x: np.ndarray) -> np.ndarray:
+    out = np.zeros((rows, *x.shape[2:]), x.dtype)
+    out[index.reshape(-1)] = np.asarray(x).reshape(-1, *x.shape[2:])
+    return out
+
+  return jax.tree.map(place, tree)
 
 
 def _seen_items(
@@ -340,11 +391,11 @@ def make_sampled_ranker(
     def one(rows: tuple[Requests, jax.Array]) -> jax.Array:
       (users, positions, segments), drawn = rows
       states = states_before(
-        model, weights, sequences, users, positions, length
+        model, weights, sequences, users, positions, segments[0], length
       )
       target = sequences.items[sequences.starts[users] + positions]
       candidates = jnp.concatenate([target[:, None], drawn], axis=1)
-      return score_items(model, weights, states, segments, candidates)
+      return score_items(model, states, candidates)
 
     return jax.lax.map(one, (requests, negatives))
 
@@ -356,10 +407,11 @@ def make_sampled_ranker(
       nothing = np.zeros(0)
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
-    scores = score_all(
-      weights, sequences, *_by_chunk((requests, drawn), user_chunk)
-    )
-    scores = np.asarray(scores).reshape(-1, 1 + count)[:rows]
+    index = _chunks(model, requests, user_chunk)
+    scores = jax.device_get(score_all(
+      weights, sequences, *_take_chunks((requests, drawn), index)
+    ))
+    scores = _from_chunks(scores, index, rows)
     return SampledRanks(
       np.asarray(average_rank(scores, np.zeros(rows, np.int32))),
       np.full(rows, 1 + count), scores[:, 0], scores[:, 1:],
@@ -379,18 +431,20 @@ def make_log_probabilities(
   ) -> jax.Array:
     users, positions, segments = requests
     states = states_before(
-      model, weights, sequences, users, positions, length
+      model, weights, sequences, users, positions, segments[0], length
     )
-    logits = score_items(model, weights, states, segments, None)
+    logits = score_items(model, states, None)
     return jax.nn.log_softmax(logits[:, 1:], axis=-1)
 
   def run(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> np.ndarray:
-    parts = [np.zeros((0, num_items), np.float32)]
-    for start in range(0, len(requests.users), user_chunk):
-      part = Requests(*(x[start : start + user_chunk] for x in requests))
-      parts.append(np.asarray(compute(weights, sequences, part)))
-    return np.concatenate(parts)
+    out = np.zeros((len(requests.users), num_items), np.float32)
+    if not len(out):
+      return out
+    for index in _chunks(model, requests, user_chunk):
+      part = _take_chunks(requests, index)
+      out[index] = np.asarray(compute(weights, sequences, part))
+    return out
 
   return run

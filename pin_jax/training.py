@@ -17,7 +17,14 @@ import numpy as np
 import optax
 
 from pin_jax import aggregation, criteria, packing
-from pin_jax.batches import Pool, Sequences, draw_batch
+from pin_jax.batches import (
+  HeldOut,
+  Pool,
+  Sequences,
+  draw_batch,
+  draw_held_out,
+  read_back,
+)
 from pin_jax.checkpoints import Checkpoints
 from pin_jax.criteria import SOFTMAX, Criterion
 from pin_jax.objectives import (
@@ -26,6 +33,7 @@ from pin_jax.objectives import (
   next_item_loss,
   plugin_head,
   position_weights,
+  with_reading,
 )
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
 
@@ -57,12 +65,14 @@ class Operands(NamedTuple):
     pool: users to draw from, by group (stage 1) or segment (stage 2).
     frozen: the frozen backbone's params in stage 2; in stage 1 what
       `importance` needs, else None.
+    evidence: what the plugins read besides, the same for all runs, or None.
   """
 
   key: jax.Array
   sequences: Sequences
-  pool: Pool
+  pool: Pool | HeldOut
   frozen: PyTree
+  evidence: PyTree = None
 
 
 Step = Callable[
@@ -239,7 +249,8 @@ def plugin_step(
     schedule: its learning rate, for the log.
     batch_size: B, windows a segment.
     length: L.
-    draw: see `draw_batch`.
+    draw: see `draw_batch`; 'validation' learns from the held-out targets of
+      `operands.pool`, a HeldOut.
     mean: see `position_weights`.
     criterion: what is minimised at every position.
 
@@ -247,35 +258,56 @@ def plugin_step(
     The step; its state's leaves lead with [S].
   """
   loss = next_item_loss(
-    backbone, plugin_head(backbone, plugin), criterion=criterion
+    with_reading(backbone), plugin_head(backbone, plugin), criterion=criterion
   )
 
+  def encode(
+    params: PyTree, frozen: PyTree, history: jax.Array
+  ) -> tuple[PyTree, PyTree]:
+    """(context, the backbone's params as the plugin wants them)."""
+    if plugin.adapt is None:
+      context = packing.encode(backbone, frozen, history)
+      return jax.lax.stop_gradient(context), frozen
+    frozen = plugin.adapt(params, frozen)
+    return backbone.encode(frozen, history, None), frozen
+
   def segment_loss(
-    params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+    params: PyTree, operands: Operands, batch: Batch, key: jax.Array
   ) -> jax.Array:
-    context = jax.lax.stop_gradient(
-      packing.encode(backbone, frozen, batch.history)
-    )
+    context, frozen = encode(params, operands.frozen, batch.history)
+    reading = None
+    if plugin.recent:
+      columns = jnp.arange(1 - length, 1)
+      users = jnp.broadcast_to(batch.users[:, None], batch.history.shape)
+      reading = read_back(
+        operands.sequences, users, batch.last[:, None] + columns, plugin.recent
+      )
     weights = position_weights(batch.targets, mean)
     negatives = criteria.draw(criterion, key, batch)
     return loss(
-      params, frozen, context, batch.targets, weights, negatives=negatives
+      params, (jax.lax.stop_gradient(frozen), operands.evidence),
+      (context, reading), batch.targets, weights, negatives=negatives,
     )[0]
+
+  def draw_windows(operands: Operands, key: jax.Array) -> Batch:
+    sizes = {"batch_size": batch_size, "length": length}
+    if draw == "validation":
+      return draw_held_out(key, operands.sequences, operands.pool, **sizes)
+    return draw_batch(
+      key, operands.sequences, operands.pool, draw=draw, **sizes
+    )
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batch = draw_batch(
-      jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
-      batch_size=batch_size, length=length, draw=draw,
-    )
+    batch = draw_windows(operands, jax.random.fold_in(operands.key, t))
     draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
     keys = jax.random.split(
       jax.random.fold_in(draw_key, t), batch.users.shape[0]
     )
     value_and_grad = jax.value_and_grad(segment_loss)
     losses, grads = jax.lax.map(
-      lambda x: value_and_grad(x[0], operands.frozen, *x[1:]),
+      lambda x: value_and_grad(x[0], operands, *x[1:]),
       (state.params, batch, keys),
     )
     updates, opt_state = jax.vmap(optimizer.update)(
@@ -344,7 +376,7 @@ def many(step: Step) -> Step:
     the leaves of `operands.frozen` lead with [N] (see `join_runs`);
     `operands.sequences` and `operands.pool` are shared.
   """
-  return jax.vmap(step, (0, Operands(0, None, None, 0), None))
+  return jax.vmap(step, (0, Operands(0, None, None, 0, None), None))
 
 
 def join_runs(trees: Sequence[PyTree]) -> PyTree:

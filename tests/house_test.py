@@ -21,6 +21,7 @@ LEVELS = {
   "pin_jax.weightings": 1,
   "pin_jax.activeness": 1,
   "pin_jax.splits": 1,
+  "pin_jax.memory": 1,
   "pin_jax.plugins": 1,
   "pin_jax.packing": 1,
   "pin_jax.sharding": 1,
