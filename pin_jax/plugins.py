@@ -245,19 +245,21 @@ def memory_mix(num_channels: int, consultation: Consultation) -> Plugin:
 
 
 def memory_alone(consultation: Consultation) -> Plugin:
-  """The memory without the backbone, log(1 + sum_k m_k(v) / e); no params."""
+  """The memory without the backbone, b log(1 + sum_k m_k(v) / e), b = 1.
+
+  No job trains b, which orders no items.
+  """
 
   def mix(
     params: jax.Array, evidence: Evidence, representation: jax.Array,
     reading: Reading, logits: jax.Array, candidates: jax.Array | None,
   ) -> jax.Array:
-    del params, representation, logits
+    del representation, logits
     sparse = _consult(evidence, reading, consultation)
     sparse = sparse._replace(scores=sparse.scores.sum(0, keepdims=True))
-    return _known(evidence, sparse, candidates)[0]
+    return params * _known(evidence, sparse, candidates)[0]
 
-  init = lambda key: jnp.zeros(0)
-  return Plugin(init, mix=mix, recent=consultation.recent)
+  return Plugin(lambda key: jnp.ones(()), mix=mix, recent=consultation.recent)
 
 
 class _Gate(nn.Module):

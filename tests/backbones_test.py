@@ -208,7 +208,7 @@ def _batch():
 
 def _position_losses(name, params, batch):
   """(row, loss) of every real position, one history at a time."""
-  _, histories, rows = map(np.asarray, batch)
+  _, histories, rows = map(np.asarray, batch[:3])
   for row, (history, targets) in enumerate(zip(histories, rows, strict=True)):
     for t in np.flatnonzero(targets):
       read = history[: t + 1]

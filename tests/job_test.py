@@ -94,8 +94,8 @@ def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
 
 def test_equal_budgets():
   config = _config()
-  stage_1 = ("pin_backbone", "pin_exact_backbone")
-  full = [m for name, m in METHODS.items() if name not in stage_1]
+  others = ("pin_backbone", "pin_exact_backbone", "memory_alone")
+  full = [m for name, m in METHODS.items() if name not in others]
   for method in full:
     for backbone, plugin in method.serve:
       by_name = {stage.name: stage for stage in method.stages}
@@ -110,6 +110,42 @@ def test_equal_budgets():
 def test_shared_stages_are_trained_once():
   names = [stage.name for stage in stages_of(("pin", "pin_backbone", "base"))]
   assert names == ["pin/backbone", "pin/plugins", "base"]
+
+
+def test_controls_route_users_as_they_say(finished):
+  config, _, _ = finished
+  data = problem.make_problem(config)
+  users = np.flatnonzero(data.split.test >= 0)
+  for name, expected in (
+    ("pin", data.segments), ("pin_swapped", 1 - data.segments),
+    ("pin_shared", np.zeros_like(data.segments)),
+  ):
+    method = METHODS[name]
+    stage, requests = job._served(method, method.serve[0], data, users)
+    assert stage.name == method.serve[0][1]
+    np.testing.assert_array_equal(requests.segments, expected[users])
+  segments, count = trainer.assigned(data, METHODS["pin_random"].stages[-1])
+  assert count == 2 and segments.sum() == data.segments.sum()
+  assert (segments != data.segments).any()
+
+
+@pytest.mark.parametrize(("plugin", "loss"), [
+  ("gated", "softmax"), ("memory", "sampled_softmax"),
+])
+def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
+  config = _config()
+  config.plugin.name, config.pin.plugin_draw = plugin, "validation"
+  config.memory.recent, config.loss.name = 3, loss
+  config.loss.negatives = 10
+  config.optimizer.plugin_learning_rate = 0.05
+  config.methods = ("memory_alone", "joint_shared", "joint_plugins")
+  _run(config, tmp_path / "run")
+  rows = pl.read_parquet(tmp_path / "run" / "rows.parquet")
+  ranks = rows.pivot("model", index="user", values="rank")
+  # The memory sees four of five users' transitions; it knows something.
+  assert (rows.filter(model="memory alone")["rank"] < 15).mean() > 0.5
+  for name in ("joint + shared plugin", "joint + plugins"):
+    assert (ranks[name] != ranks["memory alone"]).any()
 
 
 def test_log_holds_every_step_and_group(finished):

@@ -245,7 +245,7 @@ def test_the_memory_mix_equals_its_formula():
     ), want[:, few], rtol=1e-4, atol=1e-5,
   )
   alone = memory_alone(ASKED).mix(
-    None, evidence, STATES, reading, LOGITS, None
+    1.0, evidence, STATES, reading, LOGITS, None
   )
   np.testing.assert_allclose(
     alone, np.log1p(scores.sum(0) / 1e-3), rtol=1e-4, atol=1e-5
