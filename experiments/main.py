@@ -9,6 +9,7 @@ continues an interrupted job and reprints a finished one.
 """
 
 import re
+import shlex
 import sys
 
 from absl import app, flags, logging
@@ -32,7 +33,8 @@ def main(_: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   from experiments import job  # after the flags: importing jax takes seconds
 
-  job.run(_CONFIG.value, _WORKDIR.value)
+  command = ["python", "-m", "experiments.main", *sys.argv[1:]]
+  job.run(_CONFIG.value, _WORKDIR.value, command=shlex.join(command))
 
 
 def _parse(argv: list[str]) -> list[str]:

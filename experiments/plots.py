@@ -269,12 +269,13 @@ def _group_intervals(
 ) -> np.ndarray:
   """Estimate, low and high of each group, [3, G]."""
   frame = model_rows(rows, model)
-  users = user_ids(frame)
+  users, seeds = user_ids(frame), frame["seed"].to_numpy()
   values = metrics.ndcg(frame["rank"].to_numpy(), cutoff)
   intervals = [
     statistics.mean_interval(
       values[mask],
       users=users[mask],
+      seeds=seeds[mask],
       confidence=CONFIDENCE,
       num_resamples=num_resamples,
     )

@@ -248,10 +248,13 @@ def test_protocol_names_everything_a_reader_must_know():
   line = tables.protocol_line(_rows(), split="leave-one-out", num_items=300)
   for part in (
     "leave-one-out; full ranking over 300 items; ties at their average rank",
-    "seeds 0, 1",
-    "95 % percentile bootstrap, paired over users, 2,000 resamples",
+    "seeds 0, 1; intervals: 95 % percentile bootstrap, 2,000 resamples",
+    "paired, over users crossed with seeds",
   ):
     assert part in line
+  one = tables.protocol_line(_rows(seeds=(3,)), split="leave-one-out")
+  assert "seed 3; " in one
+  assert "over users, without the spread over training seeds" in one
   assert "\n" not in line
 
 
