@@ -24,9 +24,8 @@ from experiments.tables import (
 from pin_jax import metrics, statistics
 
 LEVEL = 1 - CONFIDENCE
-HOLDS, TAIL_ONLY, HEAD_ONLY, REFUTED, OPEN = (
-  "holds", "tail only", "head only", "refuted", "open",
-)
+OUTCOMES = "holds", "gain only", "no loss only", "refuted", "open"
+HOLDS, GAIN_ONLY, NO_LOSS_ONLY, REFUTED, OPEN = OUTCOMES
 _TAIL, _HEAD = 0, 1
 
 
@@ -63,6 +62,12 @@ def values_by_seed(
   return statistics.by_seed(np.stack(values), user_ids(frames[0]), seeds)
 
 
+def _seeds(rows: pl.DataFrame) -> dict[str, frozenset]:
+  """Seeds of every model, in the order of the rows."""
+  found = rows.group_by("model", maintain_order=True).agg("seed")
+  return {model: frozenset(seeds) for model, seeds in found.iter_rows()}
+
+
 def with_the_same_seeds(
   rows: pl.DataFrame, base: str
 ) -> list[tuple[pl.DataFrame, list[str]]]:
@@ -70,12 +75,7 @@ def with_the_same_seeds(
 
   Models with one set of seeds come together, in the order of the rows.
   """
-  own = {
-    model: frozenset(frame["seed"])
-    for (model,), frame in rows.partition_by(
-      "model", as_dict=True, maintain_order=True
-    ).items()
-  }
+  own = _seeds(rows)
   together: dict[frozenset, list[str]] = {}
   for model, seeds in own.items():
     if model != base and seeds & own[base]:
@@ -84,6 +84,41 @@ def with_the_same_seeds(
     (rows.filter(pl.col("seed").is_in(sorted(seeds))), models)
     for seeds, models in together.items()
   ]
+
+
+def mean_of(
+  cubes: np.ndarray, num_resamples: int = NUM_RESAMPLES
+) -> statistics.Interval:
+  """Means of values [..., S, U] with their intervals."""
+  return statistics.mean_interval(
+    np.reshape(cubes, (*cubes.shape[:-2], -1)), **_units(cubes),
+    confidence=CONFIDENCE, num_resamples=num_resamples,
+  )
+
+
+def change_of(
+  first: np.ndarray,
+  others: Sequence[np.ndarray],
+  *,
+  margin: float = 0.0,
+  num_resamples: int = NUM_RESAMPLES,
+) -> statistics.Change:
+  """Changes of M others against the first; all values [S, U]."""
+  bases = np.broadcast_to(first, (len(others), *first.shape))
+  return statistics.relative_change(
+    *(np.reshape(x, (len(others), first.size)) for x in (bases, others)),
+    **_units(first), margin=margin, confidence=CONFIDENCE,
+    num_resamples=num_resamples,
+  )
+
+
+def _units(cube: np.ndarray) -> dict[str, np.ndarray]:
+  """User and seed of each value of [..., S, U], laid out flat."""
+  num_seeds, size = cube.shape[-2:]
+  return {
+    "users": np.tile(np.arange(size), num_seeds),
+    "seeds": np.repeat(np.arange(num_seeds), size),
+  }
 
 
 def check_claims(
@@ -150,15 +185,8 @@ def _changes(
     ("head", pl.col("segment") == _HEAD, margin),
   ):
     first, *others = values_by_seed(rows, [base, *models], keep=keep, **options)
-    size = first.shape[-1]
-    bases = np.broadcast_to(first, (len(others), *first.shape))
-    change = statistics.relative_change(
-      *(np.reshape(x, (len(others), -1)) for x in (bases, others)),
-      users=np.tile(np.arange(size), len(first)),
-      seeds=np.repeat(np.arange(len(first)), size),
-      margin=allowed,
-      confidence=CONFIDENCE,
-      num_resamples=num_resamples,
+    change = change_of(
+      first, others, margin=allowed, num_resamples=num_resamples
     )
     for line, other, *numbers in zip(lines, others, *change, strict=True):
       line |= _named(part, first, other, numbers)
@@ -190,7 +218,7 @@ def _outcome(line: Mapping[str, Any], margin: float) -> str:
   if better and no_worse:
     return HOLDS
   if better or no_worse:
-    return TAIL_ONLY if better else HEAD_ONLY
+    return GAIN_ONLY if better else NO_LOSS_ONLY
   return OPEN
 
 
@@ -271,30 +299,48 @@ def levels(
   Raises:
     InputError: if a model's rows are incomplete.
   """
-  draw = {"confidence": CONFIDENCE, "num_resamples": num_resamples}
-  lines = []
-  for model in rows["model"].unique(maintain_order=True):
-    own = rows.filter(pl.col("model") == model)
-    options = {"column": column, "cutoff": cutoff}
+  together: dict[frozenset, list[str]] = {}
+  for model, seeds in _seeds(rows).items():
+    together.setdefault(seeds, []).append(model)
+  lines = {}
+  for models in together.values():
+    own = rows.filter(pl.col("model").is_in(models))
     cubes = {
-      name: values_by_seed(own, [model], keep=keep, **options)[0]
-      for name, keep in _parts(own).items()
+      name: values_by_seed(own, models, keep=keep, column=column, cutoff=cutoff)
+      for name, keep in _parts(rows).items()
     }
-    groups = [x for name, x in cubes.items() if name.startswith("group")]
-    worst = statistics.worst_group(groups, **draw)
-    line = {
-      "model": model, "seeds": own["seed"].n_unique(),
-      "users": own["user"].n_unique(),
-      "worst_group": sorted(own["group"].unique())[int(worst.index)],
-    }
-    found = {name: _mean(cubes[name], draw) for name in list(cubes)[:3]}
-    found["gap"] = statistics.gap(cubes["head"], cubes["tail"], **draw)
-    found["worst"] = worst[1:]
+    for model, line in zip(models, _levels(cubes, num_resamples), strict=True):
+      facts = own.filter(pl.col("model") == model)
+      lines[model] = {
+        "model": model, "seeds": facts["seed"].n_unique(),
+        "users": facts["user"].n_unique(), **line,
+      }
+  order = rows["model"].unique(maintain_order=True)
+  return pl.DataFrame([lines[model] for model in order])
+
+
+def _levels(
+  cubes: Mapping[str, np.ndarray], num_resamples: int
+) -> Iterable[dict[str, Any]]:
+  """Numbers of each of M models from their values [M, S, U_part]."""
+  draw = {"confidence": CONFIDENCE, "num_resamples": num_resamples}
+  groups = {
+    int(name.split()[1]): cube
+    for name, cube in cubes.items() if name.startswith("group")
+  }
+  worst = statistics.worst_group([*groups.values()], **draw)
+  found = {
+    name: mean_of(cubes[name], num_resamples)
+    for name in ("overall", "tail", "head")
+  }
+  found["gap"] = statistics.gap(cubes["head"], cubes["tail"], **draw)
+  found["worst"] = worst[1:]
+  for index in range(len(worst.index)):
+    line = {"worst_group": [*groups][int(worst.index[index])]}
     for name, numbers in found.items():
       keys = (name, f"{name}_low", f"{name}_high")
-      line |= dict(zip(keys, map(float, numbers), strict=True))
-    lines.append(line)
-  return pl.DataFrame(lines)
+      line |= {k: float(x[index]) for k, x in zip(keys, numbers, strict=True)}
+    yield line
 
 
 def _parts(rows: pl.DataFrame) -> dict[str, pl.Expr | None]:
@@ -305,16 +351,6 @@ def _parts(rows: pl.DataFrame) -> dict[str, pl.Expr | None]:
   for group in sorted(rows["group"].unique()):
     parts[f"group {group}"] = pl.col("group") == group
   return parts
-
-
-def _mean(cube: np.ndarray, draw: Mapping[str, Any]) -> statistics.Interval:
-  num_seeds, size = cube.shape
-  return statistics.mean_interval(
-    cube.reshape(-1),
-    users=np.tile(np.arange(size), num_seeds),
-    seeds=np.repeat(np.arange(num_seeds), size),
-    **draw,
-  )
 
 
 def power_lines(

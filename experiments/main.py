@@ -9,7 +9,6 @@ continues an interrupted job and reprints a finished one.
 """
 
 import re
-import shlex
 import sys
 
 from absl import app, flags, logging
@@ -31,10 +30,11 @@ flags.mark_flag_as_required("workdir")
 def main(_: list[str]) -> None:
   """Runs the job."""
   logging.set_verbosity(logging.WARNING)
-  from experiments import job  # after the flags: importing jax takes seconds
+  # After the flags: importing jax takes seconds.
+  from experiments import job, logs
 
   command = ["python", "-m", "experiments.main", *sys.argv[1:]]
-  job.run(_CONFIG.value, _WORKDIR.value, command=shlex.join(command))
+  job.run(_CONFIG.value, _WORKDIR.value, command=logs.command_line(command))
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -483,9 +483,10 @@ def print_models(
     console.print(out)
 
 
-def _markdown_table(
+def markdown_table(
   headers: Sequence[str], lines: Iterable[Sequence[str]], *, left: int
 ) -> str:
+  """A Markdown table whose first `left` columns are words."""
   rules = [":--" if i < left else "--:" for i in range(len(headers))]
   cells = [
     [cell.replace("|", "\\|") for cell in line]
@@ -509,12 +510,12 @@ def _markdown(
     parts.append(f"## {masking.capitalize()}")
     for metric, lines in _sections(table, masking, cutoff).items():
       headers = [metric, "activeness", "users", base, other, "change % [95 %]"]
-      parts.append(_markdown_table(headers, lines, left=1))
+      parts.append(markdown_table(headers, lines, left=1))
   for masking in _lists(models):
     parts.append(f"## All models, {masking}")
     headers = models.drop("masking", "users").columns
     lines = _model_cells(models, masking)
-    parts.append(_markdown_table(headers, lines, left=1))
+    parts.append(markdown_table(headers, lines, left=1))
   return "\n\n".join(parts) + "\n"
 
 

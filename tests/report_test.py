@@ -373,7 +373,7 @@ def test_cosine_with_the_mean_equals_that_of_the_gradients():
   mean = gradients.mean(1)
   want = np.einsum("tgd,td->tg", units, mean)
   want /= np.linalg.norm(mean, axis=-1, keepdims=True)
-  got = plots._cosine_with_mean(norms, units @ units.swapaxes(1, 2))
+  got = plots.cosine_with_mean(norms, units @ units.swapaxes(1, 2))
   np.testing.assert_allclose(got, want)
 
 
