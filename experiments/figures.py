@@ -68,7 +68,18 @@ def _svg(figure: matplotlib.figure.Figure, name: str) -> str:
   text = re.sub(
     r"(fill|stroke|stop-color): (#[0-9a-f]{6})", r"\1: var(--c\2, \2)", text
   ).replace("var(--c#", "var(--c")
-  return re.sub(r'id="(?=[a-z_]+_\d+")', f'id="{name}-', text).strip()
+  return _with_own_ids(text, name).strip()
+
+
+def _with_own_ids(text: str, name: str) -> str:
+  """Drops ids that nothing refers to, and makes the others unique."""
+  used = {a or b for a, b in re.findall(r'url\(#(.+?)\)|href="#(.+?)"', text)}
+
+  def replaced(match: re.Match) -> str:
+    return f' id="{name}-{match[1]}"' if match[1] in used else ""
+
+  text = re.sub(r'\s+id="([^"]+)"', replaced, text)
+  return re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
 
 
 def _begin(

@@ -25,7 +25,7 @@ from experiments.render import (
   Text,
   Verdict,
 )
-from experiments.summaries import Results, without_seed
+from experiments.summaries import PATHS, Results, without_seed
 from experiments.tables import CONFIDENCE, NUM_RESAMPLES, number_range
 from pin_jax import metrics
 from pin_jax.types import InputError
@@ -472,7 +472,7 @@ def _protocol(results: Results) -> list[Block]:
     changed = changed_settings(results.config)
     blocks.append(Table(
       "Settings that differ from the defaults", ("setting", "value"),
-      [(key, _setting(value)) for key, value in changed.items()], left=2,
+      [(key, _setting(key, value)) for key, value in changed.items()], left=2,
     ))  # fmt: skip
   return blocks
 
@@ -486,9 +486,9 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _setting(value: Any) -> str:
+def _setting(key: str, value: Any) -> str:
   """A setting as text; of a path the file's name alone."""
-  if isinstance(value, str) and "/" in value:
+  if key in [f"data.{name}" for name in PATHS]:
     return pathlib.PurePath(value).name
   return json.dumps(value) if isinstance(value, list) else str(value)
 
