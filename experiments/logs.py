@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import flax
 import jax
 import jaxlib
 import numpy as np
@@ -123,7 +122,7 @@ def _quoted(argument: str) -> str:
 
 def versions() -> dict[str, str]:
   """What a result was computed with: libraries, device, state of the code."""
-  libraries = (flax, jax, jaxlib, np, optax, polars, scipy)
+  libraries = (jax, jaxlib, np, optax, polars, scipy)
   found = {module.__name__: module.__version__ for module in libraries}
   device = jax.devices()[0]
   return {
