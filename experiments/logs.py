@@ -4,10 +4,8 @@ import json
 import math
 import pathlib
 import platform
-import shlex
 import subprocess
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -105,19 +103,6 @@ def read_log(workdir: epath.Path) -> list[dict[str, Any]]:
         f"{path} line {number} is damaged ({error}); delete that line"
       ) from error
   return records
-
-
-def command_line(arguments: Sequence[str]) -> str:
-  """A command to be pasted into a shell; values in double quotes."""
-  return " ".join(map(_quoted, arguments))
-
-
-def _quoted(argument: str) -> str:
-  name, equals, value = argument.partition("=")
-  plain = shlex.quote(argument) == argument
-  if plain or not equals or set(value) & set('"$`\\!'):
-    return shlex.quote(argument)
-  return f'{shlex.quote(name)}="{value}"'
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.commands import command_line
 from pin_jax.types import InputError, TrainingError
 
 _DEFAULT = "experiments/configs/quickstart.py"
@@ -30,11 +31,10 @@ flags.mark_flag_as_required("workdir")
 def main(_: list[str]) -> None:
   """Runs the job."""
   logging.set_verbosity(logging.WARNING)
-  # After the flags: importing jax takes seconds.
-  from experiments import job, logs
+  from experiments import job  # after the flags: importing jax takes seconds
 
   command = ["python", "-m", "experiments.main", *sys.argv[1:]]
-  job.run(_CONFIG.value, _WORKDIR.value, command=logs.command_line(command))
+  job.run(_CONFIG.value, _WORKDIR.value, command=command_line(command))
 
 
 def _parse(argv: list[str]) -> list[str]:

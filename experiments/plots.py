@@ -52,7 +52,7 @@ def group_colors(num_groups: int) -> np.ndarray:
   return matplotlib.colormaps["viridis"](np.linspace(0.05, 0.78, num_groups))
 
 
-def spread(positions: Sequence[float], gap: float) -> np.ndarray:
+def _spread(positions: Sequence[float], gap: float) -> np.ndarray:
   """Moves positions apart until neighbours are `gap` from each other."""
   positions = np.asarray(positions, np.float64)
   order = np.argsort(positions, kind="stable")
@@ -67,7 +67,7 @@ def spread(positions: Sequence[float], gap: float) -> np.ndarray:
   return result
 
 
-def label_ends(
+def _label_ends(
   axes: matplotlib.axes.Axes,
   x: float,
   values: Sequence[float],
@@ -78,7 +78,7 @@ def label_ends(
   """Writes each line's name at its right end."""
   low, high = axes.get_ylim()
   values = np.nan_to_num(values, nan=low)
-  places = spread(values, gap * (high - low))
+  places = _spread(values, gap * (high - low))
   for place, label, color in zip(places, labels, colors, strict=True):
     axes.annotate(
       label,
@@ -261,7 +261,7 @@ def plot_groups(
     top.set_ylabel(f"NDCG@{cutoff} ({masking})")
     top.set_title(f"NDCG@{cutoff} by activeness group, 95 % intervals")
     last = [estimates[-1] for estimates, _, _ in intervals]
-    label_ends(top, table.height - 0.85, last, names, colors, gap=0.075)
+    _label_ends(top, table.height - 0.85, last, names, colors, gap=0.075)
     _draw_changes(bottom, table, base, other)
     _save(figure, path)
 
@@ -467,7 +467,7 @@ def draw_series(
   ends = smooth[-1]
   if num_groups > 1 and np.allclose(smooth, smooth[:, :1]):
     labels, ends, colors = ["all groups"], ends[:1], colors[-1:]
-  label_ends(axes, steps[-1], ends, labels, colors)
+  _label_ends(axes, steps[-1], ends, labels, colors)
   axes.set_xlabel("training step")
 
 

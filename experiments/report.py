@@ -16,15 +16,14 @@ where there is one. `--markdown=FILE` writes only the Markdown, to FILE.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 
 import polars as pl
 import rich.console
-from absl import app, flags
+from absl import flags
 from etils import epath
 
-from experiments import render, sections, summaries, truth
+from experiments import commands, render, sections, summaries, truth
 from experiments.logs import read_log
 from experiments.plots import plot_activeness, plot_gradients, plot_groups
 from experiments.tables import (
@@ -223,11 +222,7 @@ def _launch() -> None:
   flags.DEFINE_integer("cutoff", 10, "K of the tables, with --workdir")
   flags.DEFINE_string("output", None, "directory of the report")
   flags.DEFINE_string("markdown", None, "file to write only the Markdown to")
-  try:
-    app.run(_main)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  commands.launch(_main)
 
 
 if __name__ == "__main__":

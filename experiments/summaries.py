@@ -17,15 +17,15 @@ reads either.
 """
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from absl import app, flags
+from absl import flags
 from etils import epath
 
+from experiments import commands
 from experiments.logs import read_log
 from experiments.settings import read_json
 from experiments.tables import (
@@ -296,11 +296,7 @@ def _launch() -> None:
   flags.DEFINE_string(
     "output", None, "directory of the summary", required=True
   )
-  try:
-    app.run(_main)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  commands.launch(_main)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import polars as pl
 import rich.box
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs, settings, summaries
+from experiments import commands, settings, summaries
 from experiments.methods import METHODS
 from pin_jax import metrics
 from pin_jax.types import InputError
@@ -156,7 +156,7 @@ def _written(value: Any) -> str:
 
 def printed(job: Job) -> str:
   """The job's command, to be pasted."""
-  return logs.command_line(["python", *job.command[1:]])
+  return commands.command_line(["python", *job.command[1:]])
 
 
 def run(
@@ -407,11 +407,7 @@ def launch() -> None:
   flags.DEFINE_bool("table", False, "print the table of finished jobs")
   # A terminated sweep takes its jobs along.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  try:
-    app.run(_main)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  commands.launch(_main)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from summaries_test import make_workdir
 from toy_rows import make_rows
 
-from experiments import claims, figures, render, report, summaries
+from experiments import claims, figures, render, report, sections, summaries
 from pin_jax.types import InputError
 
 MODELS = ("base", "pin <b>&", "pin", "x_1")
@@ -178,12 +178,17 @@ def test_the_gap_is_shown_over_windows(pages):
 
 
 def test_windows_need_jobs_that_differ_in_nothing_else(tmp_path):
-  paths = [
-    make_workdir(tmp_path / "a", length=5),
-    make_workdir(tmp_path / "b", length=5, seeds=(0,)),
+  names = {"a": 5, "b": 20, "c": 20, "d": 5}
+  jobs = []
+  for name, length in names.items():
+    results = summaries.read(make_workdir(tmp_path / name, length=length))
+    if name > "b":
+      results.config["batch_size"] = len(jobs)
+    jobs.append(sections.Job(results, None, 50))
+  families = [
+    [job.results.name for job in family] for family in sections._families(jobs)
   ]
-  report.write_pages(paths, output=tmp_path / "out", **FAST)
-  assert "Window length" not in (tmp_path / "out" / "report.md").read_text()
+  assert families == [["a", "b"]]
 
 
 def test_a_job_of_one_model_and_a_sampled_one(tmp_path):

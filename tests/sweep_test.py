@@ -15,7 +15,7 @@ from etils import epath
 from summaries_test import make_workdir
 from toy_rows import make_rows
 
-from experiments import sweep
+from experiments import commands, sweep
 from experiments.methods import METHODS
 from pin_jax.types import InputError
 
@@ -229,11 +229,29 @@ def test_dry_run_prints_one_job_of_an_index(tmp_path):
   assert not root.exists()
 
 
-def test_an_index_out_of_range_is_one_line_and_code_2(tmp_path):
+@pytest.mark.parametrize(("arguments", "message"), [
+  (["--index=2"], "--index=2: give 0 to 1"),
+  (["--parallel=many"], "flags: flag --parallel=many: "),
+])  # fmt: skip
+def test_bad_arguments_are_one_line_and_code_2(tmp_path, arguments, message):
   config = _config(tmp_path / "c.py")
-  done = _command(f"--config={config}", f"--workdir={tmp_path}", "--index=2")
+  done = _command(f"--config={config}", f"--workdir={tmp_path}", *arguments)
   assert done.returncode == 2
-  assert done.stderr == "error: --index=2: give 0 to 1\n"
+  assert done.stderr.startswith(f"error: {message}")
+  assert done.stderr.count("\n") == 1
+
+
+def test_commands_can_be_pasted(tmp_path):
+  arguments = [
+    "echo", "a b", "--x=('a','b')", "--y=$HOME", "--z=3", '--w=say "it"', "it's"
+  ]
+  text = commands.command_line(arguments)
+  assert """--x="('a','b')" """ in text
+  done = subprocess.run(
+    f"for x in {text}; do printf '%s\\n' \"$x\"; done", shell=True,
+    capture_output=True, text=True, check=True,
+  )
+  assert done.stdout.splitlines() == arguments
 
 
 @pytest.mark.slow
