@@ -15,7 +15,7 @@ import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs, report, settings, truth
+from experiments import claims, logs, report, settings, truth
 from experiments.methods import (
   METHODS,
   Method,
@@ -24,6 +24,7 @@ from experiments.methods import (
   stages_of,
 )
 from experiments.problem import (
+  SEGMENTS,
   Problem,
   fingerprint,
   make_problem,
@@ -156,6 +157,8 @@ def run(
   config: ConfigDict,
   workdir: epath.PathLike,
   console: rich.console.Console | None = None,
+  *,
+  command: str = "",
 ) -> pl.DataFrame:
   """Runs the main job, or what is left of it, and prints its tables.
 
@@ -163,6 +166,7 @@ def run(
     config: as from `experiments.configs.base.default`.
     workdir: directory of the job.
     console: where to print; standard output by default.
+    command: how the job was launched, for its summary.
 
   Returns:
     The comparison table.
@@ -184,13 +188,18 @@ def run(
     console.print(f"{workdir} is finished; reprinting its tables")
     return report.write_report(workdir, console=console)
   _describe(problem, console)
+  for line in _power(config, problem):
+    console.print(line, markup=False)
   rows, closeness, cost = _train_all(
     config, problem, networks, workdir, console
   )
   name = f"rows{SUFFIXES[config.evaluation.protocol]}.parquet"
   with (workdir / name).open("wb") as file:
     rows.write_parquet(file)
-  summary = {**_summary(config, problem, closeness), "cost": cost}
+  summary = {
+    **_summary(config, problem, closeness), "cost": cost,
+    "command": command, "versions": logs.versions(),
+  }
   temporary = workdir / "summary.json.tmp"
   temporary.write_text(json.dumps(summary, indent=2) + "\n")
   temporary.rename(workdir / "summary.json")
@@ -262,6 +271,15 @@ def _describe(problem: Problem, console: rich.console.Console) -> None:
     console.print(f"{title}: {facts}")
   prior = " ".join(f"{p:.3f}" for p in problem.prior)
   console.print(f"activeness groups 0..{len(problem.prior) - 1}: P(d) {prior}")
+
+
+def _power(config: ConfigDict, problem: Problem) -> list[str]:
+  """What the design can show, from numbers known before training."""
+  tested = problem.segments[problem.split.test >= 0]
+  users = {
+    name: int((tested == index).sum()) for index, name in enumerate(SEGMENTS)
+  }
+  return claims.power_lines(config.claims, users, len(config.seeds))
 
 
 def _summary(

@@ -2,12 +2,20 @@
 
 import json
 import math
+import pathlib
+import platform
+import subprocess
 import time
 from typing import Any
 
+import jax
+import jaxlib
 import numpy as np
+import optax
+import polars
 import rich.console
 import rich.progress
+import scipy
 from etils import epath
 from tensorboardX import SummaryWriter
 
@@ -95,6 +103,33 @@ def read_log(workdir: epath.Path) -> list[dict[str, Any]]:
         f"{path} line {number} is damaged ({error}); delete that line"
       ) from error
   return records
+
+
+def versions() -> dict[str, str]:
+  """What a result was computed with: libraries, device, state of the code."""
+  libraries = (jax, jaxlib, np, optax, polars, scipy)
+  found = {module.__name__: module.__version__ for module in libraries}
+  device = jax.devices()[0]
+  return {
+    "code": _commit(),
+    "python": platform.python_version(),
+    **found,
+    "device": f"{jax.device_count()} {device.device_kind}",
+    "machine": platform.machine(),
+  }
+
+
+def _commit() -> str:
+  """The commit of a checkout, '-dirty' where files differ from it."""
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+  root = pathlib.Path(__file__).parent
+  try:
+    done = subprocess.run(
+      command, cwd=root, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "not a checkout"
+  return done.stdout.strip()
 
 
 def _is_later(line: str, run: str, step: int) -> bool:

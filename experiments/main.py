@@ -14,6 +14,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.commands import command_line
 from pin_jax.types import InputError, TrainingError
 
 _DEFAULT = "experiments/configs/quickstart.py"
@@ -32,7 +33,8 @@ def main(_: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   from experiments import job  # after the flags: importing jax takes seconds
 
-  job.run(_CONFIG.value, _WORKDIR.value)
+  command = ["python", "-m", "experiments.main", *sys.argv[1:]]
+  job.run(_CONFIG.value, _WORKDIR.value, command=command_line(command))
 
 
 def _parse(argv: list[str]) -> list[str]:
