@@ -10,11 +10,12 @@ continues an interrupted job and reprints a finished one.
 
 import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pin_jax.types import InputError, TrainingError
+from pin_jax.types import InputError, Interrupted, TrainingError
 
 _DEFAULT = "experiments/configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,15 +25,27 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
 )
+_OTHER_VERSIONS = flags.DEFINE_bool(
+  "other_versions", False,
+  "Continue what other versions of the libraries, or another kind of device, "
+  "began; results may then differ in their last bits.",
+)
+flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 flags.mark_flag_as_required("workdir")
 
 
 def main(_: list[str]) -> None:
   """Runs the job."""
   logging.set_verbosity(logging.WARNING)
-  from experiments import job  # after the flags: importing jax takes seconds
+  from experiments import interruption
 
-  job.run(_CONFIG.value, _WORKDIR.value)
+  with interruption.noticed() as interrupted:
+    from experiments import job  # after the flags: importing jax takes seconds
+
+    job.run(
+      _CONFIG.value, _WORKDIR.value, other_versions=_OTHER_VERSIONS.value,
+      interrupted=interrupted,
+    )
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -65,15 +78,21 @@ def _in_one_line(message: str) -> str:
 
 
 def launch() -> None:
-  """Entry point: exit code 2 for bad input, 3 where training fails."""
+  """Entry point; every exit but a finished job's is one line.
+
+  Exit codes: 0 finished, 2 bad input, 3 training or writing failed, 75
+  interrupted by SIGTERM after saving (the same command continues).
+  """
+  codes = {InputError: 2, TrainingError: 3, OSError: 3, Interrupted: 75}
   try:
     app.run(main, flags_parser=_parse)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except TrainingError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(3)
+  except tuple(codes) as error:
+    if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
+      traceback.print_exc()
+    code = next(codes[kind] for kind in codes if isinstance(error, kind))
+    again = "; the same command continues" * (code == 75)
+    print(f"error: {error}{again}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

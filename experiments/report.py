@@ -88,13 +88,7 @@ def write_report(
   if "fingerprint" in summary:
     protocol += f"; data {summary['data']} {summary['fingerprint']}"
   names = {"base": base, "other": other, "protocol": protocol}
-  for run, cost in summary.get("cost", {}).items():
-    values = ", ".join(f"{x:.4f}" for x in cost["validation"])
-    console.print(
-      f"{run}: {cost['steps']:,} steps, {cost['cpu_seconds']:.0f} CPU-seconds, "
-      f"best validation {values} at step {cost['best_steps']}",
-      markup=False, soft_wrap=True,
-    )
+  _print_cost(workdir, summary.get("cost", {}), console)
   print_models(models, console=console)
   if summary.get("closeness"):
     truth.print_closeness(summary["closeness"], console)
@@ -115,6 +109,24 @@ def write_report(
   for path in written:
     console.print(f"  {path}", soft_wrap=True, markup=False)
   return models if table is None else table
+
+
+def _print_cost(
+  workdir: epath.Path, cost: dict[str, dict], console: rich.console.Console
+) -> None:
+  """One line a run: steps, processor time, best validation."""
+  path = workdir / "cpu_seconds.json"
+  seconds = json.loads(path.read_text()) if path.exists() else {}
+  for run, spent in cost.items():
+    values = ", ".join(f"{x:.4f}" for x in spent["validation"])
+    # Jobs of older versions hold the processor time in the summary.
+    time = seconds.get(run, spent.get("cpu_seconds", float("nan")))
+    skipped = f", {spent['skipped']} skipped" if "skipped" in spent else ""
+    console.print(
+      f"{run}: {spent['steps']:,} steps{skipped}, {time:.0f} CPU-seconds, "
+      f"best validation {values} at step {spent['best_steps']}",
+      markup=False, soft_wrap=True,
+    )
 
 
 def _read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:

@@ -28,6 +28,7 @@ from pin_jax import (
   checkpoints,
   criteria,
   evaluation,
+  finite,
   metrics,
   negatives,
   plugins,
@@ -269,12 +270,29 @@ class Trainer:
     seeds: tuple[int, ...],
     log: logs.RunLog,
     progress: logs.JobProgress,
+    *,
+    store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
+    interrupted: Callable[[], bool] = lambda: False,
   ) -> None:
-    """Prepares what the stages share."""
+    """Prepares what the stages share.
+
+    Args:
+      config: the whole configuration.
+      problem: its data.
+      networks: its backbone and plugin.
+      workdir: where checkpoints go.
+      seeds: what to train at once.
+      log: takes every step and validation.
+      progress: counts the steps.
+      store: opens the checkpoints of a directory.
+      interrupted: see `training.fit_many`.
+    """
+    self._store, self._interrupted = store, interrupted
     self._config, self._problem, self._networks = config, problem, networks
     self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
     self.cost: dict[str, dict[str, Any]] = {}
+    self.cpu_seconds: dict[str, float] = {}
     self.length = config.backbone.length
     self._rankers: dict[bool, Ranker] = {}
     self.trained: dict[str, dict[int, training.FitResult]] = {}
@@ -308,15 +326,8 @@ class Trainer:
     steps = num_steps(self._config, stage)
     seeds = self._seeds
     runs = [self.run_name(stage, seed) for seed in seeds]
-    store = checkpoints.Checkpoints(
-      self._workdir / "checkpoints" / self._directory(stage)
-    )
-    build = {
-      "backbone": self.backbone_run,
-      "plugin": self._plugin_run,
-      "classifier": self._classifier_run,
-    }[stage.kind]
-    run = build(stage, steps)
+    store = self._store(self._workdir / "checkpoints" / self.directory(stage))
+    run = self.prepare(stage)
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
@@ -330,7 +341,7 @@ class Trainer:
 
     def on_resume(k: int, t: int) -> None:
       self._log.rewind(runs[k], t)
-      advance(k, t, resumed=True)
+      advance(k, max(t, 0), resumed=True)
 
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
@@ -341,9 +352,7 @@ class Trainer:
       self._log.evaluation(runs[k], t, named)
 
     results = training.fit_many(
-      run.step if len(seeds) == 1 else training.many(run.step),
-      training.join_runs([run.start(seed) for seed in seeds]),
-      operands,
+      self.step(run), self.start(run), operands,
       names=runs,
       num_steps=steps,
       evaluate=lambda k, params: evaluators[k](params),
@@ -356,6 +365,7 @@ class Trainer:
       on_steps=on_steps,
       on_evaluation=on_evaluation,
       on_resume=on_resume,
+      interrupted=self._interrupted,
     )
     store.close()
     self.trained[stage.name] = dict(zip(seeds, results, strict=True))
@@ -364,10 +374,31 @@ class Trainer:
         "steps": result.last_step,
         "best_steps": result.best_steps,
         "validation": result.best_values,
-        "cpu_seconds": round(result.cpu_seconds, 1),
+        **self._log.skipped(runs[k]),
       }
+      self.cpu_seconds[runs[k]] = round(result.cpu_seconds, 1)
       if counted[k] < steps:
         advance(k, steps - counted[k], resumed=True)
+
+  def prepare(self, stage: Stage) -> Run:
+    """What a stage is trained with; the stages it builds on are trained."""
+    build = {
+      "backbone": self.backbone_run,
+      "plugin": self._plugin_run,
+      "classifier": self._classifier_run,
+    }[stage.kind]
+    return build(stage, num_steps(self._config, stage))
+
+  def step(self, run: Run) -> training.Step:
+    """The step of all seeds at once, as `non_finite` says."""
+    step = run.step
+    if self._config.non_finite == "skip":
+      step = finite.skipping(step)
+    return step if len(self._seeds) == 1 else training.many(step)
+
+  def start(self, run: Run) -> training.TrainState:
+    """The state of all seeds before the first step."""
+    return training.join_runs([run.start(seed) for seed in self._seeds])
 
   def operands(self, stage: Stage, run: Run) -> training.Operands:
     """What the steps of all seeds read."""
@@ -383,7 +414,7 @@ class Trainer:
     several = len(self._config.seeds) > 1
     return f"seed{seed}/{stage.name}" if several else stage.name
 
-  def _directory(self, stage: Stage) -> str:
+  def directory(self, stage: Stage) -> str:
     """The name of the checkpoints' directory, one for all seeds at once."""
     first, *others = (self.run_name(stage, seed) for seed in self._seeds)
     if others:

@@ -20,6 +20,10 @@ class TrainingError(RuntimeError):
   """Training cannot go on: names the run, the step, the value, the remedy."""
 
 
+class Interrupted(RuntimeError):
+  """The process was asked to end; what is saved allows to continue."""
+
+
 class Rows(NamedTuple):
   """Histories laid one after another in the rows of a batch.
 

@@ -30,6 +30,7 @@ LEVELS = {
   "pin_jax.negatives": 2,
   "pin_jax.criteria": 2,
   "pin_jax.checkpoints": 2,
+  "pin_jax.finite": 2,
   "pin_jax.objectives": 2,
   "pin_jax.training": 3,
   "pin_jax.evaluation": 3,

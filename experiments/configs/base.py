@@ -119,6 +119,10 @@ def default() -> ConfigDict:
       "item_chunk": 65_536,
     },
     "dispatch": 10,  # steps a dispatch
+    # A loss, gradient or parameter that is not finite: 'stop', and keep the
+    # state before that step (experiments/replay.py takes it again), or 'skip'
+    # the step and count it.
+    "non_finite": "stop",
   })
 
 
