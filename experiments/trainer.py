@@ -1,5 +1,6 @@
 """Trains the stages of a job."""
 
+import contextlib
 import functools
 import inspect
 import re
@@ -351,23 +352,23 @@ class Trainer:
       named = dict(zip(run.names, values, strict=True))
       self._log.evaluation(runs[k], t, named)
 
-    results = training.fit_many(
-      self.step(run), self.start(run), operands,
-      names=runs,
-      num_steps=steps,
-      evaluate=lambda k, params: evaluators[k](params),
-      evaluate_every=self._config.validation.every,
-      dispatch=self._config.dispatch,
-      patience=self._config.validation.patience,
-      stacked=stage.kind == "plugin",
-      evaluate_first=stage.kind == "plugin" or stage.start is not None,
-      checkpoints=store,
-      on_steps=on_steps,
-      on_evaluation=on_evaluation,
-      on_resume=on_resume,
-      interrupted=self._interrupted,
-    )
-    store.close()
+    with contextlib.closing(store):
+      results = training.fit_many(
+        self.step(run), self.start(run), operands,
+        names=runs,
+        num_steps=steps,
+        evaluate=lambda k, params: evaluators[k](params),
+        evaluate_every=self._config.validation.every,
+        dispatch=self._config.dispatch,
+        patience=self._config.validation.patience,
+        stacked=stage.kind == "plugin",
+        evaluate_first=stage.kind == "plugin" or stage.start is not None,
+        checkpoints=store,
+        on_steps=on_steps,
+        on_evaluation=on_evaluation,
+        on_resume=on_resume,
+        interrupted=self._interrupted,
+      )
     self.trained[stage.name] = dict(zip(seeds, results, strict=True))
     for k, result in enumerate(results):
       self.cost[runs[k]] = {
