@@ -27,7 +27,9 @@ import time
 PHASES = (
   "start", "compile", "step", "save", "evaluation", "switch", "report"
 )
-DELAYS = {"start": 2.0, "compile": 1.0, "save": 0.1}  # seconds into a phase
+# Seconds into a phase, and how often the phase is entered before, at most.
+DELAYS = {"start": 3.0, "compile": 0.2, "save": 0.1, "report": 1.0}
+VISITS = {"start": 1, "report": 1, "compile": 20, "switch": 10}
 KILLS_OF_A_LIFE = 8
 FILES = (
   "config.json", "log.jsonl", "rows.parquet", "summary.json",
@@ -125,13 +127,13 @@ class Job:
 
   def kill_in(self, wanted, rng):
     """Kills it in a phase; returns the phase, None where it ended before."""
-    entered, visits = False, rng.randint(1, 6)
+    entered, visits = False, rng.randint(1, VISITS.get(wanted, 5))
     while self.running():
       inside = self.phase() == wanted
       visits -= inside and not entered
       entered = inside
       if not visits and inside:
-        time.sleep(rng.uniform(0, DELAYS.get(wanted, 0.02)))
+        time.sleep(rng.uniform(0, DELAYS.get(wanted, 0.003)))
         phase = self.phase()
         self.process.kill()
         code = self.process.wait()
@@ -229,14 +231,14 @@ def chaos(kills, seed=0, arguments=(), say=print):
       lives += 1
       workdir = scratch / "work"
       shutil.rmtree(workdir, ignore_errors=True)
-      if lives % 3 == 0:
+      if lives % 2 == 0:
         shutil.rmtree(scratch / "cache")  # so that compiling takes its time
       if lives % 2 == 0:
         code, took = Job(workdir, scratch, arguments).terminate(rng)
         say(f"SIGTERM: exit code {code} after {took:.1f} s", flush=True)
         different += [f"exit code {code}"] * (code not in (EXIT_CODE, -15))
       left = min(kills - survived.total(), KILLS_OF_A_LIFE)
-      order = sorted(rng.choices(PHASES, k=left), key=PHASES.index)
+      order = rng.sample(PHASES[:-1] * 2, k=left - 1) + ["report"]
       live(workdir, scratch, order, rng, arguments, survived)
       found = differences(workdir, scratch / "reference")
       different += found
