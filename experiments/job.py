@@ -39,7 +39,7 @@ from experiments.trainer import (
   make_networks,
   num_steps,
 )
-from pin_jax import activeness, checkpoints, evaluation
+from pin_jax import activeness, checkpoints, evaluation, memory
 from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
@@ -92,16 +92,25 @@ def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
   ]
 
 
+def _log_probabilities(
+  model: evaluation.Model, num_items: int, length: int, user_chunk: int
+) -> Callable[..., np.ndarray]:
+  return evaluation.make_log_probabilities(
+    model, num_items=num_items, length=length, user_chunk=user_chunk
+  )
+
+
 def model_log_probabilities(
   name: str, seed: int, problem: Problem, trainer: Trainer, users: np.ndarray
 ) -> np.ndarray:
   """log P(y|x) of a method's models at users' test events; [n, V]."""
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
-    compute = evaluation.make_log_probabilities(
-      trainer.model(serve[1] is not None),
-      num_items=problem.split.interactions.num_items,
-      length=trainer.length,
+    compute = memory.halving(
+      functools.partial(
+        _log_probabilities, trainer.model(serve[1] is not None),
+        problem.split.interactions.num_items, trainer.length,
+      ), 256,
     )
     out[chosen] = compute(
       trainer.weights(seed, *serve), problem.sequences,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -30,6 +31,7 @@ from pin_jax import (
   criteria,
   evaluation,
   finite,
+  memory,
   metrics,
   negatives,
   plugins,
@@ -222,16 +224,20 @@ def make_ranker(
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
-  sizes = {
-    "length": config.backbone.length, "user_chunk": options.user_chunk
-  }
-  if options.protocol == "sampled":
-    return evaluation.make_sampled_ranker(
-      model, data, count=options.negatives, seed=options.seed, **sizes
+  length = config.backbone.length
+
+  def build(user_chunk: int) -> Ranker:
+    if options.protocol == "sampled":
+      return evaluation.make_sampled_ranker(
+        model, data, count=options.negatives, seed=options.seed,
+        length=length, user_chunk=user_chunk,
+      )
+    return evaluation.make_ranker(
+      model, num_items=data.num_items, item_chunk=options.item_chunk,
+      length=length, user_chunk=user_chunk,
     )
-  return evaluation.make_ranker(
-    model, num_items=data.num_items, item_chunk=options.item_chunk, **sizes
-  )
+
+  return memory.halving(build, options.user_chunk, say=logging.warning)
 
 
 class Run(NamedTuple):
