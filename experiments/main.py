@@ -11,6 +11,7 @@ continues an interrupted job and reprints a finished one.
 import re
 import sys
 import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -77,22 +78,34 @@ def _in_one_line(message: str) -> str:
   return f"{text}; see --help"
 
 
-def launch() -> None:
-  """Entry point; every exit but a finished job's is one line.
+CODES = {InputError: 2, TrainingError: 3, OSError: 3, Interrupted: 75}
 
-  Exit codes: 0 finished, 2 bad input, 3 training or writing failed, 75
-  interrupted by SIGTERM after saving (the same command continues).
+
+def exit_code(action: Callable[[], None]) -> int:
+  """Runs an action; an error it may meet becomes one line and its code.
+
+  Args:
+    action: what to run.
+
+  Returns:
+    0 finished, 2 bad input, 3 training or writing failed, 75 interrupted by
+    SIGTERM after saving (the same command continues).
   """
-  codes = {InputError: 2, TrainingError: 3, OSError: 3, Interrupted: 75}
   try:
-    app.run(main, flags_parser=_parse)
-  except tuple(codes) as error:
+    action()
+  except tuple(CODES) as error:
     if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
       traceback.print_exc()
-    code = next(codes[kind] for kind in codes if isinstance(error, kind))
+    code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
     again = "; the same command continues" * (code == 75)
     print(f"error: {error}{again}", file=sys.stderr)
-    sys.exit(code)
+    return code
+  return 0
+
+
+def launch() -> None:
+  """Entry point; every exit but a finished job's is one line."""
+  sys.exit(exit_code(lambda: app.run(main, flags_parser=_parse)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pin_jax.types import InputError, PyTree, TrainingError
+from pin_jax.types import InputError, PyTree, TrainingError, at_least
 
 SCHEMA = 2  # of the record; another one is not read
 
@@ -50,8 +50,10 @@ class Checkpoints:
       say: takes a line for each damaged checkpoint that is passed over.
 
     Raises:
+      InputError: if `keep` is below 1.
       TrainingError: if the directory cannot be made.
     """
+    at_least(1, keep=keep)
     self._directory = epath.Path(directory).absolute()
     self._keep, self._accepted, self._say = keep, accepted, say
     self._about = json.loads(json.dumps(about or {}))

@@ -21,7 +21,7 @@ from pin_jax.batches import Sequences
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
 from pin_jax.plugins import apply_by_segment
-from pin_jax.types import Backbone, InputError, Plugin, PyTree
+from pin_jax.types import Backbone, InputError, Plugin, PyTree, at_least
 
 
 class Model(NamedTuple):
@@ -140,6 +140,10 @@ def make_ranker(
   Returns:
     (weights, sequences, requests) -> Ranks.
   """
+  at_least(
+    1, num_items=num_items, length=length, user_chunk=user_chunk,
+    item_chunk=item_chunk,
+  )
   chunks = -(-(num_items + 1) // item_chunk)
   width = num_items + 1 if chunks == 1 else item_chunk
 

@@ -35,6 +35,7 @@ from pin_jax.types import (
   Plugin,
   PyTree,
   TrainingError,
+  at_least,
 )
 
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
@@ -101,7 +102,13 @@ def make_optimizer(
 
   Returns:
     The transformation and its learning-rate schedule.
+
+  Raises:
+    InputError: if there is no step, or the learning rate is not positive.
   """
+  at_least(1, num_steps=num_steps)
+  if not learning_rate > 0:
+    raise InputError(f"learning_rate={learning_rate!r}; give a positive number")
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(warmup, num_steps // 2), max(num_steps, 2),
     final * learning_rate,
