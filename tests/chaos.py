@@ -117,10 +117,12 @@ class Job:
     )
 
   def phase(self):
-    """What it does now; a save goes on behind the next steps."""
-    if any(self._workdir.glob("checkpoints/*/*orbax-checkpoint-tmp*")):
-      return "save"
+    """What its main thread does now."""
     return self._marker.read_text().strip() or "start"
+
+  def saving(self):
+    """Whether a save goes on, behind whatever the main thread does."""
+    return any(self._workdir.glob("checkpoints/*/*orbax-checkpoint-tmp*"))
 
   def running(self):
     return self.process.poll() is None
@@ -134,11 +136,11 @@ class Job:
       entered = inside
       if not visits and inside:
         time.sleep(rng.uniform(0, DELAYS.get(wanted, 0.003)))
-        phase = self.phase()
+        phase = "save" if self.saving() else self.phase()
         self.process.kill()
         code = self.process.wait()
         return phase if code == -signal.SIGKILL else None
-      time.sleep(0.001)
+      time.sleep(0.003)
     return None
 
   def end(self):
