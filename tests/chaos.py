@@ -89,6 +89,7 @@ def child(marker, arguments):
   within(trainer.Trainer, "train", "switch")
   within(job, "method_rows", "evaluation")
   within(report, "write_report", "report")
+  within(training, "_deliver", "step")  # waits for the steps
   results_within(training, "compile_steps", "step")
   results_within(trainer, "make_ranker", "evaluation")
   sys.argv = ["experiments.main", *arguments]

@@ -18,7 +18,7 @@ from pin_jax.interactions import from_columns
 from pin_jax.types import InputError
 
 hypothesis.settings.register_profile(
-  "short", max_examples=40, deadline=None, derandomize=True, database=None,
+  "short", max_examples=30, deadline=None, derandomize=True, database=None,
   suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("short")
