@@ -15,7 +15,6 @@ its tables as OUT/report.md and OUT/report.tex. OUT is by default the workdir,
 where there is one. `--markdown=FILE` writes only the Markdown, to FILE.
 """
 
-import json
 from collections.abc import Sequence
 
 import polars as pl
@@ -71,10 +70,9 @@ def write_report(
   workdir = epath.Path(workdir)
   console = console or rich.console.Console(highlight=False)
   rows, suffix = summaries.read_rows(workdir)
-  summary_path = workdir / "summary.json"
   summary = {}
-  if summary_path.exists():
-    summary = json.loads(summary_path.read_text())
+  if (workdir / "summary.json").exists():
+    summary = summaries.job_summary(workdir)
   base = base or summary.get("base", "base")
   other = other or summary.get("other", "pin")
 
@@ -93,13 +91,7 @@ def write_report(
   if "fingerprint" in summary:
     protocol += f"; data {summary['data']} {summary['fingerprint']}"
   names = {"base": base, "other": other, "protocol": protocol}
-  for run, cost in summary.get("cost", {}).items():
-    values = ", ".join(f"{x:.4f}" for x in cost["validation"])
-    console.print(
-      f"{run}: {cost['steps']:,} steps, {cost['cpu_seconds']:.0f} CPU-seconds, "
-      f"best validation {values} at step {cost['best_steps']}",
-      markup=False, soft_wrap=True,
-    )
+  _print_cost(summary.get("cost", {}), console)
   print_models(models, console=console)
   if summary.get("closeness"):
     truth.print_closeness(summary["closeness"], console)
@@ -120,6 +112,20 @@ def write_report(
   for path in written:
     console.print(f"  {path}", soft_wrap=True, markup=False)
   return models if table is None else table
+
+
+def _print_cost(
+  cost: dict[str, dict], console: rich.console.Console
+) -> None:
+  """One line a run: steps, processor time, best validation."""
+  for run, spent in cost.items():
+    values = ", ".join(f"{x:.4f}" for x in spent["validation"])
+    skipped = f", {spent['skipped']} skipped" if "skipped" in spent else ""
+    console.print(
+      f"{run}: {spent['steps']:,} steps{skipped}, {spent['cpu_seconds']:.0f} "
+      f"CPU-seconds, best validation {values} at step {spent['best_steps']}",
+      markup=False, soft_wrap=True,
+    )
 
 
 def _write_plots(

@@ -99,6 +99,7 @@ _CHOICES = {
   "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
   "loss.candidates": ("shared", "own"),
   "evaluation.protocol": ("full", "sampled"),
+  "non_finite": ("stop", "skip"),
 }
 _AT_LEAST = {
   "num_seeds": 1,
@@ -395,9 +396,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple]:
       yield prefix + key, value
 
 
-def differences(mine: dict, theirs: dict) -> Iterator[tuple[str, Any, Any]]:
-  """Yields (key, mine, theirs) wherever two nested dictionaries differ."""
-  mine, theirs = dict(flatten(mine)), dict(flatten(theirs))
+def differences(
+  mine: dict, theirs: dict, defaults: dict
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yields (key, mine, theirs) wherever two nested dictionaries differ.
+
+  What `theirs` lacks is taken from `defaults`.
+  """
+  mine = dict(flatten(mine))
+  theirs = {**dict(flatten(defaults)), **dict(flatten(theirs))}
   for key in sorted(mine.keys() | theirs.keys()):
     if mine.get(key) != theirs.get(key):
       yield key, mine.get(key), theirs.get(key)

@@ -17,6 +17,7 @@ reads either.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def read(path: epath.PathLike) -> Results:
   check_same_users(rows, models, on=["user"])
   summary, config, gradients = {}, {}, {}
   if (path / "summary.json").exists():
-    summary = read_json(path / "summary.json")
+    summary = job_summary(path)
   if (path / "config.json").exists():
     config = read_json(path / "config.json")["config"]
   if (path / "log.jsonl").exists():
@@ -97,6 +98,16 @@ def read(path: epath.PathLike) -> Results:
     path.resolve().name, rows, maskings(rows), _protocol(rows, summary),
     summary, config, gradients,
   )
+
+
+def job_summary(workdir: epath.Path) -> dict[str, Any]:
+  """summary.json, with each run's processor time of cpu_seconds.json."""
+  summary = read_json(workdir / "summary.json")
+  path = workdir / "cpu_seconds.json"
+  seconds = read_json(path) if path.exists() else {}
+  for run, cost in summary.get("cost", {}).items():
+    cost.setdefault("cpu_seconds", seconds.get(run, math.nan))
+  return summary
 
 
 def _protocol(rows: pl.DataFrame, summary: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Trains the stages of a job."""
 
+import contextlib
 import functools
 import inspect
 import re
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -29,6 +31,8 @@ from pin_jax import (
   checkpoints,
   criteria,
   evaluation,
+  finite,
+  halving,
   metrics,
   negatives,
   plugins,
@@ -224,15 +228,21 @@ def make_ranker(
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
-  sizes = {
-    "length": config.backbone.length, "user_chunk": options.user_chunk
-  }
-  if options.protocol == "sampled":
-    return evaluation.make_sampled_ranker(
-      model, data, count=options.negatives, seed=options.seed, **sizes
+  length = config.backbone.length
+
+  def build(user_chunk: int) -> Ranker:
+    if options.protocol == "sampled":
+      return evaluation.make_sampled_ranker(
+        model, data, count=options.negatives, seed=options.seed,
+        length=length, user_chunk=user_chunk,
+      )
+    return evaluation.make_ranker(
+      model, num_items=data.num_items, item_chunk=options.item_chunk,
+      length=length, user_chunk=user_chunk,
     )
-  return evaluation.make_ranker(
-    model, num_items=data.num_items, item_chunk=options.item_chunk, **sizes
+
+  return halving.smaller_where_full(
+    build, options.user_chunk, say=logging.warning
   )
 
 
@@ -273,12 +283,29 @@ class Trainer:
     seeds: tuple[int, ...],
     log: logs.RunLog,
     progress: logs.JobProgress,
+    *,
+    store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
+    interrupted: Callable[[], bool] = lambda: False,
   ) -> None:
-    """Prepares what the stages share."""
+    """Prepares what the stages share.
+
+    Args:
+      config: the whole configuration.
+      problem: its data.
+      networks: its backbone and plugin.
+      workdir: where checkpoints go.
+      seeds: what to train at once.
+      log: takes every step and validation.
+      progress: counts the steps.
+      store: opens the checkpoints of a directory.
+      interrupted: see `training.fit_many`.
+    """
+    self._store, self._interrupted = store, interrupted
     self._config, self._problem, self._networks = config, problem, networks
     self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
     self.cost: dict[str, dict[str, Any]] = {}
+    self.cpu_seconds: dict[str, float] = {}
     self.length = config.backbone.length
     self._rankers: dict[str | None, Ranker] = {}
     self.trained: dict[str, dict[int, training.FitResult]] = {}
@@ -326,15 +353,8 @@ class Trainer:
     steps = num_steps(self._config, stage)
     seeds = self._seeds
     runs = [self.run_name(stage, seed) for seed in seeds]
-    store = checkpoints.Checkpoints(
-      self._workdir / "checkpoints" / self._directory(stage)
-    )
-    build = {
-      "backbone": self.backbone_run,
-      "plugin": self._plugin_run,
-      "classifier": self._classifier_run,
-    }[stage.kind]
-    run = build(stage, steps)
+    store = self._store(self._workdir / "checkpoints" / self.directory(stage))
+    run = self.prepare(stage)
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
@@ -348,7 +368,7 @@ class Trainer:
 
     def on_resume(k: int, t: int) -> None:
       self._log.rewind(runs[k], t)
-      advance(k, t, resumed=True)
+      advance(k, max(t, 0), resumed=True)
 
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
@@ -358,34 +378,54 @@ class Trainer:
       named = dict(zip(run.names, values, strict=True))
       self._log.evaluation(runs[k], t, named)
 
-    results = training.fit_many(
-      run.step if len(seeds) == 1 else training.many(run.step),
-      training.join_runs([run.start(seed) for seed in seeds]),
-      operands,
-      names=runs,
-      num_steps=steps,
-      evaluate=lambda k, params: evaluators[k](params),
-      evaluate_every=self._config.validation.every,
-      dispatch=self._config.dispatch,
-      patience=self._config.validation.patience,
-      stacked=stage.kind == "plugin",
-      evaluate_first=stage.kind == "plugin" or stage.start is not None,
-      checkpoints=store,
-      on_steps=on_steps,
-      on_evaluation=on_evaluation,
-      on_resume=on_resume,
-    )
-    store.close()
+    with contextlib.closing(store):
+      results = training.fit_many(
+        self.step(run), self.start(run), operands,
+        names=runs,
+        num_steps=steps,
+        evaluate=lambda k, params: evaluators[k](params),
+        evaluate_every=self._config.validation.every,
+        dispatch=self._config.dispatch,
+        patience=self._config.validation.patience,
+        stacked=stage.kind == "plugin",
+        evaluate_first=stage.kind == "plugin" or stage.start is not None,
+        checkpoints=store,
+        on_steps=on_steps,
+        on_evaluation=on_evaluation,
+        on_resume=on_resume,
+        interrupted=self._interrupted,
+      )
     self.trained[stage.name] = dict(zip(seeds, results, strict=True))
     for k, result in enumerate(results):
       self.cost[runs[k]] = {
         "steps": result.last_step,
         "best_steps": result.best_steps,
         "validation": result.best_values,
-        "cpu_seconds": round(result.cpu_seconds, 1),
+        **self._log.skipped(runs[k]),
       }
+      self.cpu_seconds[runs[k]] = round(result.cpu_seconds, 1)
       if counted[k] < steps:
         advance(k, steps - counted[k], resumed=True)
+
+  def prepare(self, stage: Stage) -> Run:
+    """What a stage is trained with; the stages it builds on are trained."""
+    build = {
+      "backbone": self.backbone_run,
+      "plugin": self._plugin_run,
+      "classifier": self._classifier_run,
+    }[stage.kind]
+    return build(stage, num_steps(self._config, stage))
+
+  def step(self, run: Run) -> training.Step:
+    """The step of all seeds at once, as `non_finite` says."""
+    step = run.step
+    if self._config.non_finite == "skip":
+      step = finite.skipping(step)
+    return step if len(self._seeds) == 1 else training.many(step)
+
+  def start(self, run: Run) -> training.TrainState:
+    """The state of all seeds before the first step."""
+    return training.join_runs([run.start(seed) for seed in self._seeds])
 
   def operands(self, stage: Stage, run: Run) -> training.Operands:
     """What the steps of all seeds read."""
@@ -402,7 +442,7 @@ class Trainer:
     several = len(self._config.seeds) > 1
     return f"seed{seed}/{stage.name}" if several else stage.name
 
-  def _directory(self, stage: Stage) -> str:
+  def directory(self, stage: Stage) -> str:
     """The name of the checkpoints' directory, one for all seeds at once."""
     first, *others = (self.run_name(stage, seed) for seed in self._seeds)
     if others:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pin_jax.splits import Split
-from pin_jax.types import Batch, InputError, Reading
+from pin_jax.types import Batch, InputError, Reading, at_least
 
 DRAWS = ("interactions", "users")
 
@@ -85,9 +85,20 @@ def make_pool(
     The pool.
 
   Raises:
-    InputError: if a group has no user with a training target.
+    InputError: if a group has no user with a training target, or for arrays
+      of other shapes or values.
   """
+  at_least(1, num_groups=num_groups, length=length)
   targets, groups = np.asarray(targets), np.asarray(groups)
+  if targets.ndim != 1 or targets.shape != groups.shape:
+    raise InputError(
+      f"targets has shape {targets.shape} but groups {groups.shape}; give one "
+      "of each for every user"
+    )
+  if groups.size and not -1 <= groups.min() <= groups.max() < num_groups:
+    raise InputError(
+      f"groups span {groups.min()}..{groups.max()}; give -1..{num_groups - 1}"
+    )
   kept = np.flatnonzero((groups >= 0) & (targets > 0))
   users = kept[np.argsort(groups[kept], kind="stable")]
   sizes = np.bincount(groups[users], minlength=num_groups)
@@ -129,7 +140,12 @@ def draw_batch(
 
   Returns:
     Batch with leading axes [G, B].
+
+  Raises:
+    InputError: for another `draw`.
   """
+  if draw not in DRAWS:
+    raise InputError(f"draw={draw!r} is unknown; use one of {DRAWS}")
   pick_key, inner_key, offset_key = jax.random.split(key, 3)
   groups = pool.group_starts.shape[0] - 1
   shape = (groups, batch_size)

@@ -20,7 +20,14 @@ from pin_jax import packing, plugins
 from pin_jax.batches import Sequences, read_back
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
-from pin_jax.types import Backbone, InputError, Plugin, PyTree, Reading
+from pin_jax.types import (
+  Backbone,
+  InputError,
+  Plugin,
+  PyTree,
+  Reading,
+  at_least,
+)
 
 
 class Model(NamedTuple):
@@ -171,6 +178,10 @@ def make_ranker(
   Returns:
     (weights, sequences, requests) -> Ranks.
   """
+  at_least(
+    1, num_items=num_items, length=length, user_chunk=user_chunk,
+    item_chunk=item_chunk,
+  )
   chunks = -(-(num_items + 1) // item_chunk)
   width = num_items + 1 if chunks == 1 else item_chunk
 

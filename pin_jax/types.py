@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 PyTree = Any
 
@@ -18,6 +19,21 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
   """Training cannot go on: names the run, the step, the value, the remedy."""
+
+
+class Interrupted(RuntimeError):
+  """The process was asked to end; what is saved allows to continue."""
+
+
+def at_least(least: int, **numbers: Any) -> None:
+  """Raises InputError for the first that is no whole number >= `least`."""
+  for name, value in numbers.items():
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or (
+      value < least
+    ):
+      raise InputError(
+        f"{name}={value!r} is invalid; give a whole number of at least {least}"
+      )
 
 
 class Rows(NamedTuple):

@@ -334,7 +334,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
     except Stop:
       pass
     saved.close()
-  assert resumed == [
+  assert resumed == [(k, -1) for k in range(len(last))] + [
     (k, min(t, crash - 4)) for k, t in enumerate(last)
   ]
   for (result, logs, _), (want, own_logs, _) in zip(again, whole, strict=True):

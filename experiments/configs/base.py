@@ -149,6 +149,10 @@ def default() -> ConfigDict:
       "assumed_correlation": 0.5,  # of two models' results of a user
       "assumed_seed_spread": 0.02,  # std over seeds of a model's mean, relative
     },
+    # A loss, gradient or parameter that is not finite: 'stop', and keep the
+    # state before that step (experiments/replay.py takes it again), or 'skip'
+    # the step and count it.
+    "non_finite": "stop",
   })
 
 
