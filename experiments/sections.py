@@ -481,7 +481,8 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """Keys of a configuration whose value is not the default."""
   known = json.loads(json.dumps(default().to_dict()))
   return {
-    key: mine for key, mine, theirs in settings.differences(config, known)
+    key: mine
+    for key, mine, theirs in settings.differences(config, known, known)
     if mine != theirs and mine is not None
   }
 
