@@ -457,7 +457,7 @@ class Trainer:
       for kind in ("plugin_", "classifier_", "")
     }
     return training.make_optimizer(
-      steps, learning_rate=rates[prefix], **options
+      max(steps, 1), learning_rate=rates[prefix], **options
     )
 
   def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:

@@ -198,10 +198,17 @@ def differences(workdir, reference):
     for root in (workdir, reference) for pattern in FILES
     for path in root.glob(pattern)
   }
-  read = lambda path: path.read_bytes() if path.exists() else None
+
+  def read(root, name):
+    """The file, but for the workdir's name in the command it records."""
+    path = root / name
+    if not path.exists():
+      return None
+    return path.read_bytes().replace(str(root).encode(), b"WORKDIR")
+
   different = [
     name for name in sorted(names)
-    if read(workdir / name) != read(reference / name)
+    if read(workdir, name) != read(reference, name)
   ]
   for name, of in (("events", events_of), ("parameters", parameters_of)):
     if of(workdir) != of(reference):
