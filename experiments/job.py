@@ -113,6 +113,7 @@ def claim_workdir(
     InputError: if it belongs to another configuration or data set.
   """
   mine = {"config": config.to_dict(), "data": data_fingerprint}
+  del mine["config"]["mesh"]  # results do not depend on it
   mine = json.loads(json.dumps(mine))
   path = workdir / "config.json"
   if not path.exists():

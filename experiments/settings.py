@@ -107,6 +107,8 @@ _AT_LEAST = {
   "evaluation.seed": 0,
   "evaluation.user_chunk": 1,
   "evaluation.item_chunk": 1,
+  "mesh.data": 1,
+  "mesh.model": 1,
 }
 _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
@@ -158,6 +160,7 @@ def check(config: ConfigDict) -> None:
     raise _bad("loss.calibration", flat["loss.calibration"], "give 0 to 1")
   _check_backbone(config.backbone)
   _check_together(config)
+  _check_mesh(config)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -238,6 +241,28 @@ def _check_together(config: ConfigDict) -> None:
         key, tuple(value),
         f"give numbers exactly where {other} asks for them",
       )
+
+
+def _check_mesh(config: ConfigDict) -> None:
+  """What does not go together with more than one device."""
+  data, devices = config.mesh.data, config.mesh.data * config.mesh.model
+  for wrong, key, value, remedy in (
+    (devices > 1 and config.num_seeds > 1, "num_seeds", config.num_seeds,
+     "several devices train one seed at a time; set 1"),
+    (data > 1 and config.backbone.pack_rows, "backbone.pack_rows",
+     config.backbone.pack_rows,
+     f"rows are not packed across mesh.data={data} devices; set 0"),
+    *((share % data, "batch_size", config.batch_size,
+       f"{share} windows a {whose} must be a multiple of mesh.data={data}")
+      for whose, share in (
+        ("group", config.batch_size // config.groups.num_groups),
+        ("segment", config.batch_size // 2),
+      )),
+    (config.evaluation.user_chunk % data, "evaluation.user_chunk",
+     config.evaluation.user_chunk, f"give a multiple of mesh.data={data}"),
+  ):
+    if wrong:
+      raise _bad(key, value, remedy)
 
 
 def _check_keys(config: ConfigDict) -> None:

@@ -25,6 +25,7 @@ from experiments.settings import (
 from pin_jax import (
   aggregation,
   batches,
+  catalogue,
   checkpoints,
   criteria,
   evaluation,
@@ -32,6 +33,7 @@ from pin_jax import (
   negatives,
   plugins,
   propensity,
+  sharding,
   training,
 )
 from pin_jax.backbones.precision import computed_in
@@ -42,10 +44,11 @@ CUTOFF = 10
 
 
 class Networks(NamedTuple):
-  """The functions that a job trains."""
+  """The functions that a job trains, and the devices they are laid out for."""
 
   backbone: Backbone
   plugin: Plugin
+  layout: sharding.Layout = sharding.LOCAL
 
 
 def make_networks(config: ConfigDict, num_items: int) -> Networks:
@@ -54,9 +57,11 @@ def make_networks(config: ConfigDict, num_items: int) -> Networks:
   backbone = BACKBONES[config.backbone.name](num_items, **options)
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
+  layout = sharding.make_layout(backbone, num_items, **config.mesh)
+  backbone = sharding.pad_catalogue(backbone, num_items, layout)
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
-  return Networks(backbone, plugin)
+  return Networks(backbone, plugin, layout)
 
 
 def make_weighting(
@@ -216,7 +221,8 @@ Ranker = evaluation.RankFn | evaluation.SampledRankFn
 
 
 def make_ranker(
-  config: ConfigDict, problem: Problem, model: evaluation.Model
+  config: ConfigDict, problem: Problem, model: evaluation.Model,
+  layout: sharding.Layout = sharding.LOCAL,
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
@@ -227,9 +233,10 @@ def make_ranker(
     return evaluation.make_sampled_ranker(
       model, data, count=options.negatives, seed=options.seed, **sizes
     )
-  return evaluation.make_ranker(
-    model, num_items=data.num_items, item_chunk=options.item_chunk, **sizes
-  )
+  sizes |= {"num_items": data.num_items, "item_chunk": options.item_chunk}
+  if layout.tables:
+    return catalogue.make_ranker(model, layout=layout, **sizes)
+  return evaluation.make_ranker(model, **sizes)
 
 
 class Run(NamedTuple):
@@ -271,7 +278,11 @@ class Trainer:
     progress: logs.JobProgress,
   ) -> None:
     """Prepares what the stages share."""
-    self._config, self._problem, self._networks = config, problem, networks
+    self._layout = networks.layout
+    self._config, self._networks = config, networks
+    self._problem = problem._replace(
+      sequences=sharding.spread_flat(problem.sequences, self._layout)
+    )
     self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
     self.cost: dict[str, dict[str, Any]] = {}
@@ -283,7 +294,7 @@ class Trainer:
     """The ranking function, with or without plugins; compiled once."""
     if with_plugin not in self._rankers:
       self._rankers[with_plugin] = make_ranker(
-        self._config, self._problem, self.model(with_plugin)
+        self._config, self._problem, self.model(with_plugin), self._layout
       )
     return self._rankers[with_plugin]
 
@@ -309,7 +320,8 @@ class Trainer:
     seeds = self._seeds
     runs = [self.run_name(stage, seed) for seed in seeds]
     store = checkpoints.Checkpoints(
-      self._workdir / "checkpoints" / self._directory(stage)
+      self._workdir / "checkpoints" / self._directory(stage),
+      tables=self._networks.backbone.tables,
     )
     build = {
       "backbone": self.backbone_run,
@@ -402,9 +414,13 @@ class Trainer:
     )
 
   def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:
-    return batches.make_pool(
+    pool = batches.make_pool(
       self._problem.targets, groups, num_groups=num_groups,
       length=self.length,
+    )
+    flat = sharding.spread_flat(pool, self._layout)
+    return flat._replace(
+      group_starts=sharding.put_replicated(pool.group_starts, self._layout)
     )
 
   def _sampling(self, stage: Stage) -> tuple[str, str]:
@@ -447,9 +463,9 @@ class Trainer:
       criterion=make_criterion(
         config, problem, groups, num_groups=pools, draw=draw
       ),
-      runs=len(self._seeds),
+      runs=len(self._seeds), layout=self._layout,
     )
-    init = jax.jit(self._networks.backbone.init)
+    init = sharding.built(self._networks.backbone.init, self._layout)
 
     def start(seed: int) -> training.TrainState:
       params = (
@@ -458,7 +474,7 @@ class Trainer:
       )
       return training.init_state(
         params, optimizer, adjustment.rules, blocks=adjustment.blocks,
-        average=config.optimizer.average > 0,
+        average=config.optimizer.average > 0, layout=self._layout,
       )
 
     def frozen(seed: int) -> PyTree:
@@ -487,19 +503,22 @@ class Trainer:
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
     step = training.plugin_step(
-      *self._networks, optimizer, schedule,
+      *self._networks[:2], optimizer, schedule,
       batch_size=config.batch_size // len(SEGMENTS),
       length=self.length, draw=draw, mean=mean,
       criterion=make_criterion(
         config, problem, problem.segments, num_groups=len(SEGMENTS), draw=draw
       ),
+      layout=self._layout,
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
 
     def start(seed: int) -> training.TrainState:
       key = _stage_key(seed, stage.name + "/init")
       params = init(self._networks.plugin, key, len(SEGMENTS))
-      return training.init_state(params, optimizer, stacked=True)
+      return training.init_state(
+        params, optimizer, stacked=True, layout=self._layout
+      )
 
     rank, requests = self.ranker(True), self._validation("all")
 
@@ -533,7 +552,7 @@ class Trainer:
         _stage_key(seed, stage.name + "/init"), config.backbone.width,
         config.groups.num_groups,
       )
-      return training.init_state(params, optimizer)
+      return training.init_state(params, optimizer, layout=self._layout)
 
     def frozen(seed: int) -> PyTree:
       return {"backbone": self._best(stage.start, seed), "groups": groups}

@@ -16,8 +16,19 @@ class Checkpoints:
   once it is complete.
   """
 
-  def __init__(self, directory: epath.PathLike, *, keep: int = 1) -> None:
-    """Opens (and makes) the directory; keeps the newest `keep` steps."""
+  def __init__(
+    self, directory: epath.PathLike, *, keep: int = 1,
+    tables: tuple[str, ...] = (),
+  ) -> None:
+    """Opens (and makes) the directory.
+
+    Args:
+      directory: where the checkpoints are.
+      keep: how many of the newest steps are kept.
+      tables: last names of leaves that may be restored with fewer or more rows
+        than were saved, the padding of another mesh; what is missing is 0.
+    """
+    self._tables = tables
     self._directory = epath.Path(directory).absolute()
     self._manager = ocp.CheckpointManager(
       self._directory,
@@ -50,7 +61,9 @@ class Checkpoints:
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          tree=ocp.args.StandardRestore(template),
+          tree=ocp.args.StandardRestore(
+            template, strict=not self._only_rows_differ(step, template)
+          ),
           record=ocp.args.JsonRestore(),
         ),
       )
@@ -63,6 +76,22 @@ class Checkpoints:
       ) from error
     return restored["tree"], restored["record"]
 
+  def _only_rows_differ(self, step: int, template: PyTree) -> bool:
+    """Whether tables have other rows than stored and all else is the same."""
+    if not self._tables:
+      return False
+    path = self._directory / str(step) / "tree"
+    try:
+      stored = _shapes(ocp.StandardCheckpointer().metadata(path).item_metadata)
+    except (ValueError, KeyError, OSError, TypeError, AttributeError):
+      return False  # the restoration says what is wrong
+    wanted = _shapes(template)
+    differing = [k for k in wanted if stored.get(k) != wanted[k]]
+    return bool(differing) and stored.keys() == wanted.keys() and all(
+      key[-1] in self._tables and stored[key][1:] == wanted[key][1:]
+      for key in differing
+    )
+
   def wait(self) -> None:
     """Returns once everything saved is on disk."""
     self._manager.wait_until_finished()
@@ -70,3 +99,11 @@ class Checkpoints:
   def close(self) -> None:
     """Waits, then releases the manager's threads."""
     self._manager.close()
+
+
+def _shapes(tree: PyTree) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Shapes of the leaves, by their paths as they are stored."""
+  flat = ocp.tree.to_flat_dict(
+    ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+  )
+  return {key: tuple(leaf.shape) for key, leaf in flat.items()}

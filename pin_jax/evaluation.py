@@ -151,7 +151,7 @@ def make_ranker(
       model, weights, sequences, users, positions, length
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
-    row, seen = _seen_items(sequences, users, positions, size)
+    row, seen = seen_items(sequences, users, positions, size)
 
     def scores(index: jax.Array) -> tuple[jax.Array, jax.Array]:
       items = index * width + jnp.arange(width)
@@ -211,18 +211,21 @@ def make_ranker(
     rows = len(requests.users)
     if not rows:
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    by_chunk = _by_chunk(requests, user_chunk)
-    size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
-    out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
+    chunks = by_chunk(requests, user_chunk)
+    size = int(chunks.positions.sum(1, dtype=np.int64).max())
+    out = jax.device_get(compiled(weights, sequences, chunks, max(size, 1)))
     return Ranks(*(x.reshape(-1)[:rows] for x in out))
 
   return rank
 
 
-def _by_chunk(tree: PyTree, user_chunk: int) -> PyTree:
-  """int32 arrays [n, ...] -> [chunks, chunk, ...]; the last row fills up."""
+def by_chunk(tree: PyTree, user_chunk: int, multiple: int = 1) -> PyTree:
+  """int32 arrays [n, ...] -> [chunks, chunk, ...]; the last row fills up.
+
+  A few rows make a smaller chunk, of some multiple of `multiple`.
+  """
   rows = len(jax.tree.leaves(tree)[0])
-  chunk = min(user_chunk, rows)
+  chunk = min(user_chunk, -(-rows // multiple) * multiple)
 
   def reshape(x: np.ndarray) -> np.ndarray:
     pad = [(0, -rows % chunk)] + [(0, 0)] * (x.ndim - 1)
@@ -232,11 +235,13 @@ def _by_chunk(tree: PyTree, user_chunk: int) -> PyTree:
   return jax.tree.map(reshape, tree)
 
 
-def _seen_items(
+def seen_items(
   sequences: Sequences, users: jax.Array, positions: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(row, item) of every history item of the chunk, flat; rows past the end
-  are out of bounds and dropped by the scatter."""
+  """(row, item) of every history item of the chunk, flat; [size] each.
+
+  Rows past the end are out of bounds and dropped by a scatter.
+  """
   ends = jnp.cumsum(positions)
   slot = jnp.arange(size)
   row = jnp.searchsorted(ends, slot, side="right")
@@ -357,7 +362,7 @@ def make_sampled_ranker(
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
     scores = score_all(
-      weights, sequences, *_by_chunk((requests, drawn), user_chunk)
+      weights, sequences, *by_chunk((requests, drawn), user_chunk)
     )
     scores = np.asarray(scores).reshape(-1, 1 + count)[:rows]
     return SampledRanks(
@@ -382,7 +387,7 @@ def make_log_probabilities(
       model, weights, sequences, users, positions, length
     )
     logits = score_items(model, weights, states, segments, None)
-    return jax.nn.log_softmax(logits[:, 1:], axis=-1)
+    return jax.nn.log_softmax(logits[:, 1 : num_items + 1], axis=-1)
 
   def run(
     weights: Weights, sequences: Sequences, requests: Requests

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, criteria, packing
+from pin_jax import aggregation, criteria, packing, sharding
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
 from pin_jax.criteria import SOFTMAX, Criterion
@@ -27,6 +27,7 @@ from pin_jax.objectives import (
   plugin_head,
   position_weights,
 )
+from pin_jax.sharding import LOCAL, Layout
 from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
 
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
@@ -125,6 +126,7 @@ def backbone_step(
   importance: Importance | None = None,
   criterion: Criterion = SOFTMAX,
   runs: int = 1,
+  layout: Layout = LOCAL,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -146,11 +148,14 @@ def backbone_step(
       for exact backdoor adjustment.
     criterion: what is minimised at every position.
     runs: N, where the step goes through `many`; see `aggregation.aggregate`.
+    layout: how batch and state are split over devices.
 
   Returns:
     The step.
   """
-  losses = group_losses(backbone, mean=mean, criterion=criterion)
+  losses = group_losses(
+    backbone, mean=mean, criterion=criterion, layout=layout
+  )
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
@@ -174,6 +179,7 @@ def backbone_step(
       draw_key, operands.sequences, operands.pool,
       batch_size=batch_size, length=length, draw=draw,
     )
+    batch = sharding.split_rows(batch, layout, 1)
     weights = None
     if importance is not None:
       weights = importance(operands.frozen, batch)
@@ -191,7 +197,7 @@ def backbone_step(
     moving = _move_average(state.average, params, average)
     return TrainState(params, opt_state, out.state, moving), log
 
-  return step
+  return sharding.kept(step, layout)
 
 
 def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
@@ -226,6 +232,7 @@ def plugin_step(
   draw: str,
   mean: str,
   criterion: Criterion = SOFTMAX,
+  layout: Layout = LOCAL,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
 
@@ -242,12 +249,14 @@ def plugin_step(
     draw: see `draw_batch`.
     mean: see `position_weights`.
     criterion: what is minimised at every position.
+    layout: how the batch is split over devices.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
   loss = next_item_loss(
-    backbone, plugin_head(backbone, plugin), criterion=criterion
+    backbone, plugin_head(backbone, plugin), criterion=criterion,
+    layout=layout,
   )
 
   def segment_loss(
@@ -269,6 +278,7 @@ def plugin_step(
       jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
       batch_size=batch_size, length=length, draw=draw,
     )
+    batch = sharding.split_rows(batch, layout, 1)
     draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
     keys = jax.random.split(
       jax.random.fold_in(draw_key, t), batch.users.shape[0]
@@ -286,7 +296,7 @@ def plugin_step(
     log = {"loss": losses, "norms": norms, "learning_rate": schedule(t)}
     return state._replace(params=params, optimizer=opt_state), log
 
-  return step
+  return sharding.kept(step, layout)
 
 
 def init_state(
@@ -297,6 +307,7 @@ def init_state(
   blocks: aggregation.Blocks | None = None,
   average: bool = False,
   stacked: bool = False,
+  layout: Layout = LOCAL,
 ) -> TrainState:
   """State before the first step.
 
@@ -307,6 +318,7 @@ def init_state(
     blocks: see `aggregation.aggregate`.
     average: keep a moving average of params.
     stacked: params lead with [S] and each segment has its own optimizer.
+    layout: how it is split over devices.
 
   Returns:
     The state; it shares no buffer with `params`.
@@ -315,13 +327,14 @@ def init_state(
 
   @jax.jit
   def start(params: PyTree) -> TrainState:
-    return TrainState(
+    state = TrainState(
       _copy(params),
       init(params),
       () if weighting is None
       else aggregation.initial_state(weighting, params, blocks),
       _copy(params) if average else None,
     )
+    return sharding.constrain(state, layout)
 
   return start(params)
 

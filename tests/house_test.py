@@ -33,6 +33,7 @@ LEVELS = {
   "pin_jax.objectives": 2,
   "pin_jax.training": 3,
   "pin_jax.evaluation": 3,
+  "pin_jax.catalogue": 3,
   "pin_jax.serving": 3,
   "pin_jax.propensity": 4,
   "experiments": 5,

@@ -119,6 +119,10 @@ def default() -> ConfigDict:
       "item_chunk": 65_536,
     },
     "dispatch": 10,  # steps a dispatch
+    # Devices: every batch is split over `data` of them, the item tables over
+    # `model`, the interactions over all; 1 x 1 is one device. Results do not
+    # depend on it, and a job may go on with another mesh.
+    "mesh": {"data": 1, "model": 1},
   })
 
 
