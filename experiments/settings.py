@@ -80,6 +80,7 @@ _CHOICES = {
   "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
   "loss.candidates": ("shared", "own"),
   "evaluation.protocol": ("full", "sampled"),
+  "optimizer.tables": ("dense", "row_sparse"),
 }
 _AT_LEAST = {
   "num_seeds": 1,
@@ -161,6 +162,7 @@ def check(config: ConfigDict) -> None:
   _check_backbone(config.backbone)
   _check_together(config)
   _check_mesh(config)
+  _check_sparse(config)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -263,6 +265,24 @@ def _check_mesh(config: ConfigDict) -> None:
   ):
     if wrong:
       raise _bad(key, value, remedy)
+
+
+def _check_sparse(config: ConfigDict) -> None:
+  """What the row-sparse optimizer does not go together with."""
+  if config.optimizer.tables == "dense":
+    return
+  for wrong, key, value, remedy in (
+    (config.loss.name == "softmax", "loss.name", config.loss.name,
+     "it reads every row; use a sampled loss such as 'sampled_softmax'"),
+    (config.optimizer.average > 0, "optimizer.average",
+     config.optimizer.average, "it writes every row; set 0"),
+    (config.backbone.name == "din", "backbone.name", config.backbone.name,
+     "it has no table that can be cut by rows; use another"),
+  ):
+    if wrong:
+      raise _bad(
+        key, value, f"optimizer.tables='row_sparse': {remedy}, or set 'dense'"
+      )
 
 
 def _check_keys(config: ConfigDict) -> None:

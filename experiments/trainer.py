@@ -34,6 +34,7 @@ from pin_jax import (
   plugins,
   propensity,
   sharding,
+  sparse,
   training,
 )
 from pin_jax.backbones.precision import computed_in
@@ -404,7 +405,7 @@ class Trainer:
 
   def _optimizer(self, steps: int, prefix: str = "") -> tuple:
     options = self._config.optimizer.to_dict()
-    options.pop("average")
+    del options["average"], options["tables"]  # not the optimizer's own
     rates = {
       kind: options.pop(f"{kind}learning_rate")
       for kind in ("plugin_", "classifier_", "")
@@ -445,6 +446,10 @@ class Trainer:
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
     rows = config.batch_size // num_groups
     optimizer, schedule = self._optimizer(steps)
+    row_sparse = config.optimizer.tables == "row_sparse"
+    if row_sparse:
+      tables = self._networks.backbone.tables
+      optimizer = sparse.row_sparse(optimizer, tables)
     draw, mean = self._sampling(stage)
     importance = None
     if stage.exact:
@@ -463,7 +468,7 @@ class Trainer:
       criterion=make_criterion(
         config, problem, groups, num_groups=pools, draw=draw
       ),
-      runs=len(self._seeds), layout=self._layout,
+      runs=len(self._seeds), layout=self._layout, row_sparse=row_sparse,
     )
     init = sharding.built(self._networks.backbone.init, self._layout)
 

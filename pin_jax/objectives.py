@@ -127,10 +127,17 @@ def real_first(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class GroupBatch(NamedTuple):
-  """One group's windows and their importance weights ([B, L] or None)."""
+  """One group's windows.
+
+  Attributes:
+    batch: the windows.
+    importance: [B, L] weights of the examples, or None.
+    negatives: drawn beforehand; by default the group's key draws them.
+  """
 
   batch: Batch
   importance: jax.Array | None
+  negatives: Negatives | None = None
 
 
 class GroupLosses(NamedTuple):
@@ -179,7 +186,9 @@ def group_losses(
     drop_key, draw_key = criteria.split_key(criterion, key)
     batch = group.batch
     weights = position_weights(batch.targets, mean, group.importance)
-    negatives = criteria.draw(criterion, draw_key, batch)
+    negatives = group.negatives
+    if negatives is None:
+      negatives = criteria.draw(criterion, draw_key, batch)
     one = jax.tree.map(lambda x: x[None], (batch, weights))
     return loss(
       params, *one, jnp.ones(1), drop_key[None], negatives=negatives

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, criteria, packing, sharding
+from pin_jax import aggregation, criteria, packing, sharding, sparse
 from pin_jax.batches import Pool, Sequences, draw_batch
 from pin_jax.checkpoints import Checkpoints
 from pin_jax.criteria import SOFTMAX, Criterion
@@ -127,6 +127,7 @@ def backbone_step(
   criterion: Criterion = SOFTMAX,
   runs: int = 1,
   layout: Layout = LOCAL,
+  row_sparse: bool = False,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -149,6 +150,8 @@ def backbone_step(
     criterion: what is minimised at every position.
     runs: N, where the step goes through `many`; see `aggregation.aggregate`.
     layout: how batch and state are split over devices.
+    row_sparse: the optimizer is a `sparse.row_sparse`, and the criterion draws
+      negatives: the tables are read and written by rows.
 
   Returns:
     The step.
@@ -171,6 +174,22 @@ def backbone_step(
       return cheap(*args)
     return jax.lax.cond(t % diagnose_every == 0, telling, cheap, *args)
 
+  def sparse_update(
+    t: jax.Array, state: TrainState, groups: GroupBatch, keys: jax.Array
+  ) -> tuple[aggregation.Aggregate, PyTree, PyTree]:
+    view = sparse.view(
+      state.params, groups, keys, criterion=criterion, tables=backbone.tables,
+      layout=layout,
+    )
+    out = aggregate(t, view.params, view.groups, keys, state.weighting)
+    updates, opt_state = optimizer.update(
+      out.gradient, state.optimizer, view.params, rows=view.rows
+    )
+    params = sparse.add_rows(
+      state.params, updates, view.rows, backbone.tables
+    )
+    return out, params, opt_state
+
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -184,13 +203,15 @@ def backbone_step(
     if importance is not None:
       weights = importance(operands.frozen, batch)
     keys = jax.random.split(drop_key, batch.users.shape[0])
-    out = aggregate(
-      t, state.params, GroupBatch(batch, weights), keys, state.weighting
-    )
-    updates, opt_state = optimizer.update(
-      out.gradient, state.optimizer, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    groups = GroupBatch(batch, weights)
+    if row_sparse:
+      out, params, opt_state = sparse_update(t, state, groups, keys)
+    else:
+      out = aggregate(t, state.params, groups, keys, state.weighting)
+      updates, opt_state = optimizer.update(
+        out.gradient, state.optimizer, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     log = {**gradient_log(out), "learning_rate": schedule(t)}
     if weights is not None:
       log["effective_share"] = effective_share(weights, batch.targets > 0)

@@ -31,6 +31,7 @@ LEVELS = {
   "pin_jax.criteria": 2,
   "pin_jax.checkpoints": 2,
   "pin_jax.objectives": 2,
+  "pin_jax.sparse": 2,
   "pin_jax.training": 3,
   "pin_jax.evaluation": 3,
   "pin_jax.catalogue": 3,

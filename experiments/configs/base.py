@@ -103,6 +103,9 @@ def default() -> ConfigDict:
       "weight_decay": 0.0,
       "clip": 5.0,
       "average": 0.0,
+      # How the item tables are updated: 'dense', or with sampled negatives
+      # 'row_sparse': the rows that a step reads, and their moments, alone.
+      "tables": "dense",
     },
     "validation": {
       "every": 100,
