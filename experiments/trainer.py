@@ -4,7 +4,7 @@ import functools
 import inspect
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,13 +52,24 @@ class Networks(NamedTuple):
   layout: sharding.Layout = sharding.LOCAL
 
 
-def make_networks(config: ConfigDict, num_items: int) -> Networks:
-  """Builds the backbone and the plugin that the config names."""
+def make_networks(
+  config: ConfigDict, num_items: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Networks:
+  """Builds the backbone and the plugin that the config names.
+
+  Args:
+    config: the whole configuration.
+    num_items: V.
+    devices: for `mesh`; by default those that are there.
+  """
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
-  layout = sharding.make_layout(backbone, num_items, **config.mesh)
+  layout = sharding.make_layout(
+    backbone, num_items, devices=devices, **config.mesh
+  )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   options = config.plugin.to_dict()
   plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
@@ -216,6 +227,71 @@ def make_sampled_loss(
   """
   rate = options.negatives / max(num_items - 1, 1)
   return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
+
+
+def make_optimizer(config: ConfigDict, steps: int, prefix: str = "") -> tuple:
+  """(optimizer, schedule) of a stage; `prefix` is that of its rate's key."""
+  options = config.optimizer.to_dict()
+  del options["average"], options["tables"]  # not the optimizer's own
+  rates = {
+    kind: options.pop(f"{kind}learning_rate")
+    for kind in ("plugin_", "classifier_", "")
+  }
+  return training.make_optimizer(steps, learning_rate=rates[prefix], **options)
+
+
+class FirstStage(NamedTuple):
+  """The step of stage 1 and the optimizer whose state it carries."""
+
+  step: training.Step
+  optimizer: Any
+
+
+def make_backbone_step(
+  config: ConfigDict,
+  networks: Networks,
+  adjustment: Adjustment,
+  criterion: criteria.Criterion,
+  *,
+  grouped: bool,
+  draw: str,
+  mean: str,
+  steps: int,
+  importance: training.Importance | None = None,
+  runs: int = 1,
+) -> FirstStage:
+  """Builds the step of stage 1 that the config describes.
+
+  Args:
+    config: the whole configuration.
+    networks: what is trained, and where.
+    adjustment: how the groups are weighted.
+    criterion: what is minimised.
+    grouped: by groups, else jointly, as one.
+    draw: see `draw_batch`.
+    mean: see `position_weights`.
+    steps: of the whole stage.
+    importance: see `training.backbone_step`.
+    runs: seeds at once.
+  """
+  groups = config.groups.num_groups
+  rows = config.batch_size // groups
+  optimizer, schedule = make_optimizer(config, steps)
+  by_rows = config.optimizer.tables == "row_sparse"
+  if by_rows:
+    optimizer = sparse.row_sparse(optimizer, networks.backbone.tables)
+  step = training.backbone_step(
+    networks.backbone, adjustment.rules, optimizer, schedule,
+    batch_size=rows if grouped else rows * groups,
+    length=config.backbone.length, draw=draw, mean=mean,
+    path=config.pin.path if grouped else "auto",
+    blocks=adjustment.blocks,
+    diagnose_every=config.pin.diagnose_every if grouped else 0,
+    average=config.optimizer.average, importance=importance,
+    criterion=criterion, runs=runs, layout=networks.layout,
+    row_sparse=by_rows,
+  )
+  return FirstStage(step, optimizer)
 
 
 Ranker = evaluation.RankFn | evaluation.SampledRankFn
@@ -404,15 +480,7 @@ class Trainer:
     return first.replace("/", "-")
 
   def _optimizer(self, steps: int, prefix: str = "") -> tuple:
-    options = self._config.optimizer.to_dict()
-    del options["average"], options["tables"]  # not the optimizer's own
-    rates = {
-      kind: options.pop(f"{kind}learning_rate")
-      for kind in ("plugin_", "classifier_", "")
-    }
-    return training.make_optimizer(
-      steps, learning_rate=rates[prefix], **options
-    )
+    return make_optimizer(self._config, steps, prefix)
 
   def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:
     pool = batches.make_pool(
@@ -444,12 +512,6 @@ class Trainer:
     else:
       groups = np.where(in_segment(problem, stage.users), 0, -1)
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
-    rows = config.batch_size // num_groups
-    optimizer, schedule = self._optimizer(steps)
-    row_sparse = config.optimizer.tables == "row_sparse"
-    if row_sparse:
-      tables = self._networks.backbone.tables
-      optimizer = sparse.row_sparse(optimizer, tables)
     draw, mean = self._sampling(stage)
     importance = None
     if stage.exact:
@@ -457,18 +519,13 @@ class Trainer:
         self._networks.backbone, clip=config.pin.clip_importance
       )
     pools = num_groups if stage.grouped else 1
-    step = training.backbone_step(
-      self._networks.backbone, adjustment.rules, optimizer, schedule,
-      batch_size=rows if stage.grouped else rows * num_groups,
-      length=self.length, draw=draw, mean=mean,
-      path=config.pin.path if stage.grouped else "auto",
-      blocks=adjustment.blocks,
-      diagnose_every=config.pin.diagnose_every if stage.grouped else 0,
-      average=config.optimizer.average, importance=importance,
-      criterion=make_criterion(
-        config, problem, groups, num_groups=pools, draw=draw
-      ),
-      runs=len(self._seeds), layout=self._layout, row_sparse=row_sparse,
+    criterion = make_criterion(
+      config, problem, groups, num_groups=pools, draw=draw
+    )
+    step, optimizer = make_backbone_step(
+      config, self._networks, adjustment, criterion, grouped=stage.grouped,
+      draw=draw, mean=mean, steps=steps, importance=importance,
+      runs=len(self._seeds),
     )
     init = sharding.built(self._networks.backbone.init, self._layout)
 

@@ -121,16 +121,15 @@ def _seen(
   return mask.at[row, column].set(True, mode="drop")
 
 
-def make_ranker(
+def rank_program(
   model: Model,
   *,
   num_items: int,
   length: int,
   layout: Layout,
-  user_chunk: int = 256,
   item_chunk: int = 65_536,
-) -> RankFn:
-  """`evaluation.make_ranker` over the devices of a mesh.
+) -> Callable[[Weights, Sequences, Requests, int], Ranks]:
+  """The compiled program of `make_ranker`.
 
   A first pass over the pieces reads the target's score, a second counts the
   items above it and level with it; users are split over `data`.
@@ -140,11 +139,11 @@ def make_ranker(
     num_items: V.
     length: L, what the model reads of a history.
     layout: of the mesh.
-    user_chunk: users at a time, a multiple of the devices along `data`.
     item_chunk: items at a time, on all devices together.
 
   Returns:
-    (weights, sequences, requests) -> Ranks.
+    (weights, sequences, requests [chunks, chunk], interactions of a chunk's
+    histories, at most) -> Ranks, [chunks, chunk].
   """
   catalogue = cut_catalogue(num_items, layout, item_chunk=item_chunk)
   index = jnp.arange(catalogue.pieces)
@@ -185,7 +184,35 @@ def make_ranker(
       others + 1,
     )
 
-  compiled = _compiled(rank_chunk, layout)
+  return _compiled(rank_chunk, layout)
+
+
+def make_ranker(
+  model: Model,
+  *,
+  num_items: int,
+  length: int,
+  layout: Layout,
+  user_chunk: int = 256,
+  item_chunk: int = 65_536,
+) -> RankFn:
+  """`evaluation.make_ranker` over the devices of a mesh.
+
+  Args:
+    model: what is evaluated; its backbone has tables.
+    num_items: V.
+    length: L, what the model reads of a history.
+    layout: of the mesh.
+    user_chunk: users at a time, a multiple of the devices along `data`.
+    item_chunk: items at a time, on all devices together.
+
+  Returns:
+    (weights, sequences, requests) -> Ranks.
+  """
+  compiled = rank_program(
+    model, num_items=num_items, length=length, layout=layout,
+    item_chunk=item_chunk,
+  )
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
