@@ -121,9 +121,10 @@ def _make(
     row_sparse=by_rows,
   )
 
-  @jax.jit
+  @jax.jit  # alike everywhere: drawing would take more memory than training
   def start(key: jax.Array) -> training.TrainState:
-    params = backbone.init(key)
+    shapes = jax.eval_shape(backbone.init, key)
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), shapes)
     return training.TrainState(params, optimizer.init(params), (), None)
 
   state = start(jax.random.key(0))

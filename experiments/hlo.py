@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
-import jax
+from jax.extend import core
 
 KINDS = (
   "all-reduce", "all-gather", "reduce-scatter", "all-to-all",
@@ -102,9 +102,9 @@ def _inner(equation: Any) -> list[Any]:
   found = []
   for value in equation.params.values():
     for one in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(one, jax.extend.core.ClosedJaxpr):
+      if isinstance(one, core.ClosedJaxpr):
         found.append(one.jaxpr)
-      elif isinstance(one, jax.extend.core.Jaxpr):
+      elif isinstance(one, core.Jaxpr):
         found.append(one)
   return found
 
