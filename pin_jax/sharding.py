@@ -8,7 +8,6 @@ gradient is that of the whole batch before any weighting sees it. Without a mesh
 nothing here changes anything.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -269,7 +268,7 @@ def over_shards(loss: Callable[..., tuple], layout: Layout) -> Callable:
   as many at a time, and the params' gradients are added up after the loop.
 
   Args:
-    loss: as `objectives.next_item_loss` returns it, with `axis=SHARDS`.
+    loss: (params, shared, context, targets, …) of `objectives.next_item_loss`.
     layout: how many shards.
 
   Returns:
@@ -302,17 +301,3 @@ def over_shards(loss: Callable[..., tuple], layout: Layout) -> Callable:
 def shards_axis(layout: Layout) -> str | None:
   """The axis that `over_shards` maps over; None where it does not."""
   return _SHARDS if layout.data > 1 else None
-
-
-def bytes_of(tree: PyTree, layout: Layout) -> int:
-  """Bytes that a tree laid out by the rules takes on each device."""
-  if layout.mesh is None:
-    return sum(math.prod(x.shape) * x.dtype.itemsize
-               for x in jax.tree.leaves(tree))
-  return sum(
-    math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
-    for x, where in zip(
-      jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, layout)),
-      strict=True,
-    )
-  )
