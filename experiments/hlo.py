@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from jax.extend import core
@@ -109,6 +110,15 @@ def _inner(equation: Any) -> list[Any]:
   return found
 
 
+def _straight(jaxpr: Any) -> Iterator[Any]:
+  """The equations of a program and of its calls, but not of its loops."""
+  for equation in jaxpr.eqns:
+    yield equation
+    if equation.primitive.name not in ("scan", "while"):
+      for sub in _inner(equation):
+        yield from _straight(sub)
+
+
 def _trips(equation: Any, longest: int) -> tuple[int, int]:
   """(turns of a loop over chunks of rows, rows that loops have covered).
 
@@ -117,7 +127,7 @@ def _trips(equation: Any, longest: int) -> tuple[int, int]:
   """
   body = equation.params["body_jaxpr"].jaxpr
   turns, covered = 0, 0
-  for inner in body.eqns:
+  for inner in _straight(body):
     if inner.primitive.name == "dynamic_slice":
       pairs = zip(
         inner.invars[0].aval.shape, inner.params["slice_sizes"], strict=True
@@ -158,8 +168,10 @@ def collectives(text: str, trips: int = 1) -> list[Collective]:
         ))
       body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
       if body:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
-        visit(body[1], times * (int(known[1]) if known else max(trips, 1)))
+        known = re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+        until = re.search(r"condition=%?([\w.\-]+)", line)
+        known = known or _bounds(computations.get(until[1], ()))
+        visit(body[1], times * (int(known[0]) if known else max(trips, 1)))
         continue
       for called in re.findall(
         r"(?:calls|to_apply|branch_computations=\{|true_computation"
@@ -169,6 +181,13 @@ def collectives(text: str, trips: int = 1) -> list[Collective]:
 
   visit("", 1)
   return found
+
+
+def _bounds(condition: Iterable[str]) -> list[str]:
+  """The number that a loop's condition compares with, if it is one."""
+  found = [re.search(r"s32\[\]\S* constant\((\d+)\)", x) for x in condition]
+  numbers = [match[1] for match in found if match]
+  return numbers if len(numbers) == 1 else []
 
 
 def _size(shape: str) -> int:
