@@ -128,7 +128,11 @@ def _trips(equation: Any, longest: int) -> tuple[int, int]:
   body = equation.params["body_jaxpr"].jaxpr
   turns, covered = 0, 0
   for inner in _straight(body):
-    if inner.primitive.name == "dynamic_slice":
+    # vmap makes a gather of one start out of a dynamic slice.
+    one_start = inner.primitive.name == "gather" and (
+      math.prod(inner.invars[1].aval.shape[:-1]) == 1
+    )
+    if inner.primitive.name == "dynamic_slice" or one_start:
       pairs = zip(
         inner.invars[0].aval.shape, inner.params["slice_sizes"], strict=True
       )

@@ -67,9 +67,13 @@ def test_a_loop_over_chunks_counts_at_its_longest():
     total = jax.lax.fori_loop(0, used // 8, part(8), 0.0)
     return jax.lax.fori_loop(0, used % 8 // 2, part(2), total)
 
-  jaxpr = jax.make_jaxpr(program)(jnp.ones((32, 3)), jnp.ones((3, 5)), 32).jaxpr
-  found = hlo.products(jaxpr, 99, 99, data=1, model=1)
-  assert (found.flops, found.trips) == (4 * 2 * 8 * 3 * 5, 4)
+  both = jax.vmap(program, (0, None, None))
+  for shards, function in ((1, program), (2, both)):
+    x = jnp.ones((32, 3) if shards == 1 else (2, 32, 3))
+    jaxpr = jax.make_jaxpr(function)(x, jnp.ones((3, 5)), 32).jaxpr
+    found = hlo.products(jaxpr, 99, 99, data=1, model=1)
+    assert found.flops == shards * 4 * 2 * 8 * 3 * 5
+    assert found.trips == 4
 
 
 def small(data, model, loss, tables):
