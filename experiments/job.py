@@ -1,12 +1,17 @@
 """The main job: data -> stages -> full ranking -> comparison.
 
-A workdir belongs to one configuration and one data set. It holds config.json,
-log.jsonl, events/, checkpoints/, rows.parquet (rows_sampled.parquet for
-sampled candidates), the tables and plots/.
+A workdir belongs to one configuration and one data set, and to one process at
+a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
+(rows_sampled.parquet for sampled candidates), summary.json, the tables and
+plots/, all of which are the same however often the job was killed, and
+cpu_seconds.json, which is not.
 """
 
+import functools
+import io
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +20,17 @@ import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs, report, settings, truth
-from experiments.methods import METHODS, method_names, stages_of
+from experiments import claims, logs, report, settings, truth, workdir
+from experiments.configs.base import default
+from experiments.methods import (
+  METHODS,
+  Method,
+  Stage,
+  method_names,
+  stages_of,
+)
 from experiments.problem import (
+  SEGMENTS,
   Problem,
   fingerprint,
   make_problem,
@@ -27,14 +40,15 @@ from experiments.tables import SUFFIXES
 from experiments.trainer import (
   Networks,
   Trainer,
+  assigned,
   check_adjustment,
   check_candidates,
   check_loss,
   make_networks,
   num_steps,
 )
-from pin_jax import activeness, evaluation
-from pin_jax.types import InputError
+from pin_jax import activeness, checkpoints, evaluation, halving
+from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
 # What these minimise makes the softmax of the logits an estimate of P(y|x).
@@ -56,9 +70,9 @@ def method_rows(
   users = np.flatnonzero(problem.split.test >= 0)
   columns = {}
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
-    ranks = trainer.ranker(serve[1] is not None)(
-      trainer.weights(seed, *serve), problem.sequences,
-      requests_for(problem, "test", users[chosen]),
+    stage, requests = _served(METHODS[name], serve, problem, users[chosen])
+    ranks = trainer.ranker(stage and stage.plugin)(
+      trainer.weights(seed, serve[0], stage), problem.sequences, requests
     )
     for key, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
@@ -77,6 +91,24 @@ def method_rows(
   })
 
 
+def _served(
+  method: Method,
+  serve: tuple[str, str | None],
+  problem: Problem,
+  users: np.ndarray,
+) -> tuple[Stage | None, evaluation.Requests]:
+  """(plugin stage of a serve entry, test requests routed to its plugins)."""
+  requests = requests_for(problem, "test", users)
+  if serve[1] is None:
+    return None, requests
+  stage = method.stage(serve[1])
+  segments, count = assigned(problem, stage)
+  segments = segments[users].astype(np.int32)
+  if method.swapped:
+    segments = count - 1 - segments
+  return stage, requests._replace(segments=segments)
+
+
 def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
   """(serve entry, mask over users), each model once."""
   of_user = problem.segments[users]
@@ -86,124 +118,218 @@ def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
   ]
 
 
+def _log_probabilities(
+  model: evaluation.Model, num_items: int, length: int, user_chunk: int
+) -> Callable[..., np.ndarray]:
+  return evaluation.make_log_probabilities(
+    model, num_items=num_items, length=length, user_chunk=user_chunk
+  )
+
+
 def model_log_probabilities(
   name: str, seed: int, problem: Problem, trainer: Trainer, users: np.ndarray
 ) -> np.ndarray:
   """log P(y|x) of a method's models at users' test events; [n, V]."""
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
-    compute = evaluation.make_log_probabilities(
-      trainer.model(serve[1] is not None),
-      num_items=problem.split.interactions.num_items,
-      length=trainer.length,
+    stage, requests = _served(METHODS[name], serve, problem, users[chosen])
+    compute = halving.smaller_where_full(
+      functools.partial(
+        _log_probabilities, trainer.model(stage and stage.plugin),
+        problem.split.interactions.num_items, trainer.length,
+      ), 256,
     )
     out[chosen] = compute(
-      trainer.weights(seed, *serve), problem.sequences,
-      requests_for(problem, "test", users[chosen]),
+      trainer.weights(seed, serve[0], stage), problem.sequences, requests
     )
   return out
 
 
 def claim_workdir(
-  workdir: epath.Path, config: ConfigDict, data_fingerprint: str
+  directory: epath.Path, config: ConfigDict, data_fingerprint: str
 ) -> None:
   """Makes the workdir this job's, or checks that it is.
 
+  A key that the config of an older version lacks has its default there.
+
   Raises:
-    InputError: if it belongs to another configuration or data set.
+    InputError: if it belongs to another configuration or data set, or cannot
+      be written.
   """
   mine = {"config": config.to_dict(), "data": data_fingerprint}
   del mine["config"]["mesh"]  # results do not depend on it
   mine = json.loads(json.dumps(mine))
-  path = workdir / "config.json"
+  path = directory / "config.json"
   if not path.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n")
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      workdir.write(path, (json.dumps(mine, indent=2) + "\n").encode())
+    except OSError as error:
+      raise InputError(
+        f"workdir {directory} cannot be written ({error.strerror}); free "
+        "space there, make it writable or use another --workdir"
+      ) from error
     return
   theirs = settings.read_json(path)
-  for key, new, old in settings.differences(mine, theirs):
+  defaults = json.loads(json.dumps({"config": default().to_dict()}))
+  for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
-      f"workdir {workdir} belongs to another job: {key} is {old!r} there and "
+      f"workdir {directory} belongs to another job: {key} is {old!r} there and "
       f"{new!r} here; use another --workdir or the same setting"
     )
 
 
+class Options(NamedTuple):
+  """How a job runs, whatever it computes.
+
+  Attributes:
+    console: where to print; standard output by default.
+    command: how the job was launched, for its summary.
+    other_versions: continue what other versions of libraries began.
+    interrupted: whether to save and end; see `interruption.noticed`.
+  """
+
+  console: rich.console.Console
+  command: str
+  other_versions: bool
+  interrupted: Callable[[], bool]
+
+  def check(self) -> None:
+    """Raises Interrupted where the job is to end."""
+    if self.interrupted():
+      raise Interrupted("interrupted between two stages")
+
+
 def run(
   config: ConfigDict,
-  workdir: epath.PathLike,
+  directory: epath.PathLike,
   console: rich.console.Console | None = None,
+  *,
+  command: str = "",
+  other_versions: bool = False,
+  interrupted: Callable[[], bool] = lambda: False,
 ) -> pl.DataFrame:
   """Runs the main job, or what is left of it, and prints its tables.
 
   Args:
     config: as from `experiments.configs.base.default`.
-    workdir: directory of the job.
-    console: where to print; standard output by default.
+    directory: the job's workdir.
+    console: see `Options`.
+    command: how the job was launched, for its summary.
+    other_versions: see `Options`.
+    interrupted: see `Options`.
 
   Returns:
     The comparison table.
 
   Raises:
     InputError: for any bad input, before training starts.
-    TrainingError: if a loss is not finite.
+    TrainingError: if a loss is not finite, or a checkpoint cannot be written.
+    Interrupted: where `interrupted` says so; the next run continues.
   """
   console = console or rich.console.Console(highlight=False, soft_wrap=True)
-  workdir = epath.Path(workdir)
+  options = Options(console, command, other_versions, interrupted)
+  directory = epath.Path(directory)
   settings.check(config)
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)
-  claim_workdir(workdir, config, fingerprint(problem))
-  if (workdir / "summary.json").exists():
-    console.print(f"{workdir} is finished; reprinting its tables")
-    return report.write_report(workdir, console=console)
-  _describe(problem, console)
+  claim_workdir(directory, config, fingerprint(problem))
+  with workdir.held(directory):
+    if (directory / "summary.json").exists():
+      console.print(f"{directory} is finished; reprinting its tables")
+    else:
+      _compute(config, problem, networks, directory, options)
+    options.check()
+    return report.write_report(directory, console=console)
+
+
+def _compute(
+  config: ConfigDict,
+  problem: Problem,
+  networks: Networks,
+  directory: epath.Path,
+  options: Options,
+) -> None:
+  """Trains and ranks; writes the rows and, last of all, the summary."""
+  _describe(problem, options.console)
+  for line in _power(config, problem):
+    options.console.print(line, markup=False)
   rows, closeness, cost = _train_all(
-    config, problem, networks, workdir, console
+    config, problem, networks, directory, options
   )
   name = f"rows{SUFFIXES[config.evaluation.protocol]}.parquet"
-  with (workdir / name).open("wb") as file:
-    rows.write_parquet(file)
-  summary = {**_summary(config, problem, closeness), "cost": cost}
-  temporary = workdir / "summary.json.tmp"
-  temporary.write_text(json.dumps(summary, indent=2) + "\n")
-  temporary.rename(workdir / "summary.json")
-  return report.write_report(workdir, console=console)
+  buffer = io.BytesIO()
+  rows.write_parquet(buffer)
+  workdir.write(directory / name, buffer.getvalue())
+  summary = {
+    **_summary(config, problem, closeness), "cost": cost,
+    "command": options.command, "versions": logs.versions(),
+  }
+  workdir.write(
+    directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
+  )
 
 
 def _train_all(
   config: ConfigDict,
   problem: Problem,
   networks: Networks,
-  workdir: epath.Path,
-  console: rich.console.Console,
+  directory: epath.Path,
+  options: Options,
 ) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
   names = method_names(config.methods, config.pin.weighting)
   stages = stages_of(names)
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
-  log = logs.RunLog(workdir)
-  progress = logs.JobProgress(total, console)
-  rows, closeness, cost = [], [], {}
+  log = logs.RunLog(directory)
+  progress = logs.JobProgress(total, options.console)
+  store = _store(config, problem, options)
+  rows, closeness, cost, seconds = [], [], {}, {}
   try:
     for first in range(0, len(config.seeds), config.num_seeds):
       seeds = tuple(config.seeds[first : first + config.num_seeds])
       trainer = Trainer(
-        config, problem, networks, workdir, seeds, log, progress
+        config, problem, networks, directory, seeds, log, progress,
+        store=store, interrupted=options.interrupted,
       )
       for stage in stages:
         trainer.train(stage)
       cost |= trainer.cost
+      seconds |= trainer.cpu_seconds
       for seed in seeds:
         for name in names:
+          options.check()
           rows.append(method_rows(name, seed, problem, trainer))
         if problem.world is not None and config.loss.name in PROPER:
           closeness.append(_closeness(names, seed, problem, trainer))
   finally:
     log.close()
     progress.close()
+  # Apart from the summary, for only this depends on interruptions.
+  text = json.dumps(seconds, indent=2) + "\n"
+  workdir.write(directory / "cpu_seconds.json", text.encode())
   return pl.concat(rows), truth.average(closeness), cost
+
+
+def _store(
+  config: ConfigDict, problem: Problem, options: Options
+) -> Callable[[epath.Path], checkpoints.Checkpoints]:
+  """Opens checkpoints that say what they belong to."""
+  say = lambda line: options.console.print(line, markup=False, soft_wrap=True)
+  own = config.to_dict()
+  del own["mesh"]  # results do not depend on it
+  return functools.partial(
+    checkpoints.Checkpoints,
+    about={
+      "config": own,
+      "data": fingerprint(problem),
+      "versions": workdir.versions(),
+    },
+    accepted=("versions",) if options.other_versions else (),
+    say=say,
+  )
 
 
 def _closeness(
@@ -238,6 +364,15 @@ def _describe(problem: Problem, console: rich.console.Console) -> None:
     console.print(f"{title}: {facts}")
   prior = " ".join(f"{p:.3f}" for p in problem.prior)
   console.print(f"activeness groups 0..{len(problem.prior) - 1}: P(d) {prior}")
+
+
+def _power(config: ConfigDict, problem: Problem) -> list[str]:
+  """What the design can show, from numbers known before training."""
+  tested = problem.segments[problem.split.test >= 0]
+  users = {
+    name: int((tested == index).sum()) for index, name in enumerate(SEGMENTS)
+  }
+  return claims.power_lines(config.claims, users, len(config.seeds))
 
 
 def _summary(

@@ -2,42 +2,56 @@
 
 import json
 import math
+import pathlib
+import platform
+import subprocess
 import time
 from typing import Any
 
+import jax
+import jaxlib
 import numpy as np
+import optax
+import polars
 import rich.console
 import rich.progress
+import scipy
 from etils import epath
-from tensorboardX import SummaryWriter
 
+from experiments import workdir
+from experiments.events import EventFile
+from pin_jax.finite import SKIPPED
 from pin_jax.types import InputError
 
 
 class RunLog:
   """log.jsonl and event files of a workdir; one record a step.
 
-  A resumed run continues where its checkpoint stands: later records of that
-  run are dropped first.
+  A run that continues from a checkpoint drops what it had logged since, so
+  that a log, or an event file, holds every step once. Everything up to a
+  validation is on disk before the checkpoint of that step is.
   """
 
-  def __init__(self, workdir: epath.Path) -> None:
-    """Opens the logs for appending."""
-    self._path = workdir / "log.jsonl"
-    self._events = workdir / "events"
-    self._writers: dict[str, SummaryWriter] = {}
+  def __init__(self, directory: epath.Path) -> None:
+    """Opens the logs of a workdir for appending."""
+    self._path = directory / "log.jsonl"
+    self._directory = directory / "events"
+    self._events: dict[str, EventFile] = {}
     self._file = self._path.open("a")
 
   def rewind(self, run: str, step: int) -> None:
-    """Drops what `run` logged after its checkpoint of `step`."""
-    self._file.close()
-    lines = self._path.read_text().splitlines()
-    kept = [line for line in lines if not _is_later(line, run, step)]
-    self._path.write_text("".join(line + "\n" for line in kept))
-    self._file = self._path.open("a")
-    if run in self._writers:
-      self._writers.pop(run).close()
-    self._writers[run] = self._writer(run, step + 1)
+    """Drops what `run` logged after its checkpoint of `step`; -1 = all."""
+    self._file.flush()
+    text = self._path.read_bytes().decode(errors="replace")
+    lines = [x for x in text.splitlines() if not _is_later(x, run, step)]
+    kept = "".join(line + "\n" for line in lines)
+    if kept != text:
+      self._file.close()
+      workdir.write(self._path, kept.encode())
+      self._file = self._path.open("a")
+    self._events[run] = EventFile(
+      self._directory / run, after=step if step >= 0 else None
+    )
 
   def steps(self, run: str, start: int, logs: dict[str, np.ndarray]) -> None:
     """Writes one record for each step of a dispatch."""
@@ -47,6 +61,7 @@ class RunLog:
       self._write({"run": run, "step": start + offset + 1, **record})
     last = {key: value[-1] for key, value in logs.items()}
     self._scalars(run, start + count, last)
+    self.flush()
 
   def evaluation(self, run: str, step: int, values: dict[str, float]) -> None:
     """Writes one validation record."""
@@ -55,37 +70,50 @@ class RunLog:
     self._scalars(
       run, step, {f"validation/{k}": np.asarray(v) for k, v in values.items()}
     )
+    self.flush()
+
+  def skipped(self, run: str) -> dict[str, int]:
+    """How many steps of a run had no effect, where they are counted."""
+    self.flush()
+    lines = self._path.read_text().splitlines()
+    marked = [line for line in lines if f'"{SKIPPED}": ' in line]
+    records = [r for r in map(json.loads, marked) if r["run"] == run]
+    if not records:
+      return {}
+    return {SKIPPED: int(sum(record[SKIPPED] for record in records))}
+
+  def flush(self) -> None:
+    """Hands everything to the operating system."""
     self._file.flush()
+    for events in self._events.values():
+      events.flush()
 
   def close(self) -> None:
     """Flushes and closes all files."""
+    self.flush()
     self._file.close()
-    for writer in self._writers.values():
-      writer.close()
 
   def _write(self, record: dict[str, Any]) -> None:
     self._file.write(json.dumps(record) + "\n")
 
-  def _writer(self, run: str, purge: int | None = None) -> SummaryWriter:
-    return SummaryWriter(str(self._events / run), purge_step=purge)
-
   def _scalars(self, run: str, step: int, values: dict[str, Any]) -> None:
-    if run not in self._writers:
-      self._writers[run] = self._writer(run)
+    if run not in self._events:
+      self._events[run] = EventFile(self._directory / run)
+    plain = {}
     for key, value in values.items():
       for index in np.ndindex(np.shape(value)):
-        tag = "/".join([key, *map(str, index)])
         if math.isfinite(value[index]):
-          self._writers[run].add_scalar(tag, float(value[index]), step)
+          plain["/".join([key, *map(str, index)])] = float(value[index])
+    self._events[run].add(step, plain)
 
 
-def read_log(workdir: epath.Path) -> list[dict[str, Any]]:
-  """The records of log.jsonl.
+def read_log(directory: epath.Path) -> list[dict[str, Any]]:
+  """The records of log.jsonl in a workdir.
 
   Raises:
     InputError: if a line is damaged.
   """
-  path = workdir / "log.jsonl"
+  path = directory / "log.jsonl"
   records = []
   for number, line in enumerate(path.read_text().splitlines(), 1):
     try:
@@ -95,6 +123,33 @@ def read_log(workdir: epath.Path) -> list[dict[str, Any]]:
         f"{path} line {number} is damaged ({error}); delete that line"
       ) from error
   return records
+
+
+def versions() -> dict[str, str]:
+  """What a result was computed with: libraries, device, state of the code."""
+  libraries = (jax, jaxlib, np, optax, polars, scipy)
+  found = {module.__name__: module.__version__ for module in libraries}
+  device = jax.devices()[0]
+  return {
+    "code": _commit(),
+    "python": platform.python_version(),
+    **found,
+    "device": f"{jax.device_count()} {device.device_kind}",
+    "machine": platform.machine(),
+  }
+
+
+def _commit() -> str:
+  """The commit of a checkout, '-dirty' where files differ from it."""
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+  root = pathlib.Path(__file__).parent
+  try:
+    done = subprocess.run(
+      command, cwd=root, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "not a checkout"
+  return done.stdout.strip()
 
 
 def _is_later(line: str, run: str, step: int) -> bool:

@@ -10,11 +10,14 @@ continues an interrupted job and reprints a finished one.
 
 import re
 import sys
+import traceback
+from collections.abc import Callable
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pin_jax.types import InputError, TrainingError
+from experiments.commands import command_line
+from pin_jax.types import InputError, Interrupted, TrainingError
 
 _DEFAULT = "experiments/configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,15 +27,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
 )
+_OTHER_VERSIONS = flags.DEFINE_bool(
+  "other_versions", False,
+  "Continue what other versions of the libraries, or another kind of device, "
+  "began; results may then differ in their last bits.",
+)
+flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 flags.mark_flag_as_required("workdir")
 
 
 def main(_: list[str]) -> None:
   """Runs the job."""
   logging.set_verbosity(logging.WARNING)
-  from experiments import job  # after the flags: importing jax takes seconds
+  from experiments import interruption
 
-  job.run(_CONFIG.value, _WORKDIR.value)
+  command = ["python", "-m", "experiments.main", *sys.argv[1:]]
+  with interruption.noticed() as interrupted:
+    from experiments import job  # after the flags: importing jax takes seconds
+
+    job.run(
+      _CONFIG.value, _WORKDIR.value, command=command_line(command),
+      other_versions=_OTHER_VERSIONS.value, interrupted=interrupted,
+    )
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -64,16 +80,34 @@ def _in_one_line(message: str) -> str:
   return f"{text}; see --help"
 
 
-def launch() -> None:
-  """Entry point: exit code 2 for bad input, 3 where training fails."""
+CODES = {InputError: 2, TrainingError: 3, OSError: 3, Interrupted: 75}
+
+
+def exit_code(action: Callable[[], None]) -> int:
+  """Runs an action; an error it may meet becomes one line and its code.
+
+  Args:
+    action: what to run.
+
+  Returns:
+    0 finished, 2 bad input, 3 training or writing failed, 75 interrupted by
+    SIGTERM after saving (the same command continues).
+  """
   try:
-    app.run(main, flags_parser=_parse)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except TrainingError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(3)
+    action()
+  except tuple(CODES) as error:
+    if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
+      traceback.print_exc()
+    code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
+    again = "; the same command continues" * (code == 75)
+    print(f"error: {error}{again}", file=sys.stderr)
+    return code
+  return 0
+
+
+def launch() -> None:
+  """Entry point; every exit but a finished job's is one line."""
+  sys.exit(exit_code(lambda: app.run(main, flags_parser=_parse)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Every method is a configuration of the same two steps; none has a trainer of
 its own. All serve a user after the same number of steps, `backbone_steps` +
 `plugin_steps`, but for the ablations `pin_backbone` and `pin_exact_backbone`,
-which stop before stage 2.
+which stop before stage 2, and `memory_alone`, which trains nothing.
 """
 
 import dataclasses
@@ -26,16 +26,23 @@ class Stage:
     exact: importance weights from this classifier stage.
     sampling: config section with `draw` and `mean`.
     start: stage whose backbone it starts from (kind 'backbone') or freezes.
+    plugin: what kind 'plugin' trains: a network for each segment ('own'), one
+      of as many parameters for all users ('shared'), or nothing
+      ('memory_alone').
+    assign: users' segments: by activeness, or drawn at random, as many users
+      in each ('random').
   """
 
   name: str
   kind: Literal["backbone", "plugin", "classifier"]
-  phase: Literal["backbone", "plugin", "both", "classifier"]
+  phase: Literal["backbone", "plugin", "both", "classifier", "none"]
   users: Users = "all"
   grouped: bool = False
   exact: str | None = None
   sampling: Literal["joint", "groups", "uniform", "plugin"] = "joint"
   start: str | None = None
+  plugin: Literal["own", "shared", "memory_alone"] = "own"
+  assign: Literal["activeness", "random"] = "activeness"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +54,17 @@ class Method:
     stages: in the order of training.
     serve: the stages whose weights serve tail and head users, each
       (backbone stage, plugin stage or None).
+    swapped: tail users get the head users' plugin, and the other way round.
   """
 
   title: str
   stages: tuple[Stage, ...]
   serve: tuple[tuple[str, str | None], tuple[str, str | None]]
+  swapped: bool = False
+
+  def stage(self, name: str) -> Stage:
+    """The stage of that name."""
+    return next(stage for stage in self.stages if stage.name == name)
 
 
 def _single(title: str, stage: Stage) -> Method:
@@ -74,8 +87,17 @@ _EXACT = dataclasses.replace(
 )
 
 
-def _plugins(name: str, start: Stage) -> Stage:
-  return Stage(name, "plugin", "plugin", sampling="plugin", start=start.name)
+def _plugins(name: str, start: Stage, **options: str) -> Stage:
+  return Stage(
+    name, "plugin", "plugin", sampling="plugin", start=start.name, **options
+  )
+
+
+_PIN_PLUGINS = _plugins("pin/plugins", _PIN)
+_MEMORY_ALONE = Stage(
+  "memory-alone", "plugin", "none", sampling="plugin", start="joint",
+  plugin="memory_alone",
+)
 
 
 def _fine_tuned(users: Users) -> Stage:
@@ -86,7 +108,7 @@ def _fine_tuned(users: Users) -> Stage:
 
 METHODS: dict[str, Method] = {
   "base": _single("base", _BASE),
-  "pin": _personalized("pin", _PIN, _plugins("pin/plugins", _PIN)),
+  "pin": _personalized("pin", _PIN, _PIN_PLUGINS),
   "pin_backbone": _single("pin backbone", _PIN),
   "pin_exact": _personalized(
     "pin exact", _BASE, _CLASSIFIER, _EXACT,
@@ -99,6 +121,22 @@ METHODS: dict[str, Method] = {
   "joint_plugins": _personalized(
     "joint + plugins", _JOINT, _plugins("joint/plugins", _JOINT)
   ),
+  "joint_shared": _personalized(
+    "joint + shared plugin", _JOINT,
+    _plugins("joint/shared", _JOINT, plugin="shared"),
+  ),
+  "pin_shared": _personalized(
+    "pin, shared plugin", _PIN,
+    _plugins("pin/shared", _PIN, plugin="shared"),
+  ),
+  "pin_random": _personalized(
+    "pin, random segments", _PIN,
+    _plugins("pin/random", _PIN, assign="random"),
+  ),
+  "pin_swapped": dataclasses.replace(
+    _personalized("pin, swapped plugins", _PIN, _PIN_PLUGINS), swapped=True
+  ),
+  "memory_alone": _personalized("memory alone", _JOINT, _MEMORY_ALONE),
   "user_uniform": _single(
     "user-uniform",
     Stage("user-uniform", "backbone", "both", sampling="uniform"),

@@ -27,7 +27,7 @@ from pin_jax.types import InputError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#5A5A5A"
-_STYLE = {
+STYLE = {
   "axes.spines.top": False,
   "axes.spines.right": False,
   "axes.titlelocation": "left",
@@ -47,7 +47,7 @@ def _save(figure: matplotlib.figure.Figure, path: epath.PathLike) -> None:
     figure.savefig(file, format="png", dpi=150)
 
 
-def _group_colors(num_groups: int) -> np.ndarray:
+def group_colors(num_groups: int) -> np.ndarray:
   """Ordered colours, dark for the least active."""
   return matplotlib.colormaps["viridis"](np.linspace(0.05, 0.78, num_groups))
 
@@ -107,20 +107,21 @@ def plot_activeness(
   """
   activeness, groups = np.asarray(activeness), np.asarray(groups)
   segments = np.asarray(segments)
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = _figure(10, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
-    _draw_long_tail(left, activeness, groups, segments)
-    _draw_shares(right, activeness, groups)
+    draw_long_tail(left, activeness, groups, segments)
+    draw_shares(right, activeness, groups)
     _save(figure, path)
 
 
-def _draw_long_tail(
+def draw_long_tail(
   axes: matplotlib.axes.Axes,
   activeness: np.ndarray,
   groups: np.ndarray,
   segments: np.ndarray,
 ) -> None:
+  """Draws activeness over users, most active first, coloured by group."""
   order = np.lexsort((-segments, -groups, -activeness))
   curve, members = activeness[order], groups[order]
   num_users, num_groups = len(curve), int(groups.max()) + 1
@@ -130,7 +131,7 @@ def _draw_long_tail(
   floor = bottom * (top / bottom) ** -0.13
   axes.set_yscale("log")
   axes.set_ylim(floor, top * (top / bottom) ** 0.13)
-  for group, color in enumerate(_group_colors(num_groups)):
+  for group, color in enumerate(group_colors(num_groups)):
     inside = np.flatnonzero(members == group)
     if not inside.size:
       continue
@@ -180,9 +181,10 @@ def _draw_head_border(
   )
 
 
-def _draw_shares(
+def draw_shares(
   axes: matplotlib.axes.Axes, activeness: np.ndarray, groups: np.ndarray
 ) -> None:
+  """Draws each group's shares of users and interactions."""
   num_groups = int(groups.max()) + 1
   users = np.bincount(groups, minlength=num_groups)
   interactions = np.bincount(groups, activeness, num_groups)
@@ -246,7 +248,7 @@ def plot_groups(
     & (pl.col("masking") == masking)
     & (pl.col("metric") == f"NDCG@{cutoff}")
   )
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = _figure(max(7.5, 1.5 + 1.1 * table.height), 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     names, colors = (base, other), (_BLUE, _ORANGE)
@@ -269,12 +271,13 @@ def _group_intervals(
 ) -> np.ndarray:
   """Estimate, low and high of each group, [3, G]."""
   frame = model_rows(rows, model)
-  users = user_ids(frame)
+  users, seeds = user_ids(frame), frame["seed"].to_numpy()
   values = metrics.ndcg(frame["rank"].to_numpy(), cutoff)
   intervals = [
     statistics.mean_interval(
       values[mask],
       users=users[mask],
+      seeds=seeds[mask],
       confidence=CONFIDENCE,
       num_resamples=num_resamples,
     )
@@ -339,7 +342,7 @@ _GRADIENT_KEYS = (
 )
 
 
-def _gradient_series(
+def gradient_series(
   log_records: Iterable[Mapping[str, Any]], run: str
 ) -> tuple[np.ndarray, ...]:
   """Steps [T] and what `_GRADIENT_KEYS` name of a run, [T, ...] each.
@@ -368,7 +371,7 @@ def _gradient_series(
   return steps, *series
 
 
-def _cosine_with_mean(norms: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+def cosine_with_mean(norms: np.ndarray, cosines: np.ndarray) -> np.ndarray:
   """Cosine of each group's gradient with the unweighted mean gradient.
 
   With the Gramian A_ij = |g_i| |g_j| cos_ij and m the mean over groups,
@@ -408,10 +411,10 @@ def plot_gradients(
   Raises:
     InputError: if the run recorded no group gradients.
   """
-  steps, weights, norms, cosines, conflicts, effective = _gradient_series(
+  steps, weights, norms, cosines, conflicts, effective = gradient_series(
     log_records, run
   )
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     figure = _figure(12, 5.6)
     places = figure.subplot_mosaic(
       [["weights", "agreement", "cosines"],
@@ -421,16 +424,16 @@ def plot_gradients(
     first, second = places["weights"], places["agreement"]
     first.set_title("Group weights")
     first.set_ylabel("weight in the aggregated gradient")
-    _draw_series(first, steps, weights, bottom=0)
+    draw_series(first, steps, weights, bottom=0)
     second.set_title("Agreement with the mean gradient")
     second.set_ylabel("cosine of group and mean gradient")
-    _draw_series(second, steps, _cosine_with_mean(norms, cosines))
-    _draw_cosines(places["cosines"], cosines)
-    _draw_line(
+    draw_series(second, steps, cosine_with_mean(norms, cosines))
+    draw_cosines(places["cosines"], cosines)
+    draw_line(
       places["effective"], steps, effective, "Effective number of groups",
       top=weights.shape[1],
     )
-    _draw_line(
+    draw_line(
       places["conflicts"], steps, 100 * conflicts,
       "Pairs of groups in conflict (cosine < 0, %)", top=100,
     )
@@ -443,15 +446,16 @@ def plot_gradients(
     _save(figure, path)
 
 
-def _draw_series(
+def draw_series(
   axes: matplotlib.axes.Axes,
   steps: np.ndarray,
   series: np.ndarray,
   *,
   bottom: float | None = None,
 ) -> None:
+  """Draws a series for each group, faint as logged and bold smoothed."""
   num_groups = series.shape[1]
-  colors = _group_colors(num_groups)
+  colors = group_colors(num_groups)
   smooth = _smooth(series)
   for group, color in enumerate(colors):
     axes.plot(steps, series[:, group], color=color, alpha=0.18, linewidth=0.7)
@@ -467,7 +471,7 @@ def _draw_series(
   axes.set_xlabel("training step")
 
 
-def _draw_line(
+def draw_line(
   axes: matplotlib.axes.Axes,
   steps: np.ndarray,
   series: np.ndarray,
@@ -475,6 +479,7 @@ def _draw_line(
   *,
   top: float,
 ) -> None:
+  """Draws one series, faint as logged and bold smoothed."""
   axes.plot(steps, series, color=_BLUE, alpha=0.18, linewidth=0.7)
   axes.plot(steps, _smooth(series), color=_BLUE, linewidth=1.8)
   axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
@@ -483,7 +488,8 @@ def _draw_line(
   axes.set_xlabel("training step")
 
 
-def _draw_cosines(axes: matplotlib.axes.Axes, cosines: np.ndarray) -> None:
+def draw_cosines(axes: matplotlib.axes.Axes, cosines: np.ndarray) -> None:
+  """Draws the mean cosine of every pair of groups."""
   mean = np.nanmean(cosines, axis=0)
   num_groups = len(mean)
   np.fill_diagonal(mean, np.nan)
@@ -498,7 +504,7 @@ def _draw_cosines(axes: matplotlib.axes.Axes, cosines: np.ndarray) -> None:
       f"{value:.2f}".replace("0.", "."),
       ha="center",
       va="center",
-      color="white" if abs(value) > 0.6 * limit else "black",
+      color="white" if abs(value) > 0.6 * limit else "#1a1a1a",
       fontsize=min(9, 75 / num_groups),
     )
   axes.set_xticks(range(num_groups))

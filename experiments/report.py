@@ -6,23 +6,27 @@ reads DIR/rows.parquet (one row a model, seed and user) and, where present,
 DIR/log.jsonl and DIR/summary.json; prints the tables and writes comparison.csv,
 .md and .json and plots/ beside them. Where the job ranked sampled candidates,
 rows_sampled.parquet gives comparison_sampled.csv, .md and .json instead.
+
+    python -m experiments.report DIR... --output=OUT
+
+reads any number of finished jobs, or summaries of them (see
+experiments.summaries), and writes one self-contained page OUT/report.html, and
+its tables as OUT/report.md and OUT/report.tex. OUT is by default the workdir,
+where there is one. `--markdown=FILE` writes only the Markdown, to FILE.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 
 import polars as pl
 import rich.console
-from absl import app, flags
+from absl import flags
 from etils import epath
 
-from experiments import truth
+from experiments import commands, render, sections, summaries, truth
 from experiments.logs import read_log
 from experiments.plots import plot_activeness, plot_gradients, plot_groups
 from experiments.tables import (
   NUM_RESAMPLES,
-  SUFFIXES,
   comparison,
   model_rows,
   model_table,
@@ -65,11 +69,10 @@ def write_report(
   """
   workdir = epath.Path(workdir)
   console = console or rich.console.Console(highlight=False)
-  rows, suffix = _read_rows(workdir)
-  summary_path = workdir / "summary.json"
+  rows, suffix = summaries.read_rows(workdir)
   summary = {}
-  if summary_path.exists():
-    summary = json.loads(summary_path.read_text())
+  if (workdir / "summary.json").exists():
+    summary = summaries.job_summary(workdir)
   base = base or summary.get("base", "base")
   other = other or summary.get("other", "pin")
 
@@ -88,13 +91,7 @@ def write_report(
   if "fingerprint" in summary:
     protocol += f"; data {summary['data']} {summary['fingerprint']}"
   names = {"base": base, "other": other, "protocol": protocol}
-  for run, cost in summary.get("cost", {}).items():
-    values = ", ".join(f"{x:.4f}" for x in cost["validation"])
-    console.print(
-      f"{run}: {cost['steps']:,} steps, {cost['cpu_seconds']:.0f} CPU-seconds, "
-      f"best validation {values} at step {cost['best_steps']}",
-      markup=False, soft_wrap=True,
-    )
+  _print_cost(summary.get("cost", {}), console)
   print_models(models, console=console)
   if summary.get("closeness"):
     truth.print_closeness(summary["closeness"], console)
@@ -117,16 +114,18 @@ def write_report(
   return models if table is None else table
 
 
-def _read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
-  """The rows of the job's protocol, and the suffix of its files."""
-  for suffix in SUFFIXES.values():
-    path = workdir / f"rows{suffix}.parquet"
-    if path.exists():
-      with path.open("rb") as file:
-        return pl.read_parquet(file), suffix
-  raise InputError(
-    f"{workdir} has no rows.parquet; name the workdir of a finished run"
-  )
+def _print_cost(
+  cost: dict[str, dict], console: rich.console.Console
+) -> None:
+  """One line a run: steps, processor time, best validation."""
+  for run, spent in cost.items():
+    values = ", ".join(f"{x:.4f}" for x in spent["validation"])
+    skipped = f", {spent['skipped']} skipped" if "skipped" in spent else ""
+    console.print(
+      f"{run}: {spent['steps']:,} steps{skipped}, {spent['cpu_seconds']:.0f} "
+      f"CPU-seconds, best validation {values} at step {spent['best_steps']}",
+      markup=False, soft_wrap=True,
+    )
 
 
 def _write_plots(
@@ -158,26 +157,79 @@ def _write_plots(
       console.print(f"{name}.png not written: {error}", markup=False)
 
 
+def write_pages(
+  workdirs: Sequence[epath.PathLike],
+  *,
+  base: str | None = None,
+  output: epath.PathLike | None = None,
+  markdown: epath.PathLike | None = None,
+  num_resamples: int = NUM_RESAMPLES,
+) -> list[epath.Path]:
+  """Writes report.html, .md and .tex on finished jobs or their summaries.
+
+  Args:
+    workdirs: directories of the jobs or summaries.
+    base: model to compare with; None takes each job's own.
+    output: directory to write to; None takes the only workdir.
+    markdown: file to write the Markdown to, instead of all others.
+    num_resamples: bootstrap resamples of users and seeds.
+
+  Returns:
+    The files.
+
+  Raises:
+    InputError: if a directory has no rows, or no place to write to is named.
+  """
+  if output is None and markdown is None and len(workdirs) > 1:
+    raise InputError(
+      f"{len(workdirs)} workdirs and no output; name a directory for the "
+      "report, as --output=runs/report"
+    )
+  jobs = [summaries.read(path) for path in workdirs]
+  content = sections.report(jobs, base=base, num_resamples=num_resamples)
+  if markdown is not None:
+    texts = {epath.Path(markdown): render.markdown(content)}
+  else:
+    stem = epath.Path(workdirs[0] if output is None else output) / "report"
+    texts = {
+      stem.with_suffix(".html"): render.html(content),
+      stem.with_suffix(".md"): render.markdown(content),
+      stem.with_suffix(".tex"): render.latex(content),
+    }
+  for path, text in texts.items():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  return list(texts)
+
+
 def _main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   values = flags.FLAGS
-  try:
+  if (values.workdir is None) == (len(argv) < 2):
+    raise InputError(
+      "name either --workdir=DIR or one or more directories; see --help"
+    )
+  if values.workdir is not None:
     write_report(
-      values.workdir,
-      base=values.base,
-      other=values.other,
+      values.workdir, base=values.base, other=values.other,
       cutoff=values.cutoff,
     )
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    return
+  for path in write_pages(
+    argv[1:], base=values.base, output=values.output,
+    markdown=values.markdown,
+  ):
+    print(path)
+
+
+def _launch() -> None:
+  flags.DEFINE_string("workdir", None, "directory of one run to tabulate")
+  flags.DEFINE_string("base", None, "model to compare with")
+  flags.DEFINE_string("other", None, "model under test, with --workdir")
+  flags.DEFINE_integer("cutoff", 10, "K of the tables, with --workdir")
+  flags.DEFINE_string("output", None, "directory of the report")
+  flags.DEFINE_string("markdown", None, "file to write only the Markdown to")
+  commands.launch(_main)
 
 
 if __name__ == "__main__":
-  # Defined here: an importing program has flags of its own.
-  flags.DEFINE_string("workdir", None, "directory of the run", required=True)
-  flags.DEFINE_string("base", None, "model to compare with")
-  flags.DEFINE_string("other", None, "model under test")
-  flags.DEFINE_integer("cutoff", 10, "K of the tables and plots")
-  app.run(_main)
+  _launch()

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs.base import default
 from experiments.methods import METHODS
-from pin_jax import aggregation, batches, criteria, objectives
+from pin_jax import aggregation, batches, criteria, memory, objectives
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.backbones.hstu import hstu
@@ -20,11 +20,30 @@ from pin_jax.backbones.precision import COMPUTE
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator
 from pin_jax.interactions import Interactions
-from pin_jax.plugins import bottleneck
-from pin_jax.types import InputError
+from pin_jax.plugins import (
+  Consultation,
+  adapter,
+  bottleneck,
+  gated,
+  low_rank,
+  memory_mix,
+  translation,
+)
+from pin_jax.types import InputError, Plugin, PyTree
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
-PLUGINS = {"bottleneck": bottleneck}
+# name -> (keys of the `plugin` section that it takes, builder from what is
+# around it: the backbone's params, width D, memory channels K, consultation).
+PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
+  "bottleneck": ({"hidden"}, lambda like, d, k, c, o: bottleneck(d, **o)),
+  "translation": (set(), lambda like, d, k, c, o: translation(d)),
+  "adapter": ({"hidden"}, lambda like, d, k, c, o: adapter(like, width=d, **o)),
+  "lora": ({"rank"}, lambda like, d, k, c, o: low_rank(like, **o)),
+  "memory": (set(), lambda like, d, k, c, o: memory_mix(k, c)),
+  "gated": (
+    {"hidden", "reads_state"}, lambda like, d, k, c, o: gated(d, k, c, **o)
+  ),
+}
 PROPOSALS = ("uniform", "popularity", "in_batch")
 _OF_ANY_BACKBONE = {"name", "pack_rows", "compute"}
 
@@ -73,7 +92,7 @@ _CHOICES = {
   "joint.mean": objectives.MEANS,
   "pin.draw": batches.DRAWS,
   "pin.mean": objectives.MEANS,
-  "pin.plugin_draw": batches.DRAWS,
+  "pin.plugin_draw": (*batches.DRAWS, "validation"),
   "pin.plugin_mean": objectives.MEANS,
   "pin.path": ("auto", *aggregation.PATHS),
   "pin.granularity": ("rule", "whole", "tensor"),
@@ -81,6 +100,7 @@ _CHOICES = {
   "loss.candidates": ("shared", "own"),
   "evaluation.protocol": ("full", "sampled"),
   "optimizer.tables": ("dense", "row_sparse"),
+  "non_finite": ("stop", "skip"),
 }
 _AT_LEAST = {
   "num_seeds": 1,
@@ -94,6 +114,13 @@ _AT_LEAST = {
   "backbone.pack_rows": 0,
   "backbone_steps": 1,
   "plugin_steps": 1,
+  "plugin.hidden": 1,
+  "plugin.rank": 1,
+  "memory.window": 1,
+  "memory.neighbours": 1,
+  "memory.recent": 1,
+  "memory.shrink": 0,
+  "memory.popularity_power": 0,
   "classifier_steps": 1,
   "loss.negatives": 1,
   "batch_size": 2,
@@ -114,11 +141,14 @@ _AT_LEAST = {
 _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
   "optimizer.classifier_learning_rate", "optimizer.clip",
-  "pin.clip_importance",
+  "pin.clip_importance", "memory.decay", "memory.history_decay",
+  "claims.power", "claims.assumed_ndcg",
 )
 _SHARES = (
   "groups.head_share", "split.validation", "split.test", "backbone.dropout",
   "optimizer.average", "optimizer.b2", "optimizer.final",
+  "claims.non_inferiority_margin", "claims.power",
+  "claims.assumed_correlation", "claims.assumed_seed_spread",
 )
 
 
@@ -132,6 +162,35 @@ def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
   """The keys of the `backbone` section that the named backbone takes."""
   taken = inspect.signature(BACKBONES[backbone.name]).parameters
   return {key: value for key, value in backbone.items() if key in taken}
+
+
+def consultation(config: ConfigDict) -> Consultation:
+  """How the config asks the memory."""
+  return Consultation(**{
+    key: config.memory[key] for key in Consultation._fields
+  })
+
+
+def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
+  """Builds the plugin that the config names.
+
+  Args:
+    config: the whole configuration.
+    like: the backbone's params, or their shapes.
+    widen: factor of `hidden` and `rank`, for a plugin that several segments
+      share.
+
+  Raises:
+    InputError: if the backbone does not suit it.
+  """
+  taken, build = PLUGINS[config.plugin.name]
+  options = {key: config.plugin[key] for key in sorted(taken)}
+  for key in taken & {"hidden", "rank"}:
+    options[key] *= widen
+  return build(
+    like, config.backbone.width, len(config.memory.channels),
+    consultation(config), options,
+  )
 
 
 def check(config: ConfigDict) -> None:
@@ -159,7 +218,12 @@ def check(config: ConfigDict) -> None:
     raise _bad("loss.exponent", flat["loss.exponent"], "give a finite number")
   if not 0 <= flat["loss.calibration"] <= 1:
     raise _bad("loss.calibration", flat["loss.calibration"], "give 0 to 1")
+  if flat["claims.assumed_ndcg"] > 0.5:
+    raise _bad(
+      "claims.assumed_ndcg", flat["claims.assumed_ndcg"], "give at most 0.5"
+    )
   _check_backbone(config.backbone)
+  _check_plugin(config)
   _check_together(config)
   _check_mesh(config)
   _check_sparse(config)
@@ -199,6 +263,35 @@ def _check_backbone(backbone: ConfigDict) -> None:
       f"{backbone.name!r} does not take it; leave it at {default_value!r} or "
       f"set one of {sorted(taken)}",
     )
+
+
+def _check_plugin(config: ConfigDict) -> None:
+  """A key that the plugin does not take must stay at its default."""
+  taken = PLUGINS[config.plugin.name][0]
+  for key, default_value in default().plugin.items():
+    if key in taken | {"name", "hidden"}:
+      continue  # `hidden` is the default plugin's; configs set it for all
+    if config.plugin[key] != default_value:
+      raise _bad(
+        f"plugin.{key}", config.plugin[key],
+        f"{config.plugin.name!r} does not take it; leave it at "
+        f"{default_value!r} or set one of {sorted(taken)}",
+      )
+  channels = tuple(config.memory.channels)
+  if not channels or set(channels) - set(memory.CHANNELS):
+    raise _bad(
+      "memory.channels", channels, f"give some of {list(memory.CHANNELS)}"
+    )
+  for key in ("decay", "history_decay"):
+    if config.memory[key] > 1:
+      raise _bad(f"memory.{key}", config.memory[key], "give at most 1")
+  if config.memory.recent > config.backbone.length:
+    if config.plugin.name in ("memory", "gated"):
+      raise _bad(
+        "memory.recent", config.memory.recent,
+        f"give at most backbone.length={config.backbone.length}, what the "
+        "model reads",
+      )
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -251,6 +344,10 @@ def _check_mesh(config: ConfigDict) -> None:
   for wrong, key, value, remedy in (
     (devices > 1 and config.num_seeds > 1, "num_seeds", config.num_seeds,
      "several devices train one seed at a time; set 1"),
+    (config.mesh.model > 1 and _mixes(config), "mesh.model",
+     config.mesh.model,
+     "plugins that mix the memory into the logits read the whole catalogue; "
+     "set 1, or another plugin.name and methods without 'memory_alone'"),
     (data > 1 and config.backbone.pack_rows, "backbone.pack_rows",
      config.backbone.pack_rows,
      f"rows are not packed across mesh.data={data} devices; set 0"),
@@ -265,6 +362,14 @@ def _check_mesh(config: ConfigDict) -> None:
   ):
     if wrong:
       raise _bad(key, value, remedy)
+
+
+def _mixes(config: ConfigDict) -> bool:
+  """Whether a stage of the job has a plugin with `mix`."""
+  names = method_names(config.methods, config.pin.weighting)
+  plugins = {s.plugin for s in stages_of(names) if s.kind == "plugin"}
+  own = config.plugin.name in ("memory", "gated")
+  return "memory_alone" in plugins or bool(own and plugins)
 
 
 def _check_sparse(config: ConfigDict) -> None:
@@ -301,9 +406,13 @@ def _check_keys(config: ConfigDict) -> None:
 
 
 def _check_type(key: str, value: Any, like: Any) -> None:
-  kinds = {int: (int,), float: (int, float), str: (str,), tuple: (tuple, list)}
+  kinds = {
+    int: (int,), float: (int, float), str: (str,), tuple: (tuple, list),
+    bool: (bool,),
+  }
   wanted = kinds[type(like)]
-  if not isinstance(value, wanted) or isinstance(value, bool):
+  is_bool = isinstance(value, bool) and not isinstance(like, bool)
+  if not isinstance(value, wanted) or is_bool:
     raise _bad(key, value, f"give a value of type {wanted[-1].__name__}")
   if key == "seeds" and not all(isinstance(v, int) for v in value):
     raise _bad(key, value, "give whole numbers")
@@ -344,9 +453,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple]:
       yield prefix + key, value
 
 
-def differences(mine: dict, theirs: dict) -> Iterator[tuple[str, Any, Any]]:
-  """Yields (key, mine, theirs) wherever two nested dictionaries differ."""
-  mine, theirs = dict(flatten(mine)), dict(flatten(theirs))
+def differences(
+  mine: dict, theirs: dict, defaults: dict
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yields (key, mine, theirs) wherever two nested dictionaries differ.
+
+  What `theirs` lacks is taken from `defaults`.
+  """
+  mine = dict(flatten(mine))
+  theirs = {**dict(flatten(defaults)), **dict(flatten(theirs))}
   for key in sorted(mine.keys() | theirs.keys()):
     if mine.get(key) != theirs.get(key):
       yield key, mine.get(key), theirs.get(key)

@@ -176,12 +176,13 @@ def comparison(
     base: name of the model to compare with.
     other: name of the model under test.
     cutoff: K to report besides 5, 10 and 20.
-    num_resamples: bootstrap resamples of the users.
+    num_resamples: bootstrap resamples of users and seeds.
 
   Returns:
     One line a slice, masking and metric: slice, masking, metric, users,
     min_activeness, max_activeness, base, other (means over users, of means over
-    seeds), relative_change, low, high (fractions; .1 is +10 %).
+    seeds), relative_change, low, high (fractions; .1 is +10 %), p_value (that
+    the change is not positive).
 
   Raises:
     InputError: if a model is absent, or if the models differ in their users,
@@ -213,10 +214,11 @@ def _slice_lines(
   change = statistics.relative_change(
     *pair,
     users=user_ids(frame),
+    seeds=frame["seed"].to_numpy(),
     confidence=CONFIDENCE,
     num_resamples=num_resamples,
   )
-  columns = ("base", "other", "relative_change", "low", "high")
+  columns = ("base", "other", "relative_change", "low", "high", "p_value")
   return [
     {
       "metric": name,
@@ -308,17 +310,18 @@ def protocol_line(
     Split, ranking, ties, masking, seeds and interval method.
   """
   seeds = sorted(rows["seed"].unique().to_list())
-  plural = "seed" if len(seeds) == 1 else "seeds"
+  plural, spread = "seeds", "users crossed with seeds"
+  if len(seeds) == 1:
+    plural, spread = "seed", "users, without the spread over training seeds"
   ranking = (
     _sampled_ranking(rows) if is_sampled(rows)
     else _full_ranking(rows, num_items)
   )
   return (
     f"{split.rstrip('.')}; {ranking}; "
-    f"{plural} {', '.join(map(str, seeds))} (a user's results are averaged "
-    f"over seeds first); intervals: {100 * CONFIDENCE:.0f} % percentile "
-    f"bootstrap, paired over users, {num_resamples:,} resamples, without the "
-    "spread over training seeds"
+    f"{plural} {', '.join(map(str, seeds))}; intervals: "
+    f"{100 * CONFIDENCE:.0f} % percentile bootstrap, {num_resamples:,} "
+    f"resamples, paired, over {spread}"
   )
 
 
@@ -480,9 +483,10 @@ def print_models(
     console.print(out)
 
 
-def _markdown_table(
+def markdown_table(
   headers: Sequence[str], lines: Iterable[Sequence[str]], *, left: int
 ) -> str:
+  """A Markdown table whose first `left` columns are words."""
   rules = [":--" if i < left else "--:" for i in range(len(headers))]
   cells = [
     [cell.replace("|", "\\|") for cell in line]
@@ -506,12 +510,12 @@ def _markdown(
     parts.append(f"## {masking.capitalize()}")
     for metric, lines in _sections(table, masking, cutoff).items():
       headers = [metric, "activeness", "users", base, other, "change % [95 %]"]
-      parts.append(_markdown_table(headers, lines, left=1))
+      parts.append(markdown_table(headers, lines, left=1))
   for masking in _lists(models):
     parts.append(f"## All models, {masking}")
     headers = models.drop("masking", "users").columns
     lines = _model_cells(models, masking)
-    parts.append(_markdown_table(headers, lines, left=1))
+    parts.append(markdown_table(headers, lines, left=1))
   return "\n\n".join(parts) + "\n"
 
 

@@ -1,5 +1,6 @@
 """Trains the stages of a job."""
 
+import contextlib
 import functools
 import inspect
 import re
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -18,8 +20,9 @@ from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
-  PLUGINS,
   backbone_options,
+  consultation,
+  make_plugin,
   proposal_shares,
 )
 from pin_jax import (
@@ -29,6 +32,8 @@ from pin_jax import (
   checkpoints,
   criteria,
   evaluation,
+  finite,
+  halving,
   metrics,
   negatives,
   plugins,
@@ -45,10 +50,16 @@ CUTOFF = 10
 
 
 class Networks(NamedTuple):
-  """The functions that a job trains, and the devices they are laid out for."""
+  """What a job trains, and the devices it is laid out for.
+
+  Attributes:
+    backbone: the model.
+    plugins: by `Stage.plugin`.
+    layout: of the mesh.
+  """
 
   backbone: Backbone
-  plugin: Plugin
+  plugins: dict[str, Plugin]
   layout: sharding.Layout = sharding.LOCAL
 
 
@@ -71,9 +82,13 @@ def make_networks(
     backbone, num_items, devices=devices, **config.mesh
   )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
-  options = config.plugin.to_dict()
-  plugin = PLUGINS[options.pop("name")](config.backbone.width, **options)
-  return Networks(backbone, plugin, layout)
+  like = jax.eval_shape(backbone.init, jax.random.key(0))
+  made = {
+    "own": make_plugin(config, like),
+    "shared": make_plugin(config, like, widen=len(SEGMENTS)),
+    "memory_alone": plugins.memory_alone(consultation(config)),
+  }
+  return Networks(backbone, made, layout)
 
 
 def make_weighting(
@@ -303,17 +318,27 @@ def make_ranker(
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
-  sizes = {
-    "length": config.backbone.length, "user_chunk": options.user_chunk
-  }
-  if options.protocol == "sampled":
-    return evaluation.make_sampled_ranker(
-      model, data, count=options.negatives, seed=options.seed, **sizes
+  length = config.backbone.length
+
+  def build(user_chunk: int) -> Ranker:
+    if options.protocol == "sampled":
+      return evaluation.make_sampled_ranker(
+        model, data, count=options.negatives, seed=options.seed,
+        length=length, user_chunk=user_chunk,
+      )
+    if layout.tables:
+      return catalogue.make_ranker(
+        model, num_items=data.num_items, item_chunk=options.item_chunk,
+        length=length, user_chunk=user_chunk, layout=layout,
+      )
+    return evaluation.make_ranker(
+      model, num_items=data.num_items, item_chunk=options.item_chunk,
+      length=length, user_chunk=user_chunk,
     )
-  sizes |= {"num_items": data.num_items, "item_chunk": options.item_chunk}
-  if layout.tables:
-    return catalogue.make_ranker(model, layout=layout, **sizes)
-  return evaluation.make_ranker(model, **sizes)
+
+  return halving.smaller_where_full(
+    build, options.user_chunk, say=logging.warning
+  )
 
 
 class Run(NamedTuple):
@@ -353,8 +378,24 @@ class Trainer:
     seeds: tuple[int, ...],
     log: logs.RunLog,
     progress: logs.JobProgress,
+    *,
+    store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
+    interrupted: Callable[[], bool] = lambda: False,
   ) -> None:
-    """Prepares what the stages share."""
+    """Prepares what the stages share.
+
+    Args:
+      config: the whole configuration.
+      problem: its data.
+      networks: its backbone and plugin.
+      workdir: where checkpoints go.
+      seeds: what to train at once.
+      log: takes every step and validation.
+      progress: counts the steps.
+      store: opens the checkpoints of a directory.
+      interrupted: see `training.fit_many`.
+    """
+    self._store, self._interrupted = store, interrupted
     self._layout = networks.layout
     self._config, self._networks = config, networks
     self._problem = problem._replace(
@@ -363,30 +404,52 @@ class Trainer:
     self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
     self.cost: dict[str, dict[str, Any]] = {}
+    self.cpu_seconds: dict[str, float] = {}
     self.length = config.backbone.length
-    self._rankers: dict[bool, Ranker] = {}
+    self._rankers: dict[str | None, Ranker] = {}
     self.trained: dict[str, dict[int, training.FitResult]] = {}
 
-  def ranker(self, with_plugin: bool) -> Ranker:
-    """The ranking function, with or without plugins; compiled once."""
-    if with_plugin not in self._rankers:
-      self._rankers[with_plugin] = make_ranker(
-        self._config, self._problem, self.model(with_plugin), self._layout
-      )
-    return self._rankers[with_plugin]
+  @property
+  def tables(self) -> tuple[str, ...]:
+    """Of the checkpoints, whose rows may be padded for another mesh."""
+    one = len(self._seeds) == 1  # leaves of several lead with their number
+    return self._networks.backbone.tables if one else ()
 
-  def model(self, with_plugin: bool) -> evaluation.Model:
+  def ranker(self, plugin: str | None) -> Ranker:
+    """The ranking function, with a kind of plugin or none; compiled once."""
+    if plugin not in self._rankers:
+      self._rankers[plugin] = make_ranker(
+        self._config, self._problem, self.model(plugin), self._layout
+      )
+    return self._rankers[plugin]
+
+  def model(self, plugin: str | None) -> evaluation.Model:
     """The functions of what is evaluated."""
-    plugin = self._networks.plugin if with_plugin else None
-    return evaluation.Model(self._networks.backbone, plugin)
+    chosen = plugin and self._networks.plugins[plugin]
+    return evaluation.Model(self._networks.backbone, chosen)
 
   def weights(
-    self, seed: int, backbone: str, plugin: str | None
+    self, seed: int, backbone: str, plugin: Stage | None
   ) -> evaluation.Weights:
     """The trained parameters of a seed's two stages."""
+    if plugin is None:
+      return evaluation.Weights(self._best(backbone, seed), None)
     return evaluation.Weights(
-      self._best(backbone, seed), plugin and self._best(plugin, seed)
+      self._best(backbone, seed), self._best(plugin.name, seed),
+      self._evidence(plugin.plugin),
     )
+
+  def _evidence(self, plugin: str) -> plugins.Evidence | None:
+    """What a kind of plugin reads besides, None where that is nothing."""
+    return self._whole_evidence if self._networks.plugins[plugin].mix else None
+
+  @functools.cached_property
+  def _whole_evidence(self) -> plugins.Evidence:
+    options = self._config.memory.to_dict()
+    for key in plugins.Consultation._fields:
+      del options[key]
+    evidence = plugins.make_evidence(self._problem.split, **options)
+    return sharding.put_replicated(evidence, self._layout)
 
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
@@ -396,16 +459,10 @@ class Trainer:
     steps = num_steps(self._config, stage)
     seeds = self._seeds
     runs = [self.run_name(stage, seed) for seed in seeds]
-    store = checkpoints.Checkpoints(
-      self._workdir / "checkpoints" / self._directory(stage),
-      tables=self._networks.backbone.tables,
+    store = self._store(
+      self._workdir / "checkpoints" / self.directory(stage), tables=self.tables
     )
-    build = {
-      "backbone": self.backbone_run,
-      "plugin": self._plugin_run,
-      "classifier": self._classifier_run,
-    }[stage.kind]
-    run = build(stage, steps)
+    run = self.prepare(stage)
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
@@ -419,7 +476,7 @@ class Trainer:
 
     def on_resume(k: int, t: int) -> None:
       self._log.rewind(runs[k], t)
-      advance(k, t, resumed=True)
+      advance(k, max(t, 0), resumed=True)
 
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
@@ -429,34 +486,54 @@ class Trainer:
       named = dict(zip(run.names, values, strict=True))
       self._log.evaluation(runs[k], t, named)
 
-    results = training.fit_many(
-      run.step if len(seeds) == 1 else training.many(run.step),
-      training.join_runs([run.start(seed) for seed in seeds]),
-      operands,
-      names=runs,
-      num_steps=steps,
-      evaluate=lambda k, params: evaluators[k](params),
-      evaluate_every=self._config.validation.every,
-      dispatch=self._config.dispatch,
-      patience=self._config.validation.patience,
-      stacked=stage.kind == "plugin",
-      evaluate_first=stage.kind == "plugin" or stage.start is not None,
-      checkpoints=store,
-      on_steps=on_steps,
-      on_evaluation=on_evaluation,
-      on_resume=on_resume,
-    )
-    store.close()
+    with contextlib.closing(store):
+      results = training.fit_many(
+        self.step(run), self.start(run), operands,
+        names=runs,
+        num_steps=steps,
+        evaluate=lambda k, params: evaluators[k](params),
+        evaluate_every=self._config.validation.every,
+        dispatch=self._config.dispatch,
+        patience=self._config.validation.patience,
+        stacked=stage.kind == "plugin",
+        evaluate_first=stage.kind == "plugin" or stage.start is not None,
+        checkpoints=store,
+        on_steps=on_steps,
+        on_evaluation=on_evaluation,
+        on_resume=on_resume,
+        interrupted=self._interrupted,
+      )
     self.trained[stage.name] = dict(zip(seeds, results, strict=True))
     for k, result in enumerate(results):
       self.cost[runs[k]] = {
         "steps": result.last_step,
         "best_steps": result.best_steps,
         "validation": result.best_values,
-        "cpu_seconds": round(result.cpu_seconds, 1),
+        **self._log.skipped(runs[k]),
       }
+      self.cpu_seconds[runs[k]] = round(result.cpu_seconds, 1)
       if counted[k] < steps:
         advance(k, steps - counted[k], resumed=True)
+
+  def prepare(self, stage: Stage) -> Run:
+    """What a stage is trained with; the stages it builds on are trained."""
+    build = {
+      "backbone": self.backbone_run,
+      "plugin": self._plugin_run,
+      "classifier": self._classifier_run,
+    }[stage.kind]
+    return build(stage, num_steps(self._config, stage))
+
+  def step(self, run: Run) -> training.Step:
+    """The step of all seeds at once, as `non_finite` says."""
+    step = run.step
+    if self._config.non_finite == "skip":
+      step = sharding.kept(finite.skipping(step), self._layout)
+    return step if len(self._seeds) == 1 else training.many(step)
+
+  def start(self, run: Run) -> training.TrainState:
+    """The state of all seeds before the first step."""
+    return training.join_runs([run.start(seed) for seed in self._seeds])
 
   def operands(self, stage: Stage, run: Run) -> training.Operands:
     """What the steps of all seeds read."""
@@ -465,6 +542,7 @@ class Trainer:
       training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
       self._problem.sequences, run.pool,
       training.join_runs([run.frozen(seed) for seed in seeds]),
+      self._evidence(stage.plugin) if stage.kind == "plugin" else None,
     )
 
   def run_name(self, stage: Stage, seed: int) -> str:
@@ -472,7 +550,7 @@ class Trainer:
     several = len(self._config.seeds) > 1
     return f"seed{seed}/{stage.name}" if several else stage.name
 
-  def _directory(self, stage: Stage) -> str:
+  def directory(self, stage: Stage) -> str:
     """The name of the checkpoints' directory, one for all seeds at once."""
     first, *others = (self.run_name(stage, seed) for seed in self._seeds)
     if others:
@@ -548,7 +626,7 @@ class Trainer:
         "shares": jnp.asarray(shares, jnp.float32),
       }
 
-    rank, requests = self.ranker(False), self._validation(stage.users)
+    rank, requests = self.ranker(None), self._validation(stage.users)
 
     def evaluate(params: PyTree) -> np.ndarray:
       weights = evaluation.Weights(params, None)
@@ -562,14 +640,17 @@ class Trainer:
 
   def _plugin_run(self, stage: Stage, steps: int) -> Run:
     config, problem = self._config, self._problem
+    plugin = self._networks.plugins[stage.plugin]
+    segments, count = assigned(problem, stage)
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
+    criterion_draw = "users" if draw == "validation" else draw
     step = training.plugin_step(
-      *self._networks[:2], optimizer, schedule,
-      batch_size=config.batch_size // len(SEGMENTS),
+      self._networks.backbone, plugin, optimizer, schedule,
+      batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
       criterion=make_criterion(
-        config, problem, problem.segments, num_groups=len(SEGMENTS), draw=draw
+        config, problem, segments, num_groups=count, draw=criterion_draw
       ),
       layout=self._layout,
     )
@@ -577,25 +658,42 @@ class Trainer:
 
     def start(seed: int) -> training.TrainState:
       key = _stage_key(seed, stage.name + "/init")
-      params = init(self._networks.plugin, key, len(SEGMENTS))
+      params = init(plugin, key, count)
       return training.init_state(
         params, optimizer, stacked=True, layout=self._layout
       )
 
-    rank, requests = self.ranker(True), self._validation("all")
+    requests = self._validation("all")
+    pool = None
+    if draw == "validation":
+      fitted = _fitted_users(len(segments))
+      pool = batches.make_held_out(
+        problem.split.validation, np.where(fitted, segments, -1),
+        num_groups=count,
+      )
+      pool = sharding.put_replicated(pool, self._layout)
+      left = ~fitted[requests.users]
+      requests = evaluation.Requests(*(x[left] for x in requests))
+    requests = requests._replace(
+      segments=segments[requests.users].astype(np.int32)
+    )
+    rank = self.ranker(stage.plugin)
 
     def evaluate(seed: int, params: PyTree) -> np.ndarray:
-      weights = evaluation.Weights(self._best(stage.start, seed), params)
+      weights = evaluation.Weights(
+        self._best(stage.start, seed), params, self._evidence(stage.plugin)
+      )
       ranks = rank(weights, problem.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
-      sizes = np.bincount(requests.segments, minlength=len(SEGMENTS))
-      sums = np.bincount(requests.segments, values, len(SEGMENTS))
+      sizes = np.bincount(requests.segments, minlength=count)
+      sums = np.bincount(requests.segments, values, count)
       return sums / np.maximum(sizes, 1)
 
     return Run(
-      step, self._pool(problem.segments, len(SEGMENTS)), start,
+      step, pool or self._pool(segments, count), start,
       lambda seed: self._best(stage.start, seed),
-      lambda seed: functools.partial(evaluate, seed), SEGMENTS,
+      lambda seed: functools.partial(evaluate, seed),
+      SEGMENTS if count > 1 else ("all",),
     )
 
   def _classifier_run(self, stage: Stage, steps: int) -> Run:
@@ -652,6 +750,23 @@ class Trainer:
     return requests_for(problem, "validation", chosen)
 
 
+def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
+  """([U] segment whose plugin of a stage serves each user, how many there are).
+  """
+  if stage.plugin != "own":
+    return np.zeros_like(problem.segments), 1
+  if stage.assign == "random":
+    rng = np.random.default_rng(0)
+    return rng.permutation(problem.segments), len(SEGMENTS)
+  return problem.segments, len(SEGMENTS)
+
+
+def _fitted_users(num_users: int) -> np.ndarray:
+  """[U] bool, the half of the users whose validation targets stage 2 learns."""
+  drawn = np.random.default_rng(0).permutation(num_users)
+  return drawn < num_users // 2
+
+
 def _stage_key(seed: int, name: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
@@ -706,5 +821,6 @@ def num_steps(config: ConfigDict, stage: Stage) -> int:
     "backbone": first,
     "plugin": second,
     "both": first + second,
+    "none": 0,
     "classifier": config.classifier_steps,
   }[stage.phase]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pin_jax.splits import Split
-from pin_jax.types import Batch, InputError
+from pin_jax.types import Batch, InputError, Reading, at_least
 
 DRAWS = ("interactions", "users")
 
@@ -85,9 +85,20 @@ def make_pool(
     The pool.
 
   Raises:
-    InputError: if a group has no user with a training target.
+    InputError: if a group has no user with a training target, or for arrays
+      of other shapes or values.
   """
+  at_least(1, num_groups=num_groups, length=length)
   targets, groups = np.asarray(targets), np.asarray(groups)
+  if targets.ndim != 1 or targets.shape != groups.shape:
+    raise InputError(
+      f"targets has shape {targets.shape} but groups {groups.shape}; give one "
+      "of each for every user"
+    )
+  if groups.size and not -1 <= groups.min() <= groups.max() < num_groups:
+    raise InputError(
+      f"groups span {groups.min()}..{groups.max()}; give -1..{num_groups - 1}"
+    )
   kept = np.flatnonzero((groups >= 0) & (targets > 0))
   users = kept[np.argsort(groups[kept], kind="stable")]
   sizes = np.bincount(groups[users], minlength=num_groups)
@@ -129,7 +140,12 @@ def draw_batch(
 
   Returns:
     Batch with leading axes [G, B].
+
+  Raises:
+    InputError: for another `draw`.
   """
+  if draw not in DRAWS:
+    raise InputError(f"draw={draw!r} is unknown; use one of {DRAWS}")
   pick_key, inner_key, offset_key = jax.random.split(key, 3)
   groups = pool.group_starts.shape[0] - 1
   shape = (groups, batch_size)
@@ -180,4 +196,101 @@ def cut_windows(
   real = target >= jnp.maximum(first, 0)[..., None]
   index = sequences.starts[users][..., None] + jnp.maximum(target, 0)
   take = lambda i: jnp.where(real, sequences.items[i], 0)
-  return Batch(users, take(index), take(index + 1))
+  return Batch(users, take(index), take(index + 1), last)
+
+
+class HeldOut(NamedTuple):
+  """Users by group, each with one held-out target.
+
+  Attributes:
+    users: [n] int32 user indices, by group.
+    group_starts: [G+1] int32, where each group begins in `users`.
+    positions: [U] int32, in-user position of the target.
+  """
+
+  users: jax.Array
+  group_starts: jax.Array
+  positions: jax.Array
+
+
+def make_held_out(
+  positions: np.ndarray, groups: np.ndarray, *, num_groups: int
+) -> HeldOut:
+  """Collects the users of every group that have a held-out target.
+
+  Args:
+    positions: [U], position of the target; -1 = none.
+    groups: [U], group of each user; -1 leaves the user out.
+    num_groups: G.
+
+  Returns:
+    What `draw_held_out` draws from.
+
+  Raises:
+    InputError: if a group has no user with a held-out target.
+  """
+  groups = np.where(np.asarray(positions) >= 0, groups, -1)
+  kept = np.flatnonzero(groups >= 0)
+  users = kept[np.argsort(groups[kept], kind="stable")]
+  sizes = np.bincount(groups[users], minlength=num_groups)
+  if (sizes == 0).any():
+    raise InputError(
+      f"group {int(np.argmin(sizes))} of {num_groups} has no user with a "
+      "validation target; change split.validation or groups.head_share"
+    )
+  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
+  starts = np.concatenate([[0], np.cumsum(sizes)])
+  return HeldOut(as_int32(users), as_int32(starts), as_int32(positions))
+
+
+def draw_held_out(
+  key: jax.Array,
+  sequences: Sequences,
+  held_out: HeldOut,
+  *,
+  batch_size: int,
+  length: int,
+) -> Batch:
+  """Draws `batch_size` users of every group, with replacement.
+
+  Args:
+    key: the step's key; the batch is a function of it.
+    sequences: the interactions.
+    held_out: the users of the G groups.
+    batch_size: B, users a group.
+    length: L.
+
+  Returns:
+    Batch with leading axes [G, B]: the history before the held-out target, and
+    that target alone, in the last column.
+  """
+  starts = held_out.group_starts
+  shape = (starts.shape[0] - 1, batch_size)
+  index = jax.random.randint(key, shape, starts[:-1, None], starts[1:, None])
+  users = held_out.users[index]
+  position = held_out.positions[users]
+  batch = cut_windows(
+    sequences, users, position - length, position, length=length
+  )
+  only_last = jnp.arange(length) == length - 1
+  return batch._replace(targets=jnp.where(only_last, batch.targets, 0))
+
+
+def read_back(
+  sequences: Sequences, users: jax.Array, last: jax.Array, count: int
+) -> Reading:
+  """The `count` items up to a position, the newest first.
+
+  Args:
+    sequences: the interactions.
+    users: [...] user indices.
+    last: [...] in-user position of the newest item; may be negative.
+    count: H.
+
+  Returns:
+    Reading with leading axes [...].
+  """
+  index = last[..., None] - jnp.arange(count)
+  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
+  items = jnp.where(index >= 0, sequences.items[flat], 0)
+  return Reading(users, items, flat)

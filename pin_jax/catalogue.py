@@ -2,8 +2,7 @@
 
 Every device scores the items whose rows it holds, a piece at a time; what
 crosses devices are counts, or each device's best K, never rows of the table.
-The results are those of one device, ties included. Models without plugins, or
-whose plugins read representations alone.
+The results are those of one device, ties included.
 """
 
 from collections.abc import Callable
@@ -20,11 +19,14 @@ from pin_jax.evaluation import (
   RankFn,
   Ranks,
   Requests,
+  States,
   Weights,
-  by_chunk,
+  chunk_index,
+  from_chunks,
   score_items,
   seen_items,
   states_before,
+  take_chunks,
 )
 from pin_jax.sharding import Layout
 from pin_jax.types import PyTree
@@ -103,11 +105,11 @@ def cut_catalogue(
 
 
 def _scores(
-  model: Model, weights: Weights, states: PyTree, segments: jax.Array,
-  piece: Piece, layout: Layout,
+  model: Model, states: States, piece: Piece, layout: Layout
 ) -> jax.Array:
-  weights = weights._replace(backbone=piece.params)
-  logits = score_items(model, weights, states, segments, None)
+  weights = states.weights._replace(backbone=piece.params)
+  states = states._replace(weights=weights)
+  logits = score_items(model, states, None, piece.items)
   return sharding.split_columns(logits, layout)
 
 
@@ -151,20 +153,22 @@ def rank_program(
   def rank_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
-    users, positions, segments = sharding.split_rows(requests, layout)
-    states = states_before(model, weights, sequences, users, positions, length)
+    users, positions, _ = sharding.split_rows(requests, layout)
+    states = states_before(
+      model, weights, sequences, users, positions, requests.segments[0], length
+    )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = seen_items(sequences, *requests[:2], size)
 
     def target_score(total: jax.Array, index: jax.Array) -> tuple:
-      piece = catalogue.piece(weights.backbone, index)
-      logits = _scores(model, weights, states, segments, piece, layout)
+      piece = catalogue.piece(states.weights.backbone, index)
+      logits = _scores(model, states, piece, layout)
       own = piece.fresh & (piece.items == target)
       return total + jnp.where(own, logits, 0).sum(-1), None
 
     def count(totals: jax.Array, index: jax.Array) -> tuple:
-      piece = catalogue.piece(weights.backbone, index)
-      logits = _scores(model, weights, states, segments, piece, layout)
+      piece = catalogue.piece(states.weights.backbone, index)
+      logits = _scores(model, states, piece, layout)
       mask = _seen(catalogue, piece, logits.shape, row, seen, layout)
       other = piece.fresh & (piece.items != target)
       above = other & ~(logits <= total[:, None])
@@ -213,15 +217,14 @@ def make_ranker(
     model, num_items=num_items, length=length, layout=layout,
     item_chunk=item_chunk,
   )
+  run = _by_chunk(compiled, model, user_chunk, layout)
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> Ranks:
-    rows = len(requests.users)
-    if not rows:
+    if not len(requests.users):
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    out = _run(compiled, weights, sequences, requests, user_chunk, layout)
-    return Ranks(*(x.reshape(-1)[:rows] for x in out))
+    return run(weights, sequences, requests)
 
   return rank
 
@@ -276,13 +279,15 @@ def make_top(
   def top_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Top:
-    users, positions, segments = sharding.split_rows(requests, layout)
-    states = states_before(model, weights, sequences, users, positions, length)
+    users, positions, _ = sharding.split_rows(requests, layout)
+    states = states_before(
+      model, weights, sequences, users, positions, requests.segments[0], length
+    )
     row, seen = seen_items(sequences, *requests[:2], size)
 
     def merge(carry: tuple, index: jax.Array) -> tuple:
-      piece = catalogue.piece(weights.backbone, index)
-      logits = _scores(model, weights, states, segments, piece, layout)
+      piece = catalogue.piece(states.weights.backbone, index)
+      logits = _scores(model, states, piece, layout)
       mask = _seen(catalogue, piece, logits.shape, row, seen, layout)
       scores = jnp.where(piece.fresh & ~mask, logits, -jnp.inf)
       shards = layout.model
@@ -308,15 +313,14 @@ def make_top(
     return Top(jnp.where(scores > -jnp.inf, items, 0), scores)
 
   compiled = _compiled(top_chunk, layout)
+  run = _by_chunk(compiled, model, user_chunk, layout)
 
   def top(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> Top:
-    rows = len(requests.users)
-    if not rows:
+    if not len(requests.users):
       return Top(np.zeros((0, count), np.int32), np.zeros((0, count)))
-    out = _run(compiled, weights, sequences, requests, user_chunk, layout)
-    return Top(*(x.reshape(-1, count)[:rows] for x in out))
+    return run(weights, sequences, requests)
 
   return top
 
@@ -331,11 +335,18 @@ def _compiled(of_chunk: Callable, layout: Layout) -> Callable:
   return jax.jit(run, static_argnums=3)
 
 
-def _run(
-  compiled: Callable, weights: Weights, sequences: Sequences,
-  requests: Requests, user_chunk: int, layout: Layout,
-) -> PyTree:
+def _by_chunk(
+  compiled: Callable, model: Model, user_chunk: int, layout: Layout
+) -> Callable[[Weights, Sequences, Requests], PyTree]:
   """Runs a program over chunks of users, as many as fill the devices."""
-  chunks = by_chunk(requests, user_chunk, layout.data)
-  size = int(chunks.positions.sum(1, dtype=np.int64).max())
-  return jax.device_get(compiled(weights, sequences, chunks, max(size, 1)))
+
+  def run(
+    weights: Weights, sequences: Sequences, requests: Requests
+  ) -> PyTree:
+    index = chunk_index(model, requests, user_chunk, layout.data)
+    chunks = take_chunks(requests, index)
+    size = int(chunks.positions.sum(1, dtype=np.int64).max())
+    out = compiled(weights, sequences, chunks, max(size, 1))
+    return from_chunks(jax.device_get(out), index, len(requests.users))
+
+  return run

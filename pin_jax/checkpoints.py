@@ -1,109 +1,323 @@
-"""Checkpoints: a tree of arrays and a JSON record, saved by orbax."""
+"""Checkpoints: a tree of arrays and a JSON record, saved by orbax.
 
+Every checkpoint says what it belongs to and holds digests of its arrays and of
+its record, so that what is restored is either what was saved or refused: a
+damaged one is passed over for the newest that is intact.
+"""
+
+import contextlib
+import gc
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from pin_jax.types import InputError, PyTree
+from pin_jax.types import InputError, PyTree, TrainingError, at_least
+
+SCHEMA = 2  # of the record; another one is not read
 
 
 class Checkpoints:
-  """The checkpoints of one run in one directory; the newest is kept.
+  """The checkpoints of one run in one directory; the newest are kept.
 
   Saves are asynchronous and atomic: a directory appears under its final name
-  once it is complete.
+  once it is complete, and older ones go only after that.
   """
 
   def __init__(
-    self, directory: epath.PathLike, *, keep: int = 1,
+    self,
+    directory: epath.PathLike,
+    *,
+    keep: int = 2,
+    about: Mapping[str, Any] | None = None,
+    accepted: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda line: None,
     tables: tuple[str, ...] = (),
   ) -> None:
     """Opens (and makes) the directory.
 
     Args:
-      directory: where the checkpoints are.
-      keep: how many of the newest steps are kept.
+      directory: of this run's checkpoints alone.
+      keep: how many of the newest to keep.
+      about: what they belong to, such as the config, the data's fingerprint
+        and the libraries' versions; nested, as JSON.
+      accepted: sections of `about` in which a difference is let pass.
+      say: takes a line for each damaged checkpoint that is passed over.
       tables: last names of leaves that may be restored with fewer or more rows
         than were saved, the padding of another mesh; what is missing is 0.
-    """
-    self._tables = tables
-    self._directory = epath.Path(directory).absolute()
-    self._manager = ocp.CheckpointManager(
-      self._directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-    )
-
-  def save(self, step: int, tree: PyTree, record: dict[str, Any]) -> None:
-    """Saves arrays and record under `step`; returns before they are on disk."""
-    if step in self._manager.all_steps():
-      return
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record)
-      ),
-      force=True,
-    )
-
-  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
-    """The newest checkpoint, shaped like `like`; None where there is none.
 
     Raises:
-      InputError: if the files do not hold a tree of that shape.
+      InputError: if `keep` is below 1.
+      TrainingError: if the directory cannot be made.
     """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          tree=ocp.args.StandardRestore(
-            template, strict=not self._only_rows_differ(step, template)
-          ),
-          record=ocp.args.JsonRestore(),
-        ),
-      )
-    except (ValueError, KeyError, OSError, TypeError) as error:
-      reason = str(error).strip().splitlines()[:1]
-      raise InputError(
-        f"checkpoint {self._directory / str(step)} cannot be read "
-        f"({''.join(reason)[:200]}); delete that directory to train the run "
-        "again, or use another workdir"
-      ) from error
-    return restored["tree"], restored["record"]
+    at_least(1, keep=keep)
+    self._directory = epath.Path(directory).absolute()
+    self._keep, self._accepted, self._say = keep, accepted, say
+    self._tables = tables
+    self._about = json.loads(json.dumps(about or {}))
+    self._saving: int | None = None
+    self._manager = self._guarded(lambda: ocp.CheckpointManager(
+      self._directory,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=None, create=True, cleanup_tmp_directories=True
+      ),
+    ))
 
-  def _only_rows_differ(self, step: int, template: PyTree) -> bool:
-    """Whether tables have other rows than stored and all else is the same."""
-    if not self._tables:
-      return False
-    path = self._directory / str(step) / "tree"
-    try:
-      stored = _shapes(ocp.StandardCheckpointer().metadata(path).item_metadata)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError):
-      return False  # the restoration says what is wrong
-    wanted = _shapes(template)
-    differing = [k for k in wanted if stored.get(k) != wanted[k]]
-    return bool(differing) and stored.keys() == wanted.keys() and all(
-      key[-1] in self._tables and stored[key][1:] == wanted[key][1:]
-      for key in differing
+  @property
+  def directory(self) -> epath.Path:
+    """Where they are."""
+    return self._directory
+
+  def beside(self, name: str) -> "Checkpoints":
+    """Checkpoints of the same run in a directory of that name beside it."""
+    return Checkpoints(
+      self._directory.parent / name / self._directory.name, keep=self._keep,
+      about=self._about, accepted=self._accepted, say=self._say,
+      tables=self._tables,
     )
 
+  def steps(self) -> list[int]:
+    """The steps on disk, whole or damaged, ascending."""
+    names = [path.name for path in self._directory.iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+  def save(self, step: int, tree: PyTree, record: dict[str, Any]) -> None:
+    """Saves arrays and record under `step`; returns before they are on disk.
+
+    Raises:
+      TrainingError: if this or the last save fails, with a full disk or a
+        read-only directory; what was there before stays.
+    """
+    self.wait()
+    if step in self.steps():
+      return
+    self._saving = step
+    sealed = _seal({
+      "schema": SCHEMA,
+      "about": self._about,
+      "leaves": _leaves(tree),
+      "arrays": _digest(tree),
+      "record": record,
+    })
+    self._guarded(lambda: self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(sealed)
+      ),
+      force=True,
+    ))
+
+  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+    """The newest intact checkpoint; None where nothing was ever saved.
+
+    Newer ones that are damaged are named by `say` and deleted.
+
+    Args:
+      like: arrays, or their shapes and types, in the tree that was saved.
+
+    Raises:
+      InputError: if none is intact, or if the newest intact one belongs to
+        something else or holds another tree.
+    """
+    damaged = {}
+    for step in reversed(self.steps()):
+      try:
+        restored = self._read(step, like)
+      except _Damage as damage:
+        damaged[step] = damage
+        continue
+      self._drop(damaged, step)
+      return restored
+    if damaged:
+      newest = max(damaged)
+      raise InputError(
+        f"checkpoint {self._directory / str(newest)} cannot be read "
+        f"({damaged[newest]}) and there is no older one that can; delete "
+        f"{self._directory} to train the run again, or use another workdir"
+      )
+    return None
+
   def wait(self) -> None:
-    """Returns once everything saved is on disk."""
-    self._manager.wait_until_finished()
+    """Returns once everything saved is on disk; removes what is too old.
+
+    Raises:
+      TrainingError: if the save failed.
+    """
+    self._guarded(self._manager.wait_until_finished)
+    self._saving = None
+    for step in self.steps()[: -self._keep]:
+      self._guarded((self._directory / str(step)).rmtree)
 
   def close(self) -> None:
     """Waits, then releases the manager's threads."""
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """One checkpoint; raises _Damage, or InputError for another job's."""
+    sealed = self._part(step, record=ocp.args.JsonRestore())
+    if not isinstance(sealed, dict) or "seal" not in sealed:
+      raise _Damage("its record has no checksum; an older version wrote it")
+    if _seal(sealed) != sealed:
+      raise _Damage("its record does not match its checksum")
+    self._check(step, sealed, like)
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    stored = sealed["leaves"]
+    tree = self._part(step, tree=ocp.args.StandardRestore(
+      template, strict=stored == _leaves(like)
+    ))
+    if _digest(tree, stored) != sealed["arrays"]:
+      raise _Damage("its arrays do not match their checksum")
+    return tree, sealed["record"]
+
+  def _part(self, step: int, **args: Any) -> Any:
+    """Reads the tree or the record; whatever goes wrong is damage."""
+    args = ocp.args.Composite(**args)
+    # Reads that fail leave threads behind which print tracebacks.
+    with contextlib.redirect_stderr(io.StringIO()):
+      try:
+        restored = self._manager.restore(step, args=args)
+      except Exception as error:  # orbax and tensorstore raise many kinds
+        damage = _Damage(_brief(error))
+      else:
+        return next(iter(restored.values()))
+      gc.collect()
+    raise damage
+
+  def _check(self, step: int, sealed: dict[str, Any], like: PyTree) -> None:
+    """Raises InputError for the first thing in which a checkpoint differs."""
+    path = self._directory / str(step)
+    theirs, mine = sealed["about"], self._about
+    found = [("schema", sealed["schema"], SCHEMA)] * (
+      sealed["schema"] != SCHEMA
+    )
+    for key in mine.keys() & theirs.keys() - set(self._accepted):
+      found += _differences(key, theirs[key], mine[key])
+    for key, there, here in sorted(found, key=lambda x: x[0]):
+      raise InputError(
+        f"checkpoint {path} belongs to something else: {key} is {there!r} "
+        f"there and {here!r} here; use what it was made with"
+        + (", or --other_versions" if key.startswith("versions") else "")
+        + ", or another workdir"
+      )
+    leaves = _leaves(like)
+    for key in sorted(sealed["leaves"].keys() | leaves.keys()):
+      there, here = (x.get(key, "absent") for x in (sealed["leaves"], leaves))
+      if there != here and not self._only_rows_differ(key, there, here):
+        raise InputError(
+          f"checkpoint {path} holds another tree: {key} is {there} there and "
+          f"{here} here; delete {self._directory} to train the run again, or "
+          "use another workdir"
+        )
+
+  def _only_rows_differ(self, key: str, there: str, here: str) -> bool:
+    """Whether a leaf is a table of other rows, there and here."""
+    if key.rpartition("/")[2] not in self._tables or "absent" in (there, here):
+      return False
+    return _type_and_shape(there)[::2] == _type_and_shape(here)[::2]
+
+  def _drop(self, damaged: dict[int, Exception], instead: int) -> None:
+    for step, damage in damaged.items():
+      path = self._directory / str(step)
+      self._say(
+        f"checkpoint {path} is damaged ({damage}); it is deleted and step "
+        f"{instead} restored instead"
+      )
+      self._guarded(path.rmtree)
+    if damaged:
+      self._manager.reload()
+
+  def _guarded(self, action: Callable[[], Any]) -> Any:
+    """Runs what writes; a failure becomes one line with the remedy."""
+    try:
+      return action()
+    except (OSError, ValueError, RuntimeError) as error:
+      saving = "" if self._saving is None else f"/{self._saving}"
+      raise TrainingError(
+        f"checkpoint {self._directory}{saving} cannot be written "
+        f"({_brief(error)}); free space there or make it writable, and run "
+        "the same command again: it continues from the last whole checkpoint"
+      ) from error
 
 
-def _shapes(tree: PyTree) -> dict[tuple[str, ...], tuple[int, ...]]:
-  """Shapes of the leaves, by their paths as they are stored."""
-  flat = ocp.tree.to_flat_dict(
-    ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
-  )
-  return {key: tuple(leaf.shape) for key, leaf in flat.items()}
+class _Damage(Exception):
+  """What is wrong with a checkpoint, in a line."""
+
+
+def _seal(record: dict[str, Any]) -> dict[str, Any]:
+  """The record with the digest of everything else in it as `seal`."""
+  rest = {key: value for key, value in record.items() if key != "seal"}
+  text = json.dumps(rest, sort_keys=True)
+  return {**rest, "seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _by_name(tree: PyTree) -> Iterator[tuple[str, Any]]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def _leaves(tree: PyTree) -> dict[str, str]:
+  """Type and shape of every leaf by its name."""
+  return {
+    name: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+    for name, leaf in _by_name(tree)
+  }
+
+
+def _type_and_shape(leaf: str) -> tuple[str, int | None, list[int]]:
+  """(type, rows, the other axes) of a leaf as `_leaves` writes it."""
+  dtype, _, shape = leaf.partition("[")
+  rows, *others = json.loads("[" + shape) or [None]
+  return dtype, rows, others
+
+
+def _digest(tree: PyTree, stored: Mapping[str, str] | None = None) -> str:
+  """SHA-256 of the names, types, shapes and bytes of all leaves.
+
+  With `stored`, the digest that the tree has with the rows of these leaves: it
+  is cut to them, or filled up with zeros.
+  """
+  leaves = _leaves(tree)
+  if stored is not None:
+    leaves = {name: stored[name] for name in leaves}
+  digest = hashlib.sha256(json.dumps(leaves).encode())
+  for name, leaf in _by_name(tree):
+    values = _with_rows(jax.device_get(leaf), _type_and_shape(leaves[name])[1])
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+  return digest.hexdigest()
+
+
+def _with_rows(values: np.ndarray, rows: int | None) -> np.ndarray:
+  if rows is None or len(values) == rows:
+    return values
+  missing = max(rows - len(values), 0)
+  pad = [(0, missing)] + [(0, 0)] * (values.ndim - 1)
+  return np.pad(values[:rows], pad)
+
+
+def _differences(key: str, theirs: Any, mine: Any) -> list[tuple]:
+  """(name, theirs, mine) wherever two nested values differ.
+
+  A name that only one of them knows is no difference: it is of a version that
+  had no such thing.
+  """
+  if isinstance(theirs, dict) and isinstance(mine, dict):
+    return [
+      found
+      for name in sorted(theirs.keys() & mine.keys())
+      for found in _differences(f"{key}.{name}", theirs[name], mine[name])
+    ]
+  return [(key, theirs, mine)] if theirs != mine else []
+
+
+def _brief(error: BaseException) -> str:
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]

@@ -16,12 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import packing
-from pin_jax.batches import Sequences
+from pin_jax import packing, plugins
+from pin_jax.batches import Sequences, read_back
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
-from pin_jax.plugins import apply_by_segment
-from pin_jax.types import Backbone, InputError, Plugin, PyTree
+from pin_jax.types import (
+  Backbone,
+  InputError,
+  Plugin,
+  PyTree,
+  Reading,
+  at_least,
+)
 
 
 class Model(NamedTuple):
@@ -32,10 +38,17 @@ class Model(NamedTuple):
 
 
 class Weights(NamedTuple):
-  """The parameters of what is evaluated; `plugins` leaves lead with [S]."""
+  """The parameters of what is evaluated.
+
+  Attributes:
+    backbone: of the backbone.
+    plugins: of the plugins, leaves [S, ...]; None without.
+    evidence: what the plugins read besides, or None.
+  """
 
   backbone: PyTree
   plugins: PyTree
+  evidence: PyTree = None
 
 
 class Requests(NamedTuple):
@@ -78,21 +91,33 @@ def read_windows(
   return jnp.where(index >= 0, sequences.items[flat], 0)
 
 
+class States(NamedTuple):
+  """Rows of one segment, ready to be scored.
+
+  Attributes:
+    states: the backbone's, leading axis M.
+    reading: what the plugin reads of the history, or None.
+    weights: of the segment: its plugin's own, the backbone's as the plugin
+      wants them.
+  """
+
+  states: PyTree
+  reading: Reading | None
+  weights: Weights
+
+
 def score_items(
-  model: Model,
-  weights: Weights,
-  states: PyTree,
-  segments: jax.Array,
-  candidates: jax.Array | None,
+  model: Model, rows: States, candidates: jax.Array | None,
+  items: jax.Array | None = None,
 ) -> jax.Array:
-  """Logits [M, C] of the backbone's states, through the users' plugins."""
-  backbone, plugin = model
-  representations = backbone.represent(weights.backbone, states, candidates)
-  if plugin is not None:
-    representations = apply_by_segment(
-      plugin, weights.plugins, representations, segments
-    )
-  return backbone.score(weights.backbone, representations, candidates)
+  """Logits [M, C] of rows of one segment, through its plugin.
+
+  For `candidates` and `items` see `plugins.logits`.
+  """
+  return plugins.logits(
+    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
+    rows.states, rows.reading, candidates, items,
+  )
 
 
 def states_before(
@@ -101,15 +126,32 @@ def states_before(
   sequences: Sequences,
   users: jax.Array,
   positions: jax.Array,
+  segment: jax.Array,
   length: int,
-) -> PyTree:
-  """The backbone's states after the `length` items before a position; [B]."""
+) -> States:
+  """The states after the `length` items before a position; [B].
+
+  Args:
+    model: what is evaluated.
+    weights: of all segments.
+    sequences: the interactions.
+    users: [B].
+    positions: [B] in-user position of the target.
+    segment: scalar, that of all rows.
+    length: L.
+  """
+  own = jax.tree.map(lambda x: x[segment], weights.plugins)
+  frozen = plugins.adapted(model.plugin, own, weights.backbone)
   history = read_windows(sequences, users, positions, length)
-  context = packing.encode(model.backbone, weights.backbone, history)
+  context = packing.encode(model.backbone, frozen, history)
   rows = len(users)
-  return model.backbone.at(
+  states = model.backbone.at(
     context, jnp.arange(rows), jnp.full(rows, length - 1)
   )
+  reading = None
+  if model.plugin is not None and model.plugin.recent:
+    reading = read_back(sequences, users, positions - 1, model.plugin.recent)
+  return States(states, reading, Weights(frozen, own, weights.evidence))
 
 
 RankFn = Callable[[Weights, Sequences, Requests], Ranks]
@@ -140,6 +182,10 @@ def make_ranker(
   Returns:
     (weights, sequences, requests) -> Ranks.
   """
+  at_least(
+    1, num_items=num_items, length=length, user_chunk=user_chunk,
+    item_chunk=item_chunk,
+  )
   chunks = -(-(num_items + 1) // item_chunk)
   width = num_items + 1 if chunks == 1 else item_chunk
 
@@ -148,7 +194,7 @@ def make_ranker(
   ) -> Ranks:
     users, positions, segments = requests
     states = states_before(
-      model, weights, sequences, users, positions, length
+      model, weights, sequences, users, positions, segments[0], length
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = seen_items(sequences, users, positions, size)
@@ -156,8 +202,7 @@ def make_ranker(
     def scores(index: jax.Array) -> tuple[jax.Array, jax.Array]:
       items = index * width + jnp.arange(width)
       candidates = None if chunks == 1 else jnp.minimum(items, num_items)
-      logits = score_items(model, weights, states, segments, candidates)
-      return logits, items
+      return score_items(model, states, candidates), items
 
     def target_score(total: jax.Array, index: jax.Array) -> tuple:
       logits, items = scores(index)
@@ -211,28 +256,49 @@ def make_ranker(
     rows = len(requests.users)
     if not rows:
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    chunks = by_chunk(requests, user_chunk)
-    size = int(chunks.positions.sum(1, dtype=np.int64).max())
-    out = jax.device_get(compiled(weights, sequences, chunks, max(size, 1)))
-    return Ranks(*(x.reshape(-1)[:rows] for x in out))
+    index = chunk_index(model, requests, user_chunk)
+    by_chunk = take_chunks(requests, index)
+    size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
+    out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
+    return from_chunks(out, index, rows)
 
   return rank
 
 
-def by_chunk(tree: PyTree, user_chunk: int, multiple: int = 1) -> PyTree:
-  """int32 arrays [n, ...] -> [chunks, chunk, ...]; the last row fills up.
+def chunk_index(
+  model: Model, requests: Requests, user_chunk: int, multiple: int = 1
+) -> np.ndarray:
+  """Which request lies where, [chunks, chunk].
 
-  A few rows make a smaller chunk, of some multiple of `multiple`.
+  A chunk is of one segment, where there are plugins; a segment's last chunk is
+  filled up with its last request. The size of a chunk is rounded up to a
+  multiple of `multiple`; few requests make a smaller one.
   """
-  rows = len(jax.tree.leaves(tree)[0])
-  chunk = min(user_chunk, -(-rows // multiple) * multiple)
+  segments = np.asarray(requests.segments)
+  if model.plugin is None:
+    segments = np.zeros_like(segments)
+  chunk = -(-min(user_chunk, len(segments)) // multiple) * multiple
+  parts = []
+  for segment in np.unique(segments):
+    own = np.flatnonzero(segments == segment)
+    parts.append(np.pad(own, (0, -len(own) % chunk), mode="edge"))
+  return np.concatenate(parts).reshape(-1, chunk)
 
-  def reshape(x: np.ndarray) -> np.ndarray:
-    pad = [(0, -rows % chunk)] + [(0, 0)] * (x.ndim - 1)
-    padded = np.pad(np.asarray(x, np.int32), pad, mode="edge")
-    return padded.reshape(-1, chunk, *x.shape[1:])
 
-  return jax.tree.map(reshape, tree)
+def take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
+  """Arrays [n, ...] -> int32 [chunks, chunk, ...]."""
+  return jax.tree.map(lambda x: np.asarray(x, np.int32)[index], tree)
+
+
+def from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
+  """Arrays [chunks, chunk, ...] -> [n, ...], in the order of the requests."""
+
+  def place(x: np.ndarray) -> np.ndarray:
+    out = np.zeros((rows, *x.shape[2:]), x.dtype)
+    out[index.reshape(-1)] = np.asarray(x).reshape(-1, *x.shape[2:])
+    return out
+
+  return jax.tree.map(place, tree)
 
 
 def seen_items(
@@ -345,11 +411,11 @@ def make_sampled_ranker(
     def one(rows: tuple[Requests, jax.Array]) -> jax.Array:
       (users, positions, segments), drawn = rows
       states = states_before(
-        model, weights, sequences, users, positions, length
+        model, weights, sequences, users, positions, segments[0], length
       )
       target = sequences.items[sequences.starts[users] + positions]
       candidates = jnp.concatenate([target[:, None], drawn], axis=1)
-      return score_items(model, weights, states, segments, candidates)
+      return score_items(model, states, candidates)
 
     return jax.lax.map(one, (requests, negatives))
 
@@ -361,10 +427,11 @@ def make_sampled_ranker(
       nothing = np.zeros(0)
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
-    scores = score_all(
-      weights, sequences, *by_chunk((requests, drawn), user_chunk)
-    )
-    scores = np.asarray(scores).reshape(-1, 1 + count)[:rows]
+    index = chunk_index(model, requests, user_chunk)
+    scores = jax.device_get(score_all(
+      weights, sequences, *take_chunks((requests, drawn), index)
+    ))
+    scores = from_chunks(scores, index, rows)
     return SampledRanks(
       np.asarray(average_rank(scores, np.zeros(rows, np.int32))),
       np.full(rows, 1 + count), scores[:, 0], scores[:, 1:],
@@ -384,18 +451,20 @@ def make_log_probabilities(
   ) -> jax.Array:
     users, positions, segments = requests
     states = states_before(
-      model, weights, sequences, users, positions, length
+      model, weights, sequences, users, positions, segments[0], length
     )
-    logits = score_items(model, weights, states, segments, None)
+    logits = score_items(model, states, None)
     return jax.nn.log_softmax(logits[:, 1 : num_items + 1], axis=-1)
 
   def run(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> np.ndarray:
-    parts = [np.zeros((0, num_items), np.float32)]
-    for start in range(0, len(requests.users), user_chunk):
-      part = Requests(*(x[start : start + user_chunk] for x in requests))
-      parts.append(np.asarray(compute(weights, sequences, part)))
-    return np.concatenate(parts)
+    out = np.zeros((len(requests.users), num_items), np.float32)
+    if not len(out):
+      return out
+    for index in chunk_index(model, requests, user_chunk):
+      part = take_chunks(requests, index)
+      out[index] = np.asarray(compute(weights, sequences, part))
+    return out
 
   return run

@@ -202,7 +202,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """Pre-norm transformer block: attention, then MLP, each residual."""
+  """Pre-norm transformer block: attention, then MLP, each residual.
+
+  Where its params hold an 'adapter' {down [D, h], up [h, D]}, which `init`
+  never makes, x + gelu(x down) up follows (see `plugins.adapter`).
+  """
 
   heads: int
   hidden: int
@@ -216,7 +220,11 @@ class Block(nn.Module):
     mlp = MLP(self.hidden, self.dropout, self.kernel_init)
     drop = lambda h: Dropout(self.dropout)(h)
     x = x + drop(attention(nn.LayerNorm()(x), windows))
-    return x + drop(mlp(nn.LayerNorm()(x)))
+    x = x + drop(mlp(nn.LayerNorm()(x)))
+    if not self.has_variable("params", "adapter"):
+      return x
+    adapter = self.get_variable("params", "adapter")
+    return x + jax.nn.gelu(x @ adapter["down"]) @ adapter["up"]
 
 
 class GRU(nn.Module):

@@ -50,7 +50,10 @@ def average_rank(
 
 
 def _checked(ranks: ArrayLike, k: float) -> np.ndarray:
-  ranks = np.asarray(ranks, np.float64)
+  try:
+    ranks = np.asarray(ranks, np.float64)
+  except (TypeError, ValueError) as error:
+    raise InputError(f"ranks are no numbers ({error}); pass numbers") from None
   if not np.all(ranks >= 1):
     raise InputError(
       f"ranks contain {np.min(ranks)}; pass ranks of 1 (best) and more"
@@ -158,10 +161,19 @@ def group_auc(aucs: ArrayLike, impressions: ArrayLike) -> float:
   Returns:
     The weighted mean.
 
+  Raises:
+    InputError: if shapes differ or there is no impression.
+
   Reference:
     Zhu et al., KDD 2017 (optimized cost per click); Zhou et al., KDD 2018
     (DIN), equation of GAUC.
   """
+  shapes, total = (np.shape(aucs), np.shape(impressions)), np.sum(impressions)
+  if shapes[0] != shapes[1] or not total > 0:
+    raise InputError(
+      f"aucs has shape {shapes[0]}, impressions {shapes[1]} with a sum of "
+      f"{total}; pass as many of both, and at least one impression"
+    )
   return float(np.average(np.asarray(aucs, np.float64), weights=impressions))
 
 
@@ -183,10 +195,14 @@ def auc_components(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
   Returns:
     [N] float64.
 
+  Raises:
+    InputError: if the negatives are not [N, C].
+
   Reference:
     DeLong et al., Biometrics 1988 (the components); Obuchowski, Biometrics
     1997 (clusters). Averaging them by user is ours.
   """
+  _check_impressions(positive, negatives)
   positive = np.nan_to_num(
     np.asarray(positive, np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf
   )
@@ -196,6 +212,14 @@ def auc_components(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
   below = _share_below(np.sort(negatives, axis=None), positive)
   above = 1 - _share_below(np.sort(positive), negatives)
   return below + above.mean(-1) - below.mean()
+
+
+def _check_impressions(positive: ArrayLike, negatives: ArrayLike) -> None:
+  ours, theirs = np.shape(positive), np.shape(negatives)
+  if len(theirs) != 2 or ours != theirs[:1]:
+    raise InputError(
+      f"positive has shape {ours} but negatives {theirs}; pass [N] and [N, C]"
+    )
 
 
 def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -217,7 +241,11 @@ def log_loss(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
 
   Returns:
     [N] float64, nats.
+
+  Raises:
+    InputError: if the negatives are not [N, C].
   """
+  _check_impressions(positive, negatives)
   positive = np.asarray(positive, np.float64)
   negatives = np.asarray(negatives, np.float64)
   total = np.logaddexp(0, -positive) + np.logaddexp(0, negatives).sum(-1)

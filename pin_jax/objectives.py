@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax import aggregation, criteria, packing, sharding
+from pin_jax import aggregation, criteria, packing, plugins, sharding
 from pin_jax.criteria import SOFTMAX, Criterion, Head
 from pin_jax.losses import accumulated, chunked
 from pin_jax.negatives import Negatives
@@ -56,17 +56,32 @@ def backbone_head(backbone: Backbone) -> Head:
 
 
 def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """(plugin params, backbone params, states [M], candidates) -> [M, C]."""
+  """The head of stage 2; its context is that of `with_reading`.
+
+  Returns:
+    (plugin params, (backbone params, evidence), (states [M], Reading [M]),
+    candidates) -> [M, C].
+  """
 
   def head(
     params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
   ) -> jax.Array:
-    representations = backbone.represent(shared, states, candidates)
-    return backbone.score(
-      shared, plugin.apply(params, representations), candidates
+    return plugins.logits(
+      backbone, plugin, params, *shared, *states, candidates
     )
 
   return head
+
+
+def with_reading(backbone: Backbone) -> Backbone:
+  """The backbone over contexts (context, Reading [B, L] or None)."""
+
+  def at(context: PyTree, rows: jax.Array, columns: jax.Array) -> PyTree:
+    own, reading = context
+    reading = jax.tree.map(lambda x: x[rows, columns], reading)
+    return backbone.at(own, rows, columns), reading
+
+  return backbone._replace(at=at)
 
 
 def next_item_loss(

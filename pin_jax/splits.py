@@ -138,6 +138,9 @@ def temporal_fractions(
       and as `temporal` does.
   """
   _check_times(interactions)
+  for name, share in (("validation", validation), ("test", test)):
+    if not isinstance(share, int | float):
+      raise InputError(f"{name}={share!r} is no number; give a share")
   if not (validation > 0 and test > 0 and validation + test < 1):
     raise InputError(
       f"validation={validation}, test={test} are no shares; give positive "

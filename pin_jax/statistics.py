@@ -1,13 +1,24 @@
-"""Bootstrap intervals over users: of a mean, and of a relative change.
+"""What may be claimed of users and seeds: intervals, tests and power.
 
-Users are the resampling unit, because the behaviours of one user (and the
-results of one user under several seeds) are not independent. The intervals
-speak of the users that might have been sampled; they do not cover the spread
-over training seeds.
+Users and training seeds are resampled, each as a whole (crossed): the
+behaviours of one user are not independent, nor are the results of one trained
+model. All models share the draws, so that comparisons are paired.
+
+Crossing is on the safe side where a user's result varies from seed to seed for
+its own sake: that part of the variance counts up to three times. It is not
+where the seeds' means themselves differ and there are few: were they all the
+spread there is, a 95 % interval would cover 75 % at three seeds and 84 % at
+five. Give several seeds, and look at each seed's own result. With one seed
+nothing is known of the spread over seeds, and the intervals leave it out.
+
+Reference:
+  McCullagh, Bernoulli 2000 (resampling dyadic arrays); Owen, Annals of Applied
+  Statistics 2007 (the pigeonhole bootstrap, its bias).
 """
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,17 +30,41 @@ from pin_jax.types import InputError
 _BATCH_ELEMENTS = 2**21
 
 
-class MeanInterval(NamedTuple):
-  """A mean over users with its interval; each field has shape [...]."""
+class Interval(NamedTuple):
+  """An estimate with its interval; each field has shape [...]."""
 
   estimate: np.ndarray
   low: np.ndarray
   high: np.ndarray
 
 
-class RelativeChange(NamedTuple):
-  """mean(other) / mean(base) - 1 with its interval; each of shape [...]."""
+class Change(NamedTuple):
+  """A relative change with its interval and test; each of shape [...].
 
+  Attributes:
+    estimate: mean(other) / mean(base) - 1, a fraction.
+    low: lower end of the interval.
+    high: upper end.
+    p_value: of the hypothesis that the change is at most -margin.
+  """
+
+  estimate: np.ndarray
+  low: np.ndarray
+  high: np.ndarray
+  p_value: np.ndarray
+
+
+class Worst(NamedTuple):
+  """The smallest of several means; each field has shape [...].
+
+  Attributes:
+    index: which it is.
+    estimate: the smallest mean.
+    low: lower end of the interval of the smallest mean.
+    high: upper end.
+  """
+
+  index: np.ndarray
   estimate: np.ndarray
   low: np.ndarray
   high: np.ndarray
@@ -67,52 +102,122 @@ def average_within_users(
   return np.add.reduceat(values[..., order], starts, axis=-1) / counts
 
 
-def _percentiles(
-  values: np.ndarray,
+def by_seed(
+  values: ArrayLike, users: ArrayLike | None, seeds: ArrayLike | None = None
+) -> np.ndarray:
+  """Lays rows out by seed and user: [..., N] -> [..., S, U].
+
+  Args:
+    values: [..., N], one value a row.
+    users: [N], the user of each row; None if every row is a user of its own.
+    seeds: [N], the seed of each row. None: rows of one user are averaged, S=1.
+
+  Returns:
+    [..., S, U] float64, in the order of the sorted seeds and user ids.
+
+  Raises:
+    InputError: if lengths differ, or a user and seed have not just one row.
+  """
+  if seeds is None:
+    return average_within_users(values, users)[..., None, :]
+  values, seeds = np.asarray(values, np.float64), np.asarray(seeds)
+  if users is None or seeds.shape != values.shape[-1:]:
+    raise InputError(
+      f"seeds has shape {seeds.shape} but values {values.shape}; "
+      "pass one seed and one user id for each entry of the last axis"
+    )
+  names, column = np.unique(np.asarray(users), return_inverse=True)
+  kinds, row = np.unique(seeds, return_inverse=True)
+  place = row * len(names) + column
+  if not np.array_equal(np.sort(place), np.arange(len(kinds) * len(names))):
+    raise InputError(
+      f"{len(place)} rows of {len(names)} users and {len(kinds)} seeds; "
+      "pass one row for every user under every seed"
+    )
+  shape = values.shape[:-1] + (len(kinds), len(names))
+  return values[..., np.argsort(place)].reshape(shape)
+
+
+class _Draws(NamedTuple):
+  """What resampling gave: interval ends [...] and draws [..., R]."""
+
+  low: np.ndarray
+  high: np.ndarray
+  draws: np.ndarray
+
+
+def _resample(
+  parts: Sequence[np.ndarray],
   statistic: Callable[[np.ndarray], np.ndarray],
   *,
   confidence: float,
   num_resamples: int,
   seed: int,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Percentile interval of a statistic of resampled means.
+) -> _Draws:
+  """Bootstrap of a statistic of means, users crossed with seeds.
 
-  What scipy resamples are the users' indices, once for all series, so that the
-  series stay paired. A resample enters as the number of times it draws each
-  user, which turns its means into one matrix product.
+  What scipy resamples are the indices of each part's users and those of the
+  seeds, once for all series, so that the series stay paired. A resample enters
+  as the number of times it draws each user and seed, which turns its means into
+  matrix products.
 
   Args:
-    values: [U, M], M series of values.
-    statistic: function of the means, [M, R] -> [..., R].
-    confidence: coverage of the interval.
+    parts: K arrays [M, S, U_k]: M series of values over the users of K disjoint
+      parts of the population, of which each is resampled by itself.
+    statistic: function of the means, [K, M, R] -> [..., R].
+    confidence: coverage of the percentile interval.
     num_resamples: R, over all batches.
     seed: of the resampling.
 
   Returns:
-    Lower and upper end, each [...]; NaN where a resample is undefined.
+    Ends and draws; NaN throughout for fewer than two users in a part, ends NaN
+    where a resample is undefined.
   """
-  num_users = len(values)
+  series, num_seeds = parts[0].shape[:2]
+  sizes = [part.shape[-1] for part in parts]
+  if min(sizes) < 2:
+    empty = np.full((len(parts), series, num_resamples), np.nan)
+    draws = statistic(empty)
+    return _Draws(draws[..., 0], draws[..., 0], draws)
+  flat = [part.reshape(-1, part.shape[-1]).T for part in parts]
 
-  def resampled(indices: np.ndarray, axis: int = -1) -> np.ndarray:
+  def resampled(*indices: np.ndarray, axis: int = -1) -> np.ndarray:
     del axis  # Always the last one.
-    draws = [np.bincount(row, minlength=num_users) for row in indices]
-    means = np.asarray(draws, np.float64) @ values / num_users
-    return statistic(means.T)
+    drawn = [_counts(*pair) for pair in zip(indices, sizes, strict=False)]
+    means = [d @ f / n for d, f, n in zip(drawn, flat, sizes, strict=True)]
+    seeds = np.ones((len(means[0]), 1))
+    if num_seeds > 1:
+      seeds = _counts(indices[-1], num_seeds)
+    means = np.reshape(means, (len(parts), -1, series, num_seeds))
+    return statistic(np.einsum("krms,rs->kmr", means, seeds) / num_seeds)
 
+  samples = [np.arange(n) for n in sizes]
+  samples += [np.arange(num_seeds)] if num_seeds > 1 else []
   with warnings.catch_warnings(), np.errstate(all="ignore"):
     warnings.simplefilter("ignore")
-    interval = scipy.stats.bootstrap(
-      (np.arange(num_users),),
+    result = scipy.stats.bootstrap(
+      samples,
       resampled,
       n_resamples=num_resamples,
-      batch=max(1, _BATCH_ELEMENTS // num_users),
+      batch=max(1, _BATCH_ELEMENTS // max(sizes)),
       vectorized=True,
       axis=-1,
       confidence_level=confidence,
       method="percentile",
       rng=np.random.default_rng(seed),
-    ).confidence_interval
-  return np.asarray(interval.low), np.asarray(interval.high)
+    )
+  interval = result.confidence_interval
+  return _Draws(
+    np.asarray(interval.low), np.asarray(interval.high),
+    np.asarray(result.bootstrap_distribution),
+  )
+
+
+def _counts(indices: np.ndarray, size: int) -> np.ndarray:
+  """How often each row of indices [R, n] draws each of `size` units."""
+  return np.asarray(
+    [np.bincount(row, minlength=size) for row in indices], np.float64
+  )
 
 
 def _check_options(confidence: float, num_resamples: int) -> None:
@@ -124,22 +229,33 @@ def _check_options(confidence: float, num_resamples: int) -> None:
     raise InputError(f"num_resamples is {num_resamples}; pass at least 1")
 
 
+def _flat(cube: np.ndarray) -> np.ndarray:
+  return cube.reshape(math.prod(cube.shape[:-2]), *cube.shape[-2:])
+
+
+def _mean(cube: np.ndarray) -> np.ndarray:
+  shape = cube.shape[:-2]
+  return cube.mean((-2, -1)) if cube.size else np.full(shape, np.nan)
+
+
 def mean_interval(
   values: ArrayLike,
   *,
   users: ArrayLike | None = None,
+  seeds: ArrayLike | None = None,
   confidence: float = 0.95,
   num_resamples: int = 2000,
   seed: int = 0,
-) -> MeanInterval:
+) -> Interval:
   """Mean over users with a percentile bootstrap interval.
 
   Args:
     values: [..., N], one value a row.
-    users: [N], the user of each row. Rows of one user (several seeds) are
-      averaged first. None: every row is a user of its own.
+    users: [N], the user of each row. None: every row is a user of its own.
+    seeds: [N], the seed of each row, resampled too. None: rows of one user are
+      averaged first.
     confidence: coverage of the interval.
-    num_resamples: number of bootstrap resamples of the users.
+    num_resamples: number of bootstrap resamples.
     seed: of the resampling.
 
   Returns:
@@ -150,19 +266,16 @@ def mean_interval(
     InputError: if shapes differ or an option is out of range.
   """
   _check_options(confidence, num_resamples)
-  values = average_within_users(values, users)
-  shape, num_users = values.shape[:-1], values.shape[-1]
-  estimate = values.mean(-1) if num_users else np.full(shape, np.nan)
-  if num_users < 2:
-    return MeanInterval(estimate, *np.full((2, *shape), np.nan))
-  low, high = _percentiles(
-    values.reshape(-1, num_users).T,
-    lambda means: means,
+  cube = by_seed(values, users, seeds)
+  shape = cube.shape[:-2]
+  low, high, _ = _resample(
+    [_flat(cube)],
+    lambda means: means[0],
     confidence=confidence,
     num_resamples=num_resamples,
     seed=seed,
   )
-  return MeanInterval(estimate, low.reshape(shape), high.reshape(shape))
+  return Interval(_mean(cube), low.reshape(shape), high.reshape(shape))
 
 
 def _ratio(base: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -175,54 +288,271 @@ def relative_change(
   other: ArrayLike,
   *,
   users: ArrayLike | None = None,
+  seeds: ArrayLike | None = None,
+  margin: float = 0.0,
   confidence: float = 0.95,
   num_resamples: int = 2000,
   seed: int = 0,
-) -> RelativeChange:
-  """Relative change of a mean, with a paired percentile bootstrap interval.
+) -> Change:
+  """Relative change of a mean: paired interval, and a one-sided test.
 
-  change = mean(other) / mean(base) - 1
+  change = mean(other) / mean(base) - 1,  H0: change <= -margin
 
-  A resample draws users with replacement and takes both models' values of
-  each. All leading axes share their resamples.
+  With margin 0 the test is of superiority, with a positive one of
+  non-inferiority. p = 2 (1 + #{resampled change <= -margin}) / (R + 1), at most
+  1: one-sided at half the level, so that p < .05 says what a 95 % interval
+  above -margin says. A resample takes both models' values of each drawn user
+  and seed. All leading axes share their resamples.
 
   Args:
     base: [..., N], one value a row.
     other: [..., N], the same rows under the other model.
-    users: [N], the user of each row. Rows of one user (several seeds) are
-      averaged first. None: every row is a user of its own.
+    users: [N], the user of each row. None: every row is a user of its own.
+    seeds: [N], the seed of each row, resampled too. None: rows of one user are
+      averaged first.
+    margin: the relative loss that still counts as no worse.
     confidence: coverage of the interval.
-    num_resamples: number of bootstrap resamples of the users.
+    num_resamples: number of bootstrap resamples.
     seed: of the resampling.
 
   Returns:
-    Estimate and interval as fractions (.1 is +10 %), each [...]. The interval
-    is NaN for fewer than two users, and where the base mean is zero in a
-    resample, so that the ratio has no bound; the estimate is NaN where the base
-    mean itself is zero.
+    Fractions (.1 is +10 %) and p-values, each [...]. Interval and p-value are
+    NaN for fewer than two users, and where the base mean is zero in a resample,
+    so that the ratio has no bound; all are NaN where the base mean is zero.
 
   Raises:
     InputError: if shapes differ or an option is out of range.
+
+  Reference:
+    Piaggio et al., JAMA 2012 (non-inferiority by the interval's lower end).
   """
   _check_options(confidence, num_resamples)
+  if not 0 <= margin < 1:
+    raise InputError(f"margin is {margin}; pass a share from 0 to below 1")
   base, other = np.asarray(base), np.asarray(other)
   if base.shape != other.shape:
     raise InputError(
       f"base has shape {base.shape} but other {other.shape}; "
       "pass the same rows of both models"
     )
-  pair = average_within_users(np.stack([base, other]), users)
-  shape, num_users = pair.shape[1:-1], pair.shape[-1]
-  if num_users < 1:
-    return RelativeChange(*np.full((3, *shape), np.nan))
-  estimate = _ratio(*pair.mean(-1))
-  if num_users < 2:
-    return RelativeChange(estimate, *np.full((2, *shape), np.nan))
-  low, high = _percentiles(
-    pair.reshape(-1, num_users).T,
-    lambda means: _ratio(*np.split(means, 2)),
+  pair = by_seed(np.stack([base, other]), users, seeds)
+  shape = pair.shape[1:-2]
+  if not pair.shape[-1]:
+    return Change(*np.full((4, *shape), np.nan))
+  found = _resample(
+    [_flat(pair)],
+    lambda means: _ratio(*np.split(means[0], 2)),
     confidence=confidence,
     num_resamples=num_resamples,
     seed=seed,
   )
-  return RelativeChange(estimate, low.reshape(shape), high.reshape(shape))
+  p_value = _p_value(found.draws, -margin)
+  fields = (x.reshape(shape) for x in (found.low, found.high, p_value))
+  return Change(_ratio(*_mean(pair)), *fields)
+
+
+def _p_value(draws: np.ndarray, bound: float) -> np.ndarray:
+  """Of H0: value <= bound, one-sided at half the level, [..., R] -> [...]."""
+  below = (draws <= bound + 1e-12).sum(-1)  # rounding counts as equal
+  p_value = np.minimum(1, 2 * (1 + below) / (draws.shape[-1] + 1))
+  return np.where(np.isnan(draws).any(-1), np.nan, p_value)
+
+
+def gap(
+  head: ArrayLike,
+  tail: ArrayLike,
+  *,
+  confidence: float = 0.95,
+  num_resamples: int = 2000,
+  seed: int = 0,
+) -> Interval:
+  """Signed gap mean(head) - mean(tail): positive where the tail is worse off.
+
+  The two segments' users are resampled apart, the seeds together.
+
+  Args:
+    head: [..., S, U_head], see `by_seed`.
+    tail: [..., S, U_tail].
+    confidence: coverage of the interval.
+    num_resamples: number of bootstrap resamples.
+    seed: of the resampling.
+
+  Returns:
+    Estimate and percentile interval, each [...]; the interval is NaN for fewer
+    than two users in a segment.
+
+  Raises:
+    InputError: if an option is out of range.
+  """
+  _check_options(confidence, num_resamples)
+  parts = [np.asarray(x, np.float64) for x in (head, tail)]
+  estimate = _mean(parts[0]) - _mean(parts[1])
+  low, high, _ = _resample(
+    [_flat(x) for x in parts],
+    lambda means: means[0] - means[1],
+    confidence=confidence,
+    num_resamples=num_resamples,
+    seed=seed,
+  )
+  shape = estimate.shape
+  return Interval(estimate, low.reshape(shape), high.reshape(shape))
+
+
+def worst_group(
+  groups: Sequence[ArrayLike],
+  *,
+  confidence: float = 0.95,
+  num_resamples: int = 2000,
+  seed: int = 0,
+) -> Worst:
+  """The smallest of the groups' means, min_g mean(values of g).
+
+  Every group's users are resampled apart, the seeds together, and each resample
+  picks its own smallest mean, so the interval leans downwards.
+
+  Args:
+    groups: G arrays [..., S, U_g], see `by_seed`.
+    confidence: coverage of the interval.
+    num_resamples: number of bootstrap resamples.
+    seed: of the resampling.
+
+  Returns:
+    Index, estimate and percentile interval, each [...]; the interval is NaN for
+    a group of fewer than two users.
+
+  Raises:
+    InputError: if there is no group, or an option is out of range.
+  """
+  _check_options(confidence, num_resamples)
+  if not len(groups):
+    raise InputError("groups is empty; pass the values of at least one group")
+  parts = [np.asarray(x, np.float64) for x in groups]
+  means = np.stack([_mean(x) for x in parts])
+  low, high, _ = _resample(
+    [_flat(x) for x in parts],
+    lambda drawn: drawn.min(0),
+    confidence=confidence,
+    num_resamples=num_resamples,
+    seed=seed,
+  )
+  shape = means.shape[1:]
+  return Worst(
+    means.argmin(0), means.min(0), low.reshape(shape), high.reshape(shape)
+  )
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+  """Holm's adjusted p-values: below alpha with family-wise error alpha.
+
+  p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),  p_(1) <= ... <= p_(m)
+
+  Args:
+    p_values: [m], one a hypothesis; NaN stands for a test that could not be
+      made: it stays NaN and counts towards m.
+
+  Returns:
+    [m] adjusted p-values.
+
+  Raises:
+    InputError: if a p-value is outside 0 to 1.
+
+  Reference:
+    Holm, Scandinavian Journal of Statistics 1979.
+  """
+  p_values = np.asarray(p_values, np.float64)
+  if np.any((p_values < 0) | (p_values > 1)):
+    raise InputError(f"p_values are {p_values}; pass numbers from 0 to 1")
+  order = np.argsort(p_values, kind="stable")  # NaN last
+  scaled = p_values[order] * (len(order) - np.arange(len(order)))
+  adjusted = np.empty_like(p_values)
+  adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
+  return adjusted
+
+
+def relative_error(
+  *,
+  num_users: int,
+  num_seeds: int,
+  spread: float,
+  correlation: float,
+  seed_spread: float,
+) -> float:
+  """Expected standard error of a paired relative change.
+
+  se^2 = 2 (1 - correlation) spread^2 / U + 2 seed_spread^2 / S
+
+  Args:
+    num_users: U.
+    num_seeds: S.
+    spread: standard deviation over users of one model's metric, in units of its
+      mean; a user's result averaged over the seeds.
+    correlation: between two models' results of a user.
+    seed_spread: standard deviation over seeds of one model's mean, in units of
+      that mean. Two models' seeds are taken to be independent.
+
+  Returns:
+    The standard error, a fraction.
+
+  Raises:
+    InputError: for a number out of range.
+  """
+  if min(num_users, num_seeds) < 1:
+    raise InputError(
+      f"num_users is {num_users} and num_seeds {num_seeds}; pass at least 1"
+    )
+  if not -1 <= correlation <= 1 or min(spread, seed_spread) < 0:
+    raise InputError(
+      f"correlation is {correlation}, spread {spread}, seed_spread "
+      f"{seed_spread}; pass -1 to 1 and numbers of at least 0"
+    )
+  of_users = 2 * (1 - correlation) * spread**2 / num_users
+  return math.sqrt(of_users + 2 * seed_spread**2 / num_seeds)
+
+
+def smallest_effect(
+  error: float, *, power: float = 0.8, confidence: float = 0.95
+) -> float:
+  """Smallest effect that a test finds with the given probability.
+
+  delta = (z_{1 - alpha/2} + z_{power}) se,  alpha = 1 - confidence
+
+  The same number is the smallest margin at which a method that changes nothing
+  is found non-inferior with this probability.
+
+  Args:
+    error: se, the standard error of the effect.
+    power: probability of finding it.
+    confidence: of the two-sided interval.
+
+  Returns:
+    The effect, in the units of the error.
+
+  Raises:
+    InputError: if an option is out of range.
+  """
+  _check_options(confidence, 1)
+  if not 0 < power < 1:
+    raise InputError(f"power is {power}; pass a share between 0 and 1, as .8")
+  return error * sum(scipy.stats.norm.ppf([(1 + confidence) / 2, power]))
+
+
+def power_of(effect: float, error: float, *, confidence: float = 0.95) -> float:
+  """Probability that the interval of an effect lies above zero.
+
+  power = Phi(effect / se - z_{1 - alpha/2}),  alpha = 1 - confidence
+
+  Args:
+    effect: the true effect; for non-inferiority of an unchanged method the
+      margin.
+    error: se, the standard error of the effect.
+    confidence: of the two-sided interval.
+
+  Returns:
+    The probability.
+
+  Raises:
+    InputError: if the confidence is out of range.
+  """
+  _check_options(confidence, 1)
+  border = scipy.stats.norm.ppf((1 + confidence) / 2)
+  return float(scipy.stats.norm.cdf(effect / error - border))

@@ -16,8 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, criteria, packing, sharding, sparse
-from pin_jax.batches import Pool, Sequences, draw_batch
+from pin_jax import aggregation, criteria, finite, packing, sharding, sparse
+from pin_jax.batches import (
+  HeldOut,
+  Pool,
+  Sequences,
+  draw_batch,
+  draw_held_out,
+  read_back,
+)
 from pin_jax.checkpoints import Checkpoints
 from pin_jax.criteria import SOFTMAX, Criterion
 from pin_jax.objectives import (
@@ -26,9 +33,19 @@ from pin_jax.objectives import (
   next_item_loss,
   plugin_head,
   position_weights,
+  with_reading,
 )
 from pin_jax.sharding import LOCAL, Layout
-from pin_jax.types import Backbone, Batch, Plugin, PyTree, TrainingError
+from pin_jax.types import (
+  Backbone,
+  Batch,
+  InputError,
+  Interrupted,
+  Plugin,
+  PyTree,
+  TrainingError,
+  at_least,
+)
 
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
 
@@ -58,12 +75,14 @@ class Operands(NamedTuple):
     pool: users to draw from, by group (stage 1) or segment (stage 2).
     frozen: the frozen backbone's params in stage 2; in stage 1 what
       `importance` needs, else None.
+    evidence: what the plugins read besides, the same for all runs, or None.
   """
 
   key: jax.Array
   sequences: Sequences
-  pool: Pool
+  pool: Pool | HeldOut
   frozen: PyTree
+  evidence: PyTree = None
 
 
 Step = Callable[
@@ -94,7 +113,13 @@ def make_optimizer(
 
   Returns:
     The transformation and its learning-rate schedule.
+
+  Raises:
+    InputError: if there is no step, or the learning rate is not positive.
   """
+  at_least(1, num_steps=num_steps)
+  if not learning_rate > 0:
+    raise InputError(f"learning_rate={learning_rate!r}; give a positive number")
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(warmup, num_steps // 2), max(num_steps, 2),
     final * learning_rate,
@@ -267,7 +292,8 @@ def plugin_step(
     schedule: its learning rate, for the log.
     batch_size: B, windows a segment.
     length: L.
-    draw: see `draw_batch`.
+    draw: see `draw_batch`; 'validation' learns from the held-out targets of
+      `operands.pool`, a HeldOut.
     mean: see `position_weights`.
     criterion: what is minimised at every position.
     layout: how the batch is split over devices.
@@ -276,29 +302,50 @@ def plugin_step(
     The step; its state's leaves lead with [S].
   """
   loss = next_item_loss(
-    backbone, plugin_head(backbone, plugin), criterion=criterion,
-    layout=layout,
+    with_reading(backbone), plugin_head(backbone, plugin),
+    criterion=criterion, layout=layout,
   )
 
+  def encode(
+    params: PyTree, frozen: PyTree, history: jax.Array
+  ) -> tuple[PyTree, PyTree]:
+    """(context, the backbone's params as the plugin wants them)."""
+    if plugin.adapt is None:
+      context = packing.encode(backbone, frozen, history)
+      return jax.lax.stop_gradient(context), frozen
+    frozen = plugin.adapt(params, frozen)
+    return backbone.encode(frozen, history, None), frozen
+
   def segment_loss(
-    params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array
+    params: PyTree, operands: Operands, batch: Batch, key: jax.Array
   ) -> jax.Array:
-    context = jax.lax.stop_gradient(
-      packing.encode(backbone, frozen, batch.history)
-    )
+    context, frozen = encode(params, operands.frozen, batch.history)
+    reading = None
+    if plugin.recent:
+      columns = jnp.arange(1 - length, 1)
+      users = jnp.broadcast_to(batch.users[:, None], batch.history.shape)
+      reading = read_back(
+        operands.sequences, users, batch.last[:, None] + columns, plugin.recent
+      )
     weights = position_weights(batch.targets, mean)
     negatives = criteria.draw(criterion, key, batch)
     return loss(
-      params, frozen, context, batch.targets, weights, negatives=negatives
+      params, (jax.lax.stop_gradient(frozen), operands.evidence),
+      (context, reading), batch.targets, weights, negatives=negatives,
     )[0]
+
+  def draw_windows(operands: Operands, key: jax.Array) -> Batch:
+    sizes = {"batch_size": batch_size, "length": length}
+    if draw == "validation":
+      return draw_held_out(key, operands.sequences, operands.pool, **sizes)
+    return draw_batch(
+      key, operands.sequences, operands.pool, draw=draw, **sizes
+    )
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batch = draw_batch(
-      jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
-      batch_size=batch_size, length=length, draw=draw,
-    )
+    batch = draw_windows(operands, jax.random.fold_in(operands.key, t))
     batch = sharding.split_rows(batch, layout, 1)
     draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
     keys = jax.random.split(
@@ -306,7 +353,7 @@ def plugin_step(
     )
     value_and_grad = jax.value_and_grad(segment_loss)
     losses, grads = jax.lax.map(
-      lambda x: value_and_grad(x[0], operands.frozen, *x[1:]),
+      lambda x: value_and_grad(x[0], operands, *x[1:]),
       (state.params, batch, keys),
     )
     updates, opt_state = jax.vmap(optimizer.update)(
@@ -378,7 +425,7 @@ def many(step: Step) -> Step:
     the leaves of `operands.frozen` lead with [N] (see `join_runs`);
     `operands.sequences` and `operands.pool` are shared.
   """
-  return jax.vmap(step, (0, Operands(0, None, None, 0), None))
+  return jax.vmap(step, (0, Operands(0, None, None, 0, None), None))
 
 
 def join_runs(trees: Sequence[PyTree]) -> PyTree:
@@ -464,15 +511,15 @@ def fit(
     evaluate: params -> validation values.
     on_steps: called with the first step and the stacked logs of a dispatch.
     on_evaluation: called with the step and the validation values.
-    on_resume: called with the step that a checkpoint continues from.
+    on_resume: called with the step that a checkpoint continues from, with -1
+      before a start from nothing.
     **options: the others of `fit_many`.
 
   Returns:
     The best params and how they were reached.
 
   Raises:
-    TrainingError: if a loss is not finite.
-    ValueError: if `dispatch` does not divide `evaluate_every`.
+    As `fit_many`.
   """
   return fit_many(
     step, state, operands, names=(name,),
@@ -504,6 +551,7 @@ def fit_many(
     lambda k, t, values: None
   ),
   on_resume: Callable[[int, int], None] = lambda k, t: None,
+  interrupted: Callable[[], bool] = lambda: False,
 ) -> list[FitResult]:
   """Runs steps, validates, keeps the best params, checkpoints, resumes.
 
@@ -531,18 +579,23 @@ def fit_many(
       dispatch.
     on_evaluation: called with the run, the step and the validation values.
     on_resume: called with the run and the step that a checkpoint continues
-      from.
+      from, with -1 before a start from nothing.
+    interrupted: whether to save and end, asked before every dispatch.
 
   Returns:
     [N] best params and how they were reached.
 
   Raises:
-    TrainingError: if a loss is not finite.
-    ValueError: if `dispatch` does not divide `evaluate_every`.
+    TrainingError: if a loss or a parameter is not finite; the state before
+      that step is then beside the checkpoints. Or if a save fails.
+    Interrupted: where `interrupted` says so, once all is saved.
+    InputError: if `dispatch` does not divide `evaluate_every`, or for a
+      checkpoint that cannot be continued.
   """
   if dispatch < 1 or evaluate_every % dispatch:
-    raise ValueError(
-      f"dispatch={dispatch} must divide evaluate_every={evaluate_every}"
+    raise InputError(
+      f"dispatch={dispatch} does not divide evaluate_every={evaluate_every}; "
+      "give a divisor of at least 1"
     )
   run = compile_steps(step)
   of_run = _take if len(names) > 1 else lambda tree, k: tree
@@ -552,8 +605,10 @@ def fit_many(
   saved = checkpoints and checkpoints.restore((state, best))
   if saved:
     (state, best), progress = saved[0], _from_record(saved[1])
-    for k, one in enumerate(progress):
-      on_resume(k, one.step)
+  for k, one in enumerate(progress):
+    on_resume(k, one.step if saved else -1)
+  if checkpoints and not (saved or evaluate_first):
+    checkpoints.save(0, (state, best), _to_record(progress))
   clock = time.process_time()
 
   def live() -> list[int]:
@@ -563,6 +618,8 @@ def fit_many(
   def validate(t: int) -> None:
     nonlocal best, clock
     better, running = {}, live()
+    for k in running:
+      finite.check_params(of_run(state.params, k), names[k], k, t)
     for k in running:
       params = of_run(served(state), k)
       values = np.asarray(evaluate(k, params), np.float64).reshape(-1)
@@ -579,25 +636,81 @@ def fit_many(
     if checkpoints:
       checkpoints.save(t, (state, best), _to_record(progress))
 
-  if evaluate_first and not progress[0].values:
-    validate(0)
-  t, pending = max(one.step for one in progress), None
-  while t < num_steps and live():
-    stop = min(t + evaluate_every, num_steps)
+  def leave(t: int) -> None:
+    for k in live():
+      progress[k] = progress[k]._replace(step=t)
+    if checkpoints:
+      checkpoints.save(t, (state, best), _to_record(progress))
+      checkpoints.wait()
+    raise Interrupted(f"{names[0]}: interrupted after step {t}")
+
+  def advance(t: int) -> int:
+    """Trains until the next validation; returns its step."""
+    nonlocal state
+    pending, stop = None, t + evaluate_every - t % evaluate_every
+    stop = min(stop, num_steps)
     while t < stop:
+      if interrupted():
+        _deliver(pending, names, live(), on_steps)
+        leave(t)
       count = min(dispatch, stop - t)
       state, logs = run(state, operands, t, count)
       _deliver(pending, names, live(), on_steps)
       pending, t = (t, logs), t + count
     _deliver(pending, names, live(), on_steps)
-    pending = None
-    validate(t)
+    return t
+
+  if evaluate_first and not progress[0].values:
+    validate(0)
+  t = max(one.step for one in progress)
+  try:
+    while t < num_steps and live():
+      t = advance(t)
+      validate(t)
+  except finite.NonFinite as error:
+    raise _reproducible(
+      error, step, operands, (state, best), checkpoints, of_run
+    ) from error
   if checkpoints:
     checkpoints.wait()
   return [
     FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
     for k, one in enumerate(progress)
   ]
+
+
+def _reproducible(
+  error: finite.NonFinite,
+  step: Step,
+  operands: Operands,
+  like: tuple[TrainState, PyTree],
+  checkpoints: Checkpoints | None,
+  of_run: Callable[[PyTree, int], PyTree],
+) -> TrainingError:
+  """Saves the state before the step at fault; returns the error that says so.
+
+  The steps since the last checkpoint are taken again, one by one.
+  """
+  if checkpoints is None:
+    return error
+  (state, best), record = checkpoints.restore(like)
+  start = max(one.step for one in _from_record(record))
+  found = finite.locate(
+    step, state, operands, start=start, stop=error.step,
+    of_run=lambda tree: of_run(tree, error.run),
+  )
+  if found is None:
+    return TrainingError(
+      f"{error} (taken again from step {start}, all steps are finite)"
+    )
+  dump = checkpoints.beside("non_finite")
+  told = {key: np.asarray(value).tolist() for key, value in found.log.items()}
+  dump.save(found.step, (found.state, best), {**record, "log": told})
+  dump.close()
+  return TrainingError(
+    f"{error}; the state before step {found.step}, the first at fault, is in "
+    f"{dump.directory}, and python -m experiments.replay takes that step again"
+  )
 
 
 def _to_record(progress: list[Progress]) -> dict[str, Any]:
@@ -684,17 +797,6 @@ def _deliver(
   of_run = lambda k: jax.tree.map(lambda x: x[:, k], logs)
   by_run = {k: of_run(k) for k in live} if len(names) > 1 else {0: logs}
   for k, log in by_run.items():
-    _check_finite(log["loss"], names[k], start)
+    finite.check_losses(log, names[k], k, start)
   for k, log in by_run.items():
     on_steps(k, start, log)
-
-
-def _check_finite(loss: np.ndarray, name: str, start: int) -> None:
-  """Raises TrainingError at the first loss [count, ...] that is not finite."""
-  bad = np.argwhere(~np.isfinite(loss))
-  if len(bad):
-    offset, group = bad[0][0], bad[0][1:].tolist()
-    raise TrainingError(
-      f"{name}: the loss of group {group} is {loss[tuple(bad[0])]} at step "
-      f"{start + offset}; lower optimizer.learning_rate or optimizer.clip"
-    )

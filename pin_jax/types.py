@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 PyTree = Any
 
@@ -18,6 +19,21 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
   """Training cannot go on: names the run, the step, the value, the remedy."""
+
+
+class Interrupted(RuntimeError):
+  """The process was asked to end; what is saved allows to continue."""
+
+
+def at_least(least: int, **numbers: Any) -> None:
+  """Raises InputError for the first that is no whole number >= `least`."""
+  for name, value in numbers.items():
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or (
+      value < least
+    ):
+      raise InputError(
+        f"{name}={value!r} is invalid; give a whole number of at least {least}"
+      )
 
 
 class Rows(NamedTuple):
@@ -73,16 +89,42 @@ class Backbone(NamedTuple):
   packed: int = 0
 
 
-class Plugin(NamedTuple):
-  """A segment's prediction network: two pure functions.
+class Reading(NamedTuple):
+  """What a plugin may read of a position besides its state; leading axes [M].
 
   Attributes:
-    init: key -> params of one segment; `apply` is then the identity.
+    users: [M] int32.
+    items: [M, H] int32, the history's last items, the newest first, 0 = none.
+    interactions: [M, H] int32, index of each among all interactions.
+  """
+
+  users: jax.Array
+  items: jax.Array
+  interactions: jax.Array
+
+
+class Plugin(NamedTuple):
+  """A segment's prediction network: pure functions that start as the identity.
+
+  A plugin moves the representation (`apply`), the backbone's weights (`adapt`)
+  or the logits (`mix`); what it does not do is None.
+
+  Attributes:
+    init: key -> params of one segment.
     apply: (params, representations [..., D]) -> [..., D].
+    adapt: (params, backbone params) -> the params that encode and score.
+    mix: (params, evidence, representation [M, D], Reading, logits [M, C],
+      candidates) -> logits [M, C]; what the evidence is, the plugin says. The
+      representation is that of the padding item where it depends on the
+      candidate.
+    recent: H of the Reading, at most L; 0 = none.
   """
 
   init: Callable[[jax.Array], PyTree]
-  apply: Callable[[PyTree, jax.Array], jax.Array]
+  apply: Callable[[PyTree, jax.Array], jax.Array] | None = None
+  adapt: Callable[[PyTree, PyTree], PyTree] | None = None
+  mix: Callable[..., jax.Array] | None = None
+  recent: int = 0
 
 
 class Batch(NamedTuple):
@@ -92,8 +134,11 @@ class Batch(NamedTuple):
     users: [B] int32, user indices.
     history: [B, L] int32, what the model reads, right-aligned, 0 = padding.
     targets: [B, L] int32, the item after each history position, 0 = none.
+    last: [B] int32, in-user position of the last column of the history; None
+      where nobody asks.
   """
 
   users: jax.Array
   history: jax.Array
   targets: jax.Array
+  last: jax.Array | None = None

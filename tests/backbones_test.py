@@ -208,7 +208,7 @@ def _batch():
 
 def _position_losses(name, params, batch):
   """(row, loss) of every real position, one history at a time."""
-  _, histories, rows = map(np.asarray, batch)
+  _, histories, rows = map(np.asarray, batch[:3])
   for row, (history, targets) in enumerate(zip(histories, rows, strict=True)):
     for t in np.flatnonzero(targets):
       read = history[: t + 1]
@@ -279,7 +279,8 @@ def test_plugin_training_starts_at_the_backbones_loss(name, model):
   batch, plugin = _batch(), bottleneck(WIDTH)
   params = jax.jit(plugin.init)(jax.random.key(1))
   loss = objectives.next_item_loss(
-    backbone, objectives.plugin_head(backbone, plugin), chunk=4
+    objectives.with_reading(backbone),
+    objectives.plugin_head(backbone, plugin), chunk=4,
   )
 
   @jax.jit
@@ -287,7 +288,9 @@ def test_plugin_training_starts_at_the_backbones_loss(name, model):
   def run(params, frozen):
     context = backbone.encode(frozen, batch.history, None)
     weights = objectives.position_weights(batch.targets, "interactions")
-    return loss(params, frozen, context, batch.targets, weights)[0]
+    return loss(
+      params, (frozen, None), (context, None), batch.targets, weights
+    )[0]
 
   value, grad = run(params, frozen)
   losses = [x for _, x in _position_losses(name, frozen, batch)]

@@ -13,8 +13,11 @@ from pin_jax.batches import (
   Pool,
   cut_windows,
   draw_batch,
+  draw_held_out,
+  make_held_out,
   make_pool,
   make_sequences,
+  read_back,
   training_targets,
 )
 from pin_jax.interactions import from_columns
@@ -133,7 +136,9 @@ def test_draws_are_windows_of_the_users_training_items(
   draws, histories, groups, draw
 ):
   for g in range(2):
-    users, history, targets = (x[g] for x in draws[draw])
+    users, history, targets, last = (x[g] for x in draws[draw])
+    newest = [histories[u][p] for u, p in zip(users, last, strict=True)]
+    np.testing.assert_array_equal(history[:, -1], newest)
     assert set(users) == {
       u for u, h in enumerate(histories) if groups[u] == g and len(h) > 1
     }
@@ -154,7 +159,7 @@ def _tile(histories, user, targets):
 
 
 def test_interactions_draws_windows_uniformly(draws, histories, groups):
-  users, _, targets = draws["interactions"]
+  users, _, targets, _ = draws["interactions"]
   for g in range(2):
     windows = [
       (u, k)
@@ -169,7 +174,7 @@ def test_interactions_draws_windows_uniformly(draws, histories, groups):
 
 
 def test_offsets_are_uniform_up_to_the_slack(draws, histories, groups):
-  users, _, targets = draws["interactions"]
+  users, _, targets, _ = draws["interactions"]
   for user, history in enumerate(histories):
     count, g = len(history) - 1, groups[user]
     slack = -count % LENGTH
@@ -274,3 +279,46 @@ def test_a_group_that_cannot_train_is_named(targets, groups):
   with pytest.raises(InputError, match="group 1 of 3") as error:
     make_pool(targets, groups, num_groups=3, length=4)
   assert "\n" not in str(error.value)
+
+
+def test_held_out_batches_hold_the_validation_target_alone(split):
+  data, groups = split.interactions, np.arange(len(split.validation)) % 2
+  groups[0] = -1
+  pool = make_held_out(split.validation, groups, num_groups=2)
+  draw = jax.jit(lambda key: draw_held_out(
+    key, make_sequences(split), pool, batch_size=200, length=LENGTH
+  ))
+  batch = jax.tree.map(np.asarray, draw(jax.random.key(0)))
+  for g in range(2):
+    assert set(batch.users[g]) == set(np.flatnonzero(groups == g))
+    for user, history, targets, last in zip(
+      *(x[g] for x in batch), strict=True
+    ):
+      sequence = data.items[data.offsets[user] : data.offsets[user + 1]]
+      position = split.validation[user]
+      read = sequence[max(position - LENGTH, 0) : position]
+      np.testing.assert_array_equal(
+        history, np.pad(read, (LENGTH - len(read), 0))
+      )
+      assert targets[-1] == sequence[position] and not targets[:-1].any()
+      assert last == position - 1
+
+
+def test_a_group_without_held_out_targets_is_refused():
+  with pytest.raises(InputError, match="group 1 of 2 .* validation target"):
+    make_held_out(np.asarray([3, -1]), np.asarray([0, 1]), num_groups=2)
+
+
+def test_reading_back_gives_the_newest_items_first(split):
+  data = split.interactions
+  users = np.asarray([0, 1, 2, 2])
+  last = np.asarray([split.test[0], 2, 1, -1])
+  got = read_back(make_sequences(split), jnp.asarray(users), last, 4)
+  for m, (user, newest) in enumerate(zip(users, last, strict=True)):
+    for h in range(4):
+      index = data.offsets[user] + newest - h
+      if newest < h:
+        assert got.items[m, h] == 0
+      else:
+        assert got.items[m, h] == data.items[index]
+        assert got.interactions[m, h] == index

@@ -158,7 +158,7 @@ def test_plugins_see_the_same_logits():
   weights = objectives.position_weights(TARGETS, "interactions")
   context = backbone.encode(frozen, HISTORY, None)
 
-  def run(head, params, shared):
+  def run(head, params, shared, context, backbone):
     loss = objectives.next_item_loss(
       backbone, head, criterion=criterion, chunk=5
     )
@@ -167,8 +167,13 @@ def test_plugins_see_the_same_logits():
     ))
     return run(params, shared, context, TARGETS, weights)
 
-  value, grad = run(objectives.plugin_head(backbone, plugin), params, frozen)
-  want, _ = run(objectives.backbone_head(backbone), frozen, None)
+  value, grad = run(
+    objectives.plugin_head(backbone, plugin), params, (frozen, None),
+    (context, None), objectives.with_reading(backbone),
+  )
+  want, _ = run(
+    objectives.backbone_head(backbone), frozen, None, context, backbone
+  )
   np.testing.assert_allclose(value, want, rtol=1e-6)
   assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
 

@@ -21,6 +21,7 @@ LEVELS = {
   "pin_jax.weightings": 1,
   "pin_jax.activeness": 1,
   "pin_jax.splits": 1,
+  "pin_jax.memory": 1,
   "pin_jax.plugins": 1,
   "pin_jax.packing": 1,
   "pin_jax.sharding": 1,
@@ -30,6 +31,8 @@ LEVELS = {
   "pin_jax.negatives": 2,
   "pin_jax.criteria": 2,
   "pin_jax.checkpoints": 2,
+  "pin_jax.finite": 2,
+  "pin_jax.halving": 2,
   "pin_jax.objectives": 2,
   "pin_jax.sparse": 2,
   "pin_jax.training": 3,
@@ -180,3 +183,43 @@ def test_no_name_is_resolved_through_strings():
     for node in ast.walk(tree):
       if isinstance(node, ast.Name) and node.id in MAGIC:
         raise AssertionError(f"{module}:{node.lineno} uses {node.id}")
+
+
+PICKLED = {  # functions that may run what a file holds
+  "load": ("np", "numpy", "jnp", "joblib", "torch", "marshal", "shelve"),
+  "loads": ("marshal", "dill", "cloudpickle"),
+  "deserialize": ("pl", "DataFrame", "LazyFrame"),
+  "extractall": None,
+  "unpack_archive": None,
+}
+
+
+def _unsafe_calls(tree):
+  """Lines that load what may hold a pickle, or extract an archive."""
+  for node in ast.walk(tree):
+    if not isinstance(node, ast.Call):
+      continue
+    refused = any(
+      k.arg == "allow_pickle" and isinstance(k.value, ast.Constant)
+      and k.value.value is False
+      for k in node.keywords
+    )
+    if isinstance(node.func, ast.Attribute) and node.func.attr in PICKLED:
+      owners = PICKLED[node.func.attr]
+      owner = ast.unparse(node.func.value).split(".")[-1]
+      if (owners is None or owner in owners) and not refused:
+        yield node.lineno
+
+
+def test_unsafe_calls_are_seen():
+  text = (
+    "np.load(f)\nnp.load(f, allow_pickle=False)\njson.load(f)\n"
+    "pl.DataFrame.deserialize(f)\narchive.extractall(d)\n"
+    "np.load(f, allow_pickle=True)\n"
+  )
+  assert list(_unsafe_calls(ast.parse(text))) == [1, 4, 5, 6]
+
+
+def test_no_file_is_unpickled_or_extracted():
+  for module, tree in SOURCES.items():
+    assert list(_unsafe_calls(tree)) == [], module

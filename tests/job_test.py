@@ -16,7 +16,7 @@ import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import job, problem, settings, trainer
+from experiments import job, problem, report, settings, summaries, trainer
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.logs import read_log
 from experiments.methods import METHODS, stages_of
@@ -94,8 +94,8 @@ def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
 
 def test_equal_budgets():
   config = _config()
-  stage_1 = ("pin_backbone", "pin_exact_backbone")
-  full = [m for name, m in METHODS.items() if name not in stage_1]
+  others = ("pin_backbone", "pin_exact_backbone", "memory_alone")
+  full = [m for name, m in METHODS.items() if name not in others]
   for method in full:
     for backbone, plugin in method.serve:
       by_name = {stage.name: stage for stage in method.stages}
@@ -110,6 +110,42 @@ def test_equal_budgets():
 def test_shared_stages_are_trained_once():
   names = [stage.name for stage in stages_of(("pin", "pin_backbone", "base"))]
   assert names == ["pin/backbone", "pin/plugins", "base"]
+
+
+def test_controls_route_users_as_they_say(finished):
+  config, _, _ = finished
+  data = problem.make_problem(config)
+  users = np.flatnonzero(data.split.test >= 0)
+  for name, expected in (
+    ("pin", data.segments), ("pin_swapped", 1 - data.segments),
+    ("pin_shared", np.zeros_like(data.segments)),
+  ):
+    method = METHODS[name]
+    stage, requests = job._served(method, method.serve[0], data, users)
+    assert stage.name == method.serve[0][1]
+    np.testing.assert_array_equal(requests.segments, expected[users])
+  segments, count = trainer.assigned(data, METHODS["pin_random"].stages[-1])
+  assert count == 2 and segments.sum() == data.segments.sum()
+  assert (segments != data.segments).any()
+
+
+@pytest.mark.parametrize(("plugin", "loss"), [
+  ("gated", "softmax"), ("memory", "sampled_softmax"),
+])
+def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
+  config = _config()
+  config.plugin.name, config.pin.plugin_draw = plugin, "validation"
+  config.memory.recent, config.loss.name = 3, loss
+  config.loss.negatives = 10
+  config.optimizer.plugin_learning_rate = 0.05
+  config.methods = ("memory_alone", "joint_shared", "joint_plugins")
+  _run(config, tmp_path / "run")
+  rows = pl.read_parquet(tmp_path / "run" / "rows.parquet")
+  ranks = rows.pivot("model", index="user", values="rank")
+  # The memory sees four of five users' transitions; it knows something.
+  assert (rows.filter(model="memory alone")["rank"] < 15).mean() > 0.5
+  for name in ("joint + shared plugin", "joint + plugins"):
+    assert (ranks[name] != ranks["memory alone"]).any()
 
 
 def test_log_holds_every_step_and_group(finished):
@@ -147,6 +183,43 @@ def test_outputs_and_protocol(finished):
     "s left", "KL from P(y|do(x))", str(workdir / "rows.parquet"),
   ):
     assert part in text, part
+
+
+def test_power_is_stated_before_training(finished):
+  config, workdir, text = finished
+  rows = pl.read_parquet(workdir / "rows.parquet").unique("user")
+  before = text[: text.index("s left")]
+  for segment, name in enumerate(problem.SEGMENTS):
+    users = rows.filter(segment=segment).height
+    assert f"  {name}, {users} users, 1 seed: " in before
+
+
+def test_summary_says_how_the_results_came_about(finished):
+  _, workdir, _ = finished
+  versions = json.loads((workdir / "summary.json").read_text())["versions"]
+  assert versions["jax"] == jax.__version__
+  assert versions["polars"] == pl.__version__
+  assert versions["code"] and versions["device"]
+
+
+def test_results_page_of_a_tiny_job_and_of_its_summary(finished, tmp_path):
+  config, workdir, _ = finished
+  summaries.write(summaries.read(workdir), tmp_path / "results" / "all")
+  size = sum(p.stat().st_size for p in (tmp_path / "results/all").iterdir())
+  assert size < (workdir / "log.jsonl").stat().st_size
+  pages = {}
+  for name, path in (("job", workdir), ("summary", tmp_path / "results/all")):
+    pages[name] = tmp_path / f"{name}.md"
+    report.write_pages([path], markdown=pages[name], num_resamples=200)
+  first, second = (
+    [line.split(" [")[0] for line in path.read_text().splitlines()]
+    for path in pages.values()
+  )
+  assert [x for x in first if x.startswith("|")] == [
+    x for x in second if x.startswith("|")
+  ]
+  for name in config.methods:
+    assert any(x.startswith(f"| {METHODS[name].title} |") for x in first)
 
 
 @pytest.mark.parametrize(("pin", "message"), [
@@ -418,6 +491,9 @@ def _sets(**values):
     (_set("loss.proposal", "uniform:x"), "loss.proposal='uniform:x'"),
     (_set("loss.proposal", "uniform,uniform"), "each once"),
     (_set("loss.proposal", "uniform:0,in_batch"), "positive share"),
+    (_set("claims.non_inferiority_margin", 2.0), "margin=2.0: give a share"),
+    (_set("claims.power", 0.0), "claims.power=0.0: give a positive"),
+    (_set("claims.assumed_ndcg", 0.7), "assumed_ndcg=0.7: give at most 0.5"),
     (_set("evaluation.protocol", "quick"), "evaluation.protocol='quick'"),
     (_set("evaluation.negatives", 0), "evaluation.negatives=0"),
     (_sets(evaluation__protocol="sampled"), "evaluation.negatives=99 is more"),

@@ -5,8 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pin_jax.plugins import apply_by_segment, bottleneck, init_stacked
-from pin_jax.types import InputError, Plugin
+from pin_jax import memory
+from pin_jax.backbones.sasrec import sasrec
+from pin_jax.batches import make_sequences, read_back
+from pin_jax.interactions import from_columns
+from pin_jax.layers import Block
+from pin_jax.plugins import (
+  Consultation,
+  adapter,
+  bottleneck,
+  gated,
+  init_stacked,
+  low_rank,
+  make_evidence,
+  memory_alone,
+  memory_mix,
+  translation,
+)
+from pin_jax.splits import leave_one_out
+from pin_jax.types import InputError
 
 WIDTH, SEGMENTS = 6, 3
 
@@ -28,12 +45,10 @@ def _noisy(init):
 @pytest.mark.parametrize("hidden", [None, 1, 9])
 def test_bottleneck_starts_as_the_identity_bit_by_bit(hidden):
   plugin = bottleneck(WIDTH, hidden=hidden)
-  segments = jnp.asarray([2, 0, 1, 1, 0])
 
   @jax.jit
   def run(x):
-    params = init_stacked(plugin, jax.random.key(1), SEGMENTS)
-    return apply_by_segment(plugin, params, x, segments)
+    return plugin.apply(plugin.init(jax.random.key(1)), x)
 
   np.testing.assert_array_equal(run(_x()), _x())
 
@@ -80,33 +95,198 @@ def test_segments_start_from_different_parameters():
   assert (kernels[0] != kernels[1]).all() and (kernels[1] != kernels[2]).all()
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_a_row_reads_its_own_segment(k):
-  scale = Plugin(lambda key: jnp.ones(()), lambda p, x: p * x)
-  factors = jnp.asarray([2.0, -3.0, 5.0])
-  segments = np.asarray([1, 1, 2, 0, 2, 0, 1])
-  x = _x(7, k)
-  got = apply_by_segment(scale, factors, x, jnp.asarray(segments))
-  want = np.asarray(factors)[segments][:, None, None] * np.asarray(x)
-  np.testing.assert_array_equal(got, want)
+def test_a_translation_moves_every_representation_alike():
+  plugin = translation(WIDTH)
+  np.testing.assert_array_equal(plugin.init(jax.random.key(0)), np.zeros(WIDTH))
+  z = np.arange(WIDTH, dtype=np.float32)
+  np.testing.assert_array_equal(
+    plugin.apply(jnp.asarray(z), _x()), np.asarray(_x()) + z
+  )
 
 
-def test_perturbing_a_segment_leaves_the_others_bit_equal():
-  plugin = bottleneck(WIDTH)
-  params = _noisy(lambda key: init_stacked(plugin, key, 2))
-  segments = np.asarray([0, 1, 1, 0, 1])
-  run = jax.jit(lambda p: apply_by_segment(plugin, p, _x(), segments))
-  before = np.asarray(run(params))
-  after = np.asarray(run(jax.tree.map(lambda x: x.at[1].add(0.5), params)))
-  np.testing.assert_array_equal(after[segments == 0], before[segments == 0])
-  assert (after[segments == 1] != before[segments == 1]).any(-1).all()
+def _backbone(**options):
+  backbone = sasrec(7, length=4, width=WIDTH, heads=2, **options)
+  return backbone, _noisy(backbone.init)
 
 
-def test_a_segments_gradient_comes_from_its_own_rows():
-  plugin = bottleneck(WIDTH)
-  params = _noisy(lambda key: init_stacked(plugin, key, 2))
-  segments = jnp.asarray([0, 1, 1, 0, 1])
-  loss = lambda p: (apply_by_segment(plugin, p, _x(), segments)[0] ** 2).sum()
-  for grad in jax.tree.leaves(jax.jit(jax.grad(loss))(params)):
-    assert np.abs(grad[0]).max() > 0
-    np.testing.assert_array_equal(grad[1], 0)
+HISTORY = jnp.asarray([[0, 3, 1, 5], [2, 6, 4, 7]])
+
+
+@pytest.mark.parametrize("make", [
+  lambda like: low_rank(like, rank=2),
+  lambda like: adapter(like, width=WIDTH, hidden=3),
+])
+def test_inner_plugins_start_as_the_identity_and_reach_the_states(make):
+  backbone, frozen = _backbone()
+  plugin = make(frozen)
+  params = plugin.init(jax.random.key(0))
+  run = jax.jit(
+    lambda p: backbone.encode(plugin.adapt(p, frozen), HISTORY, None)
+  )
+  plain = backbone.encode(frozen, HISTORY, None)
+  np.testing.assert_allclose(run(params), plain, rtol=1e-5, atol=1e-5)
+  grad = jax.grad(lambda p: (run(p)[:, -1] ** 2).sum())(params)
+  for name, of_matrix in grad.items():
+    assert max(np.abs(g).max() for g in jax.tree.leaves(of_matrix)) > 0, name
+
+
+def test_low_rank_adds_a_product_to_the_blocks_alone():
+  _, frozen = _backbone()
+  plugin = low_rank(frozen, rank=2)
+  params = _noisy(plugin.init)
+  changed = plugin.adapt(params, frozen)
+  name = "Block_0/MLP_0/Dense_0/kernel"
+  want = np.asarray(frozen["Block_0"]["MLP_0"]["Dense_0"]["kernel"]) + (
+    np.asarray(params[name]["a"]) @ np.asarray(params[name]["b"])
+  )
+  np.testing.assert_allclose(
+    changed["Block_0"]["MLP_0"]["Dense_0"]["kernel"], want, rtol=1e-5
+  )
+  for name in ("items", "bias", "positions"):
+    assert changed[name] is frozen[name]
+
+
+def test_an_adapter_follows_its_blocks_mlp():
+  _, frozen = _backbone(blocks=1)
+  plugin = adapter(frozen, width=WIDTH, hidden=3)
+  params = _noisy(plugin.init)
+  block = Block(2, 4 * WIDTH, 0.0, jax.nn.initializers.normal(0.02))
+  rng = np.random.default_rng(2)
+  x = jnp.asarray(rng.normal(size=(1, 4, WIDTH)), jnp.float32)
+  windows = jnp.ones((1, 4), jnp.int32)
+  plain = np.asarray(
+    block.apply({"params": frozen["Block_0"]}, x, windows), np.float64
+  )
+  got = block.apply(
+    {"params": plugin.adapt(params, frozen)["Block_0"]}, x, windows
+  )
+  h = plain @ np.asarray(params["Block_0"]["down"])
+  h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+  want = plain + h @ np.asarray(params["Block_0"]["up"])
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+  (lambda like: low_rank(like, rank=0), "plugin.rank=0"),
+  (lambda like: low_rank({"items": jnp.ones((2, 2))}, rank=1), "lora"),
+  (lambda like: adapter(like, width=WIDTH, hidden=0), "plugin.hidden=0"),
+  (lambda like: adapter({"items": 0}, width=WIDTH, hidden=1), "adapter"),
+  (lambda like: gated(WIDTH, 1, Consultation(), hidden=0), "plugin.hidden=0"),
+])
+def test_inner_plugins_refuse_what_does_not_suit_them(make, message):
+  with pytest.raises(InputError, match=message):
+    make(_backbone()[1])
+
+
+def _world():
+  """(evidence, reading of the last position, split) of three users."""
+  rows = [[1, 2, 3, 4, 1, 1], [2, 3, 5, 1, 1], [3, 1, 2, 2]]
+  split = leave_one_out(from_columns(
+    [u for u, row in enumerate(rows) for _ in row],
+    [i for row in rows for i in row],
+    times=[t for row in rows for t, _ in enumerate(row)],
+  ))
+  evidence = make_evidence(split, window=2, neighbours=4)
+  users = jnp.arange(3)
+  reading = read_back(
+    make_sequences(split), users, jnp.asarray(split.test - 1), 3
+  )
+  return evidence, reading, split
+
+
+LOGITS = jnp.asarray(np.random.default_rng(3).normal(size=(3, 6)), jnp.float32)
+STATES = jnp.asarray(
+  np.random.default_rng(4).normal(size=(3, WIDTH)), jnp.float32
+)
+ASKED = Consultation(recent=3)
+
+
+@pytest.mark.parametrize("plugin", [
+  memory_mix(3, ASKED), gated(WIDTH, 3, ASKED, hidden=4),
+  gated(WIDTH, 3, ASKED, hidden=4, reads_state=False),
+])
+def test_mixing_starts_as_the_identity_and_learns(plugin):
+  evidence, reading, _ = _world()
+  evidence = evidence._replace(memory=_three_channels())
+  params = plugin.init(jax.random.key(0))
+  run = lambda p: plugin.mix(p, evidence, STATES, reading, LOGITS, None)
+  np.testing.assert_array_equal(run(params), LOGITS)
+  grad = jax.grad(lambda p: (run(p) ** 2).sum())(params)
+  assert max(np.abs(g).max() for g in jax.tree.leaves(grad)) > 0
+
+
+def _three_channels():
+  split = _world()[2]
+  return memory.build(
+    split, channels=("around", "after", "next"), window=2, neighbours=4
+  )
+
+
+def test_the_memory_mix_equals_its_formula():
+  evidence, reading, _ = _world()
+  evidence = evidence._replace(memory=_three_channels())
+  sparse = memory.consult(
+    evidence.memory, reading, history_decay=0.8, shrink=2.0,
+    popularity_power=0.25,
+  )
+  scores = np.asarray(memory.dense(sparse, None, 5), np.float64)
+  weights = np.asarray([0.5, -1.0, 2.0])
+  want = LOGITS + np.einsum("k,kmv->mv", weights, np.log(scores + 1e-3))
+  want -= weights.sum() * np.log(1e-3)
+  plugin = memory_mix(3, ASKED)
+  got = plugin.mix(
+    jnp.asarray(weights), evidence, STATES, reading, LOGITS, None
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+  few = jnp.asarray([4, 1, 1])
+  np.testing.assert_allclose(
+    plugin.mix(
+      jnp.asarray(weights), evidence, STATES, reading, LOGITS[:, few], few
+    ), want[:, few], rtol=1e-4, atol=1e-5,
+  )
+  alone = memory_alone(ASKED).mix(
+    1.0, evidence, STATES, reading, LOGITS, None
+  )
+  np.testing.assert_allclose(
+    alone, np.log1p(scores.sum(0) / 1e-3), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_the_gate_equals_its_formula():
+  evidence, reading, split = _world()
+  evidence = evidence._replace(memory=_three_channels())
+  plugin = gated(WIDTH, 3, ASKED, hidden=4)
+  params = _noisy(plugin.init)
+  sparse = memory.consult(
+    evidence.memory, reading, history_decay=0.8, shrink=2.0,
+    popularity_power=0.25,
+  )
+  scores = np.asarray(memory.dense(sparse, None, 5), np.float64)
+  known = np.log1p(scores / 1e-3)
+  activeness = np.log(split.activeness)
+  activeness = (activeness - activeness.mean()) / activeness.std()
+  counts = np.zeros(6)
+  for user, end in enumerate(split.train_end):
+    first = split.interactions.offsets[user]
+    for item in split.interactions.items[first : first + end]:
+      counts[item] += 1
+  popular = np.log1p(counts)
+  popular = (popular - popular.mean()) / popular.std()
+  state = np.asarray(STATES, np.float64)
+  state = state - state.mean(-1, keepdims=True)
+  state = state / np.sqrt((state**2).mean(-1, keepdims=True) + 1e-5)
+  features = np.concatenate([
+    activeness[:, None],
+    (np.asarray(reading.items) > 0).mean(1, keepdims=True),
+    np.log1p(scores.sum(-1).T / 1e-3) / 5, state,
+  ], 1)
+  dense = [
+    (np.asarray(params[n]["kernel"]), np.asarray(params[n]["bias"]))
+    for n in ("Dense_0", "Dense_1")
+  ]
+  h = np.tanh(features @ dense[0][0] + dense[0][1])
+  w = h @ dense[1][0] + dense[1][1]
+  want = (1 + w[:, :1]) * np.asarray(LOGITS) + w[:, -1:] * popular
+  want += np.einsum("mk,kmv->mv", w[:, 1:-1], known)
+  got = plugin.mix(params, evidence, STATES, reading, LOGITS, None)
+  np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)

@@ -17,7 +17,7 @@ from pin_jax.backbones.precision import computed_in
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.interactions import Interactions
 from pin_jax.layers import GRU, dropout, lookup, product
-from pin_jax.plugins import apply_by_segment, bottleneck, init_stacked
+from pin_jax.plugins import bottleneck
 from pin_jax.types import Batch, InputError
 
 SIZES = {"length": LENGTH, "width": 8, "dropout": 0.25}
@@ -152,21 +152,20 @@ def test_loss_and_gradient_are_close_to_those_of_float32(results):
 def test_represent_is_narrow_and_plugins_take_it(name):
   backbone = computed_in(BUILDERS[name](), "bfloat16")
   params, plugin = _start(backbone), bottleneck(SIZES["width"], hidden=4)
-  plugins = init_stacked(plugin, jax.random.key(0), 2)
+  own = plugin.init(jax.random.key(0))
   history, candidates = _group(4).batch.history, jnp.asarray([3, 1, 4])
-  segments = jnp.asarray([0, 1, 1, 0])
 
   @jax.jit
-  def run(params, plugins):
+  def run(params, own):
     context = backbone.encode(params, history)
     states = backbone.at(context, jnp.arange(4), jnp.full(4, LENGTH - 1))
     x = backbone.represent(params, states, candidates)
-    moved = apply_by_segment(plugin, plugins, x, segments)
+    moved = plugin.apply(own, x)
     return x, moved, *(
       backbone.score(params, y, candidates) for y in (x, moved)
     )
 
-  x, moved, logits, same = run(params, plugins)
+  x, moved, logits, same = run(params, own)
   assert (x.dtype, moved.dtype) == (jnp.bfloat16, jnp.float32)
   assert logits.dtype == jnp.float32
   np.testing.assert_array_equal(same, logits)  # plugins start as the identity

@@ -193,7 +193,8 @@ def test_fitted_importance_weighs_each_group_by_its_own_propensity():
   backbone, params = last_item(4), random_classifier(4)
   table = backbone.init(jax.random.key(1))
   windows = [some_windows(seed) for seed in range(NUM_GROUPS)]
-  batch = Batch(*(jnp.asarray(np.stack(x)) for x in zip(*windows, strict=True)))
+  by_field = zip(*(window[:3] for window in windows), strict=True)
+  batch = Batch(*(jnp.asarray(np.stack(x)) for x in by_field))
   shares = np.array([0.2, 0.3, 0.5])
   frozen = {
     "backbone": table, "classifier": params,

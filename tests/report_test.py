@@ -16,11 +16,13 @@ import rich.console
 import scipy.special
 import scipy.stats
 import sklearn.metrics
+from toy_rows import NUM_ITEMS, NUM_USERS
+from toy_rows import make_log as _log
+from toy_rows import make_rows as _rows
 
 from experiments import plots, report, tables
 from pin_jax.types import InputError
 
-NUM_USERS, NUM_ITEMS = 120, 300
 FAST = {"num_resamples": 200}
 
 
@@ -29,66 +31,6 @@ def _no_warnings():
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     yield
-
-
-def _rows(models=("base", "pin"), seeds=(0, 1), names=False, num_groups=5):
-  rng = np.random.default_rng(0)
-  users = np.arange(NUM_USERS)
-  activeness = np.ceil(3 + rng.exponential(20, NUM_USERS)).astype(int)
-  by_activeness = np.lexsort((users, activeness))
-  groups = np.empty(NUM_USERS, int)
-  groups[by_activeness] = users * num_groups // NUM_USERS
-  segments = np.zeros(NUM_USERS, int)
-  segments[by_activeness[-NUM_USERS // 5 :]] = 1
-  frames = []
-  for model in models:
-    for seed in seeds:
-      rank = np.ceil(np.exp(rng.uniform(0, 5, NUM_USERS)) * 2) / 2
-      frames.append(
-        pl.DataFrame(
-          {
-            "model": model,
-            "seed": pl.Series([seed] * NUM_USERS, dtype=pl.Int32),
-            "user": [f"u{u}" for u in users] if names else 7 * users,
-            "group": groups.astype(np.int32),
-            "segment": segments.astype(np.int32),
-            "activeness": activeness.astype(np.int32),
-            "target": 1 + users % NUM_ITEMS,
-            "rank": rank,
-            "candidates": (NUM_ITEMS - activeness).astype(np.int32),
-            "rank_unmasked": rank + rng.integers(0, 9, NUM_USERS),
-            "candidates_unmasked": pl.Series(
-              [NUM_ITEMS] * NUM_USERS, dtype=pl.Int32
-            ),
-          }
-        )
-      )
-  return pl.concat(frames).sample(fraction=1, shuffle=True, seed=1)
-
-
-def _log(run="pin/backbone", steps=60, num_groups=5):
-  rng = np.random.default_rng(1)
-  records = []
-  for step in range(10, 10 * steps + 1, 10):
-    gradients = rng.normal(size=(num_groups, 30)) + 0.5
-    norms = np.linalg.norm(gradients, axis=1)
-    cosines = gradients @ gradients.T / np.outer(norms, norms)
-    weights = rng.dirichlet(np.full(num_groups, 30.0))
-    records.append(
-      {
-        "run": run,
-        "step": step,
-        "loss": norms.tolist(),
-        "weights": weights.tolist(),
-        "norms": norms.tolist(),
-        "conflict_rate": float((cosines < 0).mean()),
-        "effective_groups": float(num_groups),
-        "cosines": cosines.tolist(),
-        "learning_rate": 1e-3,
-      }
-    )
-    records.append({"run": run, "step": step, "validation": {"overall": 0.1}})
-  return records
 
 
 def _by_hand(rows, model, column, keep, metric):
@@ -248,10 +190,13 @@ def test_protocol_names_everything_a_reader_must_know():
   line = tables.protocol_line(_rows(), split="leave-one-out", num_items=300)
   for part in (
     "leave-one-out; full ranking over 300 items; ties at their average rank",
-    "seeds 0, 1",
-    "95 % percentile bootstrap, paired over users, 2,000 resamples",
+    "seeds 0, 1; intervals: 95 % percentile bootstrap, 2,000 resamples",
+    "paired, over users crossed with seeds",
   ):
     assert part in line
+  one = tables.protocol_line(_rows(seeds=(3,)), split="leave-one-out")
+  assert "seed 3; " in one
+  assert "over users, without the spread over training seeds" in one
   assert "\n" not in line
 
 
@@ -370,7 +315,7 @@ def test_cosine_with_the_mean_equals_that_of_the_gradients():
   mean = gradients.mean(1)
   want = np.einsum("tgd,td->tg", units, mean)
   want /= np.linalg.norm(mean, axis=-1, keepdims=True)
-  got = plots._cosine_with_mean(norms, units @ units.swapaxes(1, 2))
+  got = plots.cosine_with_mean(norms, units @ units.swapaxes(1, 2))
   np.testing.assert_allclose(got, want)
 
 

@@ -101,7 +101,8 @@ def compute_ranks(cases):
   """Ranks and top 7 over meshes, and the same by one device and by numpy."""
   made = config()
   problem = make_problem(made)
-  backbone, plugin, _ = trainer.make_networks(made, ITEMS)
+  backbone, made_plugins, _ = trainer.make_networks(made, ITEMS)
+  plugin = made_plugins["own"]
   params = backbone.init(jax.random.key(0))
   half = params["items"][1 : 1 + ITEMS // 2]
   params["items"] = jnp.concatenate([half[:1], half, half])  # ties

@@ -1,10 +1,12 @@
 """Bootstrap intervals against plain numpy, and their coverage."""
 
+import itertools
 import math
 import warnings
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from pin_jax import statistics
 from pin_jax.types import InputError
@@ -164,3 +166,346 @@ def test_bad_input_names_the_remedy():
     statistics.mean_interval(np.ones(3), confidence=95)
   with pytest.raises(InputError, match="num_resamples is 0"):
     statistics.mean_interval(np.ones(3), num_resamples=0)
+
+
+# Users crossed with seeds.
+
+
+def _cube(rng, num_seeds, num_users, *, of_seeds, of_users, of_both):
+  """Values [S, U] with the three kinds of spread, mean 0."""
+  return (
+    of_seeds * rng.normal(size=(num_seeds, 1))
+    + of_users * rng.normal(size=(1, num_users))
+    + of_both * rng.normal(size=(num_seeds, num_users))
+  )
+
+
+def _rows_of(cube):
+  """Values, users and seeds, a row each, in any order."""
+  num_seeds, num_users = cube.shape[-2:]
+  seeds = np.repeat(np.arange(num_seeds), num_users)
+  users = np.tile(np.arange(num_users), num_seeds)
+  order = np.random.default_rng(7).permutation(seeds.size)
+  flat = cube.reshape(*cube.shape[:-2], -1)
+  return flat[..., order], {"users": users[order], "seeds": seeds[order]}
+
+
+def _numpy_crossed(statistic, num_seeds, num_users, resamples=3000):
+  rng = np.random.default_rng(98)
+  draws = []
+  for _ in range(resamples):
+    seeds = rng.integers(0, num_seeds, num_seeds)
+    users = rng.integers(0, num_users, num_users)
+    draws.append(statistic(np.ix_(seeds, users)))
+  return np.asarray(draws)
+
+
+def test_rows_are_laid_out_by_seed_and_user():
+  cube = np.arange(24.0).reshape(2, 3, 4)
+  values, names = _rows_of(cube)
+  got = statistics.by_seed(values, names["users"], names["seeds"])
+  np.testing.assert_array_equal(got, cube)
+  averaged = statistics.by_seed(values, names["users"])
+  np.testing.assert_allclose(averaged, cube.mean(1, keepdims=True))
+
+
+def test_crossed_bootstrap_equals_a_numpy_loop():
+  rng = np.random.default_rng(0)
+  base = 3 + _cube(rng, 4, 60, of_seeds=0.3, of_users=1, of_both=1)
+  other = 1.1 * base + 0.5 * rng.normal(size=base.shape)
+  (flat, names), (flat_other, _) = _rows_of(base), _rows_of(other)
+  got = statistics.relative_change(flat, flat_other, **names, margin=0.05)
+  draws = _numpy_crossed(lambda i: other[i].mean() / base[i].mean() - 1, 4, 60)
+  low, high = np.percentile(draws, [2.5, 97.5])
+  assert got.estimate == pytest.approx(other.mean() / base.mean() - 1)
+  np.testing.assert_allclose(
+    [got.low, got.high], [low, high], atol=0.1 * (high - low)
+  )
+  mean = statistics.mean_interval(flat, **names)
+  draws = _numpy_crossed(lambda i: base[i].mean(), 4, 60)
+  low, high = np.percentile(draws, [2.5, 97.5])
+  np.testing.assert_allclose(mean[1:], [low, high], atol=0.1 * (high - low))
+
+
+def test_one_seed_is_the_bootstrap_of_users_alone():
+  base, other = _pair(40)
+  names = {"users": np.arange(40), "seeds": np.full(40, 3)}
+  np.testing.assert_allclose(
+    statistics.relative_change(base, other, **names),
+    statistics.relative_change(base, other),
+  )
+
+
+def test_paired_interval_equals_scipys_bootstrap():
+  base, other = _pair(120)
+  want = scipy.stats.bootstrap(
+    (base, other),
+    lambda x, y, axis: y.mean(axis) / x.mean(axis) - 1,
+    paired=True, vectorized=True, method="percentile", n_resamples=4000,
+    rng=np.random.default_rng(5),
+  ).confidence_interval
+  got = statistics.relative_change(base, other, num_resamples=4000)
+  width = want.high - want.low
+  np.testing.assert_allclose(got[1:3], want, atol=0.06 * width)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_p_value_agrees_with_scipys_paired_t_test(margin):
+  rng = np.random.default_rng(1)
+  base = 5 + rng.normal(size=400)
+  for shift in (-0.08, 0.02, 0.05, 0.11):
+    other = base * (1 - margin) + shift + rng.normal(0, 1, 400)
+    want = scipy.stats.ttest_rel(
+      other, (1 - margin) * base, alternative="greater"
+    ).pvalue
+    got = statistics.relative_change(
+      base, other, margin=margin, num_resamples=8000
+    ).p_value
+    assert got == pytest.approx(min(1, 2 * want), abs=0.03)
+
+
+def test_p_value_by_hand():
+  # Two users: both draws are the first (1/4), the second (1/4), or one each.
+  # The change is -1, 3 or 1, so a quarter of the draws is not positive.
+  change = statistics.relative_change(
+    [1.0, 1.0], [0.0, 4.0], num_resamples=20_000
+  )
+  assert change.estimate == 1
+  assert change.p_value == pytest.approx(0.5, abs=0.02)
+  certain = statistics.relative_change(
+    [1.0, 1.0], [2.0, 2.0], num_resamples=999
+  )
+  assert certain.p_value == pytest.approx(2 / 1000)
+
+
+def test_p_value_says_what_the_interval_says():
+  for seed in range(40):
+    rng = np.random.default_rng(seed)
+    base = rng.uniform(0, 2, 50)
+    other = 1.1 * base + rng.normal(0, 0.4, 50)
+    for margin in (0.0, 0.05):
+      change = statistics.relative_change(
+        base, other, margin=margin, num_resamples=399
+      )
+      # The 2.5 % quantile lies between neighbouring draws; 1 draw may decide.
+      sure = abs(change.p_value - 0.05) > 2.1 * 2 / 400
+      if sure:
+        assert (change.p_value < 0.05) == (change.low > -margin)
+
+
+def _covers(num_seeds, trials, **spread):
+  """Share of trials whose 95 % interval covers, and that find an effect."""
+  covered = found = 0
+  for trial in range(trials):
+    rng = np.random.default_rng(trial)
+    base = 5 + _cube(rng, num_seeds, 80, **spread)
+    other = 5 + _cube(rng, num_seeds, 80, **spread)
+    (flat, names), (flat_other, _) = _rows_of(base), _rows_of(other)
+    change = statistics.relative_change(
+      flat, flat_other, **names, num_resamples=199, seed=trial
+    )
+    covered += change.low <= 0 <= change.high
+    found += change.p_value < 0.05
+  return covered / trials, found / trials
+
+
+@pytest.mark.parametrize(("num_seeds", "spread", "least"), [
+  # A typical ranking job: users differ most, seeds a little.
+  (3, {"of_seeds": 0.1, "of_users": 1, "of_both": 1}, 0.92),
+  # A user's results under two seeds share nothing: on the safe side.
+  (3, {"of_seeds": 0, "of_users": 0.1, "of_both": 1}, 0.97),
+  (1, {"of_seeds": 0, "of_users": 1, "of_both": 1}, 0.92),
+])  # fmt: skip
+def test_coverage_and_false_positives_of_the_crossed_test(
+  num_seeds, spread, least
+):
+  covered, found = _covers(num_seeds, 600, **spread)
+  assert covered >= least
+  # Of 2.5 % where the interval is exact; 3 standard errors of 600 trials.
+  assert found <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 600)
+
+
+def test_seeds_alone_at_three_seeds_cover_75_in_100():
+  # All three seeds equal has probability 1/27 > 2.5 %: the interval ends at the
+  # smallest and largest seed, and misses with probability 2 / 2^3.
+  covered, _ = _covers(3, 400, of_seeds=0.5, of_users=0, of_both=1e-3)
+  assert covered == pytest.approx(0.75, abs=3 * math.sqrt(0.75 * 0.25 / 400))
+
+
+def test_seeds_widen_the_interval():
+  rng = np.random.default_rng(3)
+  cube = 5 + _cube(rng, 5, 300, of_seeds=1, of_users=1, of_both=0)
+  values, names = _rows_of(cube)
+  crossed = statistics.mean_interval(values, **names)
+  alone = statistics.mean_interval(values, users=names["users"])
+  assert crossed.high - crossed.low > 4 * (alone.high - alone.low)
+
+
+def test_gap_equals_a_numpy_loop():
+  rng = np.random.default_rng(4)
+  head = 2 + _cube(rng, 3, 40, of_seeds=0.5, of_users=1, of_both=0.3)
+  tail = 1 + _cube(rng, 3, 160, of_seeds=0.5, of_users=1, of_both=0.3)
+  got = statistics.gap(head, tail, num_resamples=4000)
+  draws = []
+  for _ in range(4000):
+    seeds = rng.integers(0, 3, 3)
+    draws.append(
+      head[np.ix_(seeds, rng.integers(0, 40, 40))].mean()
+      - tail[np.ix_(seeds, rng.integers(0, 160, 160))].mean()
+    )
+  low, high = np.percentile(draws, [2.5, 97.5])
+  assert got.estimate == pytest.approx(head.mean() - tail.mean())
+  np.testing.assert_allclose(got[1:], [low, high], atol=0.08 * (high - low))
+  np.testing.assert_allclose(statistics.gap(tail, head).estimate, -got.estimate)
+
+
+def test_gap_of_two_means_agrees_with_scipys_welch_interval():
+  rng = np.random.default_rng(6)
+  head, tail = rng.normal(2, 1, 300), rng.normal(1, 2, 400)
+  want = scipy.stats.ttest_ind(head, tail, equal_var=False)
+  want = want.confidence_interval(0.95)
+  got = statistics.gap(head[None], tail[None], num_resamples=6000)
+  np.testing.assert_allclose(
+    got[1:], [want.low, want.high], atol=0.06 * (want.high - want.low)
+  )
+
+
+def test_worst_group_by_hand():
+  groups = [np.full((2, 5), 0.3), np.full((2, 4), 0.1), np.full((2, 3), 0.2)]
+  worst = statistics.worst_group(groups)
+  assert worst.index == 1
+  np.testing.assert_allclose(worst[1:], 0.1)
+  two = [np.stack([g, 1 - g]) for g in groups]  # [models, S, U]
+  worst = statistics.worst_group(two)
+  np.testing.assert_array_equal(worst.index, [1, 0])
+  np.testing.assert_allclose(worst.estimate, [0.1, 0.7])
+
+
+def test_worst_group_interval_takes_the_smallest_of_each_draw():
+  rng = np.random.default_rng(8)
+  groups = [rng.normal(1, 1, (1, 50)), rng.normal(1.05, 1, (1, 80))]
+  draws = [
+    min(rng.choice(g[0], g.size).mean() for g in groups) for _ in range(4000)
+  ]
+  low, high = np.percentile(draws, [2.5, 97.5])
+  got = statistics.worst_group(groups, num_resamples=4000)
+  np.testing.assert_allclose(
+    [got.low, got.high], [low, high], atol=0.08 * (high - low)
+  )
+
+
+def test_gap_and_worst_group_need_two_users():
+  assert np.isnan(statistics.gap(np.ones((1, 1)), np.ones((1, 9)))[1:]).all()
+  empty = statistics.gap(np.ones((1, 0)), np.ones((1, 9)))
+  assert np.isnan(empty).all()
+  worst = statistics.worst_group([np.ones((1, 9)), np.zeros((1, 1))])
+  assert (worst.index, worst.estimate) == (1, 0)
+  assert np.isnan(worst[2:]).all()
+
+
+# Several tests at once.
+
+
+def test_holm_by_hand():
+  # .01 x 4, .02 x 3, .03 x 2, then .05 x 1 lies below what stands before it.
+  got = statistics.holm([0.05, 0.01, 0.03, 0.02])
+  np.testing.assert_allclose(got, [0.06, 0.04, 0.06, 0.06])
+  got = statistics.holm([0.5, math.nan, 0.001])
+  np.testing.assert_allclose(got, [1, math.nan, 0.003])
+  assert statistics.holm([]).size == 0
+
+
+def test_holm_is_the_closed_test_of_bonferroni():
+  # p~_i = max over all sets of hypotheses I that hold i of min(1, |I| min p_I).
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    p = rng.uniform(0, 0.4, 5)
+    sets = [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
+    want = [
+      max(min(1, len(s) * p[list(s)].min()) for s in sets if i in s)
+      for i in range(5)
+    ]
+    np.testing.assert_allclose(statistics.holm(p), want)
+
+
+def test_holm_keeps_the_family_wise_error():
+  rng = np.random.default_rng(1)
+  false = 0
+  for _ in range(2000):
+    z = 0.7 * rng.normal() + math.sqrt(0.51) * rng.normal(size=6)
+    p = scipy.stats.norm.sf(z)
+    false += statistics.holm(p).min() < 0.05
+  assert false / 2000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+# Power.
+
+
+def test_relative_error_by_hand():
+  error = statistics.relative_error(
+    num_users=400, num_seeds=2, spread=3, correlation=0.5, seed_spread=0.1
+  )
+  assert error == pytest.approx(math.sqrt(9 / 400 + 0.01))
+
+
+def test_relative_error_is_that_of_simulated_changes():
+  rng = np.random.default_rng(2)
+  changes = []
+  for _ in range(1500):
+    common = rng.normal(size=(1, 200))
+    means = []
+    for _ in range(2):
+      own = rng.normal(size=(1, 200))
+      noise = math.sqrt(0.6) * common + math.sqrt(0.4) * own
+      seeds = 1 + 0.05 * rng.normal(size=(3, 1))
+      means.append((seeds + 0.8 * noise).mean())
+    changes.append(means[1] / means[0] - 1)
+  want = statistics.relative_error(
+    num_users=200, num_seeds=3, spread=0.8, correlation=0.6, seed_spread=0.05
+  )
+  assert np.std(changes) == pytest.approx(want, rel=0.08)
+
+
+def test_power_equals_scipys_simulated_power():
+  # A paired t test of 100 differences with standard deviation 1.
+  for effect in (0.1, 0.28):
+    rng = np.random.default_rng(3)
+    want = scipy.stats.power(
+      lambda x, axis: scipy.stats.ttest_1samp(
+        x, 0, axis=axis, alternative="greater"
+      ),
+      lambda size, e=effect, rng=rng: rng.normal(e, 1, size),
+      100, significance=0.025, n_resamples=6000, vectorized=True,
+    ).power
+    assert statistics.power_of(effect, 0.1) == pytest.approx(want, abs=0.025)
+
+
+def test_smallest_effect_is_found_with_the_stated_power():
+  # 1.959964 + 0.841621 = 2.801585
+  assert statistics.smallest_effect(0.01) == pytest.approx(0.02801585)
+  for power in (0.5, 0.8, 0.95):
+    effect = statistics.smallest_effect(2.0, power=power, confidence=0.9)
+    got = statistics.power_of(effect, 2.0, confidence=0.9)
+    assert got == pytest.approx(power)
+
+
+def test_bad_input_of_the_tests_names_the_remedy():
+  with pytest.raises(InputError, match="margin is 2; pass a share"):
+    statistics.relative_change(np.ones(3), np.ones(3), margin=2)
+  with pytest.raises(InputError, match="3 rows of 2 users and 2 seeds"):
+    statistics.mean_interval(np.ones(3), users=[1, 2, 1], seeds=[0, 0, 1])
+  with pytest.raises(InputError, match="one seed and one user id"):
+    statistics.mean_interval(np.ones(3), seeds=[0, 0, 1])
+  with pytest.raises(InputError, match="numbers from 0 to 1"):
+    statistics.holm([0.1, 1.5])
+  with pytest.raises(InputError, match="at least one group"):
+    statistics.worst_group([])
+  with pytest.raises(InputError, match="power is 80; pass a share"):
+    statistics.smallest_effect(0.1, power=80)
+  options = {"spread": 1, "correlation": 0.5, "seed_spread": 0}
+  with pytest.raises(InputError, match="num_users is 0"):
+    statistics.relative_error(num_users=0, num_seeds=1, **options)
+  with pytest.raises(InputError, match="correlation is 2"):
+    statistics.relative_error(
+      num_users=1, num_seeds=1, spread=1, correlation=2, seed_spread=0
+    )

@@ -64,7 +64,7 @@ def write_data(path: str, data: Data) -> None:
 
 def read_data(path: str) -> Data:
   """Reads what `write_data` wrote."""
-  with np.load(path) as file:
+  with np.load(path, allow_pickle=False) as file:
     values = {name: file[name] for name in Data._fields}
   return Data(**{**values, "num_items": int(values["num_items"])})
 

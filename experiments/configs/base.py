@@ -54,9 +54,29 @@ def default() -> ConfigDict:
       # accelerators. Params, optimizer and sums are float32 in any case.
       "compute": "float32",
     },
-    "plugin": {"name": "bottleneck", "hidden": 32},
+    # 'bottleneck', 'translation', 'adapter', 'lora', 'memory' or 'gated'. The
+    # others leave a key that is not theirs at its default.
+    "plugin": {
+      "name": "bottleneck",
+      "hidden": 32,  # bottleneck, adapter, gated
+      "rank": 4,  # lora
+      "reads_state": True,  # gated
+    },
+    # Item-to-item transitions of the training prefix, for 'memory' and 'gated'.
+    "memory": {
+      "channels": ("around", "after", "next"),
+      "window": 5,  # places that count as a transition
+      "decay": 0.7,  # weight of each further place
+      "neighbours": 50,  # kept an item
+      "recent": 10,  # items of a history that are looked up, at most `length`
+      "history_decay": 0.8,  # weight of each older one
+      "shrink": 2.0,  # added to the row sums
+      "popularity_power": 0.25,  # scores are divided by popularity^power
+    },
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
-    # (positions) or 'users' (rows).
+    # (positions) or 'users' (rows). plugin_draw may also be 'validation': stage
+    # 2 then learns from the validation targets of half of the users and is
+    # selected on the others'.
     "joint": {"draw": "interactions", "mean": "interactions"},
     "pin": {
       "draw": "interactions",
@@ -126,6 +146,20 @@ def default() -> ConfigDict:
     # `model`, the interactions over all; 1 x 1 is one device. Results do not
     # depend on it, and a job may go on with another mesh.
     "mesh": {"data": 1, "model": 1},
+    # What the report tests, declared before training: tail users better, head
+    # users no worse than by the margin, a relative loss of NDCG@10. The power
+    # printed at launch is what that takes under the assumptions.
+    "claims": {
+      "non_inferiority_margin": 0.02,
+      "power": 0.8,
+      "assumed_ndcg": 0.05,  # NDCG@10 of the model compared with
+      "assumed_correlation": 0.5,  # of two models' results of a user
+      "assumed_seed_spread": 0.02,  # std over seeds of a model's mean, relative
+    },
+    # A loss, gradient or parameter that is not finite: 'stop', and keep the
+    # state before that step (experiments/replay.py takes it again), or 'skip'
+    # the step and count it.
+    "non_finite": "stop",
   })
 
 

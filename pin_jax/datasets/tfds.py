@@ -22,6 +22,8 @@ from pin_jax.interactions import Interactions, from_columns
 from pin_jax.types import InputError
 
 _BLOCK_BYTES = 1 << 25
+_EXPANSION = 100  # ratings in text shrink to a tenth at most
+_LEAST_BYTES = 1 << 26  # an archive may always expand to so much
 _RECORDS_AT_ONCE = 4096
 _DAMAGE = (
   zipfile.BadZipFile,
@@ -266,7 +268,8 @@ def _read_ratings(archive: epath.Path, config: Upstream) -> pl.DataFrame:
       if config.header is not None:
         _check_header(stream.readline(), config.header)
         num_lines += 1
-      for block in _blocks(stream):
+      most = max(_EXPANSION * archive.stat().length, _LEAST_BYTES)
+      for block in _blocks(stream, most):
         frames.append(_parse(block, num_lines, config))
         num_lines += frames[-1].height
     if not frames:
@@ -292,10 +295,17 @@ def _check_header(line: bytes, header: str) -> None:
     raise InputError(f"line 1 is {_shown(line)}, expected {header!r}")
 
 
-def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
-  """Cuts a stream into blocks of whole lines, each ended by a newline."""
-  rest = b""
+def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
+  """Cuts a stream into blocks of whole lines, each ended by a newline.
+
+  Raises:
+    InputError: if it holds more bytes than `most`.
+  """
+  rest, read = b"", 0
   while chunk := stream.read(_BLOCK_BYTES):
+    read += len(chunk)
+    if read > most:
+      raise InputError(f"expands to more than {most:,} bytes, as no ratings do")
     lines, newline, tail = chunk.rpartition(b"\n")
     if newline:
       yield rest + lines + newline

@@ -1,0 +1,314 @@
+"""Finished jobs as the report reads them, and summaries small enough to commit.
+
+    python -m experiments.summaries WORKDIR --output=docs/results/beauty
+
+writes, for a finished job,
+
+    ranks.parquet  a row a user: segment, group, activeness, numbers of
+                   candidates, and for every model and seed twice its rank, 0
+                   where that is beyond 20
+    job.json       the job's summary and configuration, a thinned record of the
+                   group gradients
+
+It takes about half a byte for every rank, and holds no user id, target or path.
+Metrics with a cutoff of at most 20 follow from it exactly as from the rows,
+their intervals and tests up to the resampling's error; `experiments.report`
+reads either.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from absl import flags
+from etils import epath
+
+from experiments import commands
+from experiments.logs import read_log
+from experiments.settings import read_json
+from experiments.tables import (
+  SUFFIXES,
+  check_same_users,
+  maskings,
+  model_rows,
+  protocol_line,
+)
+from pin_jax.types import InputError
+
+CUTOFF = 20  # the largest that a summary keeps
+PATHS = "path", "data_dir", "manual_dir"  # of the config's data section
+RECORDS = 60  # of a run's group gradients
+_GRADIENTS = (
+  "step", "weights", "norms", "cosines", "conflict_rate", "effective_groups"
+)
+_USER = ("group", "segment", "activeness", "candidates", "candidates_unmasked")
+
+
+class Results(NamedTuple):
+  """What a finished job, or the summary of one, left.
+
+  Attributes:
+    name: name of its directory.
+    rows: a row a user, model and seed; see evaluation.
+    lists: title of each list of candidates -> column of the rank in it.
+    protocol: how the numbers came about, in one line.
+    summary: content of summary.json, {} where there is none.
+    config: the configuration, {} where there is none.
+    gradients: run -> records of its group gradients.
+  """
+
+  name: str
+  rows: pl.DataFrame
+  lists: dict[str, str]
+  protocol: str
+  summary: dict[str, Any]
+  config: dict[str, Any]
+  gradients: dict[str, list[dict[str, Any]]]
+
+
+def read(path: epath.PathLike) -> Results:
+  """Reads a workdir, or a summary of one.
+
+  Args:
+    path: the directory.
+
+  Returns:
+    The results, their rows checked for completeness.
+
+  Raises:
+    InputError: if there are no rows, or users or targets of the models differ.
+  """
+  path = epath.Path(path)
+  if (path / "ranks.parquet").exists():
+    return _read_summary(path)
+  rows, _ = read_rows(path)
+  models = rows["model"].unique(maintain_order=True).to_list()
+  check_same_users(rows, models, on=["user"])
+  summary, config, gradients = {}, {}, {}
+  if (path / "summary.json").exists():
+    summary = job_summary(path)
+  if (path / "config.json").exists():
+    config = read_json(path / "config.json")["config"]
+  if (path / "log.jsonl").exists():
+    gradients = _gradient_records(read_log(path))
+  return Results(
+    path.resolve().name, rows, maskings(rows), _protocol(rows, summary),
+    summary, config, gradients,
+  )
+
+
+def job_summary(workdir: epath.Path) -> dict[str, Any]:
+  """summary.json, with each run's processor time of cpu_seconds.json."""
+  summary = read_json(workdir / "summary.json")
+  path = workdir / "cpu_seconds.json"
+  seconds = read_json(path) if path.exists() else {}
+  for run, cost in summary.get("cost", {}).items():
+    cost.setdefault("cpu_seconds", seconds.get(run, math.nan))
+  return summary
+
+
+def _protocol(rows: pl.DataFrame, summary: Mapping[str, Any]) -> str:
+  line = protocol_line(
+    rows,
+    split=summary.get("protocol", "split not recorded"),
+    num_items=summary.get("num_items"),
+  )
+  if "fingerprint" in summary:
+    line += f"; data {summary['data']} {summary['fingerprint']}"
+  return line
+
+
+def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
+  """The rows of the job's protocol, and the suffix of its files.
+
+  Raises:
+    InputError: if there are none.
+  """
+  for suffix in SUFFIXES.values():
+    path = workdir / f"rows{suffix}.parquet"
+    if path.exists():
+      with path.open("rb") as file:
+        return pl.read_parquet(file), suffix
+  raise InputError(
+    f"{workdir} has no rows.parquet; name the workdir of a finished run"
+  )
+
+
+def _gradient_records(
+  records: Iterable[Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+  """Records with a whole Gramian of several groups, by run."""
+  found: dict[str, list[dict[str, Any]]] = {}
+  for record in records:
+    whole = record.get("conflict_rate") is not None
+    if whole and len(record.get("norms", ())) > 1:
+      kept = {key: record[key] for key in ("run", *_GRADIENTS)}
+      found.setdefault(record["run"], []).append(kept)
+  return {run: own for run, own in found.items() if run.endswith("backbone")}
+
+
+def write(results: Results, output: epath.PathLike) -> None:
+  """Writes the summary of a job, see the module's docstring.
+
+  Args:
+    results: as from `read`.
+    output: directory, made where it is missing.
+
+  Raises:
+    InputError: if a rank is no whole or half number.
+  """
+  output = epath.Path(output)
+  output.mkdir(parents=True, exist_ok=True)
+  with (output / "ranks.parquet").open("wb") as file:
+    _ranks(results).write_parquet(
+      file, compression="zstd", compression_level=19, statistics=False
+    )
+  content = {
+    "name": results.name,
+    "lists": results.lists,
+    "protocol": results.protocol,
+    "summary": results.summary,
+    "config": _without_folders(results.config),
+    "gradients": {
+      run: _thinned(own) for run, own in _first_seeds(results.gradients)
+    },
+  }
+  text = json.dumps(content, ensure_ascii=False)
+  (output / "job.json").write_text(text + "\n")
+
+
+def _without_folders(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The configuration with the name of its data file, not where it lies."""
+  data = {
+    key: epath.Path(value).name if key in PATHS and value else value
+    for key, value in config.get("data", {}).items()
+  }
+  return {**config, **({"data": data} if data else {})}
+
+
+def _ranks(results: Results) -> pl.DataFrame:
+  """One line a user, most active last, a column a model, seed and list."""
+  rows = results.rows
+  models = rows["model"].unique(maintain_order=True).to_list()
+  users = rows.unique("user").sort("activeness", "group", "segment", "user")
+  facts = [name for name in _USER if name in rows.columns]
+  columns = {"user": users["user"]}
+  columns |= {name: users[name] for name in facts}
+  wide = pl.DataFrame(columns)
+  for model in models:
+    for (seed,), own in model_rows(rows, model).group_by(
+      "seed", maintain_order=True
+    ):
+      named = [
+        _twice(own[column]).alias(json.dumps([model, seed, title]))
+        for title, column in results.lists.items()
+      ]
+      wide = wide.join(
+        own.select("user").with_columns(named), on="user", how="left",
+        maintain_order="left",
+      )
+  return wide.drop("user")
+
+
+def _twice(ranks: pl.Series) -> pl.Series:
+  """2 * rank as a byte, 0 beyond the cutoff."""
+  twice = 2 * ranks.to_numpy().astype(np.float64)
+  kept = np.isfinite(twice) & (twice <= 2 * CUTOFF)
+  if np.any(twice[kept] % 1):
+    bad = ranks.to_numpy()[kept][twice[kept] % 1 > 0][0]
+    raise InputError(
+      f"a rank is {bad}, neither whole nor half; pass the rows that evaluation "
+      "wrote"
+    )
+  return pl.Series(np.where(kept, twice, 0).astype(np.uint8))
+
+
+def _first_seeds(
+  gradients: Mapping[str, list[dict[str, Any]]],
+) -> list[tuple[str, list[dict[str, Any]]]]:
+  """Runs of each method's first seed."""
+  first = {}
+  for run, own in gradients.items():
+    first.setdefault(without_seed(run), (run, own))
+  return list(first.values())
+
+
+def without_seed(run: str) -> str:
+  """'seed3/pin/backbone' -> 'pin/backbone'."""
+  head, _, tail = run.partition("/")
+  return tail if head.removeprefix("seed").isdigit() and tail else run
+
+
+def _thinned(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  stride = max(1, -(-len(records) // RECORDS))
+  return [
+    {key: _rounded(value) for key, value in record.items()}
+    for record in records[::stride]
+  ]
+
+
+def _rounded(value: Any) -> Any:
+  if isinstance(value, list):
+    return [_rounded(x) for x in value]
+  return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _read_summary(path: epath.Path) -> Results:
+  content = read_json(path / "job.json")
+  with (path / "ranks.parquet").open("rb") as file:
+    wide = pl.read_parquet(file)
+  facts = [name for name in _USER if name in wide.columns]
+  users = wide.select(facts).with_row_index("user")
+  found: dict[tuple[str, int], dict[str, pl.Series]] = {}
+  for name in wide.columns[len(facts) :]:
+    model, seed, title = json.loads(name)
+    column = content["lists"][title]
+    twice = wide[name].cast(pl.Float64)
+    rank = (twice / 2).replace(0.0, np.inf).alias(column)
+    found.setdefault((model, seed), {})[column] = rank
+  frames = [
+    users.with_columns(
+      pl.lit(model).alias("model"), pl.lit(seed, pl.Int32).alias("seed"),
+      pl.lit(0).alias("target"), *columns.values(),
+    ).filter(pl.all_horizontal(pl.col(list(columns)).is_not_null()))
+    for (model, seed), columns in found.items()
+  ]
+  fields = {key: content[key] for key in Results._fields if key != "rows"}
+  return Results(rows=_completed(pl.concat(frames)), **fields)
+
+
+def _completed(rows: pl.DataFrame) -> pl.DataFrame:
+  """Columns that only rows of full ranking have, for the same checks."""
+  missing = {
+    name: pl.col(like)
+    for name, like in (
+      ("rank_unmasked", "rank"), ("candidates_unmasked", "candidates")
+    )
+    if name not in rows.columns
+  }
+  return rows.with_columns(**missing)
+
+
+def _main(argv: Sequence[str]) -> None:
+  if len(argv) != 2:
+    raise InputError(f"arguments are {argv[1:]}; name one workdir")
+  results = read(argv[1])
+  if not results.summary:
+    raise InputError(f"{argv[1]} has no summary.json; finish the job first")
+  write(results, flags.FLAGS.output)
+  for path in sorted(epath.Path(flags.FLAGS.output).iterdir()):
+    print(f"{path}: {path.stat().length:,} bytes")
+
+
+def _launch() -> None:
+  flags.DEFINE_string(
+    "output", None, "directory of the summary", required=True
+  )
+  commands.launch(_main)
+
+
+if __name__ == "__main__":
+  _launch()

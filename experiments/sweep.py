@@ -1,0 +1,414 @@
+"""Runs every job that a config file's `sweep()` lists.
+
+  python -m experiments.sweep --config=experiments/configs/ml1m.py \
+    --workdir=runs/windows --parallel=2
+
+`sweep()` returns a list of settings, dictionaries of dotted key -> value, such
+as {"backbone.length": 5, "seeds": (0, 1, 2)}. A job's directory is the hash of
+the config file's name and its settings; a file `done` marks it as finished. A
+killed sweep continues where it was, the jobs too. On a cluster every task runs
+one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints the commands, --table
+only the table of what is finished, from the result files alone.
+"""
+
+import fcntl
+import hashlib
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import rich.box
+import rich.console
+import rich.table
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import commands, settings, summaries
+from experiments.methods import METHODS
+from pin_jax import metrics
+from pin_jax.types import InputError
+
+_POLL = 0.2  # seconds between looks at whether jobs have ended
+_LOOK = 60  # seconds between reports of how far they are
+_LAST_LINES = 3  # of a failed job's output
+
+
+class Job(NamedTuple):
+  """One job of a sweep.
+
+  Attributes:
+    workdir: its directory.
+    settings: dotted key -> value.
+    command: as arguments.
+  """
+
+  workdir: epath.Path
+  settings: Mapping[str, Any]
+  command: Sequence[str]
+
+  @property
+  def done(self) -> bool:
+    """Whether it has finished."""
+    return (self.workdir / "done").exists()
+
+
+def make_jobs(config: str, root: epath.PathLike) -> list[Job]:
+  """The jobs of a config file, each checked as far as its settings go.
+
+  Args:
+    config: path of the config file, with arguments after a colon.
+    root: directory of the sweep.
+
+  Returns:
+    The jobs, in the order of `sweep()`.
+
+  Raises:
+    InputError: if the file or `sweep()` is missing, or a setting is wrong.
+  """
+  path, _, argument = config.partition(":")
+  module = _load(path)
+  listed = module["sweep"]()
+  if not isinstance(listed, list | tuple) or not listed:
+    raise InputError(
+      f"sweep() of {path} returns {listed!r}; return a list of dictionaries"
+    )
+  jobs, seen = [], {}
+  for number, chosen in enumerate(listed):
+    _check(module, argument, chosen, number)
+    name = job_name(config, chosen)
+    if name in seen:
+      raise InputError(
+        f"settings {number} of the sweep repeat settings {seen[name]}: "
+        f"{chosen}; list each once"
+      )
+    seen[name] = number
+    jobs.append(_job(config, epath.Path(root) / name, chosen))
+  return jobs
+
+
+def _load(path: str) -> dict[str, Any]:
+  """The names that a config file defines."""
+  try:
+    module = runpy.run_path(path)
+  except OSError as error:
+    raise InputError(
+      f"config file {path} cannot be read ({error.strerror}); see --help"
+    ) from error
+  for name in ("get_config", "sweep"):
+    if name not in module:
+      raise InputError(f"config file {path} has no {name}(); define it there")
+  return module
+
+
+def _check(
+  module: Mapping[str, Any], argument: str, chosen: Any, number: int
+) -> None:
+  if not isinstance(chosen, dict):
+    raise InputError(
+      f"settings {number} of the sweep are {chosen!r}; give a dictionary of "
+      "dotted key -> value"
+    )
+  config: ConfigDict = module["get_config"](*filter(None, [argument]))
+  try:
+    config.update_from_flattened_dict(chosen)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).strip("\"'").split())
+    raise InputError(
+      f"settings {number} of the sweep, {chosen}: {reason}"
+    ) from error
+  try:
+    settings.check(config)
+  except InputError as error:
+    raise InputError(f"settings {number} of the sweep: {error}") from error
+
+
+def job_name(config: str, chosen: Mapping[str, Any]) -> str:
+  """Hash of a config file's name, its argument and settings in any order."""
+  path, _, argument = config.partition(":")
+  content = [epath.Path(path).stem, argument, dict(chosen)]
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _job(config: str, workdir: epath.Path, chosen: Mapping[str, Any]) -> Job:
+  command = [
+    sys.executable, "-m", "experiments.main", f"--config={config}",
+    f"--workdir={workdir}",
+    *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
+  ]
+  return Job(workdir, chosen, command)
+
+
+def _written(value: Any) -> str:
+  """A value as a flag takes it."""
+  if isinstance(value, list | tuple):
+    return repr(tuple(value))
+  return str(value)
+
+
+def printed(job: Job) -> str:
+  """The job's command, to be pasted."""
+  return commands.command_line(["python", *job.command[1:]])
+
+
+def run(
+  jobs: Sequence[Job], *, parallel: int, console: rich.console.Console
+) -> list[Job]:
+  """Runs jobs that are not done, several at a time, and reports progress.
+
+  A job's output goes to output.log in its directory; its last line is shown
+  every minute. When this process ends, the running jobs end too.
+
+  Args:
+    jobs: to run.
+    parallel: how many at a time.
+    console: where to print.
+
+  Returns:
+    The jobs that failed.
+
+  Raises:
+    InputError: if a job is running already.
+  """
+  waiting = {job.workdir.name: job for job in jobs if not job.done}
+  if len(waiting) < len(jobs):
+    console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done")
+  names, total, failed = [*waiting], len(waiting), []
+  running: dict[str, subprocess.Popen] = {}
+  start = looked = time.monotonic()
+  try:
+    while names or running:
+      while names and len(running) < parallel:
+        name = names.pop(0)
+        console.print(f"{name}: {waiting[name].settings}", markup=False)
+        running[name] = _start(waiting[name])
+      for name in [n for n, p in running.items() if p.poll() is not None]:
+        failed += _finish(waiting[name], running.pop(name).returncode, console)
+        finished = total - len(names) - len(running)
+        _print_progress(finished, total, start, console)
+      if time.monotonic() - looked > _LOOK:
+        looked = time.monotonic()
+        for name in running:
+          console.print(f"{name}: {_last_line(waiting[name])}", markup=False)
+      time.sleep(_POLL)
+  finally:
+    for process in running.values():
+      process.terminate()
+    for process in running.values():
+      process.wait()
+  return failed
+
+
+def _start(job: Job) -> subprocess.Popen:
+  """Starts a job, which holds a lock on its directory as long as it lives.
+
+  Raises:
+    InputError: if it lives already, left by a sweep that was killed.
+  """
+  job.workdir.mkdir(parents=True, exist_ok=True)
+  with (
+    (job.workdir / "lock").open("ab") as lock,
+    (job.workdir / "output.log").open("ab") as output,
+  ):
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise InputError(
+        f"job {job.workdir} is running elsewhere; wait for it, or end it"
+      ) from error
+    return subprocess.Popen(
+      job.command, stdin=subprocess.DEVNULL, stdout=output,
+      stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+    )
+
+
+def _last_line(job: Job) -> str:
+  lines = (job.workdir / "output.log").read_text().splitlines()
+  return lines[-1] if lines else "starts"
+
+
+def _finish(job: Job, code: int, console: rich.console.Console) -> list[Job]:
+  """Marks a job as done, or says why it is not; returns it in that case."""
+  if code == 0:
+    (job.workdir / "done").write_text(printed(job) + "\n")
+    return []
+  lines = (job.workdir / "output.log").read_text().splitlines()
+  console.print(
+    f"{job.workdir.name} failed with exit code {code}; the end of "
+    f"{job.workdir / 'output.log'}:", markup=False,
+  )
+  for line in lines[-_LAST_LINES:]:
+    console.print(f"  {line}", markup=False)
+  return [job]
+
+
+def _print_progress(
+  finished: int, total: int, start: float, console: rich.console.Console
+) -> None:
+  gone = time.monotonic() - start
+  left = gone * (total - finished) / finished
+  console.print(
+    f"{finished} of {total} jobs, {gone:.0f} s gone, about {left:.0f} s left"
+  )
+
+
+def table(root: epath.PathLike, *, cutoff: int = 10) -> pl.DataFrame:
+  """One line a job and model, from the result files of a sweep alone.
+
+  Args:
+    root: directory of the sweep.
+    cutoff: K of NDCG, first list of candidates.
+
+  Returns:
+    job, a column for every setting in which the jobs differ, model, seeds,
+    validation (the selected step's, mean over seeds; NaN where a model is not
+    one trained stage for all users), and NDCG overall, tail and head on test.
+    Settings are to be chosen by validation.
+
+  Raises:
+    InputError: if no job has finished.
+  """
+  found = {
+    path.name: summaries.read(path)
+    for path in sorted(epath.Path(root).iterdir())
+    if (path / "done").exists()
+  }
+  if not found:
+    raise InputError(f"{root} holds no finished job; run the sweep first")
+  flat = {
+    name: {"data": r.summary["data"], **dict(settings.flatten(r.config))}
+    for name, r in found.items()
+  }
+  differing = _differing(flat)
+  lines = [
+    {"job": name, **{k: _written(flat[name].get(k)) for k in differing}, **line}
+    for name, results in found.items()
+    for line in _models(results, cutoff)
+  ]
+  return pl.DataFrame(lines)
+
+
+def _differing(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Keys whose values are not the same in all jobs."""
+  keys = dict.fromkeys(key for own in flat.values() for key in own)
+  return [
+    key for key in keys
+    if len({json.dumps(own.get(key)) for own in flat.values()}) > 1
+  ]
+
+
+def _models(
+  results: summaries.Results, cutoff: int
+) -> Iterator[dict[str, Any]]:
+  column = next(iter(results.lists.values()))
+  rows = results.rows.with_columns(
+    value=metrics.ndcg(results.rows[column].to_numpy(), cutoff)
+  )
+  best = _validation(results.summary.get("cost", {}))
+  for model in rows["model"].unique(maintain_order=True):
+    own = rows.filter(pl.col("model") == model)
+    parts = {
+      "overall": own, "tail": own.filter(segment=0),
+      "head": own.filter(segment=1),
+    }
+    yield {
+      "model": model,
+      "seeds": own["seed"].n_unique(),
+      "validation": best.get(model, float("nan")),
+      **{
+        f"NDCG@{cutoff} {name}": part["value"].mean()
+        for name, part in parts.items()
+      },
+    }
+
+
+def _validation(cost: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+  """Title of a model -> validation of the one stage that serves everybody."""
+  stages: dict[str, list[float]] = {}
+  for run, entry in cost.items():
+    if len(entry["validation"]) == 1:
+      stage = summaries.without_seed(run)
+      stages.setdefault(stage, []).append(entry["validation"][0])
+  return {
+    method.title: float(np.mean(stages[method.stages[-1].name]))
+    for method in METHODS.values()
+    if len(set(method.serve)) == 1
+    and method.stages[-1].users == "all"
+    and method.stages[-1].name in stages
+  }
+
+
+def print_table(lines: pl.DataFrame, console: rich.console.Console) -> None:
+  """Prints what `table` returns."""
+  out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  for name, kind in lines.schema.items():
+    out.add_column(name, justify="right" if kind.is_numeric() else "left")
+  for line in lines.iter_rows():
+    out.add_row(*map(_cell, line))
+  console.print(out)
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float):
+    return "n/a" if np.isnan(value) else f"{value:.4f}"
+  return str(value)
+
+
+def _selected(jobs: Sequence[Job], index: int | None) -> Sequence[Job]:
+  if index is None:
+    return jobs
+  if not 0 <= index < len(jobs):
+    raise InputError(f"--index={index}: give 0 to {len(jobs) - 1}")
+  return [jobs[index]]
+
+
+def _main(argv: Sequence[str]) -> int:
+  values = flags.FLAGS
+  console = rich.console.Console(highlight=False, soft_wrap=True)
+  if len(argv) > 1:
+    raise InputError(f"unexpected arguments {argv[1:]}; see --help")
+  if values.parallel < 1:
+    raise InputError(f"--parallel={values.parallel}: give at least 1")
+  if values.table:
+    print_table(table(values.workdir), console)
+    return 0
+  if values.config is None:
+    raise InputError("--config is missing; name a config file with a sweep()")
+  jobs = make_jobs(values.config, values.workdir)
+  jobs = _selected(jobs, values.index)
+  if values.dry_run:
+    for job in jobs:
+      print(printed(job) + ("  # done" if job.done else ""))
+    return 0
+  failed = run(jobs, parallel=values.parallel, console=console)
+  if any(job.done for job in jobs):
+    print_table(table(values.workdir), console)
+  if failed:
+    names = ", ".join(job.workdir.name for job in failed)
+    print(f"error: {len(failed)} jobs failed: {names}", file=sys.stderr)
+  return 1 if failed else 0
+
+
+def launch() -> None:
+  """Entry point: exit code 2 for bad input, 1 where a job fails."""
+  flags.DEFINE_string("config", None, "config file with a sweep()")
+  flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
+  flags.DEFINE_integer("parallel", 1, "jobs at a time")
+  flags.DEFINE_integer("index", None, "run this job alone, from 0")
+  flags.DEFINE_bool("dry_run", False, "print the commands")
+  flags.DEFINE_bool("table", False, "print the table of finished jobs")
+  # A terminated sweep takes its jobs along.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  commands.launch(_main)
+
+
+if __name__ == "__main__":
+  launch()

@@ -1,0 +1,507 @@
+"""Bad inputs and what is said about each: one row each.
+
+  python -m tests.bad_inputs
+
+prints the table. `bad_inputs_test.py` runs every row: one line that holds the
+row's words (the input, its value, the remedy), exit code 2, no traceback, and
+no workdir made.
+"""
+
+import contextlib
+import io
+import pathlib
+import sys
+import tempfile
+import zipfile
+from unittest import mock
+
+import jax
+import numpy as np
+import rich.console
+import tensorflow_datasets
+from absl import flags
+
+from experiments import job, main, replay, report
+from pin_jax import activeness, batches, evaluation, metrics, splits
+from pin_jax import statistics as intervals
+from pin_jax.backbones.sasrec import sasrec
+from pin_jax.checkpoints import Checkpoints
+from pin_jax.datasets import files, tfds
+from pin_jax.interactions import from_columns
+from pin_jax.training import fit, make_optimizer
+from tests import tiny
+
+ROWS = {}  # name: (function of a folder, words of the message)
+
+
+def row(name, *words):
+  """Registers a function of a folder under a name."""
+
+  def register(action):
+    ROWS[name] = (action, words)
+    return action
+
+  return register
+
+
+def _file(name, content, *words, reader=files.read, row_name=None, **options):
+  """A file with such content, as bytes or text, read."""
+
+  def action(folder):
+    path = folder / name
+    if content is not None:
+      data = content.encode() if isinstance(content, str) else content
+      path.write_bytes(data)
+    reader(path, **options)
+
+  ROWS[row_name or f"file: {content!r:.40}"] = (action, words)
+
+
+GOOD = "user,item,timestamp\n1,2,3\n"
+_file("a.csv", None, "a.csv does not exist", "check the path",
+      row_name="file: absent")
+_file("a.csv", "", "a.csv is empty", "0 bytes")
+_file("a.csv", "user,item\n", "header but no rows", "check how it was made")
+_file("a.xls", GOOD, "suffix '.xls'", "use one of", row_name="file: suffix")
+_file("a.csv", "who,item\n1,2\n", "no user column", "give user=<column>")
+_file("a.csv", "user,what\n1,2\n", "no item column", "give item=<column>")
+_file("a.csv", GOOD, "no column 'when'", "give time=<column>", time="when",
+      row_name="file: time column absent")
+_file("a.csv", "user,item\n1,\n", "line 2", "item", "is empty", "remove")
+_file("a.csv", "user,item\n,2\n", "line 2", "user", "is empty")
+_file("a.csv", "user,item,timestamp\n1,2,x\n", "time 'x'", "correct it")
+_file("a.csv", "user,item,timestamp\n1,2,nan\n", "nan", "not finite")
+_file("a.csv", "user,item,timestamp\n1,2,2024-01-01\n3,4,5x\n", "line 3",
+      "'5x'", "neither a number nor an ISO date")
+_file("a.csv", b"user,item\n\xff\xfe,2\n", "a.csv cannot be read", "check its")
+_file("a.csv", "user,item\n1,2,3,4\n", "a.csv cannot be read", "separator")
+_file("a.csv", GOOD, "separator=',,'", "give one character", separator=",,",
+      row_name="file: separator")
+_file("a.csv", GOOD, "duplicates='all'", "use one of", duplicates="all",
+      row_name="file: duplicates")
+_file("a.csv", GOOD, "k_core=-1", "integer of at least 0", k_core=-1,
+      row_name="file: k_core")
+_file("a.csv", GOOD, "min_length=0", "at least 1", min_length=0,
+      row_name="file: min_length")
+_file("a.csv", GOOD, "no user", "k_core=5", "lower them", k_core=5,
+      row_name="file: nothing left")
+_file("a.inter", GOOD, "not name:type", "read_csv", row_name="inter: header")
+_file("a.inter", "user_id:token\titem_id:token\n1\n", "line 2", "is empty",
+      row_name="inter: short line")
+_file("a.parquet", GOOD, "a.parquet cannot be read", "check its format",
+      row_name="parquet: text")
+_file("a.parquet", b"PAR1" + bytes(60) + b"PAR1", "cannot be read",
+      row_name="parquet: half written")
+
+
+@row("file: a directory", "is a directory", "name one file in it")
+def _(folder):
+  files.read_csv(folder)
+
+
+@row("columns: lengths", "differ in length", "give equal ones")
+def _(folder):
+  from_columns([1, 2], [1])
+
+
+@row("columns: shape", "users has shape (2, 2)", "flat column")
+def _(folder):
+  from_columns(np.ones((2, 2), int), [1, 2])
+
+
+@row("columns: types", "mixes types", "give integers or strings")
+def _(folder):
+  from_columns([1, "a"], [1, 2])
+
+
+@row("columns: fractions", "items[1] = 1.5", "no id")
+def _(folder):
+  from_columns([1, 2], [1.0, 1.5])
+
+
+@row("columns: none", "0 rows", "check the source")
+def _(folder):
+  from_columns([], [])
+
+
+def _data():
+  return from_columns([1] * 6 + [2] * 6, [*range(6)] * 2, list(range(12)))
+
+
+@row("split: short users", "3 interactions", "check the user column")
+def _(folder):
+  splits.leave_one_out(from_columns([1, 2], [1, 2]))
+
+
+@row("split: no times", "has no times", "use leave_one_out")
+def _(folder):
+  splits.temporal_fractions(from_columns([1] * 5, range(5)))
+
+
+@row("split: shares", "validation=0.9, test=0.9", "sum is below 1")
+def _(folder):
+  splits.temporal_fractions(_data(), validation=0.9, test=0.9)
+
+
+@row("split: share type", "test='a' is no number", "give a share")
+def _(folder):
+  splits.temporal_fractions(_data(), test="a")
+
+
+@row("split: order", "validation_time=5", "test_time=3", "ascending")
+def _(folder):
+  splits.temporal(_data(), validation_time=5, test_time=3)
+
+
+@row("users: index", "user indices span 5..5", "give 0..1")
+def _(folder):
+  _data().select_users([5])
+
+
+@row("users: mask", "mask of users has shape (3,)", "give (2,)")
+def _(folder):
+  _data().select_users(np.ones(3, bool))
+
+
+@row("groups: rule", "'age'", "use one of")
+def _(folder):
+  activeness.assign_groups(np.arange(4), num_groups=2, rule="age")
+
+
+@row("groups: number", "num_groups")
+def _(folder):
+  activeness.assign_groups(np.arange(4), num_groups=0)
+
+
+@row("prior: length", "custom", "2")
+def _(folder):
+  activeness.prior("custom", np.array([0, 1]), np.array([1, 1]), 2, (1.0,))
+
+
+@row("pool: shapes", "targets has shape (3,) but groups (2,)", "every user")
+def _(folder):
+  batches.make_pool(np.ones(3), np.zeros(2), num_groups=1, length=2)
+
+
+@row("pool: range", "groups span 0..7", "give -1..1")
+def _(folder):
+  batches.make_pool(np.ones(2), np.array([0, 7]), num_groups=2, length=2)
+
+
+@row("pool: length", "length=0", "at least 1")
+def _(folder):
+  batches.make_pool(np.ones(2), np.zeros(2), num_groups=1, length=0)
+
+
+@row("sampler: draw", "draw='all' is unknown", "use one of")
+def _(folder):
+  batches.draw_batch(
+    jax.random.key(0), None, None, batch_size=1, length=1, draw="all"
+  )
+
+
+@row("metric: rank", "ranks contain 0.0", "pass ranks of 1")
+def _(folder):
+  metrics.ndcg([0.0], 10)
+
+
+@row("metric: type", "ranks are no numbers", "pass numbers")
+def _(folder):
+  metrics.hit_rate(["first"], 10)
+
+
+@row("metric: cutoff", "cutoff k is 0", "at least 1")
+def _(folder):
+  metrics.reciprocal_rank([1.0], 0)
+
+
+@row("metric: impressions", "(2,)", "(1,)", "as many of both")
+def _(folder):
+  metrics.group_auc([0.5, 0.5], [1])
+
+
+@row("metric: shapes", "positive has shape (2,) but negatives (1, 1)", "[N, C]")
+def _(folder):
+  metrics.log_loss([1.0, 2.0], [[1.0]])
+
+
+@row("statistics: shapes", "base has shape (4,) but other (3,)", "same rows")
+def _(folder):
+  intervals.relative_change(np.ones(4), np.ones(3))
+
+
+@row("statistics: confidence", "confidence")
+def _(folder):
+  intervals.mean_interval(np.ones(4), confidence=2.0)
+
+
+@row("backbone: heads", "width=10", "heads=3")
+def _(folder):
+  sasrec(10, length=4, width=10, heads=3)
+
+
+@row("ranker: chunk", "user_chunk=0", "at least 1")
+def _(folder):
+  evaluation.make_ranker(
+    evaluation.Model(None, None), num_items=5, length=3, user_chunk=0
+  )
+
+
+@row("candidates: too many", "evaluation.negatives=9", "at most")
+def _(folder):
+  requests = evaluation.Requests(*np.array([[0], [2], [0]]))
+  evaluation.draw_unseen(_data(), requests, count=9, seed=0)
+
+
+@row("optimizer: steps", "num_steps=0", "at least 1")
+def _(folder):
+  make_optimizer(0)
+
+
+@row("optimizer: rate", "learning_rate=-1", "positive")
+def _(folder):
+  make_optimizer(10, learning_rate=-1)
+
+
+@row("fit: dispatch", "dispatch=3", "evaluate_every=4", "divisor")
+def _(folder):
+  fit(
+    None, None, None, name="run", num_steps=4, evaluate=None,
+    evaluate_every=4, dispatch=3,
+  )
+
+
+TREE = {"x": np.ones(3, np.float32)}
+
+
+def _saved(folder, **about):
+  store = Checkpoints(folder / "saved", about={"config": {"a": 1}, **about})
+  store.save(5, TREE, {})
+  store.close()
+  return folder / "saved"
+
+
+def _restored(folder, like=None, **about):
+  store = Checkpoints(folder, about=about)
+  try:
+    store.restore(like or TREE)
+  finally:
+    store.close()
+
+
+@row("checkpoint: keep", "keep=0", "at least 1")
+def _(folder):
+  Checkpoints(folder / "saved", keep=0)
+
+
+@row("checkpoint: config", "config.a is 1 there and 2 here", "workdir")
+def _(folder):
+  _restored(_saved(folder), config={"a": 2})
+
+
+@row("checkpoint: data", "data is 'abc' there and 'abd' here")
+def _(folder):
+  _restored(_saved(folder, data="abc"), data="abd")
+
+
+@row("checkpoint: versions", "versions.jax is '1' there", "--other_versions")
+def _(folder):
+  _restored(_saved(folder, versions={"jax": "1"}), versions={"jax": "2"})
+
+
+@row("checkpoint: shape", "x is float32[3] there and float32[4] here", "delete")
+def _(folder):
+  _restored(_saved(folder), {"x": np.ones(4, np.float32)})
+
+
+@row("checkpoint: leaf", "y is absent there", "delete")
+def _(folder):
+  _restored(_saved(folder), {**TREE, "y": np.ones(2, np.float32)})
+
+
+@row("checkpoint: only one, damaged", "cannot be read", "no older one")
+def _(folder):
+  saved = _saved(folder)
+  (saved / "5" / "record" / "metadata").write_text("{")
+  _restored(saved)
+
+
+class Place:
+  """A directory for TFDS with one archive in it."""
+
+  def __init__(self, folder, config, data):
+    name = tfds.BUILDERS[config.split("/")[0]](
+      config=config.split("/")[1], data_dir=folder
+    ).builder_config.url.rpartition("/")[2]
+    (folder / name).write_bytes(data)
+    self.read = lambda: tfds.read_tfds(
+      config, data_dir=folder / "prepared", manual_dir=folder
+    )
+
+
+def _zip(members):
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    for name, data in members.items():
+      archive.writestr(name, data)
+  return buffer.getvalue()
+
+
+@row("tfds: name", "unknown data set 'films/1'", "use one of")
+def _(folder):
+  tfds.read_tfds("films/1", data_dir=folder)
+
+
+@row("tfds: damaged archive", "damaged or cut short", "download")
+def _(folder):
+  data = _zip({"ml-100k/u.data": "1\t2\t3\t4\n" * 99})
+  Place(folder, "movielens/100k", data[: len(data) // 2]).read()
+
+
+@row("tfds: another archive", "no 'ml-100k/u.data' inside", "../../evil")
+def _(folder):
+  Place(folder, "movielens/100k", _zip({"../../evil": "out"})).read()
+
+
+@row("tfds: bomb", "expands to more than", "as no ratings do", "delete it")
+def _(folder):
+  data = _zip({"ml-100k/u.data": "1\t2\t3\t4\n" * (1 << 16)})
+  with mock.patch.object(tfds, "_LEAST_BYTES", 1 << 12):
+    Place(folder, "movielens/100k", data).read()
+
+
+@row("report: no rows", "has no rows.parquet", "finished run")
+def _(folder):
+  report.write_report(folder)
+
+
+@row("replay: no dump", "holds no step to take again", "name the workdir")
+def _(folder):
+  replay.replay(folder, None)
+
+
+def _config(key, value, *words):
+  """The main job with one config key set."""
+
+  def action(folder):
+    config = tiny.get_config()
+    *path, last = key.split(".")
+    section = config
+    for name in path:
+      section = section[name]
+    with config.ignore_type(), config.unlocked():
+      section[last] = value
+    job.run(config, folder / "w", rich.console.Console(file=io.StringIO()))
+
+  ROWS[f"config: {key}={value!r}"] = (action, words)
+
+
+_config("widht", 3, "widht=3", "unknown key")
+_config("batch_size", "many", "batch_size='many'", "type int")
+_config("backbone.dropout", 1.5, "backbone.dropout=1.5", "share")
+_config("backbone.name", "bert", "'bert'", "use one of")
+_config("optimizer.learning_rate", -1.0, "learning_rate=-1.0", "positive")
+_config("groups.rule", "age", "groups.rule='age'", "use one of")
+_config("pin.weighting", "best", "pin.weighting='best'", "use one of")
+_config("methods", ("best",), "methods=('best',)", "give one or more of")
+_config("seeds", (), "seeds=()", "give one or more")
+_config("non_finite", "ignore", "non_finite='ignore'", "use one of")
+_config("validation.every", 7, "validation.every=7", "multiple of dispatch")
+_config("data.source", "web", "data.source='web'", "use one of")
+_config("data.path", "x.csv", "data.path='x.csv'", "does not use it")
+
+
+def _flags(name, *words, **workdir):
+  """The command line; the workdir is W, W/x where W is a file."""
+
+  def action(folder):
+    arguments = [x.replace("FOLDER", str(folder)) for x in name.split()]
+    flags.FLAGS.unparse_flags()
+    with _arguments(["experiments.main", *arguments]):
+      with contextlib.suppress(SystemExit):
+        main.app.run(main.main, flags_parser=main._parse)
+
+  ROWS[f"flags: {name}"] = (action, words)
+
+
+@contextlib.contextmanager
+def _arguments(argv):
+  """Puts other arguments on the command line."""
+  before, sys.argv = sys.argv, argv
+  try:
+    yield
+  finally:
+    sys.argv = before
+
+
+TINY = "--config=tests/tiny.py --workdir=FOLDER"
+_flags("--config=tests/tiny.py", "workdir", "--help")
+_flags(f"{TINY}/w --wrokdir=x", "wrokdir", "--help")
+_flags(f"{TINY}/w --config.widht=3", "unknown config key", "widht")
+_flags(f"{TINY}/w --config.batch_size=many", "batch_size", "many")
+_flags("--config=nowhere.py --workdir=FOLDER/w", "nowhere.py")
+_flags(
+  "--config=experiments/configs/files.py --workdir=FOLDER/w",
+  "files.py needs a path",
+)
+_flags(
+  "--config=experiments/configs/files.py:path=FOLDER/x.csv,k=3 "
+  "--workdir=FOLDER/w", "'k=3'", "key of",
+)
+_flags("--config=tests/tiny.py --workdir=/proc/w", "/proc/w", "--workdir")
+
+
+def _in_workdir(name, prepare, *words):
+  """The job in a workdir that something is wrong with."""
+
+  def action(folder):
+    config = tiny.get_config()
+    prepare(folder, config)
+    job.run(config, folder, rich.console.Console(file=io.StringIO()))
+
+  ROWS[f"workdir: {name}"] = (action, words)
+
+
+def _claimed(change):
+  def prepare(folder, config):
+    other = tiny.get_config()
+    change(other)
+    job.claim_workdir(folder, other, "0" * 16)
+
+  return prepare
+
+
+_in_workdir(
+  "of another config", _claimed(lambda c: c.update(batch_size=30)),
+  "config.batch_size is 30 there and 24 here", "another --workdir",
+)
+_in_workdir(
+  "of other data", _claimed(lambda c: None), "data is '0000", "--workdir",
+)
+_in_workdir(
+  "with a damaged config.json",
+  lambda folder, config: (folder / "config.json").write_text("{"),
+  "config.json is damaged", "delete it",
+)
+
+
+def answer(name, folder):
+  """(exit code, what standard error says) of a row."""
+  action, _ = ROWS[name]
+  tensorflow_datasets.disable_progress_bar()
+  said = io.StringIO()
+  with contextlib.redirect_stderr(said):
+    code = main.exit_code(lambda: action(pathlib.Path(folder)))
+  return code, said.getvalue()
+
+
+if __name__ == "__main__":
+  table = []
+  for name in ROWS:
+    with tempfile.TemporaryDirectory() as place:
+      code, text = answer(name, place)
+      table.append((name, code, text.strip().replace(place, "FOLDER")))
+  for name, code, text in table:
+    print(f"{name}\n  {code}  {text}")
+  print(f"{len(table)} bad inputs, {sum(c == 2 for _, c, _ in table)} of them "
+        "answered with exit code 2")

@@ -1,0 +1,400 @@
+"""Faults and what is done about each: one row each.
+
+  python -m tests.faults
+
+prints the table. `faults_test.py` runs every row: it ends with the row's exit
+code (0 where the work goes on), and what is said holds the row's words. Rows
+check by themselves that nothing was lost.
+"""
+
+import contextlib
+import io
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from experiments import interruption, logs, main, workdir
+from experiments.events import read_events
+from pin_jax import finite, halving, training
+from pin_jax.checkpoints import Checkpoints
+
+ROWS = {}  # name: (function of (folder, say), exit code, words)
+
+
+def row(name, code, *words):
+  """Registers a function of a folder and `say` under a name."""
+
+  def register(action):
+    ROWS[name] = (action, code, words)
+    return action
+
+  return register
+
+
+def _tree(seed):
+  rng = np.random.default_rng(seed)
+  return {"table": rng.normal(size=(40, 16)).astype(np.float32)}
+
+
+def _store(folder, say=lambda line: None):
+  return Checkpoints(folder / "run", say=say)
+
+
+def _saved(folder, *steps):
+  store = _store(folder)
+  for step in steps:
+    store.save(step, _tree(step), {"step": step})
+  store.close()
+
+
+def _restored(folder, say, step):
+  """Restores and insists on the tree of a step, bit by bit."""
+  store = _store(folder, say)
+  tree, record = store.restore(_tree(0))
+  assert record == {"step": step}
+  np.testing.assert_array_equal(tree["table"], _tree(step)["table"])
+  store.save(9, _tree(9), {"step": 9})  # the run goes on and saves again
+  store.wait()
+  assert store.steps()[-1] == 9
+  store.close()
+
+
+def _largest(folder, step, part):
+  files = (folder / "run" / str(step) / part).rglob("*")
+  return max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+DAMAGES = {
+  "truncated": lambda p: os.truncate(p, p.stat().st_size // 2),
+  "empty": lambda p: p.write_bytes(b""),
+  "deleted": lambda p: p.unlink(),
+  "bit-flipped": _flip,
+}
+
+
+def _damaged(part, damage):
+  def fall_back(folder, say):
+    _saved(folder, 3, 9)
+    DAMAGES[damage](_largest(folder, 9, part))
+    _restored(folder, say, 3)
+
+  def fail(folder, say):
+    _saved(folder, 3, 9)
+    for step in (3, 9):
+      DAMAGES[damage](_largest(folder, step, part))
+    _store(folder, say).restore(_tree(0))
+
+  name = f"checkpoint's {part} {damage}"
+  words = "run/9 is damaged", "step 3 restored instead"
+  ROWS[name] = (fall_back, 0, words)
+  ROWS[f"{name}, and the older one's"] = (
+    fail, 2, ("run/9 cannot be read", "no older one", "delete")
+  )
+
+
+for part in ("tree", "record"):
+  for damage in DAMAGES:
+    _damaged(part, damage)
+
+
+@row("checkpoint half written by a killed save", 0)
+def _(folder, say):
+  _saved(folder, 3)
+  shutil.copytree(
+    folder / "run" / "3", folder / "run" / "9.orbax-checkpoint-tmp"
+  )
+  _restored(folder, say, 3)
+  assert not list((folder / "run").glob("*tmp*"))
+
+
+@row("checkpoint's directory half deleted", 0, "run/9 is damaged", "step 3")
+def _(folder, say):
+  _saved(folder, 3, 9)
+  shutil.rmtree(folder / "run" / "9" / "tree")
+  _restored(folder, say, 3)
+
+
+@row("all checkpoints deleted", 0)
+def _(folder, say):
+  _saved(folder, 3, 9)
+  for step in ("3", "9"):
+    shutil.rmtree(folder / "run" / step)
+  assert _store(folder, say).restore(_tree(0)) is None
+
+
+@contextlib.contextmanager
+def _disk_full(size):
+  """Writes beyond a size fail, as they do on a full disk."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def _read_only(folder):
+  """The folder cannot be written, not even by root."""
+  root = os.geteuid() == 0
+  folder.chmod(0o555)
+  if root:
+    os.seteuid(65534)
+  try:
+    yield
+  finally:
+    if root:
+      os.seteuid(0)
+    folder.chmod(0o755)
+
+
+@row("disk full during a save", 3, "run/9 cannot be written", "free space",
+     "continues")
+def _(folder, say):
+  _saved(folder, 3)
+  store = _store(folder, say)
+  try:
+    with _disk_full(500):
+      store.save(9, _tree(9), {"step": 9})
+      store.wait()
+  finally:
+    _restored(folder, say, 3)
+
+
+@row("directory read-only during a save", 3, "run/9 cannot be written",
+     "make it writable")
+def _(folder, say):
+  _saved(folder, 3)
+  store = _store(folder, say)
+  try:
+    with _read_only(folder / "run"):
+      store.save(9, _tree(9), {"step": 9})
+      store.wait()
+  finally:
+    _restored(folder, say, 3)
+
+
+@row("disk full while logging", 3, "File too large")
+def _(folder, say):
+  log = logs.RunLog(epath.Path(folder))
+  with _disk_full(500):
+    try:
+      for step in range(9):
+        log.steps("base", step, {"loss": np.ones((1, 40))})
+    finally:
+      log._file = (folder / "other").open("a")
+
+
+@row("two processes on one workdir", 2, "is in use by process", "--workdir")
+def _(folder, say):
+  directory = epath.Path(folder)
+  with workdir.held(directory), workdir.held(directory):
+    pass
+
+
+class State(NamedTuple):
+  """Of a model with one weight."""
+
+  params: jax.Array
+  average: None = None
+
+
+def _step(loss_at=-1, gradient_at=-1):
+  """Counts up; the loss, or the new weight, is not finite at one step."""
+
+  def step(state, operands, t):
+    loss = jnp.where(t == loss_at, jnp.nan, 1.0 * t)[None]
+    change = jnp.where(t == gradient_at, jnp.inf, 1.0)
+    return State(state.params + change), {"loss": loss}
+
+  return step
+
+
+def _fit(folder, step, logged=None, **options):
+  store = Checkpoints(folder / "checkpoints" / "toy")
+  try:
+    return training.fit(
+      step, State(jnp.zeros(2)), None, name="toy", num_steps=12,
+      evaluate=lambda params: np.ones(1), evaluate_every=4, dispatch=2,
+      checkpoints=store, **options,
+      on_steps=lambda t, log: logged is None or logged.append(log),
+    )
+  finally:
+    store.close()
+
+
+def _stops(folder, at, **options):
+  """Fits, and insists on the state before the step at fault."""
+  try:
+    _fit(folder, _step(**options))
+  finally:
+    dump = Checkpoints(folder / "checkpoints" / "non_finite" / "toy")
+    (state, _), record = dump.restore((State(jnp.zeros(2)), jnp.zeros(2)))
+    assert dump.steps() == [at]
+    np.testing.assert_array_equal(state.params, [at, at])
+    again, log = _step(**options)(state, None, at)
+    assert not finite.all_finite((again.params, log["loss"]))
+    np.testing.assert_array_equal(log["loss"], record["log"]["loss"])
+    dump.close()
+
+
+@row("loss not finite", 3, "toy: the loss of group [0] is nan at step 6",
+     "non_finite/toy", "replay", "learning_rate")
+def _(folder, say):
+  _stops(folder, 6, loss_at=6)
+
+
+@row("gradient not finite, losses finite", 3, "a parameter is not finite",
+     "the state before step 9, the first at fault", "replay")
+def _(folder, say):
+  _stops(folder, 9, gradient_at=9)
+
+
+@row("gradient not finite, skipped", 0)
+def _(folder, say):
+  logged = []
+  result = _fit(folder, finite.skipping(_step(gradient_at=9)), logged)
+  skipped = np.concatenate([log["skipped"] for log in logged])
+  np.testing.assert_array_equal(np.flatnonzero(skipped), [9])
+  assert result.last_step == 12
+
+
+@row("loss not finite, skipped", 0)
+def _(folder, say):
+  logged = []
+  _fit(folder, finite.skipping(_step(loss_at=5)), logged)
+  skipped = np.concatenate([log["skipped"] for log in logged])
+  np.testing.assert_array_equal(np.flatnonzero(skipped), [5])
+  store = Checkpoints(folder / "checkpoints" / "toy")
+  (state, _), _ = store.restore((State(jnp.zeros(2)), jnp.zeros(2)))
+  store.close()
+  np.testing.assert_array_equal(state.params, [11, 11])
+
+
+def _needs(limit):
+  """Builds a function that has memory for chunks of that size."""
+
+  def build(chunk):
+    def run(values):
+      if chunk > limit:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+      return values.sum(), chunk
+
+    return run
+
+  return build
+
+
+@row("memory full at evaluation", 0, "user_chunk is now 128", "is now 32")
+def _(folder, say):
+  run = halving.smaller_where_full(_needs(40), 256, say=say)
+  assert run(np.arange(5)) == (10, 32)
+  assert run(np.arange(5)) == (10, 32)
+
+
+@row("memory full at evaluation, whatever the chunk", 3, "one user at a time",
+     "item_chunk")
+def _(folder, say):
+  halving.smaller_where_full(_needs(0), 8)(np.arange(5))
+
+
+@row("SIGTERM while training", 75, "toy: interrupted after step", "continues")
+def _(folder, say):
+  def on_evaluation(t, values):
+    if t == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def ended(resumed):
+    result = _fit(folder, _step(), on_resume=resumed.append)
+    np.testing.assert_array_equal(result.best, [4, 4])
+
+  with interruption.noticed() as interrupted:
+    try:
+      _fit(
+        folder, _step(), on_evaluation=on_evaluation, interrupted=interrupted
+      )
+    finally:
+      ended(resumed := [])
+      assert resumed == [4]
+
+
+def _two_lives(folder, harm):
+  """A log whose run is killed after step 3, harmed, resumed from step 2."""
+  path = epath.Path(folder)
+  values = {"loss": np.arange(1.0, 9.0)}
+  part = lambda a, b: {key: value[a:b] for key, value in values.items()}
+  log = logs.RunLog(path)
+  log.rewind("toy", -1)
+  log.steps("toy", 0, part(0, 1))
+  log.steps("toy", 1, part(1, 2))
+  log.evaluation("toy", 2, {"all": 0.5})
+  log.steps("toy", 2, part(2, 3))
+  log.close()
+  harm(folder / "log.jsonl", folder / "events" / "toy")
+  log = logs.RunLog(path)
+  log.rewind("toy", 2)
+  log.steps("toy", 2, part(2, 3))
+  log.close()
+  records = logs.read_log(path)
+  assert [r["step"] for r in records] == [1, 2, 2, 3]
+  events = read_events(next((folder / "events" / "toy").glob("events*")))
+  assert [e.step for e in events] == [0, 1, 2, 2, 3]
+
+
+@row("log and events of steps after the checkpoint", 0)
+def _(folder, say):
+  _two_lives(folder, lambda log, events: None)
+
+
+@row("log's and events' last records cut short", 0)
+def _(folder, say):
+  def harm(log, events):
+    for path in (log, next(events.glob("events*"))):
+      path.write_bytes(path.read_bytes()[:-5])
+
+  _two_lives(folder, harm)
+
+
+@row("log killed before the first checkpoint", 0)
+def _(folder, say):
+  log = logs.RunLog(epath.Path(folder))
+  for _ in range(2):
+    log.rewind("toy", -1)
+    log.evaluation("toy", 0, {"all": 0.1})
+    log.steps("toy", 0, {"loss": np.ones(3)})
+  log.close()
+  steps = [r["step"] for r in logs.read_log(epath.Path(folder))]
+  assert steps == [0, 1, 2, 3]
+
+
+def answer(name, folder):
+  """(exit code, what is said) of a row."""
+  action, _, _ = ROWS[name]
+  lines, error = [], io.StringIO()
+  pathlib.Path(folder).chmod(0o755)
+  with contextlib.redirect_stderr(error):
+    code = main.exit_code(lambda: action(pathlib.Path(folder), lines.append))
+  return code, "\n".join([*lines, error.getvalue().strip()]).strip()
+
+
+if __name__ == "__main__":
+  for name in ROWS:
+    with tempfile.TemporaryDirectory() as place:
+      code, text = answer(name, place)
+    text = text.replace(place, "FOLDER").replace("\n", "\n     ")
+    print(f"{name}\n  {code}  {text or '(nothing to say; nothing is lost)'}")

@@ -1,0 +1,194 @@
+"""Transition memory: every number against loops over users and positions."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pin_jax import memory
+from pin_jax.batches import make_sequences, read_back
+from pin_jax.interactions import from_columns
+from pin_jax.splits import leave_one_out
+from pin_jax.types import InputError
+
+ITEMS, WINDOW, DECAY = 12, 3, 0.6
+OPTIONS = {"history_decay": 0.8, "shrink": 2.0, "popularity_power": 0.25}
+
+
+def _split(seed=0, users=9):
+  """Sequences with repeated items, some short."""
+  rng = np.random.default_rng(seed)
+  rows = [rng.integers(1, ITEMS + 1, rng.integers(3, 14)) for _ in range(users)]
+  rows.append(np.arange(1, ITEMS + 1))  # every item occurs
+  return leave_one_out(from_columns(
+    [u for u, row in enumerate(rows) for _ in row],
+    [int(i) for row in rows for i in row],
+    times=[t for row in rows for t in range(len(row))],
+  ))
+
+
+def _training(split):
+  """Each user's training items, first occurrences only."""
+  data = split.interactions
+  rows = [
+    data.items[first : first + end]
+    for first, end in zip(data.offsets[:-1], split.train_end, strict=True)
+  ]
+  return [list(dict.fromkeys(row.tolist())) for row in rows]
+
+
+def _weight(channel, gap):
+  """Weight of b standing `gap` places after a (negative: before)."""
+  if not 1 <= abs(gap) <= WINDOW:
+    return 0.0
+  if channel == "around":
+    return DECAY ** (abs(gap) - 1) / 2
+  if channel == "after":
+    return DECAY ** (gap - 1) if gap > 0 else 0.0
+  return float(gap == 1)
+
+
+def _counts(rows, channel):
+  counts = collections.defaultdict(float)
+  for row in rows:
+    for p, a in enumerate(row):
+      for q, b in enumerate(row):
+        if p != q:
+          counts[a, b] += _weight(channel, q - p)
+  return counts
+
+
+def _score(split, user, position, channel, recent=4):
+  """m(v) of a user's history before a position, over the other users."""
+  rows = _training(split)
+  counts = _counts(rows[:user] + rows[user + 1 :], channel)
+  data = split.interactions
+  training = [
+    i
+    for first, end in zip(data.offsets[:-1], split.train_end, strict=True)
+    for i in data.items[first : first + end].tolist()
+  ]
+  popularity = collections.Counter(training)
+  first = data.offsets[user]
+  history = data.items[first : first + position][::-1][:recent]
+  out = np.zeros(ITEMS + 1)
+  for age, a in enumerate(history.tolist()):
+    total = sum(counts[a, b] for b in range(1, ITEMS + 1))
+    for b in range(1, ITEMS + 1):
+      out[b] += (
+        0.8**age * counts[a, b] / (total + 2) * max(popularity[b], 1) ** -0.25
+      )
+  return out
+
+
+@pytest.mark.parametrize("channel", memory.CHANNELS)
+def test_the_table_equals_a_loop_over_pairs(channel):
+  split = _split()
+  built = memory.build(
+    split, channels=(channel,), window=WINDOW, decay=DECAY, neighbours=ITEMS
+  )
+  want = _counts(_training(split), channel)
+  got = np.zeros((ITEMS + 1, ITEMS + 1))
+  near, counts = np.asarray(built.neighbours), np.asarray(built.counts[0])
+  for a in range(1, ITEMS + 1):
+    for b, value in zip(near[a], counts[a], strict=True):
+      got[a, b] += value
+  for a in range(1, ITEMS + 1):
+    for b in range(1, ITEMS + 1):
+      np.testing.assert_allclose(got[a, b], want[a, b], rtol=1e-6)
+    np.testing.assert_allclose(
+      built.totals[0, a], sum(want[a, b] for b in range(1, ITEMS + 1)),
+      rtol=1e-6,
+    )
+
+
+def test_a_row_keeps_its_largest_entries():
+  split = _split()
+  options = {"channels": ("around",), "window": WINDOW, "decay": DECAY}
+  few = memory.build(split, neighbours=2, **options)
+  want = _counts(_training(split), "around")
+  for a in range(1, ITEMS + 1):
+    row = [want[a, b] for b in range(1, ITEMS + 1)]
+    np.testing.assert_allclose(
+      few.counts[0, a], sorted(row, reverse=True)[:2], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_scores_equal_a_loop_without_the_user(part):
+  split = _split()
+  built = memory.build(
+    split, channels=memory.CHANNELS, window=WINDOW, decay=DECAY,
+    neighbours=ITEMS,
+  )
+  users = np.arange(split.interactions.num_users)
+  positions = getattr(split, part)
+  reading = read_back(
+    make_sequences(split), jnp.asarray(users), jnp.asarray(positions - 1), 4
+  )
+  run = jax.jit(lambda reading: memory.dense(
+    memory.consult(built, reading, **OPTIONS), None, ITEMS
+  ))
+  got = np.asarray(run(reading))
+  for k, channel in enumerate(memory.CHANNELS):
+    for u in users:
+      want = _score(split, u, positions[u], channel)
+      np.testing.assert_allclose(
+        got[k, u], want, rtol=1e-4, atol=1e-6, err_msg=f"{channel} user {u}"
+      )
+
+
+def test_a_users_own_sequence_leaves_no_trace():
+  """Whatever a user did, what it is told of an item depends on the others."""
+  split = _split()
+  built = memory.build(split, channels=("after",), neighbours=ITEMS)
+  rows = _training(split)
+  alone = leave_one_out(from_columns(
+    [0] * 5, [1, 2, 3, 4, 5], times=list(range(5))
+  ))
+  single = memory.build(alone, channels=("after",), neighbours=4)
+  reading = read_back(
+    make_sequences(alone), jnp.zeros(1, jnp.int32), jnp.asarray([2]), 3
+  )
+  sparse = memory.consult(single, reading, **OPTIONS)
+  np.testing.assert_array_equal(sparse.scores, 0)
+  assert np.asarray(built.counts).sum() > 0 and len(rows) == 10
+
+
+@pytest.mark.parametrize("candidates", [
+  [3, 1, 3, 12], [[1, 2], [12, 12], [5, 1]],
+])
+def test_candidates_are_columns_of_the_whole(candidates):
+  rng = np.random.default_rng(1)
+  sparse = memory.Sparse(
+    jnp.asarray(rng.integers(0, ITEMS + 1, (3, 8))),
+    jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32),
+  )
+  want = np.zeros((2, 3, ITEMS + 1))
+  for k in range(2):
+    for m in range(3):
+      for e in range(8):
+        want[k, m, sparse.items[m, e]] += sparse.scores[k, m, e]
+  whole = memory.dense(sparse, None, ITEMS)
+  np.testing.assert_allclose(whole, want, rtol=1e-5, atol=1e-6)
+  candidates = np.asarray(candidates)
+  chosen = np.broadcast_to(candidates, (3, candidates.shape[-1]))
+  got = memory.dense(sparse, jnp.asarray(candidates), ITEMS)
+  np.testing.assert_allclose(
+    got, np.take_along_axis(want, chosen[None], -1), rtol=1e-5, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize(("options", "message"), [
+  ({"channels": ("sideways",)}, "memory.channels"),
+  ({"channels": ()}, "memory.channels"),
+  ({"window": 0}, "memory.window=0"),
+  ({"neighbours": 0}, "memory.neighbours=0"),
+  ({"decay": 0.0}, "memory.decay=0.0"),
+  ({"decay": 1.5}, "memory.decay=1.5"),
+])
+def test_bad_options_are_refused(options, message):
+  with pytest.raises(InputError, match=message):
+    memory.build(_split(), **options)

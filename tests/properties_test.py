@@ -1,0 +1,247 @@
+"""Properties of readers, splits, samplers, metrics and statistics."""
+
+import collections
+import csv
+import io
+import tempfile
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+
+from pin_jax import batches, metrics, splits, statistics
+from pin_jax.datasets import files
+from pin_jax.interactions import from_columns
+from pin_jax.types import InputError
+
+hypothesis.settings.register_profile(
+  "short", max_examples=30, deadline=None, derandomize=True, database=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("short")
+
+ROWS = st.lists(
+  st.tuples(st.integers(0, 6), st.integers(0, 8), st.integers(0, 5)),
+  min_size=1, max_size=60,
+)
+IDS = st.text(
+  st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1,
+  max_size=4,
+)
+
+
+def _columns(rows):
+  return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _histories(rows):
+  """user -> [(time, item)] in time order, ties in row order; by hand."""
+  found = collections.defaultdict(list)
+  for user, item, time in rows:
+    found[user].append((time, item))
+  return {u: sorted(h, key=lambda x: x[0]) for u, h in sorted(found.items())}
+
+
+def _of(data, user):
+  own = slice(*data.offsets[user : user + 2])
+  return data.item_ids[data.items[own] - 1].tolist()
+
+
+# Readers.
+
+
+@hypothesis.given(ROWS)
+def test_interactions_are_the_rows_sorted_by_user_and_time(rows):
+  data = from_columns(*_columns(rows))
+  want = _histories(rows)
+  assert data.user_ids.tolist() == list(want)
+  assert data.item_ids.tolist() == sorted({item for _, item, _ in rows})
+  for index, history in enumerate(want.values()):
+    assert _of(data, index) == [item for _, item in history]
+
+
+@hypothesis.given(ROWS, st.integers(0, 3), st.integers(1, 4))
+def test_the_core_is_the_largest_set_that_satisfies_it(rows, k, least):
+  kept = list(rows)
+  while True:  # users and items by turns, one at a time, by hand
+    users = collections.Counter(u for u, _, _ in kept)
+    items = collections.Counter(i for _, i, _ in kept)
+    rest = [
+      r for r in kept if users[r[0]] >= max(k, least) and items[r[1]] >= k
+    ]
+    if rest == kept:
+      break
+    kept = rest
+  if not kept:
+    with pytest.raises(InputError, match="lower them"):
+      from_columns(*_columns(rows), k_core=k, min_length=least)
+    return
+  data = from_columns(*_columns(rows), k_core=k, min_length=least)
+  assert [_of(data, u) for u in range(data.num_users)] == [
+    [item for _, item in history] for history in _histories(kept).values()
+  ]
+
+
+@hypothesis.given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=20))
+def test_a_csv_file_gives_back_its_ids(pairs):
+  text = io.StringIO()
+  csv.writer(text).writerows([("user", "item"), *pairs])
+  with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+    file.write(text.getvalue().encode())
+    file.flush()
+    data = files.read(file.name)
+  got = [
+    (str(user), str(item))
+    for index, user in enumerate(data.user_ids.tolist())
+    for item in _of(data, index)
+  ]
+  assert collections.Counter(got) == collections.Counter(pairs)
+
+
+@hypothesis.given(st.binary(max_size=80), st.sampled_from(list(files.READERS)))
+def test_any_bytes_are_read_or_refused(data, suffix):
+  with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+    file.write(data)
+    file.flush()
+    try:
+      got = files.read(file.name)
+    except InputError as error:
+      assert "\n" not in str(error)
+    else:
+      assert got.num_interactions == got.offsets[-1] > 0
+
+
+# Splits.
+
+
+@hypothesis.given(ROWS)
+def test_leave_one_out_holds_out_the_last_two(rows):
+  want = {u: h for u, h in _histories(rows).items() if len(h) >= 3}
+  if not want:
+    with pytest.raises(InputError):
+      splits.leave_one_out(from_columns(*_columns(rows)))
+    return
+  split = splits.leave_one_out(from_columns(*_columns(rows)))
+  assert split.interactions.user_ids.tolist() == list(want)
+  for index, history in enumerate(want.values()):
+    items = _of(split.interactions, index)
+    assert items[: split.train_end[index]] == [i for _, i in history[:-2]]
+    assert items[split.validation[index]] == history[-2][1]
+    assert items[split.test[index]] == history[-1][1]
+
+
+@hypothesis.given(ROWS, st.integers(1, 4), st.integers(1, 3))
+def test_a_temporal_split_never_looks_ahead(rows, validation, gap):
+  test = validation + gap
+  histories = {
+    u: h for u, h in _histories(rows).items() if h[0][0] < validation
+  }
+  try:
+    split = splits.temporal(
+      from_columns(*_columns(rows)), validation_time=validation,
+      test_time=test,
+    )
+  except InputError:
+    late = [any(t >= test for t, _ in h) for h in histories.values()]
+    between = [
+      any(validation <= t < test for t, _ in h) for h in histories.values()
+    ]
+    assert not any(late) or not any(between)
+    return
+  first = lambda h, low, high: next(
+    (n for n, (t, _) in enumerate(h) if low <= t < high), -1
+  )
+  for index, history in enumerate(histories.values()):
+    train = sum(t < validation for t, _ in history)
+    assert split.train_end[index] == train
+    assert split.validation[index] == first(history, validation, test)
+    assert split.test[index] == first(history, test, 99)
+
+
+# Samplers.
+
+
+@hypothesis.settings(max_examples=8)  # every shape is compiled
+@hypothesis.given(
+  st.lists(st.integers(3, 12), min_size=2, max_size=6),
+  st.integers(0, 2**31 - 1), st.sampled_from(batches.DRAWS),
+)
+def test_windows_are_consecutive_training_items(lengths, seed, draw):
+  users = np.repeat(np.arange(len(lengths)), lengths)
+  items = np.arange(len(users)) % 7
+  split = splits.leave_one_out(from_columns(users, items))
+  groups = np.arange(len(lengths)) % 2
+  targets = batches.training_targets(split)
+  hypothesis.assume(all((targets[groups == g] > 0).any() for g in (0, 1)))
+  pool = batches.make_pool(targets, groups, num_groups=2, length=4)
+  batch = batches.draw_batch(
+    jax.random.key(seed), batches.make_sequences(split), pool, batch_size=3,
+    length=4, draw=draw,
+  )
+  for group in range(2):
+    for user, history, target in zip(
+      *(np.asarray(x[group]) for x in batch), strict=True
+    ):
+      assert groups[user] == group
+      real = target > 0
+      assert real.any() and ((history > 0) == real).all()
+      assert (np.diff(real.astype(int)) >= 0).all()  # right-aligned
+      start = split.interactions.offsets[user]
+      own = split.interactions.items[start : start + split.train_end[user]]
+      pairs = [tuple(own[i : i + real.sum() + 1]) for i in range(len(own))]
+      assert (*history[real], target[real][-1]) in pairs
+      np.testing.assert_array_equal(history[real][1:], target[real][:-1])
+
+
+# Metrics.
+
+
+@hypothesis.given(
+  st.lists(st.integers(-3, 3), min_size=1, max_size=9), st.data()
+)
+def test_average_rank_equals_scipy_on_any_scores(scores, data):
+  target = data.draw(st.integers(0, len(scores) - 1))
+  got = metrics.average_rank(np.float32(scores), target)
+  assert got == scipy.stats.rankdata(-np.array(scores))[target]
+
+
+@hypothesis.given(
+  st.lists(st.floats(1, 1e6), min_size=1, max_size=9), st.integers(1, 50)
+)
+def test_metrics_are_bounded_ordered_and_cut_off(ranks, k):
+  hits, gains, reciprocal = (
+    metrics.METRICS[name](ranks, k) for name in ("hr", "ndcg", "mrr")
+  )
+  np.testing.assert_array_equal(hits, np.array(ranks) <= k)
+  assert (0 <= reciprocal).all() and (reciprocal <= gains).all()
+  assert (gains <= hits).all()
+  assert ((gains > 0) == (hits > 0)).all()
+
+
+# Statistics.
+
+
+VALUES = st.lists(
+  st.floats(0.0625, 16, width=32), min_size=3, max_size=20
+)
+
+
+@hypothesis.given(VALUES, st.integers(0, 9))
+def test_an_interval_holds_resampled_means_and_follows_its_unit(values, seed):
+  options = {"num_resamples": 50, "seed": seed}
+  one = statistics.mean_interval(np.array(values), **options)
+  np.testing.assert_allclose(one.estimate, np.mean(values))
+  slack = 1e-9 * max(values)
+  assert min(values) - slack <= one.low <= one.high <= max(values) + slack
+  two = statistics.mean_interval(4 * np.array(values), **options)
+  np.testing.assert_allclose([two.low, two.high], [4 * one.low, 4 * one.high])
+
+
+@hypothesis.given(VALUES, st.floats(0.25, 4))
+def test_a_constant_factor_is_a_certain_change(values, factor):
+  base = np.array(values)
+  got = statistics.relative_change(base, factor * base, num_resamples=50)
+  np.testing.assert_allclose(got, factor - 1, rtol=1e-9, atol=1e-12)
