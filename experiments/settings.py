@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.configs.base import default
-from experiments.methods import METHODS
+from experiments.methods import METHODS, method_names, stages_of
 from pin_jax import aggregation, batches, criteria, memory, objectives
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
@@ -341,10 +341,12 @@ def _check_together(config: ConfigDict) -> None:
 def _check_mesh(config: ConfigDict) -> None:
   """What does not go together with more than one device."""
   data, devices = config.mesh.data, config.mesh.data * config.mesh.model
+  kinds = _kinds_of_plugins(config)
+  mixed = kinds and config.plugin.name in ("memory", "gated")
   for wrong, key, value, remedy in (
     (devices > 1 and config.num_seeds > 1, "num_seeds", config.num_seeds,
      "several devices train one seed at a time; set 1"),
-    (config.mesh.model > 1 and _mixes(config), "mesh.model",
+    (config.mesh.model > 1 and (mixed or "memory_alone" in kinds), "mesh.model",
      config.mesh.model,
      "plugins that mix the memory into the logits read the whole catalogue; "
      "set 1, or another plugin.name and methods without 'memory_alone'"),
@@ -356,6 +358,7 @@ def _check_mesh(config: ConfigDict) -> None:
       for whose, share in (
         ("group", config.batch_size // config.groups.num_groups),
         ("segment", config.batch_size // 2),
+        ("shared plugin", config.batch_size if "shared" in kinds else 0),
       )),
     (config.evaluation.user_chunk % data, "evaluation.user_chunk",
      config.evaluation.user_chunk, f"give a multiple of mesh.data={data}"),
@@ -364,12 +367,10 @@ def _check_mesh(config: ConfigDict) -> None:
       raise _bad(key, value, remedy)
 
 
-def _mixes(config: ConfigDict) -> bool:
-  """Whether a stage of the job has a plugin with `mix`."""
+def _kinds_of_plugins(config: ConfigDict) -> set[str]:
+  """`Stage.plugin` of the stages that train plugins."""
   names = method_names(config.methods, config.pin.weighting)
-  plugins = {s.plugin for s in stages_of(names) if s.kind == "plugin"}
-  own = config.plugin.name in ("memory", "gated")
-  return "memory_alone" in plugins or bool(own and plugins)
+  return {s.plugin for s in stages_of(names) if s.kind == "plugin"}
 
 
 def _check_sparse(config: ConfigDict) -> None:
