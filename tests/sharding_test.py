@@ -20,7 +20,7 @@ from experiments import logs, settings, trainer
 from experiments.configs import base
 from experiments.methods import stages_of
 from experiments.problem import make_problem, requests_for
-from pin_jax import aggregation, catalogue, evaluation, sharding
+from pin_jax import aggregation, catalogue, evaluation, plugins, sharding
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.types import InputError
 
@@ -97,23 +97,28 @@ def compute_training(workdir):
   }
 
 
-def compute_ranks(cases):
+def compute_ranks(cases, **changes):
   """Ranks and top 7 over meshes, and the same by one device and by numpy."""
-  made = config()
+  made = config(**changes)
   problem = make_problem(made)
   backbone, made_plugins, _ = trainer.make_networks(made, ITEMS)
   plugin = made_plugins["own"]
   params = backbone.init(jax.random.key(0))
   half = params["items"][1 : 1 + ITEMS // 2]
   params["items"] = jnp.concatenate([half[:1], half, half])  # ties
-  plugins = jax.tree.map(
-    lambda *x: jnp.stack(x),
-    *[plugin.init(jax.random.key(k)) for k in range(2)],
+  stacked = jax.tree.map(
+    lambda x: x + jax.random.normal(jax.random.key(1), x.shape),
+    plugins.init_stacked(plugin, jax.random.key(0), 2),
   )
+  evidence = None
+  if plugin.mix:
+    evidence = plugins.make_evidence(
+      problem.split, neighbours=8, window=3, decay=0.6, channels=("after",)
+    )
   users = np.flatnonzero(problem.split.test >= 0)[:70]
   requests = requests_for(problem, "test", users)
   model = evaluation.Model(backbone, plugin)
-  weights = evaluation.Weights(params, plugins)
+  weights = evaluation.Weights(params, stacked, evidence)
   sizes = {"num_items": ITEMS, "length": 5, "user_chunk": 32}
   ranks = evaluation.make_ranker(model, **sizes)(
     weights, problem.sequences, requests
@@ -228,7 +233,6 @@ def test_checkpoints_move_between_meshes(found, reader):
 
 
 def check_ranks(ranks):
-  assert np.any(np.asarray(ranks["one"][0]) % 1)  # there are ties
   for mesh in ranks["meshes"].values():
     assert mesh["ranks"] == ranks["one"]
 
@@ -248,7 +252,13 @@ def check_top(ranks):
 
 
 def test_ranks_over_eight_devices_are_those_of_one(found):
+  assert np.any(np.asarray(found["ranks"]["one"][0]) % 1)  # there are ties
   check_ranks(found["ranks"])
+
+
+def test_plugins_that_mix_read_the_items_of_a_piece(found):
+  check_ranks(found["mixed"])
+  check_top(found["mixed"])
 
 
 def test_top_items_against_a_full_sort(found):
@@ -282,14 +292,17 @@ def test_one_device_has_no_mesh():
   [
     ("mesh.model", 99, (1, 99)), ("batch_size", 40, (4, 1)),
     ("backbone.pack_rows", 2, (2, 1)), ("num_seeds", 2, (1, 2)),
-    ("evaluation.user_chunk", 31, (2, 1)),
+    ("evaluation.user_chunk", 31, (2, 1)), ("plugin.name", "gated", (1, 2)),
   ],
 )
 def test_what_does_not_go_over_devices_is_named(key, value, mesh):
-  changes = {key: value}
+  changes = {key: value, "memory.recent": 5}
   if key == "num_seeds":
     changes["seeds"] = (0, 1)
   made = config(*mesh, **changes)
+  made.methods = ("base", "pin")
+  if key == "plugin.name":
+    key, value = "mesh.model", 2
   with pytest.raises(InputError, match=f"{key}={value}"):
     settings.check(made)
     trainer.make_networks(made, ITEMS)
@@ -298,6 +311,11 @@ def test_what_does_not_go_over_devices_is_named(key, value, mesh):
 if __name__ == "__main__":
   what, where = sys.argv[1:]
   train = {"quick": compute_training, "slow": compute_weightings}[what]
+  mixed = {
+    "plugin.name": "gated", "memory.channels": ("after",), "memory.recent": 5,
+  }
   print(json.dumps({
-    "ranks": compute_ranks(CASES[what]), "training": train(where),
+    "ranks": compute_ranks(CASES[what]),
+    "mixed": compute_ranks(((4, 1, 12),), **mixed),
+    "training": train(where),
   }))
