@@ -156,9 +156,7 @@ def claim_workdir(
     InputError: if it belongs to another configuration or data set, or cannot
       be written.
   """
-  mine = {"config": config.to_dict(), "data": data_fingerprint}
-  del mine["config"]["mesh"]  # results do not depend on it
-  mine = json.loads(json.dumps(mine))
+  mine = {"config": _of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
   if not path.exists():
     try:
@@ -171,12 +169,19 @@ def claim_workdir(
       ) from error
     return
   theirs = settings.read_json(path)
-  defaults = json.loads(json.dumps({"config": default().to_dict()}))
+  defaults = {"config": _of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
       f"workdir {directory} belongs to another job: {key} is {old!r} there and "
       f"{new!r} here; use another --workdir or the same setting"
     )
+
+
+def _of_results(config: ConfigDict) -> dict[str, Any]:
+  """The config as JSON, without the mesh, on which no result depends."""
+  whole = config.to_dict()
+  del whole["mesh"]
+  return json.loads(json.dumps(whole))
 
 
 class Options(NamedTuple):
@@ -318,12 +323,10 @@ def _store(
 ) -> Callable[[epath.Path], checkpoints.Checkpoints]:
   """Opens checkpoints that say what they belong to."""
   say = lambda line: options.console.print(line, markup=False, soft_wrap=True)
-  own = config.to_dict()
-  del own["mesh"]  # results do not depend on it
   return functools.partial(
     checkpoints.Checkpoints,
     about={
-      "config": own,
+      "config": _of_results(config),
       "data": fingerprint(problem),
       "versions": workdir.versions(),
     },
