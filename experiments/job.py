@@ -156,8 +156,7 @@ def claim_workdir(
     InputError: if it belongs to another configuration or data set, or cannot
       be written.
   """
-  mine = {"config": config.to_dict(), "data": data_fingerprint}
-  mine = json.loads(json.dumps(mine))
+  mine = {"config": _of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
   if not path.exists():
     try:
@@ -170,12 +169,19 @@ def claim_workdir(
       ) from error
     return
   theirs = settings.read_json(path)
-  defaults = json.loads(json.dumps({"config": default().to_dict()}))
+  defaults = {"config": _of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
       f"workdir {directory} belongs to another job: {key} is {old!r} there and "
       f"{new!r} here; use another --workdir or the same setting"
     )
+
+
+def _of_results(config: ConfigDict) -> dict[str, Any]:
+  """The config as JSON, without the mesh, on which no result depends."""
+  whole = config.to_dict()
+  del whole["mesh"]
+  return json.loads(json.dumps(whole))
 
 
 class Options(NamedTuple):
@@ -320,7 +326,7 @@ def _store(
   return functools.partial(
     checkpoints.Checkpoints,
     about={
-      "config": config.to_dict(),
+      "config": _of_results(config),
       "data": fingerprint(problem),
       "versions": workdir.versions(),
     },

@@ -20,6 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs, settings, workdir
+from experiments.configs.base import default
 from experiments.methods import Stage, method_names, stages_of
 from experiments.problem import make_problem
 from experiments.trainer import Trainer, make_networks
@@ -49,7 +50,9 @@ def replay(directory: epath.PathLike, console: rich.console.Console) -> None:
     run = trainer.prepare(stage)
     state, operands = trainer.start(run), trainer.operands(stage, run)
     best = state.params if state.average is None else state.average
-    store = checkpoints.Checkpoints(dumps / trainer.directory(stage))
+    store = checkpoints.Checkpoints(
+      dumps / trainer.directory(stage), tables=trainer.tables
+    )
     (state, _), record = store.restore((state, best))
     step = store.steps()[-1]
     store.close()
@@ -64,7 +67,7 @@ def _stage_of(
 ) -> tuple[Stage, Trainer]:
   """The stage of the dump, with a trainer that read those before it."""
   config = settings.read_json(directory / "config.json")["config"]
-  config = ConfigDict(config)
+  config = ConfigDict({**config, "mesh": default().mesh})  # one device
   settings.check(config)
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)

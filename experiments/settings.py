@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.configs.base import default
-from experiments.methods import METHODS
+from experiments.methods import METHODS, method_names, stages_of
 from pin_jax import aggregation, batches, criteria, memory, objectives
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
@@ -99,6 +99,7 @@ _CHOICES = {
   "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
   "loss.candidates": ("shared", "own"),
   "evaluation.protocol": ("full", "sampled"),
+  "optimizer.tables": ("dense", "row_sparse"),
   "non_finite": ("stop", "skip"),
 }
 _AT_LEAST = {
@@ -134,6 +135,8 @@ _AT_LEAST = {
   "evaluation.seed": 0,
   "evaluation.user_chunk": 1,
   "evaluation.item_chunk": 1,
+  "mesh.data": 1,
+  "mesh.model": 1,
 }
 _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
@@ -222,6 +225,8 @@ def check(config: ConfigDict) -> None:
   _check_backbone(config.backbone)
   _check_plugin(config)
   _check_together(config)
+  _check_mesh(config)
+  _check_sparse(config)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -330,6 +335,59 @@ def _check_together(config: ConfigDict) -> None:
       raise _bad(
         key, tuple(value),
         f"give numbers exactly where {other} asks for them",
+      )
+
+
+def _check_mesh(config: ConfigDict) -> None:
+  """What does not go together with more than one device."""
+  data, devices = config.mesh.data, config.mesh.data * config.mesh.model
+  kinds = _kinds_of_plugins(config)
+  mixed = kinds and config.plugin.name in ("memory", "gated")
+  for wrong, key, value, remedy in (
+    (devices > 1 and config.num_seeds > 1, "num_seeds", config.num_seeds,
+     "several devices train one seed at a time; set 1"),
+    (config.mesh.model > 1 and (mixed or "memory_alone" in kinds), "mesh.model",
+     config.mesh.model,
+     "plugins that mix the memory into the logits read the whole catalogue; "
+     "set 1, or another plugin.name and methods without 'memory_alone'"),
+    (data > 1 and config.backbone.pack_rows, "backbone.pack_rows",
+     config.backbone.pack_rows,
+     f"rows are not packed across mesh.data={data} devices; set 0"),
+    *((share % data, "batch_size", config.batch_size,
+       f"{share} windows a {whose} must be a multiple of mesh.data={data}")
+      for whose, share in (
+        ("group", config.batch_size // config.groups.num_groups),
+        ("segment", config.batch_size // 2),
+        ("shared plugin", config.batch_size if "shared" in kinds else 0),
+      )),
+    (config.evaluation.user_chunk % data, "evaluation.user_chunk",
+     config.evaluation.user_chunk, f"give a multiple of mesh.data={data}"),
+  ):
+    if wrong:
+      raise _bad(key, value, remedy)
+
+
+def _kinds_of_plugins(config: ConfigDict) -> set[str]:
+  """`Stage.plugin` of the stages that train plugins."""
+  names = method_names(config.methods, config.pin.weighting)
+  return {s.plugin for s in stages_of(names) if s.kind == "plugin"}
+
+
+def _check_sparse(config: ConfigDict) -> None:
+  """What the row-sparse optimizer does not go together with."""
+  if config.optimizer.tables == "dense":
+    return
+  for wrong, key, value, remedy in (
+    (config.loss.name == "softmax", "loss.name", config.loss.name,
+     "it reads every row; use a sampled loss such as 'sampled_softmax'"),
+    (config.optimizer.average > 0, "optimizer.average",
+     config.optimizer.average, "it writes every row; set 0"),
+    (config.backbone.name == "din", "backbone.name", config.backbone.name,
+     "it has no table that can be cut by rows; use another"),
+  ):
+    if wrong:
+      raise _bad(
+        key, value, f"optimizer.tables='row_sparse': {remedy}, or set 'dense'"
       )
 
 

@@ -5,7 +5,7 @@ import functools
 import inspect
 import re
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,7 @@ from experiments.settings import (
 from pin_jax import (
   aggregation,
   batches,
+  catalogue,
   checkpoints,
   criteria,
   evaluation,
@@ -37,6 +38,8 @@ from pin_jax import (
   negatives,
   plugins,
   propensity,
+  sharding,
+  sparse,
   training,
 )
 from pin_jax.backbones.precision import computed_in
@@ -47,24 +50,45 @@ CUTOFF = 10
 
 
 class Networks(NamedTuple):
-  """The functions that a job trains; the plugins by `Stage.plugin`."""
+  """What a job trains, and the devices it is laid out for.
+
+  Attributes:
+    backbone: the model.
+    plugins: by `Stage.plugin`.
+    layout: of the mesh.
+  """
 
   backbone: Backbone
   plugins: dict[str, Plugin]
+  layout: sharding.Layout = sharding.LOCAL
 
 
-def make_networks(config: ConfigDict, num_items: int) -> Networks:
-  """Builds the backbone and the plugin that the config names."""
+def make_networks(
+  config: ConfigDict, num_items: int,
+  devices: Sequence[jax.Device] | None = None,
+) -> Networks:
+  """Builds the backbone and the plugin that the config names.
+
+  Args:
+    config: the whole configuration.
+    num_items: V.
+    devices: for `mesh`; by default those that are there.
+  """
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
+  layout = sharding.make_layout(
+    backbone, num_items, devices=devices, **config.mesh
+  )
+  backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
-  return Networks(backbone, {
+  made = {
     "own": make_plugin(config, like),
     "shared": make_plugin(config, like, widen=len(SEGMENTS)),
     "memory_alone": plugins.memory_alone(consultation(config)),
-  })
+  }
+  return Networks(backbone, made, layout)
 
 
 def make_weighting(
@@ -220,11 +244,79 @@ def make_sampled_loss(
   return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
+def make_optimizer(config: ConfigDict, steps: int, prefix: str = "") -> tuple:
+  """(optimizer, schedule) of a stage; `prefix` is that of its rate's key."""
+  options = config.optimizer.to_dict()
+  del options["average"], options["tables"]  # not the optimizer's own
+  rates = {
+    kind: options.pop(f"{kind}learning_rate")
+    for kind in ("plugin_", "classifier_", "")
+  }
+  return training.make_optimizer(
+    max(steps, 1), learning_rate=rates[prefix], **options
+  )
+
+
+class FirstStage(NamedTuple):
+  """The step of stage 1 and the optimizer whose state it carries."""
+
+  step: training.Step
+  optimizer: Any
+
+
+def make_backbone_step(
+  config: ConfigDict,
+  networks: Networks,
+  adjustment: Adjustment,
+  criterion: criteria.Criterion,
+  *,
+  grouped: bool,
+  draw: str,
+  mean: str,
+  steps: int,
+  importance: training.Importance | None = None,
+  runs: int = 1,
+) -> FirstStage:
+  """Builds the step of stage 1 that the config describes.
+
+  Args:
+    config: the whole configuration.
+    networks: what is trained, and where.
+    adjustment: how the groups are weighted.
+    criterion: what is minimised.
+    grouped: by groups, else jointly, as one.
+    draw: see `draw_batch`.
+    mean: see `position_weights`.
+    steps: of the whole stage.
+    importance: see `training.backbone_step`.
+    runs: seeds at once.
+  """
+  groups = config.groups.num_groups
+  rows = config.batch_size // groups
+  optimizer, schedule = make_optimizer(config, steps)
+  by_rows = config.optimizer.tables == "row_sparse"
+  if by_rows:
+    optimizer = sparse.row_sparse(optimizer, networks.backbone.tables)
+  step = training.backbone_step(
+    networks.backbone, adjustment.rules, optimizer, schedule,
+    batch_size=rows if grouped else rows * groups,
+    length=config.backbone.length, draw=draw, mean=mean,
+    path=config.pin.path if grouped else "auto",
+    blocks=adjustment.blocks,
+    diagnose_every=config.pin.diagnose_every if grouped else 0,
+    average=config.optimizer.average, importance=importance,
+    criterion=criterion, runs=runs, layout=networks.layout,
+    row_sparse=by_rows,
+  )
+  return FirstStage(step, optimizer)
+
+
 Ranker = evaluation.RankFn | evaluation.SampledRankFn
 
 
 def make_ranker(
-  config: ConfigDict, problem: Problem, model: evaluation.Model
+  config: ConfigDict, problem: Problem, model: evaluation.Model,
+  layout: sharding.Layout = sharding.LOCAL,
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
@@ -235,6 +327,11 @@ def make_ranker(
       return evaluation.make_sampled_ranker(
         model, data, count=options.negatives, seed=options.seed,
         length=length, user_chunk=user_chunk,
+      )
+    if layout.tables:
+      return catalogue.make_ranker(
+        model, num_items=data.num_items, item_chunk=options.item_chunk,
+        length=length, user_chunk=user_chunk, layout=layout,
       )
     return evaluation.make_ranker(
       model, num_items=data.num_items, item_chunk=options.item_chunk,
@@ -301,7 +398,11 @@ class Trainer:
       interrupted: see `training.fit_many`.
     """
     self._store, self._interrupted = store, interrupted
-    self._config, self._problem, self._networks = config, problem, networks
+    self._layout = networks.layout
+    self._config, self._networks = config, networks
+    self._problem = problem._replace(
+      sequences=sharding.spread_flat(problem.sequences, self._layout)
+    )
     self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
     self.cost: dict[str, dict[str, Any]] = {}
@@ -310,11 +411,17 @@ class Trainer:
     self._rankers: dict[str | None, Ranker] = {}
     self.trained: dict[str, dict[int, training.FitResult]] = {}
 
+  @property
+  def tables(self) -> tuple[str, ...]:
+    """Of the checkpoints, whose rows may be padded for another mesh."""
+    one = len(self._seeds) == 1  # leaves of several lead with their number
+    return self._networks.backbone.tables if one else ()
+
   def ranker(self, plugin: str | None) -> Ranker:
     """The ranking function, with a kind of plugin or none; compiled once."""
     if plugin not in self._rankers:
       self._rankers[plugin] = make_ranker(
-        self._config, self._problem, self.model(plugin)
+        self._config, self._problem, self.model(plugin), self._layout
       )
     return self._rankers[plugin]
 
@@ -343,7 +450,8 @@ class Trainer:
     options = self._config.memory.to_dict()
     for key in plugins.Consultation._fields:
       del options[key]
-    return plugins.make_evidence(self._problem.split, **options)
+    evidence = plugins.make_evidence(self._problem.split, **options)
+    return sharding.put_replicated(evidence, self._layout)
 
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
@@ -353,7 +461,9 @@ class Trainer:
     steps = num_steps(self._config, stage)
     seeds = self._seeds
     runs = [self.run_name(stage, seed) for seed in seeds]
-    store = self._store(self._workdir / "checkpoints" / self.directory(stage))
+    store = self._store(
+      self._workdir / "checkpoints" / self.directory(stage), tables=self.tables
+    )
     run = self.prepare(stage)
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
@@ -420,7 +530,7 @@ class Trainer:
     """The step of all seeds at once, as `non_finite` says."""
     step = run.step
     if self._config.non_finite == "skip":
-      step = finite.skipping(step)
+      step = sharding.kept(finite.skipping(step), self._layout)
     return step if len(self._seeds) == 1 else training.many(step)
 
   def start(self, run: Run) -> training.TrainState:
@@ -450,20 +560,16 @@ class Trainer:
     return first.replace("/", "-")
 
   def _optimizer(self, steps: int, prefix: str = "") -> tuple:
-    options = self._config.optimizer.to_dict()
-    options.pop("average")
-    rates = {
-      kind: options.pop(f"{kind}learning_rate")
-      for kind in ("plugin_", "classifier_", "")
-    }
-    return training.make_optimizer(
-      max(steps, 1), learning_rate=rates[prefix], **options
-    )
+    return make_optimizer(self._config, steps, prefix)
 
   def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:
-    return batches.make_pool(
+    pool = batches.make_pool(
       self._problem.targets, groups, num_groups=num_groups,
       length=self.length,
+    )
+    flat = sharding.spread_flat(pool, self._layout)
+    return flat._replace(
+      group_starts=sharding.put_replicated(pool.group_starts, self._layout)
     )
 
   def _sampling(self, stage: Stage) -> tuple[str, str]:
@@ -486,8 +592,6 @@ class Trainer:
     else:
       groups = np.where(in_segment(problem, stage.users), 0, -1)
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
-    rows = config.batch_size // num_groups
-    optimizer, schedule = self._optimizer(steps)
     draw, mean = self._sampling(stage)
     importance = None
     if stage.exact:
@@ -495,20 +599,15 @@ class Trainer:
         self._networks.backbone, clip=config.pin.clip_importance
       )
     pools = num_groups if stage.grouped else 1
-    step = training.backbone_step(
-      self._networks.backbone, adjustment.rules, optimizer, schedule,
-      batch_size=rows if stage.grouped else rows * num_groups,
-      length=self.length, draw=draw, mean=mean,
-      path=config.pin.path if stage.grouped else "auto",
-      blocks=adjustment.blocks,
-      diagnose_every=config.pin.diagnose_every if stage.grouped else 0,
-      average=config.optimizer.average, importance=importance,
-      criterion=make_criterion(
-        config, problem, groups, num_groups=pools, draw=draw
-      ),
+    criterion = make_criterion(
+      config, problem, groups, num_groups=pools, draw=draw
+    )
+    step, optimizer = make_backbone_step(
+      config, self._networks, adjustment, criterion, grouped=stage.grouped,
+      draw=draw, mean=mean, steps=steps, importance=importance,
       runs=len(self._seeds),
     )
-    init = jax.jit(self._networks.backbone.init)
+    init = sharding.built(self._networks.backbone.init, self._layout)
 
     def start(seed: int) -> training.TrainState:
       params = (
@@ -517,7 +616,7 @@ class Trainer:
       )
       return training.init_state(
         params, optimizer, adjustment.rules, blocks=adjustment.blocks,
-        average=config.optimizer.average > 0,
+        average=config.optimizer.average > 0, layout=self._layout,
       )
 
     def frozen(seed: int) -> PyTree:
@@ -555,13 +654,16 @@ class Trainer:
       criterion=make_criterion(
         config, problem, segments, num_groups=count, draw=criterion_draw
       ),
+      layout=self._layout,
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
 
     def start(seed: int) -> training.TrainState:
       key = _stage_key(seed, stage.name + "/init")
       params = init(plugin, key, count)
-      return training.init_state(params, optimizer, stacked=True)
+      return training.init_state(
+        params, optimizer, stacked=True, layout=self._layout
+      )
 
     requests = self._validation("all")
     pool = None
@@ -571,6 +673,7 @@ class Trainer:
         problem.split.validation, np.where(fitted, segments, -1),
         num_groups=count,
       )
+      pool = sharding.put_replicated(pool, self._layout)
       left = ~fitted[requests.users]
       requests = evaluation.Requests(*(x[left] for x in requests))
     requests = requests._replace(
@@ -611,7 +714,7 @@ class Trainer:
         _stage_key(seed, stage.name + "/init"), config.backbone.width,
         config.groups.num_groups,
       )
-      return training.init_state(params, optimizer)
+      return training.init_state(params, optimizer, layout=self._layout)
 
     def frozen(seed: int) -> PyTree:
       return {"backbone": self._best(stage.start, seed), "groups": groups}

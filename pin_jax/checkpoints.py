@@ -38,6 +38,7 @@ class Checkpoints:
     about: Mapping[str, Any] | None = None,
     accepted: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda line: None,
+    tables: tuple[str, ...] = (),
   ) -> None:
     """Opens (and makes) the directory.
 
@@ -48,6 +49,8 @@ class Checkpoints:
         and the libraries' versions; nested, as JSON.
       accepted: sections of `about` in which a difference is let pass.
       say: takes a line for each damaged checkpoint that is passed over.
+      tables: last names of leaves that may be restored with fewer or more rows
+        than were saved, the padding of another mesh; what is missing is 0.
 
     Raises:
       InputError: if `keep` is below 1.
@@ -56,6 +59,7 @@ class Checkpoints:
     at_least(1, keep=keep)
     self._directory = epath.Path(directory).absolute()
     self._keep, self._accepted, self._say = keep, accepted, say
+    self._tables = tables
     self._about = json.loads(json.dumps(about or {}))
     self._saving: int | None = None
     self._manager = self._guarded(lambda: ocp.CheckpointManager(
@@ -75,6 +79,7 @@ class Checkpoints:
     return Checkpoints(
       self._directory.parent / name / self._directory.name, keep=self._keep,
       about=self._about, accepted=self._accepted, say=self._say,
+      tables=self._tables,
     )
 
   def steps(self) -> list[int]:
@@ -165,8 +170,11 @@ class Checkpoints:
       raise _Damage("its record does not match its checksum")
     self._check(step, sealed, like)
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    tree = self._part(step, tree=ocp.args.StandardRestore(template))
-    if _digest(tree) != sealed["arrays"]:
+    stored = sealed["leaves"]
+    tree = self._part(step, tree=ocp.args.StandardRestore(
+      template, strict=stored == _leaves(like)
+    ))
+    if _digest(tree, stored) != sealed["arrays"]:
       raise _Damage("its arrays do not match their checksum")
     return tree, sealed["record"]
 
@@ -203,12 +211,18 @@ class Checkpoints:
     leaves = _leaves(like)
     for key in sorted(sealed["leaves"].keys() | leaves.keys()):
       there, here = (x.get(key, "absent") for x in (sealed["leaves"], leaves))
-      if there != here:
+      if there != here and not self._only_rows_differ(key, there, here):
         raise InputError(
           f"checkpoint {path} holds another tree: {key} is {there} there and "
           f"{here} here; delete {self._directory} to train the run again, or "
           "use another workdir"
         )
+
+  def _only_rows_differ(self, key: str, there: str, here: str) -> bool:
+    """Whether a leaf is a table of other rows, there and here."""
+    if key.rpartition("/")[2] not in self._tables or "absent" in (there, here):
+      return False
+    return _type_and_shape(there)[::2] == _type_and_shape(here)[::2]
 
   def _drop(self, damaged: dict[int, Exception], instead: int) -> None:
     for step, damage in damaged.items():
@@ -258,13 +272,35 @@ def _leaves(tree: PyTree) -> dict[str, str]:
   }
 
 
-def _digest(tree: PyTree) -> str:
-  """SHA-256 of the names, types, shapes and bytes of all leaves."""
-  digest = hashlib.sha256(json.dumps(_leaves(tree)).encode())
-  for _, leaf in _by_name(tree):
-    values = np.ascontiguousarray(jax.device_get(leaf))
-    digest.update(values.reshape(-1).view(np.uint8))
+def _type_and_shape(leaf: str) -> tuple[str, int | None, list[int]]:
+  """(type, rows, the other axes) of a leaf as `_leaves` writes it."""
+  dtype, _, shape = leaf.partition("[")
+  rows, *others = json.loads("[" + shape) or [None]
+  return dtype, rows, others
+
+
+def _digest(tree: PyTree, stored: Mapping[str, str] | None = None) -> str:
+  """SHA-256 of the names, types, shapes and bytes of all leaves.
+
+  With `stored`, the digest that the tree has with the rows of these leaves: it
+  is cut to them, or filled up with zeros.
+  """
+  leaves = _leaves(tree)
+  if stored is not None:
+    leaves = {name: stored[name] for name in leaves}
+  digest = hashlib.sha256(json.dumps(leaves).encode())
+  for name, leaf in _by_name(tree):
+    values = _with_rows(jax.device_get(leaf), _type_and_shape(leaves[name])[1])
+    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
   return digest.hexdigest()
+
+
+def _with_rows(values: np.ndarray, rows: int | None) -> np.ndarray:
+  if rows is None or len(values) == rows:
+    return values
+  missing = max(rows - len(values), 0)
+  pad = [(0, missing)] + [(0, 0)] * (values.ndim - 1)
+  return np.pad(values[:rows], pad)
 
 
 def _differences(key: str, theirs: Any, mine: Any) -> list[tuple]:

@@ -107,12 +107,16 @@ class States(NamedTuple):
 
 
 def score_items(
-  model: Model, rows: States, candidates: jax.Array | None
+  model: Model, rows: States, candidates: jax.Array | None,
+  items: jax.Array | None = None,
 ) -> jax.Array:
-  """Logits [M, C] of rows of one segment, through its plugin."""
+  """Logits [M, C] of rows of one segment, through its plugin.
+
+  For `candidates` and `items` see `plugins.logits`.
+  """
   return plugins.logits(
     *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
-    rows.states, rows.reading, candidates,
+    rows.states, rows.reading, candidates, items,
   )
 
 
@@ -193,7 +197,7 @@ def make_ranker(
       model, weights, sequences, users, positions, segments[0], length
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
-    row, seen = _seen_items(sequences, users, positions, size)
+    row, seen = seen_items(sequences, users, positions, size)
 
     def scores(index: jax.Array) -> tuple[jax.Array, jax.Array]:
       items = index * width + jnp.arange(width)
@@ -252,25 +256,28 @@ def make_ranker(
     rows = len(requests.users)
     if not rows:
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    index = _chunks(model, requests, user_chunk)
-    by_chunk = _take_chunks(requests, index)
+    index = chunk_index(model, requests, user_chunk)
+    by_chunk = take_chunks(requests, index)
     size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
     out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
-    return _from_chunks(out, index, rows)
+    return from_chunks(out, index, rows)
 
   return rank
 
 
-def _chunks(model: Model, requests: Requests, user_chunk: int) -> np.ndarray:
+def chunk_index(
+  model: Model, requests: Requests, user_chunk: int, multiple: int = 1
+) -> np.ndarray:
   """Which request lies where, [chunks, chunk].
 
   A chunk is of one segment, where there are plugins; a segment's last chunk is
-  filled up with its last request.
+  filled up with its last request. The size of a chunk is rounded up to a
+  multiple of `multiple`; few requests make a smaller one.
   """
   segments = np.asarray(requests.segments)
   if model.plugin is None:
     segments = np.zeros_like(segments)
-  chunk = min(user_chunk, len(segments))
+  chunk = -(-min(user_chunk, len(segments)) // multiple) * multiple
   parts = []
   for segment in np.unique(segments):
     own = np.flatnonzero(segments == segment)
@@ -278,12 +285,12 @@ def _chunks(model: Model, requests: Requests, user_chunk: int) -> np.ndarray:
   return np.concatenate(parts).reshape(-1, chunk)
 
 
-def _take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
+def take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
   """Arrays [n, ...] -> int32 [chunks, chunk, ...]."""
   return jax.tree.map(lambda x: np.asarray(x, np.int32)[index], tree)
 
 
-def _from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
+def from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
   """Arrays [chunks, chunk, ...] -> [n, ...], in the order of the requests."""
 
   def place(x: np.ndarray) -> np.ndarray:
@@ -294,11 +301,13 @@ def _from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
   return jax.tree.map(place, tree)
 
 
-def _seen_items(
+def seen_items(
   sequences: Sequences, users: jax.Array, positions: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(row, item) of every history item of the chunk, flat; rows past the end
-  are out of bounds and dropped by the scatter."""
+  """(row, item) of every history item of the chunk, flat; [size] each.
+
+  Rows past the end are out of bounds and dropped by a scatter.
+  """
   ends = jnp.cumsum(positions)
   slot = jnp.arange(size)
   row = jnp.searchsorted(ends, slot, side="right")
@@ -418,11 +427,11 @@ def make_sampled_ranker(
       nothing = np.zeros(0)
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
-    index = _chunks(model, requests, user_chunk)
+    index = chunk_index(model, requests, user_chunk)
     scores = jax.device_get(score_all(
-      weights, sequences, *_take_chunks((requests, drawn), index)
+      weights, sequences, *take_chunks((requests, drawn), index)
     ))
-    scores = _from_chunks(scores, index, rows)
+    scores = from_chunks(scores, index, rows)
     return SampledRanks(
       np.asarray(average_rank(scores, np.zeros(rows, np.int32))),
       np.full(rows, 1 + count), scores[:, 0], scores[:, 1:],
@@ -445,7 +454,7 @@ def make_log_probabilities(
       model, weights, sequences, users, positions, segments[0], length
     )
     logits = score_items(model, states, None)
-    return jax.nn.log_softmax(logits[:, 1:], axis=-1)
+    return jax.nn.log_softmax(logits[:, 1 : num_items + 1], axis=-1)
 
   def run(
     weights: Weights, sequences: Sequences, requests: Requests
@@ -453,8 +462,8 @@ def make_log_probabilities(
     out = np.zeros((len(requests.users), num_items), np.float32)
     if not len(out):
       return out
-    for index in _chunks(model, requests, user_chunk):
-      part = _take_chunks(requests, index)
+    for index in chunk_index(model, requests, user_chunk):
+      part = take_chunks(requests, index)
       out[index] = np.asarray(compute(weights, sequences, part))
     return out
 

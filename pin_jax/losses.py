@@ -177,7 +177,9 @@ def _masked_sum(
 RowLoss = Callable[[PyTree, PyTree, PyTree, PyTree], jax.Array]
 
 
-def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
+def chunked(
+  row_loss: RowLoss, chunk: int, axis: str | None = None
+) -> Callable[..., tuple]:
   """Sum_i scale_i * weight_i * row_loss_i, one chunk of rows alive at a time.
 
   The sum is `accumulated`; the chunks after the last row of non-zero weight
@@ -187,6 +189,8 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
   Args:
     row_loss: (params, shared, inputs [M, ...], constants [M, ...]) -> [M].
     chunk: rows a chunk; the last ones are a quarter of that, if it divides.
+    axis: name of a vmapped axis along which all go through as many chunks as
+      the one with the most rows, so that the loop stays one loop.
 
   Returns:
     f(params, shared, inputs, constants, weights [M], scale [M]) -> (scalar,
@@ -222,6 +226,7 @@ def chunked(row_loss: RowLoss, chunk: int) -> Callable[..., tuple]:
   ) -> tuple[jax.Array, jax.Array]:
     real = weights != 0
     used = jnp.max(jnp.where(real, jnp.arange(len(real)) + 1, 0))
+    used = used if axis is None else jax.lax.pmax(used, axis)
     first = jnp.argmax(real)
     repeated = jax.tree.map(lambda x: x[first], (inputs, constants))
     return total(

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax import aggregation, criteria, packing, plugins
+from pin_jax import aggregation, criteria, packing, plugins, sharding
 from pin_jax.criteria import SOFTMAX, Criterion, Head
 from pin_jax.losses import accumulated, chunked
 from pin_jax.negatives import Negatives
+from pin_jax.sharding import LOCAL, Layout
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 MEANS = ("interactions", "users")
@@ -89,6 +90,7 @@ def next_item_loss(
   *,
   criterion: Criterion = SOFTMAX,
   chunk: int = 128,
+  layout: Layout = LOCAL,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """The criterion at every real position.
 
@@ -96,14 +98,17 @@ def next_item_loss(
     backbone: gives the states of the positions.
     head: turns states and candidates into logits.
     criterion: what is minimised.
-    chunk: positions whose logits are alive at a time.
+    chunk: positions whose logits are alive at a time, on each device.
+    layout: how the windows are split over devices.
 
   Returns:
     f(params, shared, context, targets [B, L], weights [B, L],
     scale [B, L] or None, negatives as `criteria.draw` gives them, by default
     None) -> (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(criteria.row_loss(criterion, head), chunk)
+  total = chunked(
+    criteria.row_loss(criterion, head), chunk, sharding.shards_axis(layout)
+  )
 
   def loss(
     params: PyTree,
@@ -127,7 +132,7 @@ def next_item_loss(
     )
     return value, jnp.zeros(targets.shape).at[rows, columns].set(losses)
 
-  return loss
+  return sharding.over_shards(loss, layout)
 
 
 def real_first(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -137,10 +142,17 @@ def real_first(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class GroupBatch(NamedTuple):
-  """One group's windows and their importance weights ([B, L] or None)."""
+  """One group's windows.
+
+  Attributes:
+    batch: the windows.
+    importance: [B, L] weights of the examples, or None.
+    negatives: drawn beforehand; by default the group's key draws them.
+  """
 
   batch: Batch
   importance: jax.Array | None
+  negatives: Negatives | None = None
 
 
 class GroupLosses(NamedTuple):
@@ -167,6 +179,7 @@ def group_losses(
   mean: str,
   criterion: Criterion = SOFTMAX,
   chunk: int = 128,
+  layout: Layout = LOCAL,
 ) -> GroupLosses:
   """The mean next-item loss of a group, and of many at once.
 
@@ -174,11 +187,13 @@ def group_losses(
     backbone: the model.
     mean: see `position_weights`.
     criterion: what is minimised at every position.
-    chunk: positions whose logits are alive at a time.
+    chunk: positions whose logits are alive at a time, on each device.
+    layout: how windows and tables are split over devices.
   """
   loss = windows_loss(next_item_loss(
-    backbone, backbone_head(backbone), criterion=criterion, chunk=chunk
-  ), backbone)
+    backbone, backbone_head(backbone), criterion=criterion, chunk=chunk,
+    layout=layout,
+  ), backbone, layout)
 
   def group_loss(
     params: PyTree, group: GroupBatch, key: jax.Array
@@ -186,7 +201,9 @@ def group_losses(
     drop_key, draw_key = criteria.split_key(criterion, key)
     batch = group.batch
     weights = position_weights(batch.targets, mean, group.importance)
-    negatives = criteria.draw(criterion, draw_key, batch)
+    negatives = group.negatives
+    if negatives is None:
+      negatives = criteria.draw(criterion, draw_key, batch)
     one = jax.tree.map(lambda x: x[None], (batch, weights))
     return loss(
       params, *one, jnp.ones(1), drop_key[None], negatives=negatives
@@ -204,7 +221,7 @@ def group_losses(
   if criterion.draw is not None:
     return GroupLosses(group_loss, None, None)
   gramians = None
-  if backbone.tables:
+  if backbone.tables and layout.model == 1:
     gramians = table_gramians(backbone, mean=mean, chunk=chunk)
   return GroupLosses(group_loss, weighted_loss, gramians)
 
@@ -212,19 +229,30 @@ def group_losses(
 WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def windows_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+def windows_loss(
+  loss: Callable[..., tuple], backbone: Backbone, layout: Layout = LOCAL
+) -> WindowsLoss:
   """The loss of G stacks of windows, packed where the backbone is.
 
   Args:
     loss: as `next_item_loss` returns it.
     backbone: encodes the windows.
+    layout: where rows are split, a row's windows of all groups stay together.
 
   Returns:
     f(params, batch [G, B], weights [G, B, L], scale [G], keys [G], negatives or
     None) -> (sum of scale * weights * loss, weights * loss [G, B, L]).
   """
-  make = _packed_loss if backbone.packed else _plain_loss
-  of_layout = make(loss, backbone)
+  merge, part = _merge, _part
+  if layout.data > 1:
+    merge = lambda x: _merge(jnp.swapaxes(x, 0, 1))
+    part = lambda x, groups: jnp.swapaxes(
+      x.reshape(-1, groups, *x.shape[1:]), 0, 1
+    )
+  if backbone.packed:
+    of_layout = _packed_loss(loss, backbone)
+  else:
+    of_layout = _plain_loss(loss, backbone, merge, part)
 
   def run(
     params: PyTree,
@@ -235,9 +263,9 @@ def windows_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
     negatives: Negatives | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     factors = jnp.broadcast_to(scale[:, None, None], weights.shape)
-    merged = jax.tree.map(_merge, (batch, weights, factors))
+    merged = jax.tree.map(merge, (batch, weights, factors))
     value, losses = of_layout(params, *merged, keys, negatives)
-    return value, losses.reshape(weights.shape)
+    return value, part(losses, len(weights))
 
   return run
 
@@ -246,7 +274,14 @@ def _merge(x: jax.Array) -> jax.Array:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
+def _part(x: jax.Array, groups: int) -> jax.Array:
+  return x.reshape(groups, -1, *x.shape[1:])
+
+
+def _plain_loss(
+  loss: Callable[..., tuple], backbone: Backbone, merge: Callable,
+  part: Callable,
+) -> WindowsLoss:
   """One window a row: (params, batch [G B], weights, factors, keys [G], …)."""
 
   def run(
@@ -257,8 +292,8 @@ def _plain_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
     if len(keys) == 1:
       context = encode(batch.history, keys[0])
     else:
-      stacks = batch.history.reshape(len(keys), -1, weights.shape[1])
-      context = jax.tree.map(_merge, jax.vmap(encode)(stacks, keys))
+      stacks = part(batch.history, len(keys))
+      context = jax.tree.map(merge, jax.vmap(encode)(stacks, keys))
     return loss(
       params, None, context, batch.targets, weights, factors, negatives
     )

@@ -383,6 +383,7 @@ def logits(
   states: PyTree,
   reading: Reading | None,
   candidates: jax.Array | None,
+  items: jax.Array | None = None,
 ) -> jax.Array:
   """Logits of the backbone's states through one segment's plugin.
 
@@ -395,6 +396,8 @@ def logits(
     states: [M, ...].
     reading: of the M positions; None where `plugin.mix` is.
     candidates: [C], [M, C] or None, as in `types.Backbone`.
+    items: [C], which items `candidates=None` are where the backbone's tables
+      hold some of the catalogue alone.
 
   Returns:
     [M, C].
@@ -412,7 +415,8 @@ def logits(
     own = representations[:, 0]
   else:
     own = backbone.represent(frozen, states, jnp.zeros(1, jnp.int32))[:, 0]
-  return plugin.mix(params, evidence, own, reading, scores, candidates)
+  asked = items if candidates is None else candidates
+  return plugin.mix(params, evidence, own, reading, scores, asked)
 
 
 def adapted(plugin: Plugin | None, params: PyTree, frozen: PyTree) -> PyTree:

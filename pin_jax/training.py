@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, criteria, finite, packing
+from pin_jax import aggregation, criteria, finite, packing, sharding, sparse
 from pin_jax.batches import (
   HeldOut,
   Pool,
@@ -35,6 +35,7 @@ from pin_jax.objectives import (
   position_weights,
   with_reading,
 )
+from pin_jax.sharding import LOCAL, Layout
 from pin_jax.types import (
   Backbone,
   Batch,
@@ -150,6 +151,8 @@ def backbone_step(
   importance: Importance | None = None,
   criterion: Criterion = SOFTMAX,
   runs: int = 1,
+  layout: Layout = LOCAL,
+  row_sparse: bool = False,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
@@ -171,11 +174,16 @@ def backbone_step(
       for exact backdoor adjustment.
     criterion: what is minimised at every position.
     runs: N, where the step goes through `many`; see `aggregation.aggregate`.
+    layout: how batch and state are split over devices.
+    row_sparse: the optimizer is a `sparse.row_sparse`, and the criterion draws
+      negatives: the tables are read and written by rows.
 
   Returns:
     The step.
   """
-  losses = group_losses(backbone, mean=mean, criterion=criterion)
+  losses = group_losses(
+    backbone, mean=mean, criterion=criterion, layout=layout
+  )
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
@@ -191,6 +199,22 @@ def backbone_step(
       return cheap(*args)
     return jax.lax.cond(t % diagnose_every == 0, telling, cheap, *args)
 
+  def sparse_update(
+    t: jax.Array, state: TrainState, groups: GroupBatch, keys: jax.Array
+  ) -> tuple[aggregation.Aggregate, PyTree, PyTree]:
+    view = sparse.view(
+      state.params, groups, keys, criterion=criterion, tables=backbone.tables,
+      layout=layout,
+    )
+    out = aggregate(t, view.params, view.groups, keys, state.weighting)
+    updates, opt_state = optimizer.update(
+      out.gradient, state.optimizer, view.params, rows=view.rows
+    )
+    params = sparse.add_rows(
+      state.params, updates, view.rows, backbone.tables
+    )
+    return out, params, opt_state
+
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -199,24 +223,27 @@ def backbone_step(
       draw_key, operands.sequences, operands.pool,
       batch_size=batch_size, length=length, draw=draw,
     )
+    batch = sharding.split_rows(batch, layout, 1)
     weights = None
     if importance is not None:
       weights = importance(operands.frozen, batch)
     keys = jax.random.split(drop_key, batch.users.shape[0])
-    out = aggregate(
-      t, state.params, GroupBatch(batch, weights), keys, state.weighting
-    )
-    updates, opt_state = optimizer.update(
-      out.gradient, state.optimizer, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    groups = GroupBatch(batch, weights)
+    if row_sparse:
+      out, params, opt_state = sparse_update(t, state, groups, keys)
+    else:
+      out = aggregate(t, state.params, groups, keys, state.weighting)
+      updates, opt_state = optimizer.update(
+        out.gradient, state.optimizer, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
     log = {**gradient_log(out), "learning_rate": schedule(t)}
     if weights is not None:
       log["effective_share"] = effective_share(weights, batch.targets > 0)
     moving = _move_average(state.average, params, average)
     return TrainState(params, opt_state, out.state, moving), log
 
-  return step
+  return sharding.kept(step, layout)
 
 
 def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
@@ -251,6 +278,7 @@ def plugin_step(
   draw: str,
   mean: str,
   criterion: Criterion = SOFTMAX,
+  layout: Layout = LOCAL,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
 
@@ -268,12 +296,14 @@ def plugin_step(
       `operands.pool`, a HeldOut.
     mean: see `position_weights`.
     criterion: what is minimised at every position.
+    layout: how the batch is split over devices.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
   loss = next_item_loss(
-    with_reading(backbone), plugin_head(backbone, plugin), criterion=criterion
+    with_reading(backbone), plugin_head(backbone, plugin),
+    criterion=criterion, layout=layout,
   )
 
   def encode(
@@ -316,6 +346,7 @@ def plugin_step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     batch = draw_windows(operands, jax.random.fold_in(operands.key, t))
+    batch = sharding.split_rows(batch, layout, 1)
     draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
     keys = jax.random.split(
       jax.random.fold_in(draw_key, t), batch.users.shape[0]
@@ -333,7 +364,7 @@ def plugin_step(
     log = {"loss": losses, "norms": norms, "learning_rate": schedule(t)}
     return state._replace(params=params, optimizer=opt_state), log
 
-  return step
+  return sharding.kept(step, layout)
 
 
 def init_state(
@@ -344,6 +375,7 @@ def init_state(
   blocks: aggregation.Blocks | None = None,
   average: bool = False,
   stacked: bool = False,
+  layout: Layout = LOCAL,
 ) -> TrainState:
   """State before the first step.
 
@@ -354,6 +386,7 @@ def init_state(
     blocks: see `aggregation.aggregate`.
     average: keep a moving average of params.
     stacked: params lead with [S] and each segment has its own optimizer.
+    layout: how it is split over devices.
 
   Returns:
     The state; it shares no buffer with `params`.
@@ -362,13 +395,14 @@ def init_state(
 
   @jax.jit
   def start(params: PyTree) -> TrainState:
-    return TrainState(
+    state = TrainState(
       _copy(params),
       init(params),
       () if weighting is None
       else aggregation.initial_state(weighting, params, blocks),
       _copy(params) if average else None,
     )
+    return sharding.constrain(state, layout)
 
   return start(params)
 

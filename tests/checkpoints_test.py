@@ -55,6 +55,7 @@ def _assert_same(got, want):
   assert _bits(got) == _bits(want)
 
 
+TABLE = jax.tree_util.DictKey("table")
 RECORD = {"step": 7, "values": [0.1, -1e-300], "steps": [3, 4], "stale": 0}
 
 
@@ -193,3 +194,47 @@ def test_the_remedy_in_the_message_works(saved):
   checkpoints = Checkpoints(saved)
   assert checkpoints.restore((_state(), _state().params)) is None
   checkpoints.close()
+
+
+def _with_rows(state, rows):
+  """The state with a table of `rows` rows, those beyond the fifth 0."""
+  pad = lambda x: jnp.pad(x, [(0, rows - 5), (0, 0)])
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: pad(x) if path[-1] == TABLE else x, state
+  )
+
+
+@pytest.mark.parametrize("there, here", [(5, 8), (8, 5), (6, 8), (8, 6)])
+def test_tables_change_their_padding(tmp_path, there, here):
+  store = Checkpoints(tmp_path, tables=("table",))
+  store.save(7, _with_rows(_state(), there), RECORD)
+  store.wait()
+  for opened in (store, store.beside("other")):
+    opened.save(7, _with_rows(_state(), there), RECORD)
+    opened.wait()
+    tree, record = opened.restore(_with_rows(_state(1), here))
+    _assert_same(tree, _with_rows(_state(), here))
+    assert record == RECORD
+    opened.close()
+
+
+def test_rows_of_a_table_are_not_lost(tmp_path):
+  """Fewer rows than are in use are refused by the digest."""
+  store = Checkpoints(tmp_path, tables=("table",))
+  store.save(7, _state(), RECORD)
+  store.wait()
+  fewer = jax.tree_util.tree_map_with_path(
+    lambda path, x: x[:4] if path[-1] == TABLE else x, _state()
+  )
+  with pytest.raises(InputError, match="do not match their checksum"):
+    store.restore(fewer)
+  store.close()
+
+
+def test_other_leaves_keep_their_rows(tmp_path):
+  store = Checkpoints(tmp_path, tables=("other",))
+  store.save(7, _state(), RECORD)
+  store.wait()
+  with pytest.raises(InputError, match="holds another tree.*table"):
+    store.restore(_with_rows(_state(), 8))
+  store.close()

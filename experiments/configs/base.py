@@ -123,6 +123,9 @@ def default() -> ConfigDict:
       "weight_decay": 0.0,
       "clip": 5.0,
       "average": 0.0,
+      # How the item tables are updated: 'dense', or with sampled negatives
+      # 'row_sparse': the rows that a step reads, and their moments, alone.
+      "tables": "dense",
     },
     "validation": {
       "every": 100,
@@ -139,6 +142,10 @@ def default() -> ConfigDict:
       "item_chunk": 65_536,
     },
     "dispatch": 10,  # steps a dispatch
+    # Devices: every batch is split over `data` of them, the item tables over
+    # `model`, the interactions over all; 1 x 1 is one device. Results do not
+    # depend on it, and a job may go on with another mesh.
+    "mesh": {"data": 1, "model": 1},
     # What the report tests, declared before training: tail users better, head
     # users no worse than by the margin, a relative loss of NDCG@10. The power
     # printed at launch is what that takes under the assumptions.

@@ -1,0 +1,352 @@
+"""Ranking and top-k over a catalogue that is split over devices.
+
+Every device scores the items whose rows it holds, a piece at a time; what
+crosses devices are counts, or each device's best K, never rows of the table.
+The results are those of one device, ties included.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pin_jax import sharding
+from pin_jax.batches import Sequences
+from pin_jax.evaluation import (
+  Model,
+  RankFn,
+  Ranks,
+  Requests,
+  States,
+  Weights,
+  chunk_index,
+  from_chunks,
+  score_items,
+  seen_items,
+  states_before,
+  take_chunks,
+)
+from pin_jax.sharding import Layout
+from pin_jax.types import PyTree
+
+
+class Piece(NamedTuple):
+  """Some rows of every device's part of the tables.
+
+  Attributes:
+    params: of the backbone, its tables cut down to these rows.
+    items: [C] int32, which items they are.
+    first: the first row, within each device's part.
+    fresh: [C] bool, items 1..V that no piece before has held.
+  """
+
+  params: PyTree
+  items: jax.Array
+  first: jax.Array
+  fresh: jax.Array
+
+
+class Catalogue(NamedTuple):
+  """The catalogue by pieces.
+
+  Attributes:
+    pieces: how many there are.
+    piece: (params, index) -> Piece.
+    column: (items, Piece) -> their place in the piece, C where they are not
+      in it.
+  """
+
+  pieces: int
+  piece: Callable[[PyTree, jax.Array], Piece]
+  column: Callable[[jax.Array, Piece], jax.Array]
+
+
+def cut_catalogue(
+  num_items: int, layout: Layout, *, item_chunk: int
+) -> Catalogue:
+  """Cuts the catalogue into pieces of at most `item_chunk` items.
+
+  Args:
+    num_items: V.
+    layout: how the tables are split.
+    item_chunk: items a piece, on all devices together.
+
+  Returns:
+    The pieces; the last reaches back where they do not come out even.
+  """
+  shards, part = layout.model, layout.rows // layout.model
+  width = min(max(item_chunk // shards, 1), part)
+
+  def piece(params: PyTree, index: jax.Array) -> Piece:
+    first = jnp.minimum(index * width, part - width)
+
+    def cut(x: jax.Array) -> jax.Array:
+      by_shard = x.reshape(shards, part, *x.shape[1:])
+      by_shard = sharding.split_tables(by_shard, layout)
+      some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
+      rows = some.reshape(shards * width, *x.shape[1:])
+      return sharding.split_tables(rows, layout)
+
+    row = first + jnp.arange(width)
+    items = (jnp.arange(shards)[:, None] * part + row).reshape(-1)
+    fresh = jnp.tile(row >= index * width, shards)
+    fresh &= (items > 0) & (items <= num_items)
+    tables = {name: cut(params[name]) for name in layout.tables}
+    return Piece({**params, **tables}, items, first, fresh)
+
+  def column(items: jax.Array, piece: Piece) -> jax.Array:
+    row = items % part - piece.first
+    inside = (items >= 0) & (row >= 0) & (row < width)
+    return jnp.where(inside, items // part * width + row, shards * width)
+
+  return Catalogue(-(-part // width), piece, column)
+
+
+def _scores(
+  model: Model, states: States, piece: Piece, layout: Layout
+) -> jax.Array:
+  weights = states.weights._replace(backbone=piece.params)
+  states = states._replace(weights=weights)
+  logits = score_items(model, states, None, piece.items)
+  return sharding.split_columns(logits, layout)
+
+
+def _seen(
+  catalogue: Catalogue, piece: Piece, shape: tuple[int, int],
+  row: jax.Array, items: jax.Array, layout: Layout,
+) -> jax.Array:
+  """[M, C] bool, the items of the rows' histories."""
+  mask = sharding.split_columns(jnp.zeros(shape, bool), layout)
+  column = catalogue.column(items, piece)
+  return mask.at[row, column].set(True, mode="drop")
+
+
+def rank_program(
+  model: Model,
+  *,
+  num_items: int,
+  length: int,
+  layout: Layout,
+  item_chunk: int = 65_536,
+) -> Callable[[Weights, Sequences, Requests, int], Ranks]:
+  """The compiled program of `make_ranker`.
+
+  A first pass over the pieces reads the target's score, a second counts the
+  items above it and level with it; users are split over `data`.
+
+  Args:
+    model: what is evaluated; its backbone has tables.
+    num_items: V.
+    length: L, what the model reads of a history.
+    layout: of the mesh.
+    item_chunk: items at a time, on all devices together.
+
+  Returns:
+    (weights, sequences, requests [chunks, chunk], interactions of a chunk's
+    histories, at most) -> Ranks, [chunks, chunk].
+  """
+  catalogue = cut_catalogue(num_items, layout, item_chunk=item_chunk)
+  index = jnp.arange(catalogue.pieces)
+
+  def rank_chunk(
+    weights: Weights, sequences: Sequences, requests: Requests, size: int
+  ) -> Ranks:
+    users, positions, _ = sharding.split_rows(requests, layout)
+    states = states_before(
+      model, weights, sequences, users, positions, requests.segments[0], length
+    )
+    target = sequences.items[sequences.starts[users] + positions][:, None]
+    row, seen = seen_items(sequences, *requests[:2], size)
+
+    def target_score(total: jax.Array, index: jax.Array) -> tuple:
+      piece = catalogue.piece(states.weights.backbone, index)
+      logits = _scores(model, states, piece, layout)
+      own = piece.fresh & (piece.items == target)
+      return total + jnp.where(own, logits, 0).sum(-1), None
+
+    def count(totals: jax.Array, index: jax.Array) -> tuple:
+      piece = catalogue.piece(states.weights.backbone, index)
+      logits = _scores(model, states, piece, layout)
+      mask = _seen(catalogue, piece, logits.shape, row, seen, layout)
+      other = piece.fresh & (piece.items != target)
+      above = other & ~(logits <= total[:, None])
+      tied = other & (logits == total[:, None])
+      kept = other & ~mask
+      terms = (above & ~mask, tied & ~mask, kept, above, tied, other)
+      sums = [x.sum(-1, dtype=jnp.int32) for x in terms]
+      return totals + jnp.stack(sums), None
+
+    zero = jnp.zeros(users.shape, jnp.float32)
+    total, _ = jax.lax.scan(target_score, zero, index)
+    zeros = jnp.zeros((6, *users.shape), jnp.int32)
+    out, _ = jax.lax.scan(count, zeros, index)
+    above, tied, kept, above_all, tied_all, others = out
+    return Ranks(
+      1 + above + 0.5 * tied, kept + 1, 1 + above_all + 0.5 * tied_all,
+      others + 1,
+    )
+
+  return _compiled(rank_chunk, layout)
+
+
+def make_ranker(
+  model: Model,
+  *,
+  num_items: int,
+  length: int,
+  layout: Layout,
+  user_chunk: int = 256,
+  item_chunk: int = 65_536,
+) -> RankFn:
+  """`evaluation.make_ranker` over the devices of a mesh.
+
+  Args:
+    model: what is evaluated; its backbone has tables.
+    num_items: V.
+    length: L, what the model reads of a history.
+    layout: of the mesh.
+    user_chunk: users at a time, a multiple of the devices along `data`.
+    item_chunk: items at a time, on all devices together.
+
+  Returns:
+    (weights, sequences, requests) -> Ranks.
+  """
+  compiled = rank_program(
+    model, num_items=num_items, length=length, layout=layout,
+    item_chunk=item_chunk,
+  )
+  run = _by_chunk(compiled, model, user_chunk, layout)
+
+  def rank(
+    weights: Weights, sequences: Sequences, requests: Requests
+  ) -> Ranks:
+    if not len(requests.users):
+      return Ranks(*(np.zeros(0) for _ in Ranks._fields))
+    return run(weights, sequences, requests)
+
+  return rank
+
+
+class Top(NamedTuple):
+  """The best items of users, best first; [n, K].
+
+  Attributes:
+    items: int32; 0 where there are fewer than K.
+    scores: their logits; -inf there.
+  """
+
+  items: np.ndarray
+  scores: np.ndarray
+
+
+def make_top(
+  model: Model,
+  *,
+  num_items: int,
+  length: int,
+  layout: Layout,
+  count: int,
+  user_chunk: int = 256,
+  item_chunk: int = 65_536,
+) -> Callable[[Weights, Sequences, Requests], Top]:
+  """Builds the top K of the items that a user's history does not hold.
+
+  Streaming: every device keeps the best K of its part of a piece, and these
+  are merged into the best so far. Exact; ties go to the lower item.
+
+  Args:
+    model: what recommends; its backbone has tables.
+    num_items: V.
+    length: L, what the model reads of a history.
+    layout: of the mesh.
+    count: K.
+    user_chunk: users at a time, a multiple of the devices along `data`.
+    item_chunk: items at a time, on all devices together.
+
+  Returns:
+    (weights, sequences, requests) -> Top, after what lies before the requests'
+    positions.
+  """
+  catalogue = cut_catalogue(num_items, layout, item_chunk=item_chunk)
+
+  def best(scores: jax.Array, items: jax.Array, k: int) -> tuple:
+    """The k best along the last axis, the lower item first among equals."""
+    ranked = jax.lax.sort((-scores, items), num_keys=2)
+    return -ranked[0][..., :k], ranked[1][..., :k]
+
+  def top_chunk(
+    weights: Weights, sequences: Sequences, requests: Requests, size: int
+  ) -> Top:
+    users, positions, _ = sharding.split_rows(requests, layout)
+    states = states_before(
+      model, weights, sequences, users, positions, requests.segments[0], length
+    )
+    row, seen = seen_items(sequences, *requests[:2], size)
+
+    def merge(carry: tuple, index: jax.Array) -> tuple:
+      piece = catalogue.piece(states.weights.backbone, index)
+      logits = _scores(model, states, piece, layout)
+      mask = _seen(catalogue, piece, logits.shape, row, seen, layout)
+      scores = jnp.where(piece.fresh & ~mask, logits, -jnp.inf)
+      shards = layout.model
+      scores = scores.reshape(len(scores), shards, -1)
+      scores = sharding.split_columns(scores, layout)
+      # A device's items ascend, so that top_k too favours the lower one.
+      scores, place = jax.lax.top_k(scores, min(count, scores.shape[-1]))
+      items = piece.items.reshape(shards, -1)
+      items = items[jnp.arange(shards)[:, None], place]
+      flat = lambda x: x.reshape(len(x), -1)
+      both = [
+        jnp.concatenate([old, flat(new)], -1)
+        for old, new in zip(carry, (scores, items), strict=True)
+      ]
+      return best(*both, count), None
+
+    nothing = (
+      jnp.full((len(users), count), -jnp.inf),
+      jnp.full((len(users), count), num_items + 1, jnp.int32),
+    )
+    pieces = jnp.arange(catalogue.pieces)
+    (scores, items), _ = jax.lax.scan(merge, nothing, pieces)
+    return Top(jnp.where(scores > -jnp.inf, items, 0), scores)
+
+  compiled = _compiled(top_chunk, layout)
+  run = _by_chunk(compiled, model, user_chunk, layout)
+
+  def top(
+    weights: Weights, sequences: Sequences, requests: Requests
+  ) -> Top:
+    if not len(requests.users):
+      return Top(np.zeros((0, count), np.int32), np.zeros((0, count)))
+    return run(weights, sequences, requests)
+
+  return top
+
+
+def _compiled(of_chunk: Callable, layout: Layout) -> Callable:
+  def run(
+    weights: Weights, sequences: Sequences, requests: Requests, size: int
+  ) -> PyTree:
+    one = lambda chunk: of_chunk(weights, sequences, chunk, size)
+    return sharding.replicate(jax.lax.map(one, requests), layout)
+
+  return jax.jit(run, static_argnums=3)
+
+
+def _by_chunk(
+  compiled: Callable, model: Model, user_chunk: int, layout: Layout
+) -> Callable[[Weights, Sequences, Requests], PyTree]:
+  """Runs a program over chunks of users, as many as fill the devices."""
+
+  def run(
+    weights: Weights, sequences: Sequences, requests: Requests
+  ) -> PyTree:
+    index = chunk_index(model, requests, user_chunk, layout.data)
+    chunks = take_chunks(requests, index)
+    size = int(chunks.positions.sum(1, dtype=np.int64).max())
+    out = compiled(weights, sequences, chunks, max(size, 1))
+    return from_chunks(jax.device_get(out), index, len(requests.users))
+
+  return run

@@ -1,0 +1,303 @@
+"""Meshes and partition rules: what lies on which device.
+
+A mesh has two axes. Over `data` the rows of every group's batch are split, over
+`model` the rows of the item tables with their optimizer state, over both the
+interactions; everything else is replicated. The program stays the one of a
+single device: XLA's partitioner puts in the collectives, so that a group's
+gradient is that of the whole batch before any weighting sees it. Without a mesh
+nothing here changes anything.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pin_jax.types import Backbone, InputError, PyTree
+
+DATA, MODEL = "data", "model"
+_SHARDS = "shards"  # the vmapped axis of `over_shards`
+
+
+class Layout(NamedTuple):
+  """A mesh and what is split over its model axis.
+
+  Attributes:
+    mesh: with axes `data` and `model`; None = one device.
+    tables: names of the params that are split by rows.
+    rows: rows of these, padded to a multiple of the model axis.
+  """
+
+  mesh: Mesh | None = None
+  tables: tuple[str, ...] = ()
+  rows: int = 0
+
+  @property
+  def data(self) -> int:
+    """Devices along `data`."""
+    return 1 if self.mesh is None else self.mesh.shape[DATA]
+
+  @property
+  def model(self) -> int:
+    """Devices along `model`."""
+    return 1 if self.mesh is None else self.mesh.shape[MODEL]
+
+
+LOCAL = Layout()
+
+
+def make_layout(
+  backbone: Backbone,
+  num_items: int,
+  *,
+  data: int = 1,
+  model: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Layout:
+  """Lays a backbone out over data x model devices; over one, it is `LOCAL`.
+
+  Args:
+    backbone: its `tables` are split.
+    num_items: V.
+    data: devices along `data`.
+    model: devices along `model`.
+    devices: by default those of all processes.
+
+  Returns:
+    The layout.
+
+  Raises:
+    InputError: if there are fewer devices, or no table to split.
+  """
+  if data * model == 1 and devices is None:
+    return LOCAL
+  there = jax.devices() if devices is None else devices
+  if data * model > len(there):
+    raise InputError(
+      f"config keys mesh.data={data}, mesh.model={model} need {data * model} "
+      f"devices and there are {len(there)}; lower them"
+    )
+  if model > 1 and not backbone.tables:
+    raise InputError(
+      f"config key mesh.model={model}: the backbone has no item table that can "
+      "be split; set 1"
+    )
+  axes = (AxisType.Auto,) * 2
+  mesh = jax.make_mesh(
+    (data, model), (DATA, MODEL), axes, devices=there[: data * model]
+  )
+  rows = -(-(num_items + 1) // model) * model
+  return Layout(mesh, backbone.tables, rows)
+
+
+def pad_catalogue(
+  backbone: Backbone, num_items: int, layout: Layout
+) -> Backbone:
+  """The backbone with tables of `layout.rows` rows, so that they split evenly.
+
+  The rows beyond item V start at zero, have a logit of -inf and a gradient of
+  zero: the others are those of the backbone as it was, from `init` on.
+
+  Args:
+    backbone: the backbone.
+    num_items: V.
+    layout: says how many rows.
+
+  Returns:
+    The backbone itself where no row is missing.
+  """
+  extra = layout.rows - (num_items + 1)
+  if layout.model == 1 or not extra:
+    return backbone
+
+  def init(key: jax.Array) -> PyTree:
+    params = backbone.init(key)
+    pad = lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))
+    return params | {name: pad(params[name]) for name in backbone.tables}
+
+  def score(
+    params: PyTree, representations: jax.Array, candidates: jax.Array | None
+  ) -> jax.Array:
+    logits = backbone.score(params, representations, candidates)
+    if candidates is not None or logits.shape[-1] != layout.rows:
+      return logits
+    return jnp.where(jnp.arange(layout.rows) <= num_items, logits, -jnp.inf)
+
+  return backbone._replace(init=init, score=score)
+
+
+def shardings(tree: PyTree, layout: Layout) -> PyTree:
+  """The rules: tables by rows over `model`, all else on every device.
+
+  A leaf is a table, or the state of one, if the last name in its path is a
+  table's and it has as many rows.
+
+  Args:
+    tree: arrays or their shapes: params, optimizer state, moving averages.
+    layout: of a mesh.
+
+  Returns:
+    A tree of NamedShardings.
+  """
+
+  def rule(path: tuple, leaf: Any) -> NamedSharding:
+    name = getattr(path[-1], "key", None) if path else None
+    split = name in layout.tables and leaf.shape[:1] == (layout.rows,)
+    spec = PartitionSpec(MODEL) if split else PartitionSpec()
+    return NamedSharding(layout.mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def constrain(tree: PyTree, layout: Layout) -> PyTree:
+  """The tree, laid out by the rules; for use inside of jit."""
+  if layout.mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, shardings(tree, layout))
+
+
+def built(function: Callable[..., PyTree], layout: Layout) -> Callable:
+  """`jit(function)` whose result comes into being laid out by the rules."""
+  return jax.jit(lambda *args: constrain(function(*args), layout))
+
+
+def replicate(tree: PyTree, layout: Layout) -> PyTree:
+  """The tree, whole on every device; for use inside of jit."""
+  return _lay(tree, layout, PartitionSpec())
+
+
+def split_rows(tree: PyTree, layout: Layout, axis: int = 0) -> PyTree:
+  """The tree, an axis of all its leaves split over `data`; inside of jit."""
+  return _lay(tree, layout, PartitionSpec(*[None] * axis, DATA))
+
+
+def split_columns(tree: PyTree, layout: Layout) -> PyTree:
+  """The tree, [M, C, ...] over `data` and `model`; inside of jit."""
+  return _lay(tree, layout, PartitionSpec(DATA, MODEL))
+
+
+def split_tables(tree: PyTree, layout: Layout) -> PyTree:
+  """The tree, the first axis of all its leaves over `model`; inside of jit."""
+  return _lay(tree, layout, PartitionSpec(MODEL))
+
+
+def _lay(tree: PyTree, layout: Layout, spec: PartitionSpec) -> PyTree:
+  if layout.mesh is None:
+    return tree
+  return jax.lax.with_sharding_constraint(
+    tree, NamedSharding(layout.mesh, spec)
+  )
+
+
+def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
+  """Flat arrays over all devices, each with a slice; the last filled up.
+
+  The filling repeats the last element, so that what is sorted stays so. A
+  process puts nothing but its own devices' slices there.
+
+  Args:
+    tree: [N] arrays on the host, which nothing indexes past their end.
+    layout: where to.
+
+  Returns:
+    The tree on the devices; without a mesh, as it is.
+  """
+  if layout.mesh is None:
+    return tree
+  sharding = flat_sharding(layout)
+  count = layout.mesh.size
+
+  def spread(x: np.ndarray) -> jax.Array:
+    x = np.asarray(x)
+    size = -(-max(len(x), 1) // count) * count
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(size)
+      part = x[start:stop]
+      last = x[-1:] if len(x) else np.zeros(1, x.dtype)
+      missing = stop - start - len(part)
+      return np.concatenate([part, np.repeat(last, missing)])
+
+    return jax.make_array_from_callback((size,), sharding, piece)
+
+  return jax.tree.map(spread, tree)
+
+
+def flat_sharding(layout: Layout) -> NamedSharding:
+  """A slice of a flat array on each device of the mesh."""
+  return NamedSharding(layout.mesh, PartitionSpec((DATA, MODEL)))
+
+
+def put_replicated(tree: PyTree, layout: Layout) -> PyTree:
+  """Host arrays, whole on every device; without a mesh, as they are."""
+  if layout.mesh is None:
+    return tree
+  everywhere = NamedSharding(layout.mesh, PartitionSpec())
+
+  def put(x: np.ndarray) -> jax.Array:
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, everywhere, x.__getitem__)
+
+  return jax.tree.map(put, tree)
+
+
+def kept(step: Callable[..., tuple], layout: Layout) -> Callable[..., tuple]:
+  """A training step that leaves its state where the rules have it.
+
+  The state's buffers can then be donated, and the next dispatch runs the same
+  program. Logs are whole on every device.
+  """
+  if layout.mesh is None:
+    return step
+
+  def run(state: PyTree, *args: PyTree) -> tuple[PyTree, PyTree]:
+    state, log = step(state, *args)
+    return constrain(state, layout), replicate(log, layout)
+
+  return run
+
+
+def over_shards(loss: Callable[..., tuple], layout: Layout) -> Callable:
+  """A loss of windows, as a sum over the shards of their rows.
+
+  A loop over chunks of positions would have each chunk on one device while the
+  others wait. Here every device goes through the positions of its own windows,
+  as many at a time, and the params' gradients are added up after the loop.
+
+  Args:
+    loss: (params, shared, context, targets, …) of `objectives.next_item_loss`.
+    layout: how many shards.
+
+  Returns:
+    The same function of the same arguments; it equals `loss` up to rounding.
+  """
+  count = layout.data
+  if count == 1:
+    return loss
+
+  def cut(x: jax.Array) -> jax.Array:
+    return split_rows(x.reshape(count, -1, *x.shape[1:]), layout)
+
+  def run(
+    params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
+    weights: jax.Array, scale: jax.Array | None = None, negatives: Any = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    scale = jnp.ones(targets.shape) if scale is None else scale
+    own = negatives is not None and negatives.items.ndim == 2
+    rows = jax.tree.map(cut, (context, targets, weights, scale))
+    if own:
+      negatives = jax.tree.map(cut, negatives)
+    value, losses = jax.vmap(
+      loss, (None, None, 0, 0, 0, 0, 0 if own else None), axis_name=_SHARDS
+    )(params, shared, *rows, negatives)
+    return value.sum(), losses.reshape(targets.shape)
+
+  return run
+
+
+def shards_axis(layout: Layout) -> str | None:
+  """The axis that `over_shards` maps over; None where it does not."""
+  return _SHARDS if layout.data > 1 else None

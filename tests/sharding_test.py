@@ -1,0 +1,321 @@
+"""Training and evaluation over eight devices, in a process of its own."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from etils import epath
+from ml_collections import ConfigDict
+from toys import RULES
+
+from experiments import logs, settings, trainer
+from experiments.configs import base
+from experiments.methods import stages_of
+from experiments.problem import make_problem, requests_for
+from pin_jax import aggregation, catalogue, evaluation, plugins, sharding
+from pin_jax.backbones.sasrec import sasrec
+from pin_jax.types import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS, ITEMS = 50, 40
+CASES = {  # data, model, items at a time
+  "quick": ((4, 2, 12),), "slow": ((8, 1, 100), (1, 4, 100)),
+}
+STAGES = {stage.name: stage for stage in stages_of(("pin",))}
+
+
+def config(data=1, model=1, **changes):
+  made = base.default()
+  made.data = ConfigDict({
+    "source": "simulator", "seed": 0, "num_users": 90, "num_items": ITEMS,
+    "borders": (4, 6, 9, 30),
+  })
+  made.groups.num_groups = 3
+  # The cheapest to compile; the slow battery takes SASRec.
+  made.backbone.update(name="gru4rec", length=5, width=8, dropout=0.1)
+  made.plugin.hidden = 4
+  made.batch_size = 48
+  made.backbone_steps = made.plugin_steps = STEPS
+  made.dispatch = made.validation.every = STEPS
+  made.pin.diagnose_every = 0
+  made.evaluation.user_chunk = 32
+  made.mesh.update(data=data, model=model)
+  made.update_from_flattened_dict(changes)
+  return made
+
+
+def trained(made, workdir, names=tuple(STAGES)):
+  """The trainer of a config once it has trained the stages."""
+  settings.check(made)
+  problem = make_problem(made)
+  networks = trainer.make_networks(made, ITEMS)
+  console = rich.console.Console(file=io.StringIO())
+  workdir = epath.Path(workdir)
+  workdir.mkdir(exist_ok=True)
+  log, progress = logs.RunLog(workdir), logs.JobProgress(1000, console)
+  out = trainer.Trainer(made, problem, networks, workdir, (0,), log, progress)
+  for name in names:
+    out.train(STAGES[name])
+  log.close()
+  progress.close()
+  return out
+
+
+def params_of(out):
+  """Each stage's params as lists by name, tables without their padding."""
+  return {
+    stage: {
+      name: np.asarray(leaf)[: ITEMS + 1].tolist()
+      for name, leaf in zip(
+        aggregation.leaf_names(found[0].best),
+        jax.tree.leaves(jax.device_get(found[0].best)), strict=True,
+      )
+    }
+    for stage, found in out.trained.items()
+  }
+
+
+def compute_training(workdir):
+  """One device, eight, and the checkpoints of eight read on one and four."""
+  eight = trained(config(4, 2), f"{workdir}/eight")
+  table = eight.trained["pin/backbone"][0].best["items"]
+  shards = {str(s.index): s.data.shape for s in table.addressable_shards}
+  return {
+    "one": params_of(trained(config(), f"{workdir}/one")),
+    "eight": params_of(eight),
+    "read_on_one": params_of(trained(config(), f"{workdir}/eight")),
+    "read_on_four": params_of(trained(config(1, 4), f"{workdir}/eight")),
+    "shards": list(shards.values()),
+  }
+
+
+def compute_ranks(cases, **changes):
+  """Ranks and top 7 over meshes, and the same by one device and by numpy."""
+  made = config(**changes)
+  problem = make_problem(made)
+  backbone, made_plugins, _ = trainer.make_networks(made, ITEMS)
+  plugin = made_plugins["own"]
+  params = backbone.init(jax.random.key(0))
+  half = params["items"][1 : 1 + ITEMS // 2]
+  params["items"] = jnp.concatenate([half[:1], half, half])  # ties
+  stacked = jax.tree.map(
+    lambda x: x + jax.random.normal(jax.random.key(1), x.shape),
+    plugins.init_stacked(plugin, jax.random.key(0), 2),
+  )
+  evidence = None
+  if plugin.mix:
+    evidence = plugins.make_evidence(
+      problem.split, neighbours=8, window=3, decay=0.6, channels=("after",)
+    )
+  users = np.flatnonzero(problem.split.test >= 0)[:70]
+  requests = requests_for(problem, "test", users)
+  model = evaluation.Model(backbone, plugin)
+  weights = evaluation.Weights(params, stacked, evidence)
+  sizes = {"num_items": ITEMS, "length": 5, "user_chunk": 32}
+  ranks = evaluation.make_ranker(model, **sizes)(
+    weights, problem.sequences, requests
+  )
+  log_p = evaluation.make_log_probabilities(
+    model, num_items=ITEMS, length=5
+  )(weights, problem.sequences, requests)
+  out = {"one": [x.tolist() for x in ranks], "log_p": log_p.tolist()}
+  out["meshes"] = {}
+  out["seen"] = [
+    problem.split.interactions.items[start : start + position].tolist()
+    for start, position in zip(
+      problem.split.interactions.offsets[users], requests.positions,
+      strict=True,
+    )
+  ]
+  for data, rows, chunk in cases:
+    layout = sharding.make_layout(backbone, ITEMS, data=data, model=rows)
+    padded = sharding.pad_catalogue(backbone, ITEMS, layout)
+    spread, extra = dict(params), layout.rows - len(params["items"])
+    spread["items"] = jnp.pad(params["items"], [(0, extra), (0, 0)])
+    spread["bias"] = jnp.pad(params["bias"], (0, extra))
+    spread = sharding.built(lambda x: x, layout)(spread)
+    args = (
+      weights._replace(backbone=spread),
+      sharding.spread_flat(problem.sequences, layout), requests,
+    )
+    model = evaluation.Model(padded, plugin)
+    options = {**sizes, "layout": layout, "item_chunk": chunk}
+    ranks = catalogue.make_ranker(model, **options)(*args)
+    top = catalogue.make_top(model, count=7, **options)(*args)
+    out["meshes"][f"{data} x {rows}"] = {
+      "ranks": [x.tolist() for x in ranks],
+      "top": top.items.tolist(), "scores": top.scores.tolist(),
+    }
+  return out
+
+
+def compute_weightings(workdir):
+  """{rule: params after stage 1 by one device and by eight}."""
+  names = ("pin/backbone",)
+  return {
+    f"{rule}, {loss}": [
+      params_of(trained(
+        config(*mesh, **{
+          "pin.weighting": rule, "loss.name": loss,
+          "backbone.name": "sasrec", "backbone.blocks": 1,
+        }),
+        f"{workdir}/{rule}-{loss}-{mesh[0]}", names,
+      ))["pin/backbone"]
+      for mesh in ((1, 1), (4, 2))
+    ]
+    for rule, loss in _battery()
+  }
+
+
+def _battery():
+  """Rules (but that of another method) by softmax, two by sampled softmax."""
+  specs = {
+    "annealed_backdoor": "annealed_backdoor:steps=20", "cvar": "cvar:alpha=0.4",
+  }
+  rules = [name for name in RULES if name != "exact_backdoor"]
+  return [(specs.get(rule, rule), "softmax") for rule in rules] + [
+    ("backdoor", "sampled_softmax"), ("upgrad", "sampled_softmax"),
+  ]
+
+
+def over_eight_devices(what, workdir):
+  environment = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+  }
+  done = subprocess.run(
+    [sys.executable, __file__, what, str(workdir)], env=environment,
+    capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+  return over_eight_devices("quick", tmp_path_factory.mktemp("eight"))
+
+
+def assert_close(got, want, tolerance=1e-5):
+  assert got.keys() == want.keys()
+  largest = max(np.abs(x).max() for x in want.values())
+  for name in want:
+    np.testing.assert_allclose(
+      got[name], want[name], rtol=tolerance, atol=tolerance * largest,
+      err_msg=name,
+    )
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_eight_devices_train_as_one(found, stage):
+  assert_close(found["training"]["eight"][stage],
+               found["training"]["one"][stage])
+
+
+def test_the_table_lies_by_rows(found):
+  """41 rows over a model axis of two: 42 with padding, 21 a device."""
+  assert found["training"]["shards"] == [[21, 8], [21, 8]]
+
+
+@pytest.mark.parametrize("reader", ["read_on_one", "read_on_four"])
+def test_checkpoints_move_between_meshes(found, reader):
+  assert found["training"][reader] == found["training"]["eight"]
+
+
+def check_ranks(ranks):
+  for mesh in ranks["meshes"].values():
+    assert mesh["ranks"] == ranks["one"]
+
+
+def check_top(ranks):
+  """Against a full sort of one device's scores; ties in the items' order."""
+  for mesh in ranks["meshes"].values():
+    for log_p, seen, items, scores in zip(
+      ranks["log_p"], ranks["seen"], mesh["top"], mesh["scores"], strict=True
+    ):
+      log_p, place = np.asarray(log_p), np.asarray(items) - 1
+      log_p[np.asarray(seen) - 1] = -np.inf
+      best = np.sort(log_p)[::-1][:7]
+      np.testing.assert_allclose(log_p[place], best, atol=1e-6)
+      order = list(zip(-np.asarray(scores), items, strict=True))
+      assert order == sorted(set(order))
+
+
+def test_ranks_over_eight_devices_are_those_of_one(found):
+  assert np.any(np.asarray(found["ranks"]["one"][0]) % 1)  # there are ties
+  check_ranks(found["ranks"])
+
+
+def test_plugins_that_mix_read_the_items_of_a_piece(found):
+  check_ranks(found["mixed"])
+  check_top(found["mixed"])
+
+
+def test_top_items_against_a_full_sort(found):
+  check_top(found["ranks"])
+
+
+@pytest.mark.slow
+def test_every_weighting_and_mesh(tmp_path):
+  found = over_eight_devices("slow", tmp_path)
+  check_ranks(found["ranks"])
+  check_top(found["ranks"])
+  for name, (one, eight) in found["training"].items():
+    try:
+      assert_close(eight, one)
+    except AssertionError as error:
+      raise AssertionError(f"{name}: {error}") from error
+
+
+def test_one_device_has_no_mesh():
+  backbone = sasrec(5, length=3, width=4)
+  layout = sharding.make_layout(backbone, 5)
+  assert layout == sharding.LOCAL
+  assert sharding.pad_catalogue(backbone, 5, layout) is backbone
+  step, loss = (lambda *_: None), (lambda *_: None)
+  assert sharding.kept(step, layout) is step
+  assert sharding.over_shards(loss, layout) is loss
+
+
+@pytest.mark.parametrize(
+  "key, value, mesh",
+  [
+    ("mesh.model", 99, (1, 99)), ("batch_size", 40, (4, 1)),
+    ("backbone.pack_rows", 2, (2, 1)), ("num_seeds", 2, (1, 2)),
+    ("evaluation.user_chunk", 31, (2, 1)), ("plugin.name", "gated", (1, 2)),
+  ],
+)
+def test_what_does_not_go_over_devices_is_named(key, value, mesh):
+  changes = {key: value, "memory.recent": 5}
+  if key == "num_seeds":
+    changes["seeds"] = (0, 1)
+  made = config(*mesh, **changes)
+  made.methods = ("base", "pin")
+  if key == "plugin.name":
+    key, value = "mesh.model", 2
+  with pytest.raises(InputError, match=f"{key}={value}"):
+    settings.check(made)
+    trainer.make_networks(made, ITEMS)
+
+
+if __name__ == "__main__":
+  what, where = sys.argv[1:]
+  train = {"quick": compute_training, "slow": compute_weightings}[what]
+  mixed = {
+    "plugin.name": "gated", "memory.channels": ("after",), "memory.recent": 5,
+  }
+  print(json.dumps({
+    "ranks": compute_ranks(CASES[what]),
+    "mixed": compute_ranks(((4, 1, 12),), **mixed),
+    "training": train(where),
+  }))
