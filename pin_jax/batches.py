@@ -99,19 +99,28 @@ def make_pool(
     raise InputError(
       f"groups span {groups.min()}..{groups.max()}; give -1..{num_groups - 1}"
     )
-  kept = np.flatnonzero((groups >= 0) & (targets > 0))
+  users, borders = _by_group(
+    np.where(targets > 0, groups, -1), num_groups, "two training interactions; "
+    "lower groups.num_groups or change groups.rule",
+  )
+  windows = -(-targets[users] // length)
+  starts = np.concatenate([[0], np.cumsum(windows)])
+  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
+  return Pool(as_int32(users), as_int32(borders), as_int32(starts))
+
+
+def _by_group(
+  groups: np.ndarray, num_groups: int, needed: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """(users by group, where each group begins [G+1]); group -1 is left out."""
+  kept = np.flatnonzero(groups >= 0)
   users = kept[np.argsort(groups[kept], kind="stable")]
   sizes = np.bincount(groups[users], minlength=num_groups)
   if (sizes == 0).any():
     raise InputError(
-      f"group {int(np.argmin(sizes))} of {num_groups} has no user with two "
-      "training interactions; lower groups.num_groups or change groups.rule"
+      f"group {int(np.argmin(sizes))} of {num_groups} has no user with {needed}"
     )
-  windows = -(-targets[users] // length)
-  starts = np.concatenate([[0], np.cumsum(windows)])
-  borders = np.concatenate([[0], np.cumsum(sizes)])
-  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
-  return Pool(as_int32(users), as_int32(borders), as_int32(starts))
+  return users, np.concatenate([[0], np.cumsum(sizes)])
 
 
 def draw_batch(
@@ -229,17 +238,11 @@ def make_held_out(
   Raises:
     InputError: if a group has no user with a held-out target.
   """
-  groups = np.where(np.asarray(positions) >= 0, groups, -1)
-  kept = np.flatnonzero(groups >= 0)
-  users = kept[np.argsort(groups[kept], kind="stable")]
-  sizes = np.bincount(groups[users], minlength=num_groups)
-  if (sizes == 0).any():
-    raise InputError(
-      f"group {int(np.argmin(sizes))} of {num_groups} has no user with a "
-      "validation target; change split.validation or groups.head_share"
-    )
+  users, starts = _by_group(
+    np.where(np.asarray(positions) >= 0, groups, -1), num_groups,
+    "a validation target; change split.validation or groups.head_share",
+  )
   as_int32 = lambda x: jnp.asarray(x, jnp.int32)
-  starts = np.concatenate([[0], np.cumsum(sizes)])
   return HeldOut(as_int32(users), as_int32(starts), as_int32(positions))
 
 

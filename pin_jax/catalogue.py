@@ -22,7 +22,9 @@ from pin_jax.evaluation import (
   States,
   Weights,
   chunk_index,
+  count_above,
   from_chunks,
+  ranks_of,
   score_items,
   seen_items,
   states_before,
@@ -171,22 +173,13 @@ def rank_program(
       logits = _scores(model, states, piece, layout)
       mask = _seen(catalogue, piece, logits.shape, row, seen, layout)
       other = piece.fresh & (piece.items != target)
-      above = other & ~(logits <= total[:, None])
-      tied = other & (logits == total[:, None])
-      kept = other & ~mask
-      terms = (above & ~mask, tied & ~mask, kept, above, tied, other)
-      sums = [x.sum(-1, dtype=jnp.int32) for x in terms]
-      return totals + jnp.stack(sums), None
+      return totals + count_above(logits, total, other, mask), None
 
     zero = jnp.zeros(users.shape, jnp.float32)
     total, _ = jax.lax.scan(target_score, zero, index)
     zeros = jnp.zeros((6, *users.shape), jnp.int32)
     out, _ = jax.lax.scan(count, zeros, index)
-    above, tied, kept, above_all, tied_all, others = out
-    return Ranks(
-      1 + above + 0.5 * tied, kept + 1, 1 + above_all + 0.5 * tied_all,
-      others + 1,
-    )
+    return ranks_of(out)
 
   return _compiled(rank_chunk, layout)
 

@@ -154,6 +154,32 @@ def states_before(
   return States(states, reading, Weights(frozen, own, weights.evidence))
 
 
+def count_above(
+  logits: jax.Array, total: jax.Array, other: jax.Array, seen: jax.Array
+) -> jax.Array:
+  """Counts of some candidates, for `ranks_of`; [6, M] int32.
+
+  Args:
+    logits: [M, C].
+    total: [M], the target's logit.
+    other: [M, C] bool, candidates that count and are not the target.
+    seen: [M, C] bool, items of the history.
+  """
+  above = other & ~(logits <= total[:, None])
+  tied = other & (logits == total[:, None])
+  terms = (above & ~seen, tied & ~seen, other & ~seen, above, tied, other)
+  return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+
+
+def ranks_of(counts: jax.Array) -> Ranks:
+  """Ranks from the summed counts of `count_above`, ties at their average."""
+  above, tied, kept, above_all, tied_all, others = counts
+  return Ranks(
+    1 + above + 0.5 * tied, kept + 1, 1 + above_all + 0.5 * tied_all,
+    others + 1,
+  )
+
+
 RankFn = Callable[[Weights, Sequences, Requests], Ranks]
 
 
@@ -220,11 +246,7 @@ def make_ranker(
       column = jnp.where((column >= 0) & (column < width), column, width)
       mask = mask.at[row, column].set(True, mode="drop")
       other = (items > 0) & (items <= num_items) & (items != target)
-      above = other & ~(logits <= total[:, None])
-      tied = other & (logits == total[:, None])
-      kept = other & ~mask
-      terms = (above & ~mask, tied & ~mask, kept, above, tied, other)
-      return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+      return count_above(logits, total, other, mask)
 
     if chunks == 1:
       logits, items = scores(jnp.int32(0))
@@ -236,11 +258,7 @@ def make_ranker(
       total, _ = jax.lax.scan(target_score, zero, index)
       zeros = jnp.zeros((6, *users.shape), jnp.int32)
       out, _ = jax.lax.scan(count, zeros, index)
-    above, tied, kept, above_all, tied_all, others = out
-    return Ranks(
-      1 + above + 0.5 * tied, kept + 1, 1 + above_all + 0.5 * tied_all,
-      others + 1,
-    )
+    return ranks_of(out)
 
   def rank_all(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
