@@ -277,14 +277,12 @@ def _check_plugin(config: ConfigDict) -> None:
         f"{config.plugin.name!r} does not take it; leave it at "
         f"{default_value!r} or set one of {sorted(taken)}",
       )
-  channels = tuple(config.memory.channels)
-  if not channels or set(channels) - set(memory.CHANNELS):
-    raise _bad(
-      "memory.channels", channels, f"give some of {list(memory.CHANNELS)}"
-    )
-  for key in ("decay", "history_decay"):
-    if config.memory[key] > 1:
-      raise _bad(f"memory.{key}", config.memory[key], "give at most 1")
+  options = config.memory
+  memory.check_options(
+    tuple(options.channels), options.window, options.decay, options.neighbours
+  )
+  if options.history_decay > 1:
+    raise _bad("memory.history_decay", options.history_decay, "give at most 1")
   if config.memory.recent > config.backbone.length:
     if config.plugin.name in ("memory", "gated"):
       raise _bad(

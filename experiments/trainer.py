@@ -40,6 +40,7 @@ from pin_jax import (
   propensity,
   sharding,
   sparse,
+  splits,
   training,
 )
 from pin_jax.backbones.precision import computed_in
@@ -215,7 +216,7 @@ def make_criterion(
   make = {
     "uniform": lambda: negatives.uniform(num_items),
     "popularity": lambda: negatives.popularity(
-      negatives.training_counts(split), options.exponent
+      splits.training_counts(split), options.exponent
     ),
     "in_batch": lambda: negatives.in_batch(
       negatives.batch_counts(

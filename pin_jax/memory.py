@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from pin_jax.splits import Split
+from pin_jax.splits import Split, is_training, training_counts
 from pin_jax.types import InputError, Reading
 
 EPSILON = 1e-3  # of the score's logarithm
@@ -98,7 +98,7 @@ def build(
   Raises:
     InputError: for an unknown channel or an option out of range.
   """
-  _check(channels, window, decay, neighbours)
+  check_options(channels, window, decay, neighbours)
   data = split.interactions
   items, starts, place = distinct_sequences(split)
   named = _kernels(window, decay)
@@ -116,14 +116,15 @@ def build(
   return Memory(
     as_int(kept), as_float(np.stack(counts)),
     as_float(np.stack([table.sum(1) for table in tables])),
-    as_float(training_popularity(split)), as_int(items), as_int(starts),
+    as_float(training_counts(split)), as_int(items), as_int(starts),
     as_int(place), as_float(kernel),
   )
 
 
-def _check(
+def check_options(
   channels: tuple[str, ...], window: int, decay: float, neighbours: int
 ) -> None:
+  """Raises InputError for an option that `build` does not take."""
   unknown = [name for name in channels if name not in CHANNELS]
   if unknown or not channels or len(set(channels)) < len(channels):
     raise InputError(
@@ -139,20 +140,6 @@ def _check(
     )
 
 
-def training_popularity(split: Split) -> np.ndarray:
-  """[V+1] training interactions of each item; 0 for padding."""
-  items = split.interactions.items[_is_training(split)]
-  return np.bincount(items, minlength=split.interactions.num_items + 1)
-
-
-def _is_training(split: Split) -> np.ndarray:
-  """[I] bool, the interactions of the training prefix."""
-  data = split.interactions
-  users = np.repeat(np.arange(data.num_users), data.lengths)
-  inner = np.arange(data.num_interactions) - data.offsets[users]
-  return inner < split.train_end[users]
-
-
 def distinct_sequences(
   split: Split,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,7 +152,7 @@ def distinct_sequences(
   users = np.repeat(np.arange(data.num_users), data.lengths)
   pairs = users * (data.num_items + 1) + data.items
   _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
-  trained = _is_training(split)[first]  # a later occurrence trains no earlier
+  trained = is_training(split)[first]  # a later occurrence trains no earlier
   kept = np.sort(first[trained])
   place = np.where(trained, np.searchsorted(kept, first), -1)[inverse]
   sizes = np.bincount(users[kept], minlength=data.num_users)

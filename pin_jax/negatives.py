@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pin_jax.splits import Split
+from pin_jax.splits import Split, training_counts
 from pin_jax.types import Batch, InputError
 
 
@@ -219,29 +219,6 @@ def mixture(parts: Sequence[tuple[float, Proposal]]) -> Proposal:
     return jax.nn.logsumexp(jnp.stack(logs), axis=0)
 
   return Proposal(sample, log_counts)
-
-
-def training_counts(
-  split: Split, weights: ArrayLike | None = None, *, skip: int = 0
-) -> np.ndarray:
-  """How often each item occurs in the training interactions.
-
-  Args:
-    split: its validation and test parts are not counted.
-    weights: [U], what an interaction of each user counts; default 1.
-    skip: leaves out a user's first interactions.
-
-  Returns:
-    [V+1] float64; the first is 0.
-  """
-  data = split.interactions
-  users = np.repeat(np.arange(data.num_users), data.lengths)
-  positions = np.arange(data.num_interactions) - data.offsets[:-1][users]
-  train = (positions >= skip) & (positions < split.train_end[users])
-  weights = np.ones(data.num_users) if weights is None else np.asarray(weights)
-  return np.bincount(
-    data.items[train], weights[users[train]], data.num_items + 1
-  )
 
 
 def batch_counts(

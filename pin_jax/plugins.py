@@ -43,11 +43,11 @@ def make_evidence(split: Split, **options: Any) -> Evidence:
   Raises:
     InputError: for a bad option of `memory.build`.
   """
-  popularity = np.log1p(memory.training_popularity(split))
+  built = memory.build(split, **options)
+  counts = np.asarray(built.popularity, np.float64)
   return Evidence(
-    memory.build(split, **options),
-    _standardized(np.log(np.maximum(split.activeness, 1))),
-    _standardized(popularity),
+    built, _standardized(np.log(np.maximum(split.activeness, 1))),
+    _standardized(np.log1p(counts)),
   )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pin_jax.interactions import Interactions
 from pin_jax.types import InputError
@@ -199,4 +200,39 @@ def _split(
     test=test.astype(np.int32),
     protocol=protocol,
     notes={"users_dropped": users_dropped, **targets},
+  )
+
+
+def is_training(split: Split, *, skip: int = 0) -> np.ndarray:
+  """[I] bool, the interactions of the training prefix.
+
+  Args:
+    split: its validation and test parts do not train.
+    skip: leaves out a user's first interactions.
+  """
+  data = split.interactions
+  users = np.repeat(np.arange(data.num_users), data.lengths)
+  positions = np.arange(data.num_interactions) - data.offsets[:-1][users]
+  return (positions >= skip) & (positions < split.train_end[users])
+
+
+def training_counts(
+  split: Split, weights: ArrayLike | None = None, *, skip: int = 0
+) -> np.ndarray:
+  """How often each item occurs in the training interactions.
+
+  Args:
+    split: its validation and test parts are not counted.
+    weights: [U], what an interaction of each user counts; default 1.
+    skip: leaves out a user's first interactions.
+
+  Returns:
+    [V+1] float64; the first is 0.
+  """
+  data = split.interactions
+  users = np.repeat(np.arange(data.num_users), data.lengths)
+  train = is_training(split, skip=skip)
+  weights = np.ones(data.num_users) if weights is None else np.asarray(weights)
+  return np.bincount(
+    data.items[train], weights[users[train]], data.num_items + 1
   )

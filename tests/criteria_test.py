@@ -270,7 +270,7 @@ def _proposal(name, split, groups):
       split, groups, num_groups=2, length=5, draw="interactions"
     ), groups,
   )
-  counts = negatives.training_counts(split)
+  counts = splits.training_counts(split)
   return {
     "uniform": lambda: negatives.uniform(ITEMS),
     "popularity": lambda: negatives.popularity(counts),

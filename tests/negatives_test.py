@@ -234,9 +234,9 @@ def test_training_counts_leave_out_what_is_held_out(skip):
     history = data.items[data.offsets[user] : data.offsets[user + 1]]
     for item in history[:-2][skip:]:
       want[item] += weights[user]
-  got = negatives.training_counts(split, weights, skip=skip)
+  got = splits.training_counts(split, weights, skip=skip)
   np.testing.assert_allclose(got, want)
-  plain = negatives.training_counts(split)
+  plain = splits.training_counts(split)
   assert plain.sum() == split.train_end.sum()
 
 
