@@ -195,11 +195,12 @@ def rank_program(
   config: ConfigDict, networks: trainer.Networks, sizes: Sizes
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
-  layout, chunk = networks.layout, config.evaluation.user_chunk
+  layout = networks.layout
+  chunk = catalogue.tile_on(sizes.items, layout).rows * layout.data
   model = evaluation.Model(networks.backbone, None)
   run = catalogue.rank_program(
     model, num_items=sizes.items, length=config.backbone.length,
-    layout=layout, item_chunk=config.evaluation.item_chunk,
+    layout=layout,
   )
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   row = _whole(jax.ShapeDtypeStruct((1, chunk), jnp.int32), layout)

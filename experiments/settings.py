@@ -358,8 +358,6 @@ def _check_mesh(config: ConfigDict) -> None:
         ("segment", config.batch_size // 2),
         ("shared plugin", config.batch_size if "shared" in kinds else 0),
       )),
-    (config.evaluation.user_chunk % data, "evaluation.user_chunk",
-     config.evaluation.user_chunk, f"give a multiple of mesh.data={data}"),
   ):
     if wrong:
       raise _bad(key, value, remedy)

@@ -331,8 +331,7 @@ def make_ranker(
       )
     if layout.tables:
       return catalogue.make_ranker(
-        model, num_items=data.num_items, item_chunk=options.item_chunk,
-        length=length, user_chunk=user_chunk, layout=layout,
+        model, num_items=data.num_items, length=length, layout=layout
       )
     return evaluation.make_ranker(
       model, num_items=data.num_items, item_chunk=options.item_chunk,

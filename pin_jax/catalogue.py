@@ -20,6 +20,7 @@ from pin_jax.evaluation import (
   Ranks,
   Requests,
   States,
+  Tile,
   Weights,
   chunk_index,
   count_above,
@@ -29,6 +30,7 @@ from pin_jax.evaluation import (
   seen_items,
   states_before,
   take_chunks,
+  tile_for,
 )
 from pin_jax.sharding import Layout
 from pin_jax.types import PyTree
@@ -65,43 +67,45 @@ class Catalogue(NamedTuple):
   column: Callable[[jax.Array, Piece], jax.Array]
 
 
-def cut_catalogue(
-  num_items: int, layout: Layout, *, item_chunk: int
-) -> Catalogue:
-  """Cuts the catalogue into pieces of at most `item_chunk` items.
+def cut_catalogue(num_items: int, layout: Layout, *, width: int) -> Catalogue:
+  """Cuts the catalogue into pieces of `width` items a device.
 
   Args:
     num_items: V.
     layout: how the tables are split.
-    item_chunk: items a piece, on all devices together.
+    width: rows of every device's part in a piece.
 
   Returns:
-    The pieces; the last reaches back where they do not come out even.
+    The pieces; the last reaches back where they do not come out even. A part
+    smaller than a piece is filled up with zeros.
   """
-  shards, part = layout.model, layout.rows // layout.model
-  width = min(max(item_chunk // shards, 1), part)
+  shards, own = layout.model, layout.rows // layout.model
+  part = max(own, width)
 
   def piece(params: PyTree, index: jax.Array) -> Piece:
     first = jnp.minimum(index * width, part - width)
 
     def cut(x: jax.Array) -> jax.Array:
-      by_shard = x.reshape(shards, part, *x.shape[1:])
+      by_shard = x.reshape(shards, own, *x.shape[1:])
+      by_shard = sharding.split_tables(by_shard, layout)
+      pad = [(0, 0), (0, part - own)] + [(0, 0)] * (x.ndim - 1)
+      by_shard = jnp.pad(by_shard, pad)
       by_shard = sharding.split_tables(by_shard, layout)
       some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
       rows = some.reshape(shards * width, *x.shape[1:])
       return sharding.split_tables(rows, layout)
 
     row = first + jnp.arange(width)
-    items = (jnp.arange(shards)[:, None] * part + row).reshape(-1)
-    fresh = jnp.tile(row >= index * width, shards)
+    items = (jnp.arange(shards)[:, None] * own + row).reshape(-1)
+    fresh = jnp.tile((row >= index * width) & (row < own), shards)
     fresh &= (items > 0) & (items <= num_items)
     tables = {name: cut(params[name]) for name in layout.tables}
     return Piece({**params, **tables}, items, first, fresh)
 
   def column(items: jax.Array, piece: Piece) -> jax.Array:
-    row = items % part - piece.first
+    row = items % own - piece.first
     inside = (items >= 0) & (row >= 0) & (row < width)
-    return jnp.where(inside, items // part * width + row, shards * width)
+    return jnp.where(inside, items // own * width + row, shards * width)
 
   return Catalogue(-(-part // width), piece, column)
 
@@ -125,13 +129,18 @@ def _seen(
   return mask.at[row, column].set(True, mode="drop")
 
 
+def tile_on(num_items: int, layout: Layout) -> Tile:
+  """The tile of the mesh's kind of device, each device's own."""
+  platform = layout.mesh and layout.mesh.devices.flat[0].platform
+  return tile_for(num_items, platform)
+
+
 def rank_program(
   model: Model,
   *,
   num_items: int,
   length: int,
   layout: Layout,
-  item_chunk: int = 65_536,
 ) -> Callable[[Weights, Sequences, Requests, int], Ranks]:
   """The compiled program of `make_ranker`.
 
@@ -143,13 +152,14 @@ def rank_program(
     num_items: V.
     length: L, what the model reads of a history.
     layout: of the mesh.
-    item_chunk: items at a time, on all devices together.
 
   Returns:
-    (weights, sequences, requests [chunks, chunk], interactions of a chunk's
-    histories, at most) -> Ranks, [chunks, chunk].
+    (weights, sequences, requests [chunks, `tile_on(V, layout).rows` times the
+    devices along `data`], interactions of a chunk's histories, at most) ->
+    Ranks, [chunks, chunk].
   """
-  catalogue = cut_catalogue(num_items, layout, item_chunk=item_chunk)
+  tile = tile_on(num_items, layout)
+  catalogue = cut_catalogue(num_items, layout, width=tile.items)
   index = jnp.arange(catalogue.pieces)
 
   def rank_chunk(
@@ -157,7 +167,8 @@ def rank_program(
   ) -> Ranks:
     users, positions, _ = sharding.split_rows(requests, layout)
     states = states_before(
-      model, weights, sequences, users, positions, requests.segments[0], length
+      model, weights, sequences, users, positions, requests.segments[0],
+      length, len(users),
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = seen_items(sequences, *requests[:2], size)
@@ -190,8 +201,6 @@ def make_ranker(
   num_items: int,
   length: int,
   layout: Layout,
-  user_chunk: int = 256,
-  item_chunk: int = 65_536,
 ) -> RankFn:
   """`evaluation.make_ranker` over the devices of a mesh.
 
@@ -200,17 +209,14 @@ def make_ranker(
     num_items: V.
     length: L, what the model reads of a history.
     layout: of the mesh.
-    user_chunk: users at a time, a multiple of the devices along `data`.
-    item_chunk: items at a time, on all devices together.
 
   Returns:
     (weights, sequences, requests) -> Ranks.
   """
   compiled = rank_program(
-    model, num_items=num_items, length=length, layout=layout,
-    item_chunk=item_chunk,
+    model, num_items=num_items, length=length, layout=layout
   )
-  run = _by_chunk(compiled, model, user_chunk, layout)
+  run = _by_chunk(compiled, model, num_items, layout)
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
@@ -241,8 +247,6 @@ def make_top(
   length: int,
   layout: Layout,
   count: int,
-  user_chunk: int = 256,
-  item_chunk: int = 65_536,
 ) -> Callable[[Weights, Sequences, Requests], Top]:
   """Builds the top K of the items that a user's history does not hold.
 
@@ -255,14 +259,13 @@ def make_top(
     length: L, what the model reads of a history.
     layout: of the mesh.
     count: K.
-    user_chunk: users at a time, a multiple of the devices along `data`.
-    item_chunk: items at a time, on all devices together.
 
   Returns:
     (weights, sequences, requests) -> Top, after what lies before the requests'
     positions.
   """
-  catalogue = cut_catalogue(num_items, layout, item_chunk=item_chunk)
+  width = tile_on(num_items, layout).items
+  catalogue = cut_catalogue(num_items, layout, width=width)
 
   def best(scores: jax.Array, items: jax.Array, k: int) -> tuple:
     """The k best along the last axis, the lower item first among equals."""
@@ -274,7 +277,8 @@ def make_top(
   ) -> Top:
     users, positions, _ = sharding.split_rows(requests, layout)
     states = states_before(
-      model, weights, sequences, users, positions, requests.segments[0], length
+      model, weights, sequences, users, positions, requests.segments[0],
+      length, len(users),
     )
     row, seen = seen_items(sequences, *requests[:2], size)
 
@@ -306,7 +310,7 @@ def make_top(
     return Top(jnp.where(scores > -jnp.inf, items, 0), scores)
 
   compiled = _compiled(top_chunk, layout)
-  run = _by_chunk(compiled, model, user_chunk, layout)
+  run = _by_chunk(compiled, model, num_items, layout)
 
   def top(
     weights: Weights, sequences: Sequences, requests: Requests
@@ -329,14 +333,15 @@ def _compiled(of_chunk: Callable, layout: Layout) -> Callable:
 
 
 def _by_chunk(
-  compiled: Callable, model: Model, user_chunk: int, layout: Layout
+  compiled: Callable, model: Model, num_items: int, layout: Layout
 ) -> Callable[[Weights, Sequences, Requests], PyTree]:
-  """Runs a program over chunks of users, as many as fill the devices."""
+  """Runs a program over chunks of users, a tile for each device."""
+  chunk = tile_on(num_items, layout).rows * layout.data
 
   def run(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> PyTree:
-    index = chunk_index(model, requests, user_chunk, layout.data)
+    index = chunk_index(model, requests, chunk, chunk)
     chunks = take_chunks(requests, index)
     size = int(chunks.positions.sum(1, dtype=np.int64).max())
     out = compiled(weights, sequences, chunks, max(size, 1))

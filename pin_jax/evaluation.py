@@ -7,6 +7,10 @@ with all of them. Ties are ranked at their average.
 Sampled ranking, among a few items that the user never interacts with, is the
 protocol of older papers. Its numbers are not comparable with those of the full
 ranking, nor do they order models as these do (Krichene & Rendle, KDD 2020).
+
+How a product of matrices is rounded depends on its shape. So histories are
+encoded and items scored in tiles of one size, whatever the chunks, the number
+of requests or of devices: ranks are the same to the last bit.
 """
 
 from collections.abc import Callable
@@ -106,6 +110,53 @@ class States(NamedTuple):
   weights: Weights
 
 
+class Tile(NamedTuple):
+  """The shape of what is computed at a time, of a kind of device.
+
+  Attributes:
+    rows: histories.
+    items: candidates; at least V + 1 where the catalogue is small.
+  """
+
+  rows: int
+  items: int
+
+
+def tile_for(num_items: int, platform: str | None = None) -> Tile:
+  """The tile of a catalogue of V items.
+
+  Args:
+    num_items: V.
+    platform: 'cpu', 'gpu' or 'tpu'; None = that of the default device.
+  """
+  small = (platform or jax.default_backend()) == "cpu"
+  rows, items = (128, 4096) if small else (256, 32_768)
+  return Tile(rows, min(items, 1 << num_items.bit_length()))
+
+
+def by_tiles(
+  run: Callable[[PyTree], PyTree], rows: PyTree, size: int
+) -> PyTree:
+  """run(rows) on `size` rows at a time; the last tile is filled up.
+
+  Args:
+    run: leaves [size, ...] -> leaves [size, ...]; rows do not interact.
+    rows: leaves [M, ...].
+    size: of a tile.
+  """
+  count = len(jax.tree.leaves(rows)[0])
+  tiles = -(-count // size)
+
+  def cut(x: jax.Array) -> jax.Array:
+    pad = [(0, tiles * size - count)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, pad, mode="edge").reshape(tiles, size, *x.shape[1:])
+
+  rows = jax.tree.map(cut, rows)
+  out = jax.lax.map(run, rows)
+  merge = lambda x: x.reshape(tiles * size, *x.shape[2:])[:count]
+  return jax.tree.map(merge, out)
+
+
 def score_items(
   model: Model, rows: States, candidates: jax.Array | None,
   items: jax.Array | None = None,
@@ -120,6 +171,30 @@ def score_items(
   )
 
 
+def score_in_tiles(
+  model: Model, rows: States, tile: Tile, num_items: int,
+  candidates: jax.Array | None,
+) -> jax.Array:
+  """`score_items` of candidates [C], or None for 0..V, tile by tile."""
+  index = jnp.arange(num_items + 1) if candidates is None else candidates
+  tiles = -(-len(index) // tile.items)
+  pad = tiles * tile.items - len(index)
+  columns = jnp.pad(index, (0, pad)).reshape(tiles, tile.items)
+  plain = model.plugin and model.plugin._replace(mix=None)
+
+  def of_rows(part: tuple[PyTree, Reading | None]) -> jax.Array:
+    own = rows._replace(states=part[0], reading=part[1])
+    some = lambda items: score_items(model._replace(plugin=plain), own, items)
+    logits = jnp.moveaxis(jax.lax.map(some, columns), 0, 1)
+    logits = logits.reshape(tile.rows, -1)[:, : len(index)]
+    return plugins.mixed(
+      *model, rows.weights.plugins, rows.weights.backbone,
+      rows.weights.evidence, *part, logits, candidates,
+    )
+
+  return by_tiles(of_rows, (rows.states, rows.reading), tile.rows)
+
+
 def states_before(
   model: Model,
   weights: Weights,
@@ -128,6 +203,7 @@ def states_before(
   positions: jax.Array,
   segment: jax.Array,
   length: int,
+  size: int,
 ) -> States:
   """The states after the `length` items before a position; [B].
 
@@ -139,15 +215,19 @@ def states_before(
     positions: [B] in-user position of the target.
     segment: scalar, that of all rows.
     length: L.
+    size: rows of a tile.
   """
   own = jax.tree.map(lambda x: x[segment], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
-  history = read_windows(sequences, users, positions, length)
-  context = packing.encode(model.backbone, frozen, history)
-  rows = len(users)
-  states = model.backbone.at(
-    context, jnp.arange(rows), jnp.full(rows, length - 1)
-  )
+
+  def of_rows(part: tuple[jax.Array, jax.Array]) -> PyTree:
+    history = read_windows(sequences, *part, length)
+    context = packing.encode(model.backbone, frozen, history)
+    return model.backbone.at(
+      context, jnp.arange(size), jnp.full(size, length - 1)
+    )
+
+  states = by_tiles(of_rows, (users, positions), size)
   reading = None
   if model.plugin is not None and model.plugin.recent:
     reading = read_back(sequences, users, positions - 1, model.plugin.recent)
@@ -202,7 +282,7 @@ def make_ranker(
     model: what is evaluated.
     num_items: V.
     length: L, what the model reads of a history.
-    user_chunk: users a chunk.
+    user_chunk: users a chunk, up to a multiple of `tile_for`'s rows.
     item_chunk: items a chunk.
 
   Returns:
@@ -212,6 +292,7 @@ def make_ranker(
     1, num_items=num_items, length=length, user_chunk=user_chunk,
     item_chunk=item_chunk,
   )
+  tile = tile_for(num_items)
   chunks = -(-(num_items + 1) // item_chunk)
   width = num_items + 1 if chunks == 1 else item_chunk
 
@@ -220,7 +301,8 @@ def make_ranker(
   ) -> Ranks:
     users, positions, segments = requests
     states = states_before(
-      model, weights, sequences, users, positions, segments[0], length
+      model, weights, sequences, users, positions, segments[0], length,
+      tile.rows,
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = seen_items(sequences, users, positions, size)
@@ -228,7 +310,7 @@ def make_ranker(
     def scores(index: jax.Array) -> tuple[jax.Array, jax.Array]:
       items = index * width + jnp.arange(width)
       candidates = None if chunks == 1 else jnp.minimum(items, num_items)
-      return score_items(model, states, candidates), items
+      return score_in_tiles(model, states, tile, num_items, candidates), items
 
     def target_score(total: jax.Array, index: jax.Array) -> tuple:
       logits, items = scores(index)
@@ -274,7 +356,7 @@ def make_ranker(
     rows = len(requests.users)
     if not rows:
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    index = chunk_index(model, requests, user_chunk)
+    index = chunk_index(model, requests, user_chunk, tile.rows)
     by_chunk = take_chunks(requests, index)
     size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
     out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
@@ -421,6 +503,8 @@ def make_sampled_ranker(
     (weights, sequences, requests) -> SampledRanks.
   """
 
+  tile = tile_for(interactions.num_items)
+
   @jax.jit
   def score_all(
     weights: Weights, sequences: Sequences, requests: Requests,
@@ -429,11 +513,18 @@ def make_sampled_ranker(
     def one(rows: tuple[Requests, jax.Array]) -> jax.Array:
       (users, positions, segments), drawn = rows
       states = states_before(
-        model, weights, sequences, users, positions, segments[0], length
+        model, weights, sequences, users, positions, segments[0], length,
+        tile.rows,
       )
       target = sequences.items[sequences.starts[users] + positions]
       candidates = jnp.concatenate([target[:, None], drawn], axis=1)
-      return score_items(model, states, candidates)
+
+      def of_rows(part: tuple) -> jax.Array:
+        own = states._replace(states=part[0], reading=part[1])
+        return score_items(model, own, part[2])
+
+      parts = (states.states, states.reading, candidates)
+      return by_tiles(of_rows, parts, tile.rows)
 
     return jax.lax.map(one, (requests, negatives))
 
@@ -445,7 +536,7 @@ def make_sampled_ranker(
       nothing = np.zeros(0)
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
-    index = chunk_index(model, requests, user_chunk)
+    index = chunk_index(model, requests, user_chunk, tile.rows)
     scores = jax.device_get(score_all(
       weights, sequences, *take_chunks((requests, drawn), index)
     ))
@@ -462,6 +553,7 @@ def make_log_probabilities(
   model: Model, *, num_items: int, length: int, user_chunk: int = 256
 ) -> Callable[[Weights, Sequences, Requests], np.ndarray]:
   """Builds (weights, sequences, requests) -> log softmax over items [n, V]."""
+  tile = tile_for(num_items)
 
   @jax.jit
   def compute(
@@ -469,9 +561,10 @@ def make_log_probabilities(
   ) -> jax.Array:
     users, positions, segments = requests
     states = states_before(
-      model, weights, sequences, users, positions, segments[0], length
+      model, weights, sequences, users, positions, segments[0], length,
+      tile.rows,
     )
-    logits = score_items(model, states, None)
+    logits = score_in_tiles(model, states, tile, num_items, None)
     return jax.nn.log_softmax(logits[:, 1 : num_items + 1], axis=-1)
 
   def run(
@@ -480,7 +573,7 @@ def make_log_probabilities(
     out = np.zeros((len(requests.users), num_items), np.float32)
     if not len(out):
       return out
-    for index in chunk_index(model, requests, user_chunk):
+    for index in chunk_index(model, requests, user_chunk, tile.rows):
       part = take_chunks(requests, index)
       out[index] = np.asarray(compute(weights, sequences, part))
     return out

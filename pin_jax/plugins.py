@@ -411,12 +411,36 @@ def logits(
   scores = backbone.score(frozen, moved, candidates)
   if plugin.mix is None:
     return scores
-  if representations.shape[1] == 1:
-    own = representations[:, 0]
-  else:
-    own = backbone.represent(frozen, states, jnp.zeros(1, jnp.int32))[:, 0]
-  asked = items if candidates is None else candidates
-  return plugin.mix(params, evidence, own, reading, scores, asked)
+  return mixed(
+    backbone, plugin, params, frozen, evidence, states, reading, scores,
+    items if candidates is None else candidates,
+  )
+
+
+def mixed(
+  backbone: Backbone,
+  plugin: Plugin | None,
+  params: PyTree,
+  frozen: PyTree,
+  evidence: PyTree,
+  states: PyTree,
+  reading: Reading | None,
+  scores: jax.Array,
+  candidates: jax.Array | None,
+) -> jax.Array:
+  """Logits [M, C] with the plugin's evidence, where it mixes any in.
+
+  Args:
+    scores: [M, C] logits without it.
+    candidates: what they are of, [C], [M, C] or None for 0..V.
+
+  For the others see `logits`.
+  """
+  if plugin is None or plugin.mix is None:
+    return scores
+  padding = jnp.zeros(1, jnp.int32)
+  own = backbone.represent(frozen, states, padding)[:, 0]
+  return plugin.mix(params, evidence, own, reading, scores, candidates)
 
 
 def adapted(plugin: Plugin | None, params: PyTree, frozen: PyTree) -> PyTree:

@@ -218,6 +218,38 @@ def test_ranks_do_not_depend_on_the_chunks(
   _assert_equal(got, want)
 
 
+@pytest.mark.parametrize(
+  ("user_chunk", "item_chunk"), [(1, 65_536), (200, 6000), (256, 2500)]
+)
+def test_ranks_are_those_of_other_chunks_to_the_last_bit(
+  user_chunk, item_chunk
+):
+  """All items score alike but for rounding, so ranks show every bit of it."""
+  rng = np.random.default_rng(6)
+  items, users = 6000, 300
+  split = leave_one_out(from_columns(
+    np.repeat(np.arange(users), 60), rng.permutation(users * 60) % items
+  ))
+  backbone = lib.sasrec(items, length=20, width=64, blocks=1)
+  params = _random_params(backbone.init)
+  noise = 1 + 1e-6 * jax.random.uniform(jax.random.key(0), (items + 1, 64))
+  params |= {
+    "items": params["items"][:1] * noise, "bias": jnp.zeros(items + 1)
+  }
+  ranks = [
+    make_ranker(
+      Model(backbone, None), num_items=items, length=20, user_chunk=chunk,
+      item_chunk=some,
+    )(
+      Weights(params, None), make_sequences(split),
+      Requests(np.arange(users), split.test, np.zeros(users)),
+    )
+    for chunk, some in ((128, 10_000), (user_chunk, item_chunk))
+  ]
+  assert len(np.unique(ranks[0].rank)) > 40
+  _assert_equal(*ranks)
+
+
 def test_only_the_perturbed_segment_moves(sequences, requests, sasrec):
   model, weights = sasrec
   log_probabilities = make_log_probabilities(

@@ -82,7 +82,6 @@ def small(data, model, loss, tables):
   made.loss.update(name=loss, negatives=64)
   made.optimizer.tables = tables
   made.batch_size, made.dispatch = 40, 2
-  made.evaluation.update(user_chunk=8, item_chunk=4096)
   return made
 
 

@@ -138,6 +138,8 @@ def default() -> ConfigDict:
       "protocol": "full",
       "negatives": 99,
       "seed": 0,
+      # What one device holds of the scores at a time; results do not depend
+      # on it. A larger catalogue is scored twice. A mesh goes by small tiles.
       "user_chunk": 256,
       "item_chunk": 65_536,
     },

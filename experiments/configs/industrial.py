@@ -28,5 +28,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.batch_size = 1280
   config.backbone_steps, config.plugin_steps = 100_000, 10_000
   config.validation.update(every=1000, users=10_000)
-  config.evaluation.update(user_chunk=256, item_chunk=262_144)
   return config
