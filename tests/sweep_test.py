@@ -281,3 +281,28 @@ def test_a_killed_sweep_continues(tmp_path):
   assert "2 of 2 jobs, " in done.stdout and "validation" in done.stdout
   log = next(root.glob("*/log.jsonl")).read_text().splitlines()
   assert len(log) == len(set(log))
+
+
+@pytest.mark.slow
+def test_what_runs_beside_a_job_changes_no_bit(tmp_path):
+  """Products large enough for several threads, alone and side by side."""
+  config = _config(tmp_path / "c.py", """[
+    {"seeds": (seed,), "backbone_steps": 30, "plugin_steps": 20,
+     "dispatch": 10, "validation.every": 10, "methods": ("base", "pin")}
+    for seed in (0, 1)
+  ]""")  # fmt: skip
+  for parallel in (1, 2):
+    done = _command(
+      f"--config={config}", f"--workdir={tmp_path / str(parallel)}",
+      f"--parallel={parallel}",
+    )
+    assert done.returncode == 0, done.stderr
+  alone = sorted((tmp_path / "1").glob("*/*"))
+  compared = [
+    path for path in alone
+    if path.name in ("rows.parquet", "log.jsonl", "comparison.csv")
+  ]
+  assert len(compared) == 6
+  for path in compared:
+    beside = tmp_path / "2" / path.relative_to(tmp_path / "1")
+    assert beside.read_bytes() == path.read_bytes(), path
