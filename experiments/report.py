@@ -22,7 +22,16 @@ import rich.console
 from absl import flags
 from etils import epath
 
-from experiments import commands, render, sections, summaries, truth
+from experiments import (
+  claims,
+  commands,
+  render,
+  sections,
+  settings,
+  summaries,
+  truth,
+)
+from experiments.configs.base import default
 from experiments.logs import read_log
 from experiments.plots import plot_activeness, plot_gradients, plot_groups
 from experiments.tables import (
@@ -91,6 +100,9 @@ def write_report(
   if "fingerprint" in summary:
     protocol += f"; data {summary['data']} {summary['fingerprint']}"
   names = {"base": base, "other": other, "protocol": protocol}
+  verdicts = _verdicts(
+    workdir, rows, base, cutoff=cutoff, num_resamples=num_resamples
+  )
   _print_cost(summary.get("cost", {}), console)
   print_models(models, console=console)
   if summary.get("closeness"):
@@ -99,8 +111,11 @@ def write_report(
     console.print(f"Protocol: {protocol}.", markup=False)
   else:
     print_comparison(table, cutoff=cutoff, console=console, **names)
+  for model, verdict in verdicts.items():
+    console.print(f"{model}: {verdict}", markup=False)
   write_comparison(
-    table, models, workdir, cutoff=cutoff, suffix=suffix, **names
+    table, models, workdir, cutoff=cutoff, suffix=suffix, verdicts=verdicts,
+    **names,
   )
   _write_plots(
     workdir, rows, base, other, console, cutoff=cutoff,
@@ -112,6 +127,19 @@ def write_report(
   for path in written:
     console.print(f"  {path}", soft_wrap=True, markup=False)
   return models if table is None else table
+
+
+def _verdicts(
+  workdir: epath.Path, rows: pl.DataFrame, base: str, **options: int
+) -> dict[str, str]:
+  """In words, for every model but the base, whether the claim holds."""
+  declared, path = default().claims, workdir / "config.json"
+  if path.exists():
+    declared = settings.read_json(path)["config"].get("claims", declared)
+  found = claims.check_claims(
+    rows, base=base, margin=declared["non_inferiority_margin"], **options
+  )
+  return {line["model"]: line["verdict"] for line in found.to_dicts()}
 
 
 def _print_cost(

@@ -503,9 +503,12 @@ def _markdown(
   other: str,
   protocol: str,
   cutoff: int,
+  verdicts: Mapping[str, str],
 ) -> str:
   title = base if table is None else f"{other} against {base}"
   parts = [f"# {title}", f"Protocol: {protocol}."]
+  if verdicts:
+    parts.append("\n".join(f"- {m}: {said}" for m, said in verdicts.items()))
   for masking in [] if table is None else _lists(table):
     parts.append(f"## {masking.capitalize()}")
     for metric, lines in _sections(table, masking, cutoff).items():
@@ -535,6 +538,7 @@ def write_comparison(
   protocol: str,
   cutoff: int = 10,
   suffix: str = "",
+  verdicts: Mapping[str, str] | None = None,
 ) -> None:
   """Writes comparison.csv, comparison.md and comparison.json.
 
@@ -548,6 +552,7 @@ def write_comparison(
     protocol: as `protocol_line` returns it.
     cutoff: K of the tables in comparison.md; the other files hold all.
     suffix: after 'comparison', a value of SUFFIXES.
+    verdicts: what was shown of each model but the base, in words.
   """
   stem = epath.Path(workdir) / f"comparison{suffix}"
   names = {"base": base, "other": other, "protocol": protocol}
@@ -556,9 +561,9 @@ def write_comparison(
     lists = {"comparison": table, **lists}
   stem.with_suffix(".csv").write_text(next(iter(lists.values())).write_csv())
   stem.with_suffix(".md").write_text(
-    _markdown(table, models, cutoff=cutoff, **names)
+    _markdown(table, models, cutoff=cutoff, verdicts=verdicts or {}, **names)
   )
-  content = names | {
+  content = names | {"verdicts": {**(verdicts or {})}} | {
     key: [
       {name: _plain(value) for name, value in line.items()}
       for line in frame.iter_rows(named=True)

@@ -336,6 +336,8 @@ def test_command_recomputes_everything_from_the_workdir(tmp_path):
   (tmp_path / "log.jsonl").write_text(log)
   summary = {"protocol": "leave-one-out", "num_items": NUM_ITEMS}
   (tmp_path / "summary.json").write_text(json.dumps(summary))
+  config = {"config": {"claims": {"non_inferiority_margin": 0.07}}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
   command = [sys.executable, "-m", "experiments.report"]
   done = subprocess.run(
     [*command, f"--workdir={tmp_path}"],
@@ -345,6 +347,10 @@ def test_command_recomputes_everything_from_the_workdir(tmp_path):
   )
   assert "Protocol: leave-one-out; full ranking over 300 items" in done.stdout
   assert "\x1b" not in done.stdout
+  verdict = json.loads((tmp_path / "comparison.json").read_text())["verdicts"]
+  for text in (done.stdout, (tmp_path / "comparison.md").read_text()):
+    assert verdict["pin"] in " ".join(text.split())
+  assert "against base" in verdict["pin"] and " 7 %" in verdict["pin"]
   for name in ("activeness", "groups_ndcg", "gradients-pin"):
     _check_image(tmp_path / "plots" / f"{name}.png")
   for suffix in ("csv", "md", "json"):
