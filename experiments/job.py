@@ -51,8 +51,6 @@ from pin_jax import activeness, checkpoints, evaluation, halving
 from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
-# What these minimise makes the softmax of the logits an estimate of P(y|x).
-PROPER = ("softmax", "sampled_softmax")
 _TYPES = {  # of what a ranker returns
   "rank": np.float64,
   "candidates": np.int32,
@@ -307,7 +305,7 @@ def _train_all(
         for name in names:
           options.check()
           rows.append(method_rows(name, seed, problem, trainer))
-        if problem.world is not None and config.loss.name in PROPER:
+        if problem.world is not None and config.loss.name in settings.PROPER:
           closeness.append(_closeness(names, seed, problem, trainer))
   finally:
     log.close()
@@ -350,6 +348,7 @@ def _closeness(
       name, seed, problem, trainer, users
     )
     for name in names
+    if not any(stage.focal for stage in METHODS[name].stages)
   }
   target = data.items[data.offsets[users] + requests.positions]
   return truth.closeness(problem.world, np.asarray(history), target, models)

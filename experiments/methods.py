@@ -31,6 +31,9 @@ class Stage:
       ('memory_alone').
     assign: users' segments: by activeness, or drawn at random, as many users
       in each ('random').
+    rule: key of the config section `rules`, whose weighting combines the
+      groups; None = `pin.weighting`.
+    focal: whether the loss is `losses.focal`, as `loss.focusing` says.
   """
 
   name: str
@@ -43,6 +46,8 @@ class Stage:
   start: str | None = None
   plugin: Literal["own", "shared", "memory_alone"] = "own"
   assign: Literal["activeness", "random"] = "activeness"
+  rule: str | None = None
+  focal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +111,15 @@ def _fine_tuned(users: Users) -> Stage:
   )
 
 
+def _by_rule(name: str) -> Method:
+  """Stage 1 with another's rule, for as many steps as PIN takes in all."""
+  stage = Stage(
+    name, "backbone", "both", grouped=True, sampling="groups",
+    rule=name.replace("-", "_"),
+  )
+  return _single(name.replace("-", " "), stage)
+
+
 METHODS: dict[str, Method] = {
   "base": _single("base", _BASE),
   "pin": _personalized("pin", _PIN, _PIN_PLUGINS),
@@ -141,6 +155,16 @@ METHODS: dict[str, Method] = {
     "user-uniform",
     Stage("user-uniform", "backbone", "both", sampling="uniform"),
   ),
+  "focal": _single(
+    "focal loss", dataclasses.replace(_BASE, name="focal", focal=True)
+  ),
+  "inverse_propensity": _by_rule("inverse-propensity"),
+  "group_dro": _by_rule("group-dro"),
+  "streaming_dro": _by_rule("streaming-dro"),
+  "cvar": _by_rule("cvar"),
+  "pcgrad": _by_rule("pcgrad"),
+  "upgrad": _by_rule("upgrad"),
+  "consensus": _by_rule("consensus"),
   "tail_only": _single(
     "tail only", Stage("tail-only", "backbone", "both", users="tail")
   ),

@@ -102,6 +102,8 @@ _CHOICES = {
   "optimizer.tables": ("dense", "row_sparse"),
   "non_finite": ("stop", "skip"),
 }
+# What these minimise makes the softmax of the logits an estimate of P(y|x).
+PROPER = ("softmax", "sampled_softmax")
 _AT_LEAST = {
   "num_seeds": 1,
   "groups.num_groups": 1,
@@ -123,6 +125,7 @@ _AT_LEAST = {
   "memory.popularity_power": 0,
   "classifier_steps": 1,
   "loss.negatives": 1,
+  "loss.focusing": 0,
   "batch_size": 2,
   "dispatch": 1,
   "pin.diagnose_every": 0,
@@ -311,6 +314,11 @@ def _check_together(config: ConfigDict) -> None:
     raise _bad(
       "loss.proposal", config.loss.proposal,
       "loss.name='gbce' is made for 'uniform' negatives",
+    )
+  if "focal" in config.methods and config.loss.name not in PROPER:
+    raise _bad(
+      "loss.name", config.loss.name,
+      f"the method 'focal' takes one of {PROPER}",
     )
   if config.batch_size < config.groups.num_groups:
     raise _bad(

@@ -172,6 +172,25 @@ def make_adjustment(
   return Adjustment(weighting, str if by_tensor else None)
 
 
+def stage_adjustment(
+  config: ConfigDict, rule: str | None, prior: np.ndarray, shares: np.ndarray
+) -> Adjustment:
+  """How a stage aggregates: as `pin` says, or by the rule that it names.
+
+  Raises:
+    InputError: for a bad specification, naming its config key.
+  """
+  if rule is None:
+    return make_adjustment(config.pin, prior, shares)
+  pin = config.pin.copy_and_resolve_references()
+  pin.weighting, pin.blocks = config.rules[rule], ()
+  try:
+    return make_adjustment(pin, prior, shares)
+  except InputError as error:
+    line = str(error).replace("pin.weighting", f"rules.{rule}")
+    raise InputError(line) from error
+
+
 def _named_block(item: str) -> tuple[str, str]:
   pattern, _, spec = item.partition("=")
   try:
@@ -588,7 +607,9 @@ class Trainer:
     shares = target_shares(problem, num_groups)
     if stage.grouped:
       groups = problem.groups
-      adjustment = make_adjustment(config.pin, problem.prior, shares)
+      adjustment = stage_adjustment(
+        config, stage.rule, problem.prior, shares
+      )
     else:
       groups = np.where(in_segment(problem, stage.users), 0, -1)
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
@@ -602,6 +623,8 @@ class Trainer:
     criterion = make_criterion(
       config, problem, groups, num_groups=pools, draw=draw
     )
+    if stage.focal:
+      criterion = criterion._replace(focusing=config.loss.focusing)
     step, optimizer = make_backbone_step(
       config, self._networks, adjustment, criterion, grouped=stage.grouped,
       draw=draw, mean=mean, steps=steps, importance=importance,
@@ -800,8 +823,10 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
 def check_adjustment(
   config: ConfigDict, problem: Problem, networks: Networks
 ) -> None:
-  """Raises InputError where PIN's settings contradict each other."""
+  """Raises InputError where PIN's or a rule's settings are contradictory."""
   shares = target_shares(problem, config.groups.num_groups)
+  for rule in config.rules:
+    stage_adjustment(config, rule, problem.prior, shares)
   rules, blocks = make_adjustment(config.pin, problem.prior, shares)
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   try:

@@ -26,10 +26,12 @@ class Criterion(NamedTuple):
     loss: (target's logit [M], negatives' [M, C], log_counts, where) -> [M];
       None is the softmax over the catalogue.
     draw: (key, batch [B]) -> Negatives; None where nothing is drawn.
+    focusing: gamma of `losses.focal`; 0 leaves the loss as it is.
   """
 
   loss: SampledLoss | None
   draw: Callable[[jax.Array, Batch], Negatives] | None
+  focusing: float = 0.0
 
 
 SOFTMAX = Criterion(None, None)
@@ -114,8 +116,12 @@ def row_loss(criterion: Criterion, head: Head) -> losses.RowLoss:
     (targets [M], negatives of each row or None)) -> [M].
   """
   if criterion.loss is None:
-    return _softmax_rows(head)
-  return _sampled_rows(head, criterion.loss)
+    rows = _softmax_rows(head)
+  else:
+    rows = _sampled_rows(head, criterion.loss)
+  if not criterion.focusing:
+    return rows
+  return lambda *args: losses.focal(rows(*args), criterion.focusing)
 
 
 def _softmax_rows(head: Head) -> losses.RowLoss:

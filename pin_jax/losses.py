@@ -36,6 +36,26 @@ def softmax_cross_entropy(
   return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
+def focal(loss: jax.Array, focusing: float) -> jax.Array:
+  """(1 - p)^gamma loss, where p = e^-loss is the target's probability.
+
+  Events that the model predicts well count less: head users', it is hoped, more
+  often than tail users'.
+
+  Args:
+    loss: [...] cross-entropy of a softmax, nats.
+    focusing: gamma >= 0; 0 leaves the loss as it is.
+
+  Returns:
+    [...].
+
+  Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017,
+    equation 4.
+  """
+  missed = jnp.maximum(-jnp.expm1(-loss), jnp.finfo(loss.dtype).tiny)
+  return missed**focusing * loss
+
+
 def sampled_softmax(
   positive: jax.Array,
   negatives: jax.Array,

@@ -164,8 +164,8 @@ class GroupLosses(NamedTuple):
       (sum_g w_g L_g, losses [G]): one softmax over the positions of all groups;
       None for sampled negatives, which are each group's own.
     gramians: (params, GroupBatch [G], keys [G]) -> (losses [G], [G, G] of
-      every leaf), in blocks of items; None for sampled negatives, or where the
-      backbone has no table.
+      every leaf), in blocks of items; None for sampled negatives, a focal loss,
+      or where the backbone has no table.
   """
 
   group_loss: aggregation.GroupLoss
@@ -221,7 +221,7 @@ def group_losses(
   if criterion.draw is not None:
     return GroupLosses(group_loss, None, None)
   gramians = None
-  if backbone.tables and layout.model == 1:
+  if backbone.tables and layout.model == 1 and not criterion.focusing:
     gramians = table_gramians(backbone, mean=mean, chunk=chunk)
   return GroupLosses(group_loss, weighted_loss, gramians)
 

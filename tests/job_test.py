@@ -59,7 +59,9 @@ def finished(tmp_path_factory):
   """A workdir in which every method has run."""
   workdir = tmp_path_factory.mktemp("runs") / "all"
   config = _config()
-  config.methods = ("base", *(name for name in METHODS if name != "base"))
+  # One rule for all: the others differ in `rules` alone.
+  left_out = {"base", *config.rules} - {"cvar"}
+  config.methods = ("base", *(name for name in METHODS if name not in left_out))
   _, text = _run(config, workdir)
   return config, workdir, text
 
@@ -105,6 +107,20 @@ def test_equal_budgets():
         steps += trainer.num_steps(config, stage)
         name = stage.start if stage.phase == "plugin" else None
       assert steps == 20, method.title
+
+
+def test_a_rule_has_its_own_weighting():
+  """The mean of the worst half of two groups: all weight on the worse."""
+  config = _config()
+  config.rules.cvar = "cvar:alpha=0.5"
+  adjust = lambda rule: trainer.stage_adjustment(
+    config, rule, np.full(2, 0.5), np.full(2, 0.5)
+  ).rules
+  losses = jnp.asarray([1.0, 3.0])
+  for rule, want in (("cvar", [0, 1]), (None, [0.5, 0.5])):
+    weighting = adjust(rule)
+    got, _ = weighting.update(jnp.eye(2), losses, weighting.init())
+    np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 def test_shared_stages_are_trained_once():

@@ -15,6 +15,7 @@ from pin_jax.losses import (
   bayesian_personalized_ranking,
   binary_cross_entropy,
   chunked,
+  focal,
   gbce_power,
   sampled_softmax,
   softmax_cross_entropy,
@@ -69,6 +70,24 @@ def test_cross_entropy_of_huge_logits_is_finite():
   np.testing.assert_allclose(
     softmax_cross_entropy(logits, jnp.asarray(1)), math.log(2), atol=1e-4
   )
+
+
+@pytest.mark.parametrize("focusing", [0.0, 0.5, 2.0])
+def test_focal_loss_and_its_slope_equal_the_formula(focusing):
+  p = np.asarray([1e-6, 0.1, 0.5, 0.9, 0.999])
+  loss = jnp.asarray(-np.log(p), jnp.float32)
+  got = focal(loss, focusing)
+  np.testing.assert_allclose(got, -((1 - p) ** focusing) * np.log(p), rtol=2e-4)
+  step = 1e-5
+  value = lambda p: -((1 - p) ** focusing) * np.log(p)
+  by_p = (value(p * (1 + step)) - value(p * (1 - step))) / (2 * step)
+  slopes = jax.vmap(jax.grad(lambda x: focal(x, focusing)))(loss)
+  np.testing.assert_allclose(slopes, -by_p, rtol=1e-3)  # d loss = -dp / p
+
+
+def test_focal_loss_of_a_sure_hit_has_a_finite_slope():
+  slope = jax.grad(lambda x: focal(x, 0.5))(jnp.float32(0))
+  assert np.isfinite(slope)
 
 
 def test_cross_entropy_accumulates_bfloat16_in_float32():

@@ -96,6 +96,17 @@ def default() -> ConfigDict:
       "diagnose_every": 10,  # steps between looks at the Gramian; 0 = off
       "clip_importance": 10.0,
     },
+    # Weightings of the methods of these names, as `pin.weighting`; they share
+    # PIN's draw, mean, granularity and path.
+    "rules": {
+      "inverse_propensity": "inverse_propensity",
+      "group_dro": "group_dro",
+      "streaming_dro": "streaming_dro",
+      "cvar": "cvar:alpha=0.4",
+      "pcgrad": "pcgrad",
+      "upgrad": "upgrad",
+      "consensus": "consensus",
+    },
     # 'softmax' over the whole catalogue, or of sampled negatives
     # 'sampled_softmax' (logQ-corrected), 'gbce', 'bce' or 'bpr'; the other keys
     # are theirs.
@@ -108,6 +119,7 @@ def default() -> ConfigDict:
       "proposal": "uniform",
       "exponent": 1.0,  # of the training counts in 'popularity'
       "calibration": 0.75,  # t of gbce
+      "focusing": 2.0,  # gamma of the method 'focal'
     },
     "batch_size": 250,  # windows a step, shared out over the groups
     "backbone_steps": 1500,
