@@ -424,6 +424,7 @@ def assert_jobs_equal(one_by_one, at_once):
 
 
 @pytest.mark.usefixtures("_no_tables")
+@pytest.mark.slow
 def test_a_job_of_seeds_at_once_is_the_job_of_one_after_another(
   tmp_path, monkeypatch
 ):
