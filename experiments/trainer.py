@@ -379,7 +379,7 @@ class Trainer:
     networks: Networks,
     workdir: epath.Path,
     seeds: tuple[int, ...],
-    log: logs.RunLog,
+    log: logs.RunLog | logs.NoLog,
     progress: logs.JobProgress,
     *,
     store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
@@ -393,7 +393,7 @@ class Trainer:
       networks: its backbone and plugin.
       workdir: where checkpoints go.
       seeds: what to train at once.
-      log: takes every step and validation.
+      log: takes every step and validation, a `RunLog` or `NoLog`.
       progress: counts the steps.
       store: opens the checkpoints of a directory.
       interrupted: see `training.fit_many`.
@@ -417,6 +417,11 @@ class Trainer:
     """Of the checkpoints, whose rows may be padded for another mesh."""
     one = len(self._seeds) == 1  # leaves of several lead with their number
     return self._networks.backbone.tables if one else ()
+
+  @property
+  def sequences(self) -> batches.Sequences:
+    """The interactions on the devices."""
+    return self._problem.sequences
 
   def ranker(self, plugin: str | None) -> Ranker:
     """The ranking function, with a kind of plugin or none; compiled once."""
@@ -541,8 +546,11 @@ class Trainer:
   def operands(self, stage: Stage, run: Run) -> training.Operands:
     """What the steps of all seeds read."""
     seeds = self._seeds
+    keys = lambda: training.join_runs([
+      _stage_key(seed, stage.name) for seed in seeds
+    ])
     return training.Operands(
-      training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
+      sharding.built(keys, self._layout)(),
       self._problem.sequences, run.pool,
       training.join_runs([run.frozen(seed) for seed in seeds]),
       self._evidence(stage.plugin) if stage.kind == "plugin" else None,
@@ -626,14 +634,16 @@ class Trainer:
       return {
         "backbone": self._best("base", seed),
         "classifier": self._best(stage.exact, seed),
-        "shares": jnp.asarray(shares, jnp.float32),
+        "shares": sharding.put_replicated(
+          np.asarray(shares, np.float32), self._layout
+        ),
       }
 
     rank, requests = self.ranker(None), self._validation(stage.users)
 
     def evaluate(params: PyTree) -> np.ndarray:
       weights = evaluation.Weights(params, None)
-      ranks = rank(weights, problem.sequences, requests)
+      ranks = rank(weights, self.sequences, requests)
       return metrics.ndcg(ranks.rank, CUTOFF).mean()[None]
 
     return Run(
@@ -686,7 +696,7 @@ class Trainer:
       weights = evaluation.Weights(
         self._best(stage.start, seed), params, self._evidence(stage.plugin)
       )
-      ranks = rank(weights, problem.sequences, requests)
+      ranks = rank(weights, self.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
       sizes = np.bincount(requests.segments, minlength=count)
       sums = np.bincount(requests.segments, values, count)
@@ -707,7 +717,9 @@ class Trainer:
       backbone, optimizer, schedule, batch_size=config.batch_size,
       length=self.length,
     )
-    groups = jnp.asarray(problem.groups, jnp.int32)
+    groups = sharding.put_replicated(
+      problem.groups.astype(np.int32), self._layout
+    )
     pool = self._pool(np.zeros_like(problem.groups), 1)
 
     def start(seed: int) -> training.TrainState:
@@ -722,19 +734,21 @@ class Trainer:
 
     def evaluator(seed: int) -> Callable[[PyTree], np.ndarray]:
       held_out = batches.draw_batch(
-        _stage_key(seed, stage.name + "/validation"), problem.sequences, pool,
+        _stage_key(seed, stage.name + "/validation"), self.sequences, pool,
         batch_size=4 * config.batch_size, length=self.length,
         draw="interactions",
       )
       held_out = jax.tree.map(lambda x: x[0], held_out)
-      loss = jax.jit(
-        lambda params: propensity.classifier_loss(
-          backbone, self._best(stage.start, seed), params, held_out, groups
-        )
-      )
-      return lambda params: -np.asarray(loss(params))[None]
+      loss = jax.jit(functools.partial(propensity.classifier_loss, backbone))
+      params_of_backbone = self._best(stage.start, seed)
+      return lambda params: -np.asarray(
+        loss(params_of_backbone, params, held_out, groups)
+      )[None]
 
-    return Run(step, pool, start, frozen, evaluator, ("log_likelihood",))
+    return Run(
+      sharding.kept(step, self._layout), pool, start, frozen, evaluator,
+      ("log_likelihood",),
+    )
 
   def _validation(self, users: str) -> evaluation.Requests:
     problem = self._problem

@@ -19,7 +19,7 @@ DRAWS = ("interactions", "users")
 
 
 class Sequences(NamedTuple):
-  """The interactions on the device, compact.
+  """The interactions, compact; on the device, or yet on the host.
 
   Attributes:
     items: [N] int32, users contiguous.
@@ -52,7 +52,12 @@ def training_targets(split: Split) -> np.ndarray:
 
 
 def make_sequences(split: Split) -> Sequences:
-  """Puts a split's interactions on the device.
+  """Puts a split's interactions on the device; raises as `host_sequences`."""
+  return jax.tree.map(jnp.asarray, host_sequences(split))
+
+
+def host_sequences(split: Split) -> Sequences:
+  """A split's interactions as arrays on the host.
 
   Raises:
     InputError: if there are 2^31 interactions or more (int32 offsets).
@@ -64,9 +69,9 @@ def make_sequences(split: Split) -> Sequences:
       "split the data"
     )
   return Sequences(
-    jnp.asarray(interactions.items, jnp.int32),
-    jnp.asarray(interactions.offsets[:-1], jnp.int32),
-    jnp.asarray(training_targets(split), jnp.int32),
+    np.asarray(interactions.items, np.int32),
+    interactions.offsets[:-1].astype(np.int32),
+    training_targets(split).astype(np.int32),
   )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import packing, plugins
+from pin_jax import packing, plugins, sharding
 from pin_jax.batches import Sequences, read_back
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
@@ -277,7 +277,7 @@ def make_ranker(
     index = chunk_index(model, requests, user_chunk)
     by_chunk = take_chunks(requests, index)
     size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
-    out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
+    out = sharding.fetch(compiled(weights, sequences, by_chunk, max(size, 1)))
     return from_chunks(out, index, rows)
 
   return rank
@@ -446,7 +446,7 @@ def make_sampled_ranker(
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
     index = chunk_index(model, requests, user_chunk)
-    scores = jax.device_get(score_all(
+    scores = sharding.fetch(score_all(
       weights, sequences, *take_chunks((requests, drawn), index)
     ))
     scores = from_chunks(scores, index, rows)
@@ -482,7 +482,7 @@ def make_log_probabilities(
       return out
     for index in chunk_index(model, requests, user_chunk):
       part = take_chunks(requests, index)
-      out[index] = np.asarray(compute(weights, sequences, part))
+      out[index] = sharding.fetch(compute(weights, sequences, part))
     return out
 
   return run

@@ -6,6 +6,9 @@ interactions; everything else is replicated. The program stays the one of a
 single device: XLA's partitioner puts in the collectives, so that a group's
 gradient is that of the whole batch before any weighting sees it. Without a mesh
 nothing here changes anything.
+
+The devices may be those of several processes, each of which runs the same
+program on the same operands and holds what lies on its own devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pin_jax.types import Backbone, InputError, PyTree
@@ -70,11 +74,19 @@ def make_layout(
     The layout.
 
   Raises:
-    InputError: if there are fewer devices, or no table to split.
+    InputError: if there are fewer devices, or no table to split; with several
+      processes also if there are more.
   """
+  there = jax.devices() if devices is None else devices
+  if jax.process_count() > 1 and data * model < len(there):
+    raise InputError(
+      f"config keys mesh.data={data}, mesh.model={model} leave "
+      f"{len(there) - data * model} of the {len(there)} devices of "
+      f"{jax.process_count()} processes without work; give numbers whose "
+      f"product is {len(there)}"
+    )
   if data * model == 1 and devices is None:
     return LOCAL
-  there = jax.devices() if devices is None else devices
   if data * model > len(there):
     raise InputError(
       f"config keys mesh.data={data}, mesh.model={model} need {data * model} "
@@ -203,10 +215,10 @@ def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
     layout: where to.
 
   Returns:
-    The tree on the devices; without a mesh, as it is.
+    The tree on the devices; without a mesh, on the one there is.
   """
   if layout.mesh is None:
-    return tree
+    return jax.tree.map(jnp.asarray, tree)
   sharding = flat_sharding(layout)
   count = layout.mesh.size
 
@@ -232,9 +244,10 @@ def flat_sharding(layout: Layout) -> NamedSharding:
 
 
 def put_replicated(tree: PyTree, layout: Layout) -> PyTree:
-  """Host arrays, whole on every device; without a mesh, as they are."""
+  """Host arrays, whole on every device; without a mesh, on the one there is.
+  """
   if layout.mesh is None:
-    return tree
+    return jax.tree.map(jnp.asarray, tree)
   everywhere = NamedSharding(layout.mesh, PartitionSpec())
 
   def put(x: np.ndarray) -> jax.Array:
@@ -242,6 +255,25 @@ def put_replicated(tree: PyTree, layout: Layout) -> PyTree:
     return jax.make_array_from_callback(x.shape, everywhere, x.__getitem__)
 
   return jax.tree.map(put, tree)
+
+
+def fetch(tree: PyTree) -> PyTree:
+  """Copies on the host, wherever the arrays lie.
+
+  What lies on the devices of several processes is sent to all of them, so that
+  all have to ask.
+  """
+
+  def whole(x: Any) -> Any:
+    return multihost_utils.process_allgather(x, tiled=True) if apart(x) else x
+
+  return jax.device_get(jax.tree.map(whole, tree))
+
+
+def apart(x: Any) -> bool:
+  """Whether an array lies in pieces on the devices of several processes."""
+  here = not isinstance(x, jax.Array) or x.is_fully_addressable
+  return not (here or x.is_fully_replicated)
 
 
 def kept(step: Callable[..., tuple], layout: Layout) -> Callable[..., tuple]:
