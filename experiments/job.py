@@ -199,9 +199,10 @@ def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
 
 
 def _of_results(config: ConfigDict) -> dict[str, Any]:
-  """The config as JSON, without the mesh, on which no result depends."""
+  """The config as JSON, without the keys on which no result depends."""
   whole = config.to_dict()
   del whole["mesh"]
+  whole["data"].pop("stream", None)
   return json.loads(json.dumps(whole))
 
 

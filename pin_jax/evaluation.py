@@ -276,8 +276,8 @@ def make_ranker(
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
     index = chunk_index(model, requests, user_chunk)
     by_chunk = take_chunks(requests, index)
-    size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
-    out = sharding.fetch(compiled(weights, sequences, by_chunk, max(size, 1)))
+    size = history_size(by_chunk)
+    out = sharding.fetch(compiled(weights, sequences, by_chunk, size))
     return from_chunks(out, index, rows)
 
   return rank
@@ -306,6 +306,15 @@ def chunk_index(
 def take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
   """Arrays [n, ...] -> int32 [chunks, chunk, ...]."""
   return jax.tree.map(lambda x: np.asarray(x, np.int32)[index], tree)
+
+
+def history_size(chunks: Requests) -> int:
+  """Interactions of a chunk's histories, at most.
+
+  A power of two, so that few programs serve all requests.
+  """
+  largest = int(chunks.positions.sum(1, dtype=np.int64).max())
+  return 1 << max(largest - 1, 0).bit_length()
 
 
 def from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:

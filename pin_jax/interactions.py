@@ -17,6 +17,7 @@ from pin_jax.types import InputError
 
 Column = np.ndarray | pl.Series | Sequence
 DUPLICATES = ("keep", "exact", "first", "last")
+_DIGESTED = 2**22  # elements at a time
 _NO_TIMES_NOTE = "row order (the source has no times)"
 
 
@@ -442,6 +443,8 @@ def _update_digest(
     digest.update(lengths.tobytes())
     digest.update(b"".join(texts))
     return
-  values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<")))
-  digest.update(f"{values.dtype.str} {len(values)};".encode())
-  digest.update(values)
+  kind = values.dtype.newbyteorder("<")
+  digest.update(f"{kind.str} {len(values)};".encode())
+  for start in range(0, len(values), _DIGESTED):
+    part = values[start : start + _DIGESTED]
+    digest.update(np.ascontiguousarray(part.astype(kind, copy=False)))

@@ -219,23 +219,40 @@ def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
   """
   if layout.mesh is None:
     return jax.tree.map(jnp.asarray, tree)
-  sharding = flat_sharding(layout)
-  count = layout.mesh.size
 
   def spread(x: np.ndarray) -> jax.Array:
     x = np.asarray(x)
-    size = -(-max(len(x), 1) // count) * count
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = index[0].indices(size)
+    def piece(start: int, stop: int) -> np.ndarray:
       part = x[start:stop]
       last = x[-1:] if len(x) else np.zeros(1, x.dtype)
       missing = stop - start - len(part)
       return np.concatenate([part, np.repeat(last, missing)])
 
-    return jax.make_array_from_callback((size,), sharding, piece)
+    return spread_pieces(piece, max(len(x), 1), x.dtype, layout)
 
   return jax.tree.map(spread, tree)
+
+
+def spread_pieces(
+  piece: Callable[[int, int], np.ndarray], size: int, dtype: np.dtype,
+  layout: Layout,
+) -> jax.Array:
+  """A flat array over all devices whose slices are made where they belong.
+
+  Args:
+    piece: (start, stop) -> elements start .. stop - 1, beyond the end too.
+    size: N, rounded up to a multiple of the devices.
+    dtype: of the elements.
+    layout: where to; without a mesh, on the one device.
+  """
+  if layout.mesh is None:
+    return jnp.asarray(piece(0, size), dtype)
+  whole = -(-size // layout.mesh.size) * layout.mesh.size
+  return jax.make_array_from_callback(
+    (whole,), flat_sharding(layout),
+    lambda index: piece(*index[0].indices(whole)[:2]).astype(dtype),
+  )
 
 
 def flat_sharding(layout: Layout) -> NamedSharding:
