@@ -24,7 +24,7 @@ from pin_jax.types import InputError
 
 LOST = 4  # exit code
 _WORDS = 1000  # bytes of a message that goes to the other processes
-# How the runtime's own log lines begin, and which of them are of lost processes.
+# How the runtime's own log lines of lost processes begin.
 _RUNTIME = re.compile(
   rb"[WEF]\d{4} \S+ +\d+ "
   rb"(coordination_service|preemption_sync_manager|client\.h)"

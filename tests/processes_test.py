@@ -42,7 +42,7 @@ class Launch:
   def __init__(self, workdir, count, devices=1, settings=SETTINGS):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
-      address = "127.0.0.1:%d" % free.getsockname()[1]
+      address = f"127.0.0.1:{free.getsockname()[1]}"
     place = [f"--coordinator={address}", f"--num_processes={count}",
              f"--heartbeat={HEARTBEAT}"]
     environment = os.environ | {

@@ -28,7 +28,7 @@ _ITEMS, _ABOUT = "items.array_record", "about.json"
 
 
 class Items:
-  """[N] int32 on disk; reads what is asked for: slices, or indices of any shape.
+  """[N] int32 on disk; slices and indices of any shape are read when asked for.
 
   Safe to read from several threads. As a whole it is read by `numpy.asarray`.
   """
@@ -147,7 +147,8 @@ def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
     ) from error
   if about["schema"] != _SCHEMA:
     raise InputError(
-      f"{directory} is of schema {about['schema']}, not {_SCHEMA}; store it anew"
+      f"{directory} is of schema {about['schema']}, not {_SCHEMA}; store it "
+      "anew"
     )
   made = {
     "name": about["name"], "items": whole, "offsets": offsets, "times": None,
