@@ -19,7 +19,8 @@ from pin_jax.types import InputError
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = (  # of the smallest job that has groups
   "--config=tests/tiny.py", "--config.methods=('pin_backbone',)",
-  "--config.backbone_steps=20", "--config.backbone.name=gru4rec",
+  "--config.backbone_steps=10", "--config.backbone.name=gru4rec",
+  "--config.validation.every=5",
   "--config.backbone.length=5", "--config.backbone.blocks=2",
 )
 HEARTBEAT = 4  # seconds
@@ -124,7 +125,7 @@ def test_two_processes_of_which_one_is_killed_end_with_the_result_of_one(
   workdir = reference.parent / "two"
   settings = (*SETTINGS, "--config.mesh.data=2")
   launch = Launch(workdir, 2, settings=settings)
-  wait_for(launch, workdir, 10)
+  wait_for(launch, workdir, 5)
   launch.kill(1)
   killed = time.monotonic()
   (code, said), _ = launch.end()
@@ -144,7 +145,7 @@ def test_whoever_is_killed(reference, victim):
   workdir = reference.parent / f"victim{victim}"
   settings = (*SETTINGS, "--config.mesh.data=2", "--config.mesh.model=2")
   launch = Launch(workdir, 2, devices=2, settings=settings)
-  wait_for(launch, workdir, 10)
+  wait_for(launch, workdir, 5)
   launch.kill(victim)
   code, said = launch.end()[1 - victim]
   assert (code, said.count("\n")) == (processes.LOST, 1)

@@ -200,6 +200,7 @@ def _trained(config, workdir):
   return fingerprint(problem), out
 
 
+@pytest.mark.slow
 def test_a_job_from_disk_is_the_job_from_the_device(path, tmp_path):
   found = {
     stream: _trained(_config(path, stream), tmp_path / str(stream))
