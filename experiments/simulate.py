@@ -68,7 +68,7 @@ def write_parquet(drawn: crowd.Crowd, path: str) -> None:
   for index in range(drawn.num_chunks):
     chunk = drawn.chunk(index)
     pl.DataFrame({
-      "user_id": np.repeat(chunk.users, chunk.lengths),
+      "user_id": np.repeat(chunk.users.astype(np.int32), chunk.lengths),
       "item_id": chunk.items, "timestamp": chunk.times,
     }).write_parquet(directory / f"part-{index:05}.parquet")
 
