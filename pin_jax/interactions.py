@@ -304,7 +304,7 @@ def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
   if values.dtype.is_integer():
     low, span = values.min(), values.max() - values.min() + 1
     if span <= max(len(values), _CHUNK):
-      return _encode_dense(values.to_numpy(), low, span)
+      return _encode_dense(values, low, span)
     values = values.cast(pl.Int64)
   ids = values.unique().sort()
   numbers = pl.Series(np.arange(len(ids), dtype=np.int32))
@@ -313,13 +313,15 @@ def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _encode_dense(
-  values: np.ndarray, low: int, span: int
+  values: pl.Series, low: int, span: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """`_encode` of integers low .. low + span - 1, in little more memory."""
   present = np.zeros(span, bool)
   codes = np.empty(len(values), np.int32)
   chunks = range(0, len(values), _CHUNK)
-  place = lambda start: values[start : start + _CHUNK].astype(np.int64) - low
+  place = lambda start: (
+    values.slice(start, _CHUNK).cast(pl.Int64).to_numpy() - low
+  )
   for start in chunks:
     present[place(start)] = True
   number = np.cumsum(present, dtype=np.int32) - np.int32(1)
@@ -401,7 +403,7 @@ def _compact(
   """Renumbers codes so that every id occurs; keeps their order."""
   present = _counts(codes, len(ids)) > 0
   if present.all():
-    return codes.copy(), ids
+    return codes if codes.flags.writeable else codes.copy(), ids
   renumber = np.cumsum(present, dtype=np.int32) - 1
   return renumber[codes], ids[present]
 
