@@ -87,7 +87,7 @@ class JointBase:
     """Ranks the chosen users' test targets."""
     weights = evaluation.Weights(self.state.params, None)
     rank = self.trainer.ranker(False)
-    return len(rank(weights, self.problem.sequences, self.requests).rank)
+    return len(rank(weights, self.operands.sequences, self.requests).rank)
 
   def validate(self) -> float:
     """NDCG@10 of all validation targets."""

@@ -4,9 +4,11 @@ A workdir belongs to one configuration and one data set, and to one process at
 a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
 (rows_sampled.parquet for sampled candidates), summary.json, the tables and
 plots/, all of which are the same however often the job was killed, and
-cpu_seconds.json, which is not.
+cpu_seconds.json, which is not. With several processes (see `processes`) the
+first writes all but the checkpoints.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -18,9 +20,18 @@ import numpy as np
 import polars as pl
 import rich.console
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from experiments import claims, logs, report, settings, truth, workdir
+from experiments import (
+  claims,
+  logs,
+  processes,
+  report,
+  settings,
+  truth,
+  workdir,
+)
 from experiments.configs.base import default
 from experiments.methods import (
   METHODS,
@@ -70,7 +81,7 @@ def method_rows(
   for serve, chosen in _by_model(METHODS[name].serve, problem, users):
     stage, requests = _served(METHODS[name], serve, problem, users[chosen])
     ranks = trainer.ranker(stage and stage.plugin)(
-      trainer.weights(seed, serve[0], stage), problem.sequences, requests
+      trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
     for key, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
@@ -138,7 +149,7 @@ def model_log_probabilities(
       ), 256,
     )
     out[chosen] = compute(
-      trainer.weights(seed, serve[0], stage), problem.sequences, requests
+      trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
   return out
 
@@ -157,14 +168,7 @@ def claim_workdir(
   mine = {"config": _of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
   if not path.exists():
-    try:
-      directory.mkdir(parents=True, exist_ok=True)
-      workdir.write(path, (json.dumps(mine, indent=2) + "\n").encode())
-    except OSError as error:
-      raise InputError(
-        f"workdir {directory} cannot be written ({error.strerror}); free "
-        "space there, make it writable or use another --workdir"
-      ) from error
+    _write_claim(path, mine)
     return
   theirs = settings.read_json(path)
   defaults = {"config": _of_results(default())}
@@ -175,10 +179,28 @@ def claim_workdir(
     )
 
 
+def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
+  directory = path.parent
+  if not processes.is_first():
+    raise InputError(
+      f"workdir {directory} does not hold what process 0 wrote there; use one "
+      "that all processes see"
+    )
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    workdir.write(path, (json.dumps(mine, indent=2) + "\n").encode())
+  except OSError as error:
+    raise InputError(
+      f"workdir {directory} cannot be written ({error.strerror}); free "
+      "space there, make it writable or use another --workdir"
+    ) from error
+
+
 def _of_results(config: ConfigDict) -> dict[str, Any]:
-  """The config as JSON, without the mesh, on which no result depends."""
+  """The config as JSON, without the keys on which no result depends."""
   whole = config.to_dict()
   del whole["mesh"]
+  whole["data"].pop("stream", None)
   return json.loads(json.dumps(whole))
 
 
@@ -223,7 +245,7 @@ def run(
     interrupted: see `Options`.
 
   Returns:
-    The comparison table.
+    The comparison table; an empty one in a process that does not write.
 
   Raises:
     InputError: for any bad input, before training starts.
@@ -231,22 +253,58 @@ def run(
     Interrupted: where `interrupted` says so; the next run continues.
   """
   console = console or rich.console.Console(highlight=False, soft_wrap=True)
-  options = Options(console, command, other_versions, interrupted)
+  if not processes.is_first():
+    console = rich.console.Console(quiet=True)
+  options = Options(
+    console, command, other_versions, processes.any_of(interrupted)
+  )
   directory = epath.Path(directory)
+  problem, networks = processes.together(lambda: _prepare(config))
+  with contextlib.ExitStack() as stack:
+    _claim(config, problem, directory, stack)
+    if _finished(directory):
+      console.print(f"{directory} is finished; reprinting its tables")
+    else:
+      _compute(config, problem, networks, directory, options)
+    options.check()
+    if not processes.is_first():
+      return pl.DataFrame()
+    return report.write_report(directory, console=console)
+
+
+def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
+  """Checks the config and reads the data, before anything is written."""
   settings.check(config)
   problem = make_problem(config)
   networks = make_networks(config, problem.split.interactions.num_items)
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)
-  claim_workdir(directory, config, fingerprint(problem))
-  with workdir.held(directory):
-    if (directory / "summary.json").exists():
-      console.print(f"{directory} is finished; reprinting its tables")
-    else:
-      _compute(config, problem, networks, directory, options)
-    options.check()
-    return report.write_report(directory, console=console)
+  return problem, networks
+
+
+def _claim(
+  config: ConfigDict, problem: Problem, directory: epath.Path,
+  stack: contextlib.ExitStack,
+) -> None:
+  """Makes the workdir this job's and no other's until the stack unwinds."""
+  digest, first = fingerprint(problem), processes.is_first()
+  processes.agree("data set (fingerprint)", digest)
+  for turn in (True, False):  # the first process makes what the others check
+    processes.together(
+      lambda turn=turn: first == turn and claim_workdir(
+        directory, config, digest
+      )
+    )
+  processes.together(
+    lambda: first and stack.enter_context(workdir.held(directory))
+  )
+
+
+def _finished(directory: epath.Path) -> bool:
+  """Whether the summary is there, as the first process sees it."""
+  there = (directory / "summary.json").exists()
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
 
 
 def _compute(
@@ -263,6 +321,8 @@ def _compute(
   rows, closeness, cost = _train_all(
     config, problem, networks, directory, options
   )
+  if not processes.is_first():
+    return
   name = f"rows{SUFFIXES[config.evaluation.protocol]}.parquet"
   buffer = io.BytesIO()
   rows.write_parquet(buffer)
@@ -286,7 +346,7 @@ def _train_all(
   names = method_names(config.methods, config.pin.weighting)
   stages = stages_of(names)
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
-  log = logs.RunLog(directory)
+  log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   progress = logs.JobProgress(total, options.console)
   store = _store(config, problem, options)
   rows, closeness, cost, seconds = [], [], {}, {}
@@ -312,7 +372,8 @@ def _train_all(
     progress.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
-  workdir.write(directory / "cpu_seconds.json", text.encode())
+  if processes.is_first():
+    workdir.write(directory / "cpu_seconds.json", text.encode())
   return pl.concat(rows), truth.average(closeness), cost
 
 

@@ -107,6 +107,26 @@ class RunLog:
     self._events[run].add(step, plain)
 
 
+class NoLog:
+  """Stands for the `RunLog` in a process that does not write."""
+
+  def rewind(self, run: str, step: int) -> None:
+    """Nothing."""
+
+  def steps(self, run: str, start: int, logs: dict[str, np.ndarray]) -> None:
+    """Nothing."""
+
+  def evaluation(self, run: str, step: int, values: dict[str, float]) -> None:
+    """Nothing."""
+
+  def skipped(self, run: str) -> dict[str, int]:
+    """Nothing."""
+    return {}
+
+  def close(self) -> None:
+    """Nothing."""
+
+
 def read_log(directory: epath.Path) -> list[dict[str, Any]]:
   """The records of log.jsonl in a workdir.
 

@@ -6,6 +6,17 @@
 Any setting: --config.backbone.width=128; arguments of a config:
 --config=experiments/configs/files.py:path=my.csv. Relaunching the same command
 continues an interrupted job and reprints a finished one.
+
+On several hosts, the same on each, with a mesh over all their devices and a
+workdir that all of them see: --distributed where SLURM, Open MPI, Kubernetes or
+a TPU pod says who they are, else
+
+  … --config.mesh.data=16 --coordinator=10.0.0.1:1234 --num_processes=2 \
+    --process_id=0
+
+Exit codes: 0 finished, 2 bad input, 3 training or writing failed, 4 another
+process lost, 75 interrupted by SIGTERM after saving. After 4 and 75 the same
+command continues.
 """
 
 import re
@@ -16,6 +27,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import processes
 from experiments.commands import command_line
 from pin_jax.types import InputError, Interrupted, TrainingError
 
@@ -32,13 +44,51 @@ _OTHER_VERSIONS = flags.DEFINE_bool(
   "Continue what other versions of the libraries, or another kind of device, "
   "began; results may then differ in their last bits.",
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False,
+  "Join the job's other processes, which the environment names.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "Join those of the first process, host:port."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many there are; with --coordinator."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which one this is, from 0; with --coordinator."
+)
+_HEARTBEAT = flags.DEFINE_integer(
+  "heartbeat", processes.Place().heartbeat,
+  "Seconds without a sign of life until another process is lost.",
+)
+_PATIENCE = flags.DEFINE_integer(
+  "patience", processes.Place().patience,
+  "Seconds to wait at the start for the other processes.",
+)
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 flags.mark_flag_as_required("workdir")
 
 
 def main(_: list[str]) -> None:
-  """Runs the job."""
+  """Runs the job, alone or with other processes."""
   logging.set_verbosity(logging.WARNING)
+  place = processes.Place(
+    _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
+    _HEARTBEAT.value, _PATIENCE.value,
+  )
+  processes.check_place(place)
+  if not (_DISTRIBUTED.value or place.coordinator):
+    _run()
+    return
+
+  def run_with_others() -> None:
+    with processes.joined(place):
+      _run()
+
+  sys.exit(processes.supervised(lambda: exit_code(run_with_others)))
+
+
+def _run() -> None:
   from experiments import interruption
 
   command = ["python", "-m", "experiments.main", *sys.argv[1:]]
@@ -80,7 +130,10 @@ def _in_one_line(message: str) -> str:
   return f"{text}; see --help"
 
 
-CODES = {InputError: 2, TrainingError: 3, OSError: 3, Interrupted: 75}
+CODES = {
+  InputError: 2, TrainingError: 3, OSError: 3, processes.Lost: processes.LOST,
+  Interrupted: 75,
+}
 
 
 def exit_code(action: Callable[[], None]) -> int:
@@ -90,8 +143,9 @@ def exit_code(action: Callable[[], None]) -> int:
     action: what to run.
 
   Returns:
-    0 finished, 2 bad input, 3 training or writing failed, 75 interrupted by
-    SIGTERM after saving (the same command continues).
+    0 finished, 2 bad input, 3 training or writing failed, 4 another process
+    lost, 75 interrupted by SIGTERM after saving (after either of these two the
+    same command continues).
   """
   try:
     action()

@@ -21,7 +21,7 @@ class Problem(NamedTuple):
     groups: activeness group.
     segments: 0 tail, 1 head.
     prior: [G], P(d).
-    sequences: interactions on the device.
+    sequences: interactions, on the host.
     world: the simulator's exact model, or None.
   """
 
@@ -62,7 +62,7 @@ def make_problem(config: ConfigDict) -> Problem:
   segments = activeness.assign_segments(
     split.activeness, head_share=rule.head_share
   )
-  sequences = batches.make_sequences(split)
+  sequences = batches.host_sequences(split)
   return Problem(split, targets, groups, segments, prior, sequences, world)
 
 

@@ -18,7 +18,7 @@ from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.backbones.hstu import hstu
 from pin_jax.backbones.precision import COMPUTE
 from pin_jax.backbones.sasrec import sasrec
-from pin_jax.datasets import files, simulator
+from pin_jax.datasets import files, simulator, stored
 from pin_jax.interactions import Interactions
 from pin_jax.plugins import (
   Consultation,
@@ -72,12 +72,17 @@ def _load_tfds(*, name: str, **options: Any) -> tuple[Interactions, None]:
   return tfds.read_tfds(name, **options), None
 
 
+def _load_stored(*, path: str, stream: bool) -> tuple[Interactions, None]:
+  return stored.read(path, stream=stream), None
+
+
 _SOURCES: dict[str, tuple[Callable[..., tuple], set[str], set[str]]] = {
   # source: (loader, keys it needs, keys it may have)
   "simulator": (_load_simulator, set(), {"seed", "num_users"} | _WORLD),
   "files": (
     _load_file, {"path"}, {"user", "item", "time", "separator"} | _FILTERS
   ),
+  "stored": (_load_stored, {"path", "stream"}, set()),
   "tfds": (_load_tfds, {"name"}, {"data_dir", "manual_dir"} | _FILTERS),
 }
 
@@ -230,6 +235,7 @@ def check(config: ConfigDict) -> None:
   _check_together(config)
   _check_mesh(config)
   _check_sparse(config)
+  _check_stream(config)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -392,6 +398,36 @@ def _check_sparse(config: ConfigDict) -> None:
     if wrong:
       raise _bad(
         key, value, f"optimizer.tables='row_sparse': {remedy}, or set 'dense'"
+      )
+
+
+def _check_stream(config: ConfigDict) -> None:
+  """What does not go together with interactions that stay on disk."""
+  if config.data.source != "stored" or not config.data.stream:
+    return
+  kinds = _kinds_of_plugins(config)
+  names = method_names(config.methods, config.pin.weighting)
+  mixed = kinds and config.plugin.name in ("memory", "gated")
+  for wrong, key, value, remedy in (
+    (config.num_seeds > 1, "num_seeds", config.num_seeds, "set 1"),
+    (config.split.protocol != "leave_one_out", "split.protocol",
+     config.split.protocol, "times are not stored; set 'leave_one_out'"),
+    (mixed, "plugin.name", config.plugin.name,
+     "the memory is made of all interactions; use another"),
+    ("memory_alone" in kinds, "methods", tuple(config.methods),
+     "the memory is made of all interactions; leave 'memory_alone' out"),
+    (any(s.kind == "classifier" for s in stages_of(names)), "methods",
+     tuple(config.methods), "exact adjustment needs them on the device; leave "
+     "it out"),
+    (config.loss.name != "softmax"
+     and set(proposal_shares(config.loss.proposal)) != {"uniform"},
+     "loss.proposal", config.loss.proposal, "set 'uniform'"),
+  ):
+    if wrong:
+      raise _bad(
+        key, value,
+        f"data.stream=True leaves the interactions on disk: {remedy}, or set "
+        "data.stream=False"
       )
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -41,13 +40,16 @@ from pin_jax import (
   sharding,
   sparse,
   splits,
+  streaming,
   training,
 )
 from pin_jax.backbones.precision import computed_in
+from pin_jax.datasets.stored import Stored
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
 CUTOFF = 10
+_CHUNKS_READ = 16  # chunks of users whose histories are read at once
 
 
 class Networks(NamedTuple):
@@ -367,6 +369,8 @@ class Run(NamedTuple):
 
   Attributes:
     step: of one seed.
+    windows: (key, t, targets, pool) -> which windows the step reads; None
+      where it cannot read them from disk.
     pool: whom to draw from.
     start: seed -> state before step 0.
     frozen: seed -> params that stay as they are.
@@ -375,6 +379,7 @@ class Run(NamedTuple):
   """
 
   step: training.Step
+  windows: Callable[..., batches.Windows] | None
   pool: batches.Pool
   start: Callable[[int], training.TrainState]
   frozen: Callable[[int], PyTree]
@@ -397,7 +402,7 @@ class Trainer:
     networks: Networks,
     workdir: epath.Path,
     seeds: tuple[int, ...],
-    log: logs.RunLog,
+    log: logs.RunLog | logs.NoLog,
     progress: logs.JobProgress,
     *,
     store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
@@ -411,7 +416,7 @@ class Trainer:
       networks: its backbone and plugin.
       workdir: where checkpoints go.
       seeds: what to train at once.
-      log: takes every step and validation.
+      log: takes every step and validation, a `RunLog` or `NoLog`.
       progress: counts the steps.
       store: opens the checkpoints of a directory.
       interrupted: see `training.fit_many`.
@@ -419,8 +424,9 @@ class Trainer:
     self._store, self._interrupted = store, interrupted
     self._layout = networks.layout
     self._config, self._networks = config, networks
-    self._problem = problem._replace(
-      sequences=sharding.spread_flat(problem.sequences, self._layout)
+    self._problem = problem
+    self.sequences = None if self.streams else sharding.spread_flat(
+      problem.sequences, self._layout
     )
     self._workdir, self._seeds = workdir, seeds
     self._log, self._progress = log, progress
@@ -436,12 +442,23 @@ class Trainer:
     one = len(self._seeds) == 1  # leaves of several lead with their number
     return self._networks.backbone.tables if one else ()
 
+  @property
+  def streams(self) -> bool:
+    """Whether the interactions stay on disk."""
+    return isinstance(self._problem.split.interactions, Stored)
+
   def ranker(self, plugin: str | None) -> Ranker:
     """The ranking function, with a kind of plugin or none; compiled once."""
     if plugin not in self._rankers:
-      self._rankers[plugin] = make_ranker(
+      rank = make_ranker(
         self._config, self._problem, self.model(plugin), self._layout
       )
+      if self.streams:
+        rank = streaming.make_ranker(
+          rank, self._problem.sequences, layout=self._layout,
+          users=_CHUNKS_READ * self._config.evaluation.user_chunk,
+        )
+      self._rankers[plugin] = rank
     return self._rankers[plugin]
 
   def model(self, plugin: str | None) -> evaluation.Model:
@@ -523,6 +540,7 @@ class Trainer:
         on_evaluation=on_evaluation,
         on_resume=on_resume,
         interrupted=self._interrupted,
+        stream=self._stream(stage, run, steps) if self.streams else None,
       )
     self.trained[stage.name] = dict(zip(seeds, results, strict=True))
     for k, result in enumerate(results):
@@ -559,11 +577,25 @@ class Trainer:
   def operands(self, stage: Stage, run: Run) -> training.Operands:
     """What the steps of all seeds read."""
     seeds = self._seeds
+    keys = lambda: training.join_runs([
+      _stage_key(seed, stage.name) for seed in seeds
+    ])
     return training.Operands(
-      training.join_runs([_stage_key(seed, stage.name) for seed in seeds]),
-      self._problem.sequences, run.pool,
+      sharding.built(keys, self._layout)(),
+      self.sequences, None if self.streams else run.pool,
       training.join_runs([run.frozen(seed) for seed in seeds]),
       self._evidence(stage.plugin) if stage.kind == "plugin" else None,
+    )
+
+  def _stream(
+    self, stage: Stage, run: Run, steps: int
+  ) -> streaming.Stream:
+    """The batches of a stage, of the one seed that is trained at a time."""
+    sequences = self._problem.sequences
+    return streaming.Stream(
+      sequences, run.windows, (sequences.targets, run.pool),
+      key=_stage_key(self._seeds[0], stage.name), num_steps=steps,
+      dispatch=self._config.dispatch, length=self.length, layout=self._layout,
     )
 
   def run_name(self, stage: Stage, seed: int) -> str:
@@ -586,6 +618,8 @@ class Trainer:
       self._problem.targets, groups, num_groups=num_groups,
       length=self.length,
     )
+    if self.streams:
+      return pool
     flat = sharding.spread_flat(pool, self._layout)
     return flat._replace(
       group_starts=sharding.put_replicated(pool.group_starts, self._layout)
@@ -648,19 +682,29 @@ class Trainer:
       return {
         "backbone": self._best("base", seed),
         "classifier": self._best(stage.exact, seed),
-        "shares": jnp.asarray(shares, jnp.float32),
+        "shares": sharding.put_replicated(
+          np.asarray(shares, np.float32), self._layout
+        ),
       }
 
     rank, requests = self.ranker(None), self._validation(stage.users)
 
     def evaluate(params: PyTree) -> np.ndarray:
       weights = evaluation.Weights(params, None)
-      ranks = rank(weights, problem.sequences, requests)
+      ranks = rank(weights, self.sequences, requests)
       return metrics.ndcg(ranks.rank, CUTOFF).mean()[None]
 
+    rows = config.batch_size // num_groups
+    sizes = {
+      "batch_size": rows if stage.grouped else rows * num_groups,
+      "length": self.length, "draw": draw,
+    }
+    windows = lambda key, t, targets, pool: batches.draw_windows(
+      training.backbone_keys(key, t)[0], targets, pool, **sizes
+    )
     return Run(
-      step, self._pool(groups, pools), start, frozen, lambda seed: evaluate,
-      (stage.users,),
+      step, windows, self._pool(groups, pools), start, frozen,
+      lambda seed: evaluate, (stage.users,),
     )
 
   def _plugin_run(self, stage: Stage, steps: int) -> Run:
@@ -696,7 +740,8 @@ class Trainer:
         problem.split.validation, np.where(fitted, segments, -1),
         num_groups=count,
       )
-      pool = sharding.put_replicated(pool, self._layout)
+      if not self.streams:
+        pool = sharding.put_replicated(pool, self._layout)
       left = ~fitted[requests.users]
       requests = evaluation.Requests(*(x[left] for x in requests))
     requests = requests._replace(
@@ -708,14 +753,24 @@ class Trainer:
       weights = evaluation.Weights(
         self._best(stage.start, seed), params, self._evidence(stage.plugin)
       )
-      ranks = rank(weights, problem.sequences, requests)
+      ranks = rank(weights, self.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
       sizes = np.bincount(requests.segments, minlength=count)
       sums = np.bincount(requests.segments, values, count)
       return sums / np.maximum(sizes, 1)
 
+    sizes = {"batch_size": config.batch_size // count, "length": self.length}
+
+    def windows(
+      key: jax.Array, t: jax.Array, targets: jax.Array, pool: Any
+    ) -> batches.Windows:
+      key = jax.random.fold_in(key, t)
+      if draw == "validation":
+        return batches.draw_held_out_windows(key, pool, **sizes)
+      return batches.draw_windows(key, targets, pool, draw=draw, **sizes)
+
     return Run(
-      step, pool or self._pool(segments, count), start,
+      step, windows, pool or self._pool(segments, count), start,
       lambda seed: self._best(stage.start, seed),
       lambda seed: functools.partial(evaluate, seed),
       SEGMENTS if count > 1 else ("all",),
@@ -729,7 +784,9 @@ class Trainer:
       backbone, optimizer, schedule, batch_size=config.batch_size,
       length=self.length,
     )
-    groups = jnp.asarray(problem.groups, jnp.int32)
+    groups = sharding.put_replicated(
+      problem.groups.astype(np.int32), self._layout
+    )
     pool = self._pool(np.zeros_like(problem.groups), 1)
 
     def start(seed: int) -> training.TrainState:
@@ -744,19 +801,21 @@ class Trainer:
 
     def evaluator(seed: int) -> Callable[[PyTree], np.ndarray]:
       held_out = batches.draw_batch(
-        _stage_key(seed, stage.name + "/validation"), problem.sequences, pool,
+        _stage_key(seed, stage.name + "/validation"), self.sequences, pool,
         batch_size=4 * config.batch_size, length=self.length,
         draw="interactions",
       )
       held_out = jax.tree.map(lambda x: x[0], held_out)
-      loss = jax.jit(
-        lambda params: propensity.classifier_loss(
-          backbone, self._best(stage.start, seed), params, held_out, groups
-        )
-      )
-      return lambda params: -np.asarray(loss(params))[None]
+      loss = jax.jit(functools.partial(propensity.classifier_loss, backbone))
+      params_of_backbone = self._best(stage.start, seed)
+      return lambda params: -np.asarray(
+        loss(params_of_backbone, params, held_out, groups)
+      )[None]
 
-    return Run(step, pool, start, frozen, evaluator, ("log_likelihood",))
+    return Run(
+      sharding.kept(step, self._layout), None, pool, start, frozen, evaluator,
+      ("log_likelihood",),
+    )
 
   def _validation(self, users: str) -> evaluation.Requests:
     problem = self._problem

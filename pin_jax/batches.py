@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pin_jax.datasets.stored import Stored
 from pin_jax.splits import Split
 from pin_jax.types import Batch, InputError, Reading, at_least
 
@@ -19,7 +20,7 @@ DRAWS = ("interactions", "users")
 
 
 class Sequences(NamedTuple):
-  """The interactions on the device, compact.
+  """The interactions, compact; on the device, or yet on the host.
 
   Attributes:
     items: [N] int32, users contiguous.
@@ -52,21 +53,30 @@ def training_targets(split: Split) -> np.ndarray:
 
 
 def make_sequences(split: Split) -> Sequences:
-  """Puts a split's interactions on the device.
+  """Puts a split's interactions on the device; raises as `host_sequences`."""
+  return jax.tree.map(jnp.asarray, host_sequences(split))
+
+
+def host_sequences(split: Split) -> Sequences:
+  """A split's interactions on the host, or on disk where they are `Stored`.
 
   Raises:
-    InputError: if there are 2^31 interactions or more (int32 offsets).
+    InputError: if there are 2^31 interactions or more (int32 offsets) that a
+      device is to hold.
   """
   interactions = split.interactions
-  if interactions.num_interactions >= 2**31:
+  streamed = isinstance(interactions, Stored)
+  if not streamed and interactions.num_interactions >= 2**31:
     raise InputError(
       f"{interactions.num_interactions} interactions exceed int32 offsets; "
       "split the data"
     )
+  targets = training_targets(split).astype(np.int32)
+  if streamed:
+    return Sequences(interactions.items, interactions.offsets[:-1], targets)
   return Sequences(
-    jnp.asarray(interactions.items, jnp.int32),
-    jnp.asarray(interactions.offsets[:-1], jnp.int32),
-    jnp.asarray(training_targets(split), jnp.int32),
+    np.asarray(interactions.items, np.int32),
+    interactions.offsets[:-1].astype(np.int32), targets,
   )
 
 
@@ -123,6 +133,22 @@ def _by_group(
   return users, np.concatenate([[0], np.cumsum(sizes)])
 
 
+class Windows(NamedTuple):
+  """Which windows a batch has; leading axes [...].
+
+  Attributes:
+    users: int32 user indices.
+    first: int32 index of the window's first target, may be negative.
+    count: int32 number of the user's targets.
+    only_last: bool, whether it has but the last of its targets.
+  """
+
+  users: jax.Array
+  first: jax.Array
+  count: jax.Array
+  only_last: jax.Array
+
+
 def draw_batch(
   key: jax.Array,
   sequences: Sequences,
@@ -134,21 +160,50 @@ def draw_batch(
 ) -> Batch:
   """Draws `batch_size` windows of every group, with replacement.
 
-  draw = 'interactions' draws windows uniformly: with the mean over positions
-  a group's loss estimates the mean over its interactions. draw = 'users'
-  draws users uniformly, then the window of a uniform target of theirs: with
-  the mean over users the loss is the mean over users of their mean loss.
-
   Args:
     key: the step's key; the batch is a function of it.
     sequences: the interactions.
     pool: the users of the G groups.
     batch_size: B, windows a group.
     length: L.
-    draw: 'interactions' or 'users'.
+    draw: see `draw_windows`.
 
   Returns:
     Batch with leading axes [G, B].
+  """
+  windows = draw_windows(
+    key, sequences.targets, pool, batch_size=batch_size, length=length,
+    draw=draw,
+  )
+  return cut_windows(sequences, *windows[:3], length=length)
+
+
+def draw_windows(
+  key: jax.Array,
+  targets: jax.Array,
+  pool: Pool,
+  *,
+  batch_size: int,
+  length: int,
+  draw: str,
+) -> Windows:
+  """Draws which windows `draw_batch` cuts.
+
+  draw = 'interactions' draws windows uniformly: with the mean over positions
+  a group's loss estimates the mean over its interactions. draw = 'users'
+  draws users uniformly, then the window of a uniform target of theirs: with
+  the mean over users the loss is the mean over users of their mean loss.
+
+  Args:
+    key: the step's key; the windows are a function of it.
+    targets: [U], see `Sequences`.
+    pool: the users of the G groups.
+    batch_size: B, windows a group.
+    length: L.
+    draw: 'interactions' or 'users'.
+
+  Returns:
+    Windows [G, B].
 
   Raises:
     InputError: for another `draw`.
@@ -167,7 +222,7 @@ def draw_batch(
     find = lambda x: jnp.searchsorted(pool.window_starts, x, side="right") - 1
     index = find(window)
   users = pool.users[index]
-  count = sequences.targets[users]
+  count = targets[users]
   slack = -count % length
   offset = jax.random.randint(offset_key, shape, 0, slack + 1)
   if draw == "users":
@@ -175,9 +230,7 @@ def draw_batch(
     tile = (target + offset) // length
   else:
     tile = window - pool.window_starts[index]
-  return cut_windows(
-    sequences, users, tile * length - offset, count, length=length
-  )
+  return Windows(users, tile * length - offset, count, jnp.zeros(shape, bool))
 
 
 def cut_windows(
@@ -267,16 +320,24 @@ def draw_held_out(
     Batch with leading axes [G, B]: the history before the held-out target, and
     that target alone, in the last column.
   """
+  windows = draw_held_out_windows(
+    key, held_out, batch_size=batch_size, length=length
+  )
+  batch = cut_windows(sequences, *windows[:3], length=length)
+  only_last = jnp.arange(length) == length - 1
+  return batch._replace(targets=jnp.where(only_last, batch.targets, 0))
+
+
+def draw_held_out_windows(
+  key: jax.Array, held_out: HeldOut, *, batch_size: int, length: int
+) -> Windows:
+  """Draws which windows `draw_held_out` cuts, [G, B]; arguments are its."""
   starts = held_out.group_starts
   shape = (starts.shape[0] - 1, batch_size)
   index = jax.random.randint(key, shape, starts[:-1, None], starts[1:, None])
   users = held_out.users[index]
   position = held_out.positions[users]
-  batch = cut_windows(
-    sequences, users, position - length, position, length=length
-  )
-  only_last = jnp.arange(length) == length - 1
-  return batch._replace(targets=jnp.where(only_last, batch.targets, 0))
+  return Windows(users, position - length, position, jnp.ones(shape, bool))
 
 
 def read_back(

@@ -25,6 +25,7 @@ from pin_jax.evaluation import (
   chunk_index,
   count_above,
   from_chunks,
+  history_size,
   ranks_of,
   score_items,
   seen_items,
@@ -343,8 +344,7 @@ def _by_chunk(
   ) -> PyTree:
     index = chunk_index(model, requests, chunk, chunk)
     chunks = take_chunks(requests, index)
-    size = int(chunks.positions.sum(1, dtype=np.int64).max())
-    out = compiled(weights, sequences, chunks, max(size, 1))
+    out = compiled(weights, sequences, chunks, history_size(chunks))
     return from_chunks(jax.device_get(out), index, len(requests.users))
 
   return run

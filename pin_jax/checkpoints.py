@@ -3,12 +3,17 @@
 Every checkpoint says what it belongs to and holds digests of its arrays and of
 its record, so that what is restored is either what was saved or refused: a
 damaged one is passed over for the newest that is intact.
+
+With several processes all save and restore together, into a directory that all
+of them see: each writes and reads what lies on its devices, the first one alone
+makes and deletes directories.
 """
 
 import contextlib
 import gc
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,10 +22,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
+from pin_jax import sharding
 from pin_jax.types import InputError, PyTree, TrainingError, at_least
 
 SCHEMA = 2  # of the record; another one is not read
+_BLOCK = 2**26  # bytes of a leaf that are gathered from processes at a time
+_MEETING_SECONDS = 3600  # that a process waits for another's disk
+_meetings = itertools.count()  # all processes hold them in the same order
 
 
 class Checkpoints:
@@ -151,8 +161,10 @@ class Checkpoints:
     """
     self._guarded(self._manager.wait_until_finished)
     self._saving = None
+    _meet()
     for step in self.steps()[: -self._keep]:
-      self._guarded((self._directory / str(step)).rmtree)
+      self._remove(step)
+    _meet()
 
   def close(self) -> None:
     """Waits, then releases the manager's threads."""
@@ -181,16 +193,18 @@ class Checkpoints:
   def _part(self, step: int, **args: Any) -> Any:
     """Reads the tree or the record; whatever goes wrong is damage."""
     args = ocp.args.Composite(**args)
+    damage = None
     # Reads that fail leave threads behind which print tracebacks.
     with contextlib.redirect_stderr(io.StringIO()):
       try:
         restored = self._manager.restore(step, args=args)
       except Exception as error:  # orbax and tensorstore raise many kinds
         damage = _Damage(_brief(error))
-      else:
-        return next(iter(restored.values()))
-      gc.collect()
-    raise damage
+      if damage:
+        gc.collect()
+    if _anywhere(damage is not None):
+      raise damage or _Damage("another process cannot read it")
+    return next(iter(restored.values()))
 
   def _check(self, step: int, sealed: dict[str, Any], like: PyTree) -> None:
     """Raises InputError for the first thing in which a checkpoint differs."""
@@ -231,9 +245,14 @@ class Checkpoints:
         f"checkpoint {path} is damaged ({damage}); it is deleted and step "
         f"{instead} restored instead"
       )
-      self._guarded(path.rmtree)
+      self._remove(step)
     if damaged:
+      _meet()
       self._manager.reload()
+
+  def _remove(self, step: int) -> None:
+    if jax.process_index() == 0:
+      self._guarded((self._directory / str(step)).rmtree)
 
   def _guarded(self, action: Callable[[], Any]) -> Any:
     """Runs what writes; a failure becomes one line with the remedy."""
@@ -250,6 +269,20 @@ class Checkpoints:
 
 class _Damage(Exception):
   """What is wrong with a checkpoint, in a line."""
+
+
+def _meet() -> None:
+  """Returns once all processes are here."""
+  meet = ocp.multihost.get_barrier_sync_fn()
+  key = f"pin_jax_checkpoints_{next(_meetings)}"
+  meet(key=key, timeout_ms=1000 * _MEETING_SECONDS)
+
+
+def _anywhere(here: bool) -> bool:
+  """Whether something is so in any process."""
+  if jax.process_count() == 1:
+    return here
+  return bool(np.any(multihost_utils.process_allgather(np.asarray(here))))
 
 
 def _seal(record: dict[str, Any]) -> dict[str, Any]:
@@ -290,17 +323,30 @@ def _digest(tree: PyTree, stored: Mapping[str, str] | None = None) -> str:
     leaves = {name: stored[name] for name in leaves}
   digest = hashlib.sha256(json.dumps(leaves).encode())
   for name, leaf in _by_name(tree):
-    values = _with_rows(jax.device_get(leaf), _type_and_shape(leaves[name])[1])
-    digest.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+    left = _type_and_shape(leaves[name])[1]
+    for values in _blocks(leaf):
+      if left is not None:
+        values = values[:left]
+        left -= len(values)
+      digest.update(_bytes(values))
+    if left:
+      digest.update(_bytes(np.zeros((left, *leaf.shape[1:]), leaf.dtype)))
   return digest.hexdigest()
 
 
-def _with_rows(values: np.ndarray, rows: int | None) -> np.ndarray:
-  if rows is None or len(values) == rows:
-    return values
-  missing = max(rows - len(values), 0)
-  pad = [(0, missing)] + [(0, 0)] * (values.ndim - 1)
-  return np.pad(values[:rows], pad)
+def _blocks(leaf: Any) -> Iterator[np.ndarray]:
+  """A leaf on the host: whole, or by rows where several processes hold it."""
+  if not sharding.apart(leaf):
+    yield jax.device_get(leaf)
+    return
+  rows = max(_BLOCK * len(leaf) // leaf.nbytes, 1)
+  for start in range(0, len(leaf), rows):
+    count = min(rows, len(leaf) - start)
+    yield sharding.fetch(jax.lax.dynamic_slice_in_dim(leaf, start, count))
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def _differences(key: str, theirs: Any, mine: Any) -> list[tuple]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import packing, plugins
+from pin_jax import packing, plugins, sharding
 from pin_jax.batches import Sequences, read_back
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
@@ -358,8 +358,8 @@ def make_ranker(
       return Ranks(*(np.zeros(0) for _ in Ranks._fields))
     index = chunk_index(model, requests, user_chunk, tile.rows)
     by_chunk = take_chunks(requests, index)
-    size = int(by_chunk.positions.sum(1, dtype=np.int64).max())
-    out = jax.device_get(compiled(weights, sequences, by_chunk, max(size, 1)))
+    size = history_size(by_chunk)
+    out = sharding.fetch(compiled(weights, sequences, by_chunk, size))
     return from_chunks(out, index, rows)
 
   return rank
@@ -388,6 +388,15 @@ def chunk_index(
 def take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
   """Arrays [n, ...] -> int32 [chunks, chunk, ...]."""
   return jax.tree.map(lambda x: np.asarray(x, np.int32)[index], tree)
+
+
+def history_size(chunks: Requests) -> int:
+  """Interactions of a chunk's histories, at most.
+
+  A power of two, so that few programs serve all requests.
+  """
+  largest = int(chunks.positions.sum(1, dtype=np.int64).max())
+  return 1 << max(largest - 1, 0).bit_length()
 
 
 def from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
@@ -537,7 +546,7 @@ def make_sampled_ranker(
       return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
     index = chunk_index(model, requests, user_chunk, tile.rows)
-    scores = jax.device_get(score_all(
+    scores = sharding.fetch(score_all(
       weights, sequences, *take_chunks((requests, drawn), index)
     ))
     scores = from_chunks(scores, index, rows)
@@ -575,7 +584,7 @@ def make_log_probabilities(
       return out
     for index in chunk_index(model, requests, user_chunk, tile.rows):
       part = take_chunks(requests, index)
-      out[index] = np.asarray(compute(weights, sequences, part))
+      out[index] = sharding.fetch(compute(weights, sequences, part))
     return out
 
   return run

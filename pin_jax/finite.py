@@ -97,7 +97,7 @@ class Culprit(NamedTuple):
 def locate(
   step: Callable[..., tuple],
   state: PyTree,
-  operands: PyTree,
+  operands_at: Callable[[int], PyTree],
   *,
   start: int,
   stop: int,
@@ -108,7 +108,7 @@ def locate(
   Args:
     step: (state, operands, t) -> (state, log).
     state: before the step `start`; kept.
-    operands: what the step reads.
+    operands_at: t -> what step t reads.
     start: the first step.
     stop: one past the last.
     of_run: cuts the run at fault out of a state's params or a log.
@@ -119,7 +119,7 @@ def locate(
   """
   run = jax.jit(step)
   for t in range(start, stop):
-    after, log = run(state, operands, jnp.int32(t))
+    after, log = run(state, operands_at(t), jnp.int32(t))
     if not all_finite(of_run((after.params, log["loss"]))):
       return Culprit(t, state, jax.device_get(log))
     state = after

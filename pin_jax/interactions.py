@@ -17,6 +17,7 @@ from pin_jax.types import InputError
 
 Column = np.ndarray | pl.Series | Sequence
 DUPLICATES = ("keep", "exact", "first", "last")
+_CHUNK = 2**22  # elements at a time
 _NO_TIMES_NOTE = "row order (the source has no times)"
 
 
@@ -172,7 +173,7 @@ def from_columns(
     users, items, times = _take(keep, users, items, times)
   users, user_ids = _compact(users, user_ids)
   items, item_ids = _compact(items, item_ids)
-  offsets = _offsets(np.bincount(users, minlength=len(user_ids)))
+  offsets = _offsets(_counts(users, len(user_ids)))
   notes = {
     "rows_read": rows_read,
     "duplicates_dropped": rows_read - distinct,
@@ -230,9 +231,9 @@ def _series(values: Column, axis: str) -> pl.Series:
 
 
 def _ids(values: pl.Series) -> pl.Series:
-  """Returns ids as Int64 or String."""
+  """Returns ids as Int32, Int64 or String."""
   axis, kind = values.name, values.dtype
-  if kind == pl.String:
+  if kind in (pl.String, pl.Int32):
     return values
   if kind in (pl.Categorical, pl.Enum):
     return values.cast(pl.String)
@@ -300,10 +301,33 @@ def _check_lengths(
 
 def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
   """Returns [N] int32 codes and the ids they stand for, ascending."""
+  if values.dtype.is_integer():
+    low, span = values.min(), values.max() - values.min() + 1
+    if span <= max(len(values), _CHUNK):
+      return _encode_dense(values, low, span)
+    values = values.cast(pl.Int64)
   ids = values.unique().sort()
   numbers = pl.Series(np.arange(len(ids), dtype=np.int32))
   codes = values.replace_strict(ids, numbers, return_dtype=pl.Int32)
   return codes.to_numpy(), ids.to_numpy(writable=True)
+
+
+def _encode_dense(
+  values: pl.Series, low: int, span: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """`_encode` of integers low .. low + span - 1, in little more memory."""
+  present = np.zeros(span, bool)
+  codes = np.empty(len(values), np.int32)
+  chunks = range(0, len(values), _CHUNK)
+  place = lambda start: (
+    values.slice(start, _CHUNK).cast(pl.Int64).to_numpy() - low
+  )
+  for start in chunks:
+    present[place(start)] = True
+  number = np.cumsum(present, dtype=np.int32) - np.int32(1)
+  for start in chunks:
+    codes[start : start + _CHUNK] = number[place(start)]
+  return codes, np.flatnonzero(present) + low
 
 
 def _is_sorted(users: np.ndarray, times: np.ndarray | None) -> bool:
@@ -377,11 +401,19 @@ def _compact(
   codes: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Renumbers codes so that every id occurs; keeps their order."""
-  present = np.bincount(codes, minlength=len(ids)) > 0
+  present = _counts(codes, len(ids)) > 0
   if present.all():
-    return codes.copy(), ids
+    return codes if codes.flags.writeable else codes.copy(), ids
   renumber = np.cumsum(present, dtype=np.int32) - 1
   return renumber[codes], ids[present]
+
+
+def _counts(codes: np.ndarray, size: int) -> np.ndarray:
+  """Returns how often each of 0 .. size - 1 occurs."""
+  counts = np.zeros(size, np.int64)
+  for start in range(0, len(codes), _CHUNK):
+    counts += np.bincount(codes[start : start + _CHUNK], minlength=size)
+  return counts
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
@@ -442,6 +474,8 @@ def _update_digest(
     digest.update(lengths.tobytes())
     digest.update(b"".join(texts))
     return
-  values = np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<")))
-  digest.update(f"{values.dtype.str} {len(values)};".encode())
-  digest.update(values)
+  kind = values.dtype.newbyteorder("<")
+  digest.update(f"{kind.str} {len(values)};".encode())
+  for start in range(0, len(values), _CHUNK):
+    part = values[start : start + _CHUNK]
+    digest.update(np.ascontiguousarray(part.astype(kind, copy=False)))

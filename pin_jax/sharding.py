@@ -6,6 +6,9 @@ interactions; everything else is replicated. The program stays the one of a
 single device: XLA's partitioner puts in the collectives, so that a group's
 gradient is that of the whole batch before any weighting sees it. Without a mesh
 nothing here changes anything.
+
+The devices may be those of several processes, each of which runs the same
+program on the same operands and holds what lies on its own devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pin_jax.types import Backbone, InputError, PyTree
@@ -70,11 +74,19 @@ def make_layout(
     The layout.
 
   Raises:
-    InputError: if there are fewer devices, or no table to split.
+    InputError: if there are fewer devices, or no table to split; with several
+      processes also if there are more.
   """
+  there = jax.devices() if devices is None else devices
+  if jax.process_count() > 1 and data * model < len(there):
+    raise InputError(
+      f"config keys mesh.data={data}, mesh.model={model} leave "
+      f"{len(there) - data * model} of the {len(there)} devices of "
+      f"{jax.process_count()} processes without work; give numbers whose "
+      f"product is {len(there)}"
+    )
   if data * model == 1 and devices is None:
     return LOCAL
-  there = jax.devices() if devices is None else devices
   if data * model > len(there):
     raise InputError(
       f"config keys mesh.data={data}, mesh.model={model} need {data * model} "
@@ -203,27 +215,44 @@ def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
     layout: where to.
 
   Returns:
-    The tree on the devices; without a mesh, as it is.
+    The tree on the devices; without a mesh, on the one there is.
   """
   if layout.mesh is None:
-    return tree
-  sharding = flat_sharding(layout)
-  count = layout.mesh.size
+    return jax.tree.map(jnp.asarray, tree)
 
   def spread(x: np.ndarray) -> jax.Array:
     x = np.asarray(x)
-    size = -(-max(len(x), 1) // count) * count
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
-      start, stop, _ = index[0].indices(size)
+    def piece(start: int, stop: int) -> np.ndarray:
       part = x[start:stop]
       last = x[-1:] if len(x) else np.zeros(1, x.dtype)
       missing = stop - start - len(part)
       return np.concatenate([part, np.repeat(last, missing)])
 
-    return jax.make_array_from_callback((size,), sharding, piece)
+    return spread_pieces(piece, max(len(x), 1), x.dtype, layout)
 
   return jax.tree.map(spread, tree)
+
+
+def spread_pieces(
+  piece: Callable[[int, int], np.ndarray], size: int, dtype: np.dtype,
+  layout: Layout,
+) -> jax.Array:
+  """A flat array over all devices whose slices are made where they belong.
+
+  Args:
+    piece: (start, stop) -> elements start .. stop - 1, beyond the end too.
+    size: N, rounded up to a multiple of the devices.
+    dtype: of the elements.
+    layout: where to; without a mesh, on the one device.
+  """
+  if layout.mesh is None:
+    return jnp.asarray(piece(0, size), dtype)
+  whole = -(-size // layout.mesh.size) * layout.mesh.size
+  return jax.make_array_from_callback(
+    (whole,), flat_sharding(layout),
+    lambda index: piece(*index[0].indices(whole)[:2]).astype(dtype),
+  )
 
 
 def flat_sharding(layout: Layout) -> NamedSharding:
@@ -232,9 +261,10 @@ def flat_sharding(layout: Layout) -> NamedSharding:
 
 
 def put_replicated(tree: PyTree, layout: Layout) -> PyTree:
-  """Host arrays, whole on every device; without a mesh, as they are."""
+  """Host arrays, whole on every device; without a mesh, on the one there is.
+  """
   if layout.mesh is None:
-    return tree
+    return jax.tree.map(jnp.asarray, tree)
   everywhere = NamedSharding(layout.mesh, PartitionSpec())
 
   def put(x: np.ndarray) -> jax.Array:
@@ -242,6 +272,25 @@ def put_replicated(tree: PyTree, layout: Layout) -> PyTree:
     return jax.make_array_from_callback(x.shape, everywhere, x.__getitem__)
 
   return jax.tree.map(put, tree)
+
+
+def fetch(tree: PyTree) -> PyTree:
+  """Copies on the host, wherever the arrays lie.
+
+  What lies on the devices of several processes is sent to all of them, so that
+  all have to ask.
+  """
+
+  def whole(x: Any) -> Any:
+    return multihost_utils.process_allgather(x, tiled=True) if apart(x) else x
+
+  return jax.device_get(jax.tree.map(whole, tree))
+
+
+def apart(x: Any) -> bool:
+  """Whether an array lies in pieces on the devices of several processes."""
+  here = not isinstance(x, jax.Array) or x.is_fully_addressable
+  return not (here or x.is_fully_replicated)
 
 
 def kept(step: Callable[..., tuple], layout: Layout) -> Callable[..., tuple]:

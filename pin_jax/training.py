@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax import aggregation, criteria, finite, packing, sharding, sparse
+from pin_jax import (
+  aggregation,
+  criteria,
+  finite,
+  packing,
+  sharding,
+  sparse,
+  streaming,
+)
 from pin_jax.batches import (
   HeldOut,
   Pool,
@@ -76,13 +84,16 @@ class Operands(NamedTuple):
     frozen: the frozen backbone's params in stage 2; in stage 1 what
       `importance` needs, else None.
     evidence: what the plugins read besides, the same for all runs, or None.
+    streamed: the batches of a dispatch, where they come from disk; sequences
+      and pool are then None.
   """
 
   key: jax.Array
-  sequences: Sequences
-  pool: Pool | HeldOut
+  sequences: Sequences | None
+  pool: Pool | HeldOut | None
   frozen: PyTree
   evidence: PyTree = None
+  streamed: streaming.Streamed | None = None
 
 
 Step = Callable[
@@ -218,11 +229,14 @@ def backbone_step(
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    draw_key, drop_key = jax.random.split(jax.random.fold_in(operands.key, t))
-    batch = draw_batch(
-      draw_key, operands.sequences, operands.pool,
-      batch_size=batch_size, length=length, draw=draw,
-    )
+    draw_key, drop_key = backbone_keys(operands.key, t)
+    if operands.streamed is None:
+      batch = draw_batch(
+        draw_key, operands.sequences, operands.pool,
+        batch_size=batch_size, length=length, draw=draw,
+      )
+    else:
+      batch = streaming.batch_of(operands.streamed, t)
     batch = sharding.split_rows(batch, layout, 1)
     weights = None
     if importance is not None:
@@ -244,6 +258,11 @@ def backbone_step(
     return TrainState(params, opt_state, out.state, moving), log
 
   return sharding.kept(step, layout)
+
+
+def backbone_keys(key: jax.Array, t: jax.Array) -> jax.Array:
+  """The keys of step t of stage 1: what its batch follows from, and dropout."""
+  return jax.random.split(jax.random.fold_in(key, t))
 
 
 def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
@@ -334,7 +353,10 @@ def plugin_step(
       (context, reading), batch.targets, weights, negatives=negatives,
     )[0]
 
-  def draw_windows(operands: Operands, key: jax.Array) -> Batch:
+  def next_batch(operands: Operands, t: jax.Array) -> Batch:
+    if operands.streamed is not None:
+      return streaming.batch_of(operands.streamed, t)
+    key = jax.random.fold_in(operands.key, t)
     sizes = {"batch_size": batch_size, "length": length}
     if draw == "validation":
       return draw_held_out(key, operands.sequences, operands.pool, **sizes)
@@ -345,7 +367,7 @@ def plugin_step(
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batch = draw_windows(operands, jax.random.fold_in(operands.key, t))
+    batch = next_batch(operands, t)
     batch = sharding.split_rows(batch, layout, 1)
     draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
     keys = jax.random.split(
@@ -425,7 +447,7 @@ def many(step: Step) -> Step:
     the leaves of `operands.frozen` lead with [N] (see `join_runs`);
     `operands.sequences` and `operands.pool` are shared.
   """
-  return jax.vmap(step, (0, Operands(0, None, None, 0, None), None))
+  return jax.vmap(step, (0, Operands(0, None, None, 0, None, None), None))
 
 
 def join_runs(trees: Sequence[PyTree]) -> PyTree:
@@ -552,6 +574,7 @@ def fit_many(
   ),
   on_resume: Callable[[int, int], None] = lambda k, t: None,
   interrupted: Callable[[], bool] = lambda: False,
+  stream: Callable[[int, int], streaming.Streamed] | None = None,
 ) -> list[FitResult]:
   """Runs steps, validates, keeps the best params, checkpoints, resumes.
 
@@ -581,6 +604,7 @@ def fit_many(
     on_resume: called with the run and the step that a checkpoint continues
       from, with -1 before a start from nothing.
     interrupted: whether to save and end, asked before every dispatch.
+    stream: (first step, count) -> their batches, where they come from disk.
 
   Returns:
     [N] best params and how they were reached.
@@ -598,6 +622,9 @@ def fit_many(
       "give a divisor of at least 1"
     )
   run = compile_steps(step)
+  at = lambda t, count: operands._replace(
+    streamed=stream and stream(t, count)
+  )
   of_run = _take if len(names) > 1 else lambda tree, k: tree
   served = lambda s: s.params if s.average is None else s.average
   best = _copy(served(state))
@@ -654,7 +681,7 @@ def fit_many(
         _deliver(pending, names, live(), on_steps)
         leave(t)
       count = min(dispatch, stop - t)
-      state, logs = run(state, operands, t, count)
+      state, logs = run(state, at(t, count), t, count)
       _deliver(pending, names, live(), on_steps)
       pending, t = (t, logs), t + count
     _deliver(pending, names, live(), on_steps)
@@ -669,7 +696,7 @@ def fit_many(
       validate(t)
   except finite.NonFinite as error:
     raise _reproducible(
-      error, step, operands, (state, best), checkpoints, of_run
+      error, step, at, (state, best), checkpoints, of_run
     ) from error
   if checkpoints:
     checkpoints.wait()
@@ -682,7 +709,7 @@ def fit_many(
 def _reproducible(
   error: finite.NonFinite,
   step: Step,
-  operands: Operands,
+  at: Callable[[int, int], Operands],
   like: tuple[TrainState, PyTree],
   checkpoints: Checkpoints | None,
   of_run: Callable[[PyTree, int], PyTree],
@@ -696,7 +723,7 @@ def _reproducible(
   (state, best), record = checkpoints.restore(like)
   start = max(one.step for one in _from_record(record))
   found = finite.locate(
-    step, state, operands, start=start, stop=error.step,
+    step, state, lambda t: at(t, 1), start=start, stop=error.step,
     of_run=lambda tree: of_run(tree, error.run),
   )
   if found is None:

@@ -35,6 +35,7 @@ LEVELS = {
   "pin_jax.halving": 2,
   "pin_jax.objectives": 2,
   "pin_jax.sparse": 2,
+  "pin_jax.streaming": 3,
   "pin_jax.training": 3,
   "pin_jax.evaluation": 3,
   "pin_jax.catalogue": 3,

@@ -18,8 +18,8 @@ def default() -> ConfigDict:
     # How many of them are trained at once, as one vectorised run: much faster
     # on an accelerator, in `num_seeds` times the memory; 1 = one after another.
     "num_seeds": 1,
-    # `source` is 'simulator', 'files' or 'tfds'; the other keys are the
-    # arguments of its reader.
+    # `source` is 'simulator', 'files', 'stored' or 'tfds'; the other keys are
+    # the arguments of its reader.
     "data": {"source": "simulator"},
     # 'leave_one_out', or 'temporal' with the shares of interactions that lie
     # after the validation and the test cut.

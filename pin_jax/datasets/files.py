@@ -1,4 +1,4 @@
-"""Interactions from a user's own file: CSV, TSV, Parquet, RecBole atomic.
+"""Interactions from a user's own files: CSV, TSV, Parquet, RecBole atomic.
 
 Columns are found by their usual names, or named by the caller. Ids stay what
 they are in the source: text ids become integers only if every one of a column
@@ -94,10 +94,13 @@ def read_parquet(
 ) -> Interactions:
   """Reads a Parquet file; only the columns needed are loaded.
 
-  Arguments and errors are those of `read_csv`; ids keep their stored type.
+  Arguments and errors are those of `read_csv`; ids keep their stored type. A
+  directory is read as its .parquet files one after another, by name.
   """
-  path = _check_file(path)
-  source = _guarded(path, lambda: pl.scan_parquet(os.fspath(path), glob=False))
+  path = epath.Path(path).expanduser()
+  files = sorted(path.glob("*.parquet")) if path.is_dir() else []
+  files = [os.fspath(_check_file(file)) for file in files or [path]]
+  source = _guarded(path, lambda: pl.scan_parquet(files, glob=False))
   names = _guarded(path, lambda: source.collect_schema().names())
   chosen = _resolve(path, {name: name for name in names}, (user, item, time))
   frame = _collect(path, source, chosen)
@@ -114,7 +117,8 @@ def read(path: epath.PathLike, **options: Any) -> Interactions:
   """Reads a file with the reader that its suffix names.
 
   Args:
-    path: A .csv, .tsv, .parquet or .inter file.
+    path: A .csv, .tsv, .parquet or .inter file, or a directory of .parquet
+      files.
     **options: Those of the reader.
 
   Returns:
@@ -124,6 +128,8 @@ def read(path: epath.PathLike, **options: Any) -> Interactions:
     InputError: for an unknown suffix, and as the reader does.
   """
   suffix = epath.Path(path).suffix.lower()
+  if epath.Path(path).expanduser().is_dir():
+    suffix = ".parquet"
   if suffix not in READERS:
     raise InputError(
       f"{os.fspath(path)} has the unknown suffix {suffix!r}; "

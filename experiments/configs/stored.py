@@ -1,0 +1,20 @@
+"""Interactions stored by `experiments.store` or `experiments.simulate`.
+
+  python -m experiments.main --config=experiments/configs/stored.py:path=DIR \
+    --workdir=runs/stored
+
+They stay on disk and batches are read ahead of the steps, the same batches as
+from the device (--config.data.stream=False).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import base
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration."""
+  config = base.default()
+  path = base.parse(argument, path="stored")["path"]
+  config.data = ConfigDict({"source": "stored", "path": path, "stream": True})
+  return config

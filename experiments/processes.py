@@ -1,0 +1,297 @@
+"""Several processes that run one job together, each on its own devices.
+
+All run the same program; the first writes. What one of them refuses, all
+refuse. Where one is lost the others cannot go on: they end, each with one line
+and `LOST`, and the same command, given to all, continues the job.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pin_jax.types import InputError
+
+LOST = 4  # exit code
+_WORDS = 1000  # bytes of a message that goes to the other processes
+# How the runtime's own log lines of lost processes begin.
+_RUNTIME = re.compile(
+  rb"[WEF]\d{4} \S+ +\d+ "
+  rb"(coordination_service|preemption_sync_manager|client\.h)"
+)
+_SIGNS = (
+  "Gloo", "NCCL", "coordination service", "CoordinationService", "heartbeat",
+  "Connection reset by peer", "Socket closed", "barrier",
+)
+
+
+class Lost(RuntimeError):
+  """Another process is gone, or never came."""
+
+
+class Place(NamedTuple):
+  """Where a process belongs.
+
+  Attributes:
+    coordinator: host:port of the first process; None = what the environment
+      says, as are the next two.
+    num_processes: of the job.
+    process_id: of this one, 0 .. num_processes - 1.
+    heartbeat: seconds without a sign of life until a process is lost.
+    patience: seconds to wait at the start for the others.
+  """
+
+  coordinator: str | None = None
+  num_processes: int | None = None
+  process_id: int | None = None
+  heartbeat: int = 100
+  patience: int = 300
+
+
+def check_place(place: Place) -> None:
+  """Raises InputError where a place is none."""
+  given = place[:3]
+  for wrong, flag, value, remedy in (
+    (any(x is not None for x in given) and None in given, "coordinator",
+     place.coordinator, "give --coordinator, --num_processes and --process_id "
+     "together, or --distributed alone"),
+    (place.coordinator and not re.fullmatch(r".+:\d+", place.coordinator),
+     "coordinator", place.coordinator, "give host:port"),
+    (place.num_processes is not None and place.num_processes < 1,
+     "num_processes", place.num_processes, "give at least 1"),
+    (place.process_id is not None
+     and not 0 <= place.process_id < (place.num_processes or 1),
+     "process_id", place.process_id,
+     "give 0 to num_processes - 1, another one to each process"),
+    (place.heartbeat < 1, "heartbeat", place.heartbeat, "give at least 1"),
+    (place.patience < 1, "patience", place.patience, "give at least 1"),
+  ):
+    if wrong:
+      raise InputError(f"flag --{flag}={value}: {remedy}")
+
+
+@contextlib.contextmanager
+def joined(place: Place) -> Iterator[None]:
+  """Joins the other processes; to be entered before JAX is used.
+
+  Raises:
+    InputError: if neither the place nor the environment says where they are.
+    Lost: if they do not come, or one is lost within the block.
+  """
+  try:
+    with _signs_of_loss():
+      _join(place)
+      yield
+  except InputError:
+    raise
+  except ValueError as error:
+    if jax.distributed.is_initialized():
+      raise
+    raise InputError(
+      f"flag --distributed: the environment does not say which processes there "
+      f"are ({error}); give --coordinator, --num_processes and --process_id"
+    ) from error
+
+
+def _join(place: Place) -> None:
+  jax.distributed.initialize(
+    *place[:3], heartbeat_timeout_seconds=place.heartbeat,
+    shutdown_timeout_seconds=place.heartbeat,
+    initialization_timeout=place.patience,
+  )
+
+
+@contextlib.contextmanager
+def _signs_of_loss() -> Iterator[None]:
+  """What is raised because another process is gone becomes Lost."""
+  try:
+    yield
+  except InputError:
+    raise
+  except Exception as error:  # backends raise many kinds
+    if any(sign in traceback.format_exc() for sign in _SIGNS):
+      raise _lost(str(error)) from error
+    raise
+
+
+def _lost(why: str) -> Lost:
+  lines = [line.strip() for line in why.splitlines() if line.strip()]
+  reason = lines[0][:150] if lines else "no sign of life"
+  return Lost(
+    f"another process of the job is lost ({reason}); start all of them again "
+    "by the same commands: they continue from the last whole checkpoint"
+  )
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def together(action: Callable[[], Any]) -> Any:
+  """Runs an action in every process; what one of them refuses, all refuse.
+
+  Args:
+    action: of this process, in which it does not wait for the others.
+
+  Returns:
+    What the action returns here.
+
+  Raises:
+    InputError: this process's own, or else that of the first that raised one.
+  """
+  if jax.process_count() == 1:
+    return action()
+  result, refusal = None, None
+  try:
+    result = action()
+  except InputError as error:
+    refusal = error
+  said = _gather(str(refusal or ""))
+  if refusal:
+    raise refusal
+  for index, message in enumerate(said):
+    if message:
+      raise InputError(f"process {index}: {message}")
+  return result
+
+
+def agree(what: str, value: str) -> None:
+  """Raises InputError in all processes where they differ in something."""
+  if jax.process_count() == 1:
+    return
+  values = _gather(value)
+  for index, other in enumerate(values):
+    if other != values[0]:
+      raise InputError(
+        f"process {index} has another {what} than process 0: {other} and "
+        f"{values[0]}; give all processes the same"
+      )
+
+
+def _gather(text: str) -> list[str]:
+  """The texts of all processes, cut short."""
+  sent = np.zeros(_WORDS, np.uint8)
+  data = text.encode()[:_WORDS]
+  sent[: len(data)] = np.frombuffer(data, np.uint8)
+  rows = multihost_utils.process_allgather(sent)
+  return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def any_of(asked: Callable[[], bool]) -> Callable[[], bool]:
+  """A question whose answer is yes once it is in any process.
+
+  All processes ask it equally often and get the same answers: those to the
+  question before, so that nobody waits for one.
+  """
+  if jax.process_count() == 1:
+    return asked
+  mesh = Mesh(jax.devices(), ("devices",))
+  split = NamedSharding(mesh, PartitionSpec("devices"))
+  combine = jax.jit(
+    lambda x: x.any(), out_shardings=NamedSharding(mesh, PartitionSpec())
+  )
+  answer = None
+
+  def ask() -> bool:
+    nonlocal answer
+    before = answer is not None and bool(jax.device_get(answer))
+    here = np.full(jax.local_device_count(), asked())
+    answer = combine(jax.make_array_from_process_local_data(split, here))
+    return before
+
+  return ask
+
+
+def supervised(run: Callable[[], int]) -> int:
+  """Runs in a process of its own, so that the runtime's end of it is ours.
+
+  Where another process is lost the runtime may abort this one at any moment,
+  with a stack trace. The child is aborted in our stead, and what it says is
+  kept back. To be called before JAX is used.
+
+  Args:
+    run: returns the exit code; its own errors are its own business.
+
+  Returns:
+    The exit code; `LOST` where the runtime has aborted the run.
+  """
+  alive, told, said = os.pipe(), os.pipe(), os.pipe()
+  child = os.fork()
+  if not child:
+    for end in (alive[1], told[0], said[0]):
+      os.close(end)
+    _be_child(run, alive[0], told[1], said[1])
+  for end in (alive[0], told[1], said[1]):
+    os.close(end)
+  forward = lambda number, _: os.kill(child, number)
+  before = {
+    signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
+    signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+  }
+  held = _pass_on(said[0])
+  code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  for number, handler in before.items():
+    signal.signal(number, handler)
+  own = os.read(told[0], 1)
+  for end in (alive[1], told[0], said[0]):
+    os.close(end)
+  return _told(own[0] if own else code, held)
+
+
+def _told(code: int, held: bytes) -> int:
+  """The code to end with, once what was kept back is dealt with."""
+  text = held.decode(errors="replace")
+  if code == -signal.SIGABRT and any(sign in text for sign in _SIGNS):
+    print(f"error: {_lost('no sign of life')}", file=sys.stderr)
+    return LOST
+  if code not in (0, LOST):
+    sys.stderr.write(text)
+  return code if code >= 0 else 128 - code
+
+
+def _pass_on(source: int) -> bytes:
+  """Prints lines until the runtime speaks of lost processes; the rest."""
+  with open(source, "rb", closefd=False) as lines:
+    for line in lines:
+      if _RUNTIME.match(line):
+        return line + lines.read()
+      sys.stderr.buffer.write(line)
+      sys.stderr.flush()
+  return b""
+
+
+def _be_child(
+  run: Callable[[], int], alive: int, told: int, said: int
+) -> None:
+  """Never returns; ends with the parent, at the latest."""
+
+  def watch() -> None:
+    os.read(alive, 1)  # returns once the parent is gone
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
+  sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+  os.dup2(said, 2)
+  os.close(said)
+  code = 1
+  try:
+    code = run()
+  except BaseException:
+    traceback.print_exc()
+  sys.stdout.flush()
+  os.write(told, bytes([code]))
+  if code != LOST:  # none leaves before the others are done
+    with contextlib.suppress(Exception):
+      jax.distributed.shutdown()
+  os._exit(code)

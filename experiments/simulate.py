@@ -1,0 +1,88 @@
+"""Draws as many users as wanted, chunk by chunk, and writes them to disk.
+
+  python -m experiments.simulate --users=10_000_000 --items=1_000_000 \
+    --interactions=300_000_000 --output=DIR --format=stored
+
+--format=parquet writes files that `pin_jax.datasets.files` reads, 'stored' the
+form that jobs read from disk. A chunk follows from the seed and its number
+alone, and memory from the chunk's size and the number of users.
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from absl import flags
+
+from experiments.commands import launch
+from pin_jax.datasets import crowd, stored
+from pin_jax.types import InputError
+
+_USERS = flags.DEFINE_string("users", "10_000_000", "U.")
+_ITEMS = flags.DEFINE_string("items", "1_000_000", "V.")
+_INTERACTIONS = flags.DEFINE_string("interactions", "300_000_000", "N.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of all draws.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
+_FORMAT = flags.DEFINE_enum(
+  "format", "parquet", ["parquet", "stored"], "What to write."
+)
+flags.mark_flag_as_required("output")
+
+
+def main(_: Sequence[str]) -> None:
+  """Draws and writes."""
+  drawn = crowd.Crowd(
+    num_users=_number(_USERS), num_items=_number(_ITEMS),
+    num_interactions=_number(_INTERACTIONS), seed=_SEED.value,
+  )
+  write = {"parquet": write_parquet, "stored": write_stored}[_FORMAT.value]
+  write(drawn, _OUTPUT.value)
+  print(
+    f"{_OUTPUT.value}: {drawn.num_users:,} users, {drawn.num_items:,} items, "
+    f"{drawn.num_interactions:,} interactions, the longest history "
+    f"{int(drawn.lengths.max()):,}"
+  )
+
+
+def _number(flag: flags.FlagHolder) -> int:
+  """A whole number, with underscores if liked."""
+  try:
+    return int(flag.value)
+  except ValueError:
+    raise InputError(
+      f"flag --{flag.name}={flag.value}: give a whole number"
+    ) from None
+
+
+def write_parquet(drawn: crowd.Crowd, path: str) -> None:
+  """One file a chunk, with columns user_id, item_id and timestamp.
+
+  Raises:
+    InputError: if the directory exists.
+  """
+  directory = pathlib.Path(path).expanduser()
+  if directory.exists():
+    raise InputError(f"{directory} exists; delete it or give another directory")
+  directory.mkdir(parents=True)
+  for index in range(drawn.num_chunks):
+    chunk = drawn.chunk(index)
+    pl.DataFrame({
+      "user_id": np.repeat(chunk.users.astype(np.int32), chunk.lengths),
+      "item_id": chunk.items, "timestamp": chunk.times,
+    }).write_parquet(directory / f"part-{index:05}.parquet")
+
+
+def write_stored(drawn: crowd.Crowd, path: str) -> None:
+  """The form of `pin_jax.datasets.stored`."""
+  stored.write_chunks(
+    path, lengths=drawn.lengths,
+    items=(drawn.chunk(index).items for index in range(drawn.num_chunks)),
+    user_ids=np.arange(drawn.num_users),
+    item_ids=np.arange(1, drawn.num_items + 1), name="crowd",
+    notes={"order": "as simulated", "seed": drawn.seed},
+  )
+
+
+if __name__ == "__main__":
+  launch(main)

@@ -1,0 +1,236 @@
+"""Batches from disk against those of the device, bit by bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import settings, trainer
+from experiments.configs import base
+from experiments.logs import JobProgress, NoLog
+from experiments.methods import stages_of
+from experiments.problem import fingerprint, make_problem
+from pin_jax import batches, evaluation, sharding, streaming
+from pin_jax.backbones.gru4rec import gru4rec
+from pin_jax.datasets import stored
+from pin_jax.interactions import from_columns
+from pin_jax.splits import leave_one_out
+from pin_jax.types import InputError
+
+USERS, ITEMS, LENGTH, ROWS, STEPS, DISPATCH = 300, 50, 6, 8, 6, 4
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture(scope="module")
+def data():
+  """Histories of 3 to 40 items; several blocks of a file."""
+  rng = np.random.default_rng(0)
+  users = np.repeat(np.arange(USERS), rng.integers(3, 40, USERS))
+  items = rng.integers(0, ITEMS, len(users))
+  return from_columns([f"u{u:03}" for u in users], items)
+
+
+@pytest.fixture(scope="module")
+def path(data, tmp_path_factory):
+  path = tmp_path_factory.mktemp("stored") / "data"
+  stored.write(data, path)
+  return path
+
+
+def test_what_is_stored_is_read_again(data, path):
+  items = data.items
+  for stream in (True, False):
+    again = stored.read(path, stream=stream)
+    assert isinstance(again.items, np.ndarray) != stream
+    np.testing.assert_array_equal(np.asarray(again.items), items)
+    np.testing.assert_array_equal(again.offsets, data.offsets)
+    assert again.user_ids.tolist() == data.user_ids.tolist()
+    np.testing.assert_array_equal(again.item_ids, data.item_ids)
+    assert again.fingerprint == data.fingerprint
+    assert again.notes == data.notes
+
+
+def test_any_slice_and_any_index_are_read(data, path):
+  items, rng = data.items, np.random.default_rng(1)
+  on_disk = stored.read(path).items
+  assert len(items) > 5 * 1024
+  for _ in range(40):
+    start, stop = np.sort(rng.integers(0, len(items) + 1, 2))
+    np.testing.assert_array_equal(on_disk[start:stop], items[start:stop])
+    index = rng.integers(0, len(items), (3, 4))
+    np.testing.assert_array_equal(on_disk[index], items[index])
+  assert on_disk[5:5].shape == on_disk[:0].shape == (0,)
+  np.testing.assert_array_equal(on_disk[10:2000:7], items[10:2000:7])
+
+
+@pytest.mark.parametrize("harm", ["nothing", "about.json", "items", "schema"])
+def test_what_is_not_whole_is_refused(path, tmp_path, harm):
+  copy = epath.Path(tmp_path) / "copy"
+  if harm != "nothing":
+    copy.mkdir()
+    for file in epath.Path(path).iterdir():
+      (copy / file.name).write_bytes(file.read_bytes())
+  if harm == "about.json":
+    (copy / harm).unlink()
+  if harm == "items":
+    whole = (copy / "items.array_record").read_bytes()
+    (copy / "items.array_record").write_bytes(whole[: len(whole) // 2])
+  if harm == "schema":
+    about = json.loads((copy / "about.json").read_text())
+    (copy / "about.json").write_text(json.dumps(about | {"schema": 0}))
+  with pytest.raises(InputError, match="schema 0" if harm == "schema" else
+                     "no stored interactions"):
+    stored.read(copy)
+
+
+def test_what_is_there_is_not_written_over(data, path):
+  with pytest.raises(InputError, match="exists"):
+    stored.write(data, path)
+
+
+def test_pieces_must_be_as_long_as_the_histories(tmp_path):
+  with pytest.raises(InputError, match="3 items for 4"):
+    stored.write_chunks(
+      tmp_path / "x", lengths=np.array([4]), items=[np.ones(3, np.int32)],
+      user_ids=np.array([0]), item_ids=np.array([1]), name="x", notes={},
+    )
+
+
+def _drawn(split, draw):
+  """(windows function, what it draws from, batch function of one key)."""
+  groups = np.arange(split.interactions.num_users) % 2
+  sizes = {"batch_size": ROWS, "length": LENGTH}
+  on_device = batches.make_sequences(split)
+  if draw == "validation":
+    pool = batches.make_held_out(split.validation, groups, num_groups=2)
+    return (
+      lambda key, t, pool: batches.draw_held_out_windows(
+        jax.random.fold_in(key, t), pool, **sizes
+      ), (pool,),
+      lambda key: batches.draw_held_out(key, on_device, pool, **sizes),
+    )
+  pool = batches.make_pool(
+    batches.training_targets(split), groups, num_groups=2, length=LENGTH
+  )
+  return (
+    lambda key, t, targets, pool: batches.draw_windows(
+      jax.random.fold_in(key, t), targets, pool, draw=draw, **sizes
+    ), (on_device.targets, pool),
+    lambda key: batches.draw_batch(key, on_device, pool, draw=draw, **sizes),
+  )
+
+
+@pytest.mark.parametrize("draw", [
+  "interactions", pytest.param("users", marks=pytest.mark.slow), "validation",
+])
+def test_batches_are_those_of_the_device(data, path, draw):
+  """In order, from the start again, of another size, and the last twice."""
+  windows, drawn_from, batch = _drawn(leave_one_out(data), draw)
+  batch = jax.jit(batch)
+  sequences = batches.host_sequences(leave_one_out(stored.read(path)))
+  key = jax.random.key(3)
+  stream = streaming.Stream(
+    sequences, windows, drawn_from, key=key, num_steps=STEPS,
+    dispatch=DISPATCH, length=LENGTH, layout=sharding.LOCAL,
+  )
+  for t, count in ((0, 4), (4, 2), (0, 4), (5, 1), (4, 2), (4, 2)):
+    streamed = stream(t, count)
+    for step in range(t, t + count):
+      got = streaming.batch_of(streamed, step)
+      want = batch(jax.random.fold_in(key, step))
+      for name, value in got._asdict().items():
+        wanted = getattr(want, name)
+        assert value.dtype == wanted.dtype
+        np.testing.assert_array_equal(value, wanted, err_msg=name)
+
+
+def test_ranks_are_those_of_the_device(data, path):
+  split = leave_one_out(data)
+  backbone = gru4rec(data.num_items, length=LENGTH, width=4)
+  rank = evaluation.make_ranker(
+    evaluation.Model(backbone, None), num_items=data.num_items, length=LENGTH,
+    user_chunk=16,
+  )
+  weights = evaluation.Weights(backbone.init(jax.random.key(0)), None)
+  users = np.random.default_rng(2).permutation(USERS)[:70].astype(np.int32)
+  requests = evaluation.Requests(users, split.test[users], users * 0)
+  want = rank(weights, batches.make_sequences(split), requests)
+  on_disk = batches.host_sequences(leave_one_out(stored.read(path)))
+  streamed = streaming.make_ranker(
+    rank, on_disk, users=32, layout=sharding.LOCAL
+  )
+  for got, wanted in zip(streamed(weights, None, requests), want, strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  nobody = evaluation.Requests(*(x[:0] for x in requests))
+  assert len(streamed(weights, None, nobody).rank) == 0
+
+
+def _config(path, stream):
+  config = base.default()
+  config.data = ConfigDict(
+    {"source": "stored", "path": str(path), "stream": stream}
+  )
+  config.groups.num_groups = 3
+  config.backbone.update(name="gru4rec", length=LENGTH, width=8, dropout=0.1)
+  config.plugin.hidden = 4
+  config.batch_size = 24
+  config.backbone_steps = config.plugin_steps = 10
+  config.dispatch = config.validation.every = 5
+  config.pin.diagnose_every = 0
+  return config
+
+
+def _trained(config, workdir):
+  settings.check(config)
+  problem = make_problem(config)
+  networks = trainer.make_networks(
+    config, problem.split.interactions.num_items
+  )
+  progress = JobProgress(1, rich.console.Console(quiet=True))
+  out = trainer.Trainer(
+    config, problem, networks, epath.Path(workdir), (0,), NoLog(), progress
+  )
+  for stage in stages_of(("pin",)):
+    out.train(stage)
+  return fingerprint(problem), out
+
+
+@pytest.mark.slow
+def test_a_job_from_disk_is_the_job_from_the_device(path, tmp_path):
+  found = {
+    stream: _trained(_config(path, stream), tmp_path / str(stream))
+    for stream in (True, False)
+  }
+  assert found[True][0] == found[False][0]
+  assert found[True][1].sequences is None
+  for stage, result in found[False][1].trained.items():
+    streamed = found[True][1].trained[stage][0]
+    assert streamed.best_values == result[0].best_values
+    jax.tree.map(np.testing.assert_array_equal, streamed.best, result[0].best)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+  ("num_seeds", 2), ("split.protocol", "temporal"), ("plugin.name", "memory"),
+  ("loss.proposal", "popularity"), ("methods", ("base", "pin_exact")),
+])
+def test_what_needs_all_interactions_is_refused(path, key, value):
+  config = _config(path, True)
+  changes = {key: value, "loss.name": "sampled_softmax", "seeds": (0, 1)}
+  config.update_from_flattened_dict(changes)
+  config.memory.recent = LENGTH
+  with pytest.raises(InputError, match=f"{key}=.*data.stream=False"):
+    settings.check(config)
+  config.data.stream = False
+  settings.check(config)
+
+
+def test_users_that_the_split_drops_are_not_stored(tmp_path):
+  short = from_columns([0, 0, 0, 1], [1, 2, 3, 1])
+  stored.write(short, tmp_path / "short")
+  with pytest.raises(InputError, match="min_length=3"):
+    leave_one_out(stored.read(tmp_path / "short"))
