@@ -673,6 +673,18 @@ def fit_many(
     ) from error
   if checkpoints:
     checkpoints.wait()
+  return results(best, _to_record(progress))
+
+
+def results(best: PyTree, record: dict[str, Any]) -> list[FitResult]:
+  """What `fit_many` returned, from its last checkpoint.
+
+  Args:
+    best: the selected params, of N > 1 runs leading with [N].
+    record: of that checkpoint.
+  """
+  progress = _from_record(record)
+  of_run = _take if len(progress) > 1 else lambda tree, k: tree
   return [
     FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
     for k, one in enumerate(progress)
