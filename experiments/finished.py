@@ -132,11 +132,7 @@ def _made(
       plugin_of, count = routed(problem, method, stage)
     if entry not in first:
       first[entry] = len(slots)
-      weights = trainer.weights(seed, entry[0], stage)
-      slots += [
-        weights._replace(plugins=jax.tree.map(lambda x: x[k], weights.plugins))
-        for k in range(count)
-      ]
+      slots += _one_by_one(trainer.weights(seed, entry[0], stage), count)
     mine = problem.segments == segment
     served_by[mine] = first[entry] + plugin_of[mine]
     own = min(segment, count - 1)
@@ -147,3 +143,11 @@ def _made(
     segments=problem.segments, served_by=served_by, newcomers=newcomers,
     length=trainer.length, origin=origin,
   )
+
+
+def _one_by_one(
+  weights: evaluation.Weights, count: int
+) -> list[evaluation.Weights]:
+  """The weights of each of `count` plugins that are stacked."""
+  own = lambda k: jax.tree.map(lambda x: x[k], weights.plugins)
+  return [weights._replace(plugins=own(k)) for k in range(count)]

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import polars as pl
 from etils import epath
@@ -28,7 +30,7 @@ from pin_jax.types import InputError, PyTree, Reading
 
 PREFIXES = ("all", "validation", "train")
 PLATFORMS = ("cpu", "cuda", "tpu")
-SCHEMA = 1  # of the portable file; another one is not read
+FORMAT, SCHEMA = "pin_jax recommender", 1  # of the portable file
 _MOST_SCORES = 2**24  # of a chunk of users
 _MOST_USERS = 256
 
@@ -383,8 +385,8 @@ def _known(
     near = np.searchsorted(known, first)
     near = known[max(near - 1, 0) : near + 1].tolist()
     raise InputError(
-      f"{what} {values[missing[0]]!r} is unknown to the model (one of "
-      f"{len(set(ids[missing].tolist()))} unknown of {len(ids)}; nearest known: "
+      f"{what} {values[missing[0]]!r} is unknown to the model (unknown: "
+      f"{len(set(ids[missing].tolist()))} of {len(ids)}; nearest known: "
       f"{', '.join(map(repr, near))}); check it or {remedy}"
     )
   return index
@@ -613,46 +615,54 @@ def save(
   Raises:
     InputError: if it cannot be written.
   """
-  exported = _export(recommender, platforms)
-  members = {"program.jax": exported.serialize()}
-  arrays, slots, parts = {}, [], {}
-  for weights in recommender.slots:
-    slots.append([])
-    for name, tree in zip(weights._fields, weights, strict=True):
-      number = parts.setdefault((name, id(tree)), len(parts))
-      slots[-1].append(number)
-      for k, (path_in_tree, leaf) in enumerate(
-        jax.tree_util.tree_leaves_with_path(tree)
-      ):
-        leaf_name = jax.tree_util.keystr(
-          path_in_tree, simple=True, separator="."
-        )
-        arrays[f"{name}/{number}/{k}.{leaf_name}"] = jax.device_get(leaf)
+  slots, arrays = _flat(recommender.slots)
   users = recommender.users
-  arrays |= {
-    "histories/items": users.items, "histories/offsets": users.offsets
+  arrays["histories/items"] = users.items
+  arrays["histories/offsets"] = users.offsets
+  ends = {f"end_{key}": users.ends[key] for key in PREFIXES}
+  tables = {
+    "users.parquet": {
+      "user": users.ids.tolist(), "segment": users.segments,
+      "slot": users.slots, **ends,
+    },
+    "items.parquet": {
+      "item": recommender.item_ids.tolist(),
+      "interactions": recommender.counts[1:],
+    },
   }
-  members |= {name: _bytes(array) for name, array in arrays.items()}
-  members["users.parquet"] = _parquet({
-    "user": users.ids.tolist(), "segment": users.segments,
-    "slot": users.slots, **{f"end_{key}": users.ends[key] for key in PREFIXES},
-  })
-  members["items.parquet"] = _parquet({
-    "item": recommender.item_ids.tolist(),
-    "interactions": recommender.counts[1:],
-  })
   archives.write(path, {
-    "format": "pin_jax recommender", "schema": SCHEMA,
-    "jax": jax.__version__, "platforms": list(platforms),
-    "length": recommender.length, "recent": recommender.recent,
-    "head_from": recommender.head_from,
+    "format": FORMAT, "schema": SCHEMA,
+    "versions": {x.__name__: x.__version__ for x in (jax, jaxlib, np, pl)},
+    "platforms": list(platforms), "length": recommender.length,
+    "recent": recommender.recent, "head_from": recommender.head_from,
     "newcomers": list(recommender.newcomers), "slots": slots,
     "arrays": {
       name: {"dtype": str(array.dtype), "shape": list(array.shape)}
       for name, array in arrays.items()
     },
     "origin": recommender.origin,
-  }, members)
+  }, {
+    "program.jax": _export(recommender, platforms).serialize(),
+    **{name: _bytes(array) for name, array in arrays.items()},
+    **{name: _parquet(columns) for name, columns in tables.items()},
+  })
+
+
+def _flat(
+  slots: Sequence[evaluation.Weights],
+) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+  """(numbers of each slot's trees, arrays by name); each tree once."""
+  numbers, arrays, known = [], {}, {}
+  for weights in slots:
+    numbers.append([])
+    for field, tree in zip(weights._fields, weights, strict=True):
+      number = known.setdefault((field, id(tree)), len(known))
+      numbers[-1].append(number)
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      for k, (path, leaf) in enumerate(leaves):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays[f"{field}/{number}/{k}.{name}"] = jax.device_get(leaf)
+  return numbers, arrays
 
 
 def _export(
@@ -703,13 +713,28 @@ def load(path: epath.PathLike) -> Recommender:
       or by a version that cannot be read.
   """
   manifest, members = archives.read(path)
-  if (manifest.get("format"), manifest.get("schema")) != (
-    "pin_jax recommender", SCHEMA
-  ):
+  try:
+    _check(path, manifest)
+    return _from_members(manifest, members)
+  except InputError:
+    raise
+  except (
+    AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError,
+    pl.exceptions.PolarsError,
+  ) as error:
     raise InputError(
-      f"{path} is of format {manifest.get('format')!r}, schema "
-      f"{manifest.get('schema')!r}, and not 'pin_jax recommender', {SCHEMA}; "
-      "export the job again"
+      f"{path} cannot be read by jax {jax.__version__} "
+      f"({' '.join(str(error).split())[:200]}); export the job again"
+    ) from error
+
+
+def _check(path: epath.PathLike, manifest: dict[str, Any]) -> None:
+  """Raises InputError for a file of another kind, or for other devices."""
+  kind = manifest["format"], manifest["schema"]
+  if kind != (FORMAT, SCHEMA):
+    raise InputError(
+      f"{path} is of format {kind[0]!r}, schema {kind[1]!r}, and not "
+      f"{FORMAT!r}, {SCHEMA}; export the job again"
     )
   here = jax.export.default_export_platform()
   if here not in manifest["platforms"]:
@@ -717,17 +742,6 @@ def load(path: epath.PathLike) -> Recommender:
       f"{path} is for {manifest['platforms']} and this process runs on "
       f"{here!r}; use one of these"
     )
-  try:
-    return _from_members(manifest, members)
-  except (
-    KeyError, IndexError, TypeError, ValueError, RuntimeError,
-    pl.exceptions.PolarsError,
-  ) as error:
-    raise InputError(
-      f"{path}, of jax {manifest.get('jax')}, cannot be read by jax "
-      f"{jax.__version__} ({' '.join(str(error).split())[:200]}); export the "
-      "job again"
-    ) from error
 
 
 def _from_members(
@@ -735,27 +749,15 @@ def _from_members(
 ) -> Recommender:
   exported = jax.export.deserialize(bytearray(members["program.jax"]))
   arrays = {
-    name: np.frombuffer(members[name], np.dtype(of["dtype"]).newbyteorder("<"))
-    .reshape(of["shape"])
+    name: _array(members[name], **of)
     for name, of in manifest["arrays"].items()
   }
   offsets = arrays["histories/offsets"]
-  # No more rows than there are elsewhere: Parquet may expand without bound.
   users = _columns(members["users.parquet"], len(offsets) - 1)
-  args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-  slots, made = [], {}
-  for numbers in manifest["slots"]:
-    parts = []
-    for name, number, like in zip(
-      evaluation.Weights._fields, numbers, args, strict=False
-    ):
-      if number not in made:
-        made[number] = _tree(arrays, f"{name}/{number}/", like)
-      parts.append(made[number])
-    slots.append(evaluation.Weights(*parts))
   items = _columns(members["items.parquet"], exported.out_avals[0].shape[1] - 1)
   return Recommender(
-    jax.jit(exported.call), tuple(slots),
+    jax.jit(exported.call),
+    _slots(manifest["slots"], arrays, exported),
     Users(
       _ids(users["user"]), arrays["histories/items"], offsets,
       {key: users[f"end_{key}"].to_numpy() for key in PREFIXES},
@@ -765,6 +767,31 @@ def _from_members(
     np.concatenate([np.zeros(1, np.float32), items["interactions"].to_numpy()]),
     manifest["length"], manifest["recent"], manifest["head_from"],
     tuple(manifest["newcomers"]), manifest["origin"],
+  )
+
+
+def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
+  little = np.dtype(dtype).newbyteorder("<")
+  return np.frombuffer(data, little).astype(dtype, copy=False).reshape(shape)
+
+
+def _slots(
+  slots: list[list[int]],
+  arrays: dict[str, np.ndarray],
+  exported: jax.export.Exported,
+) -> tuple[evaluation.Weights, ...]:
+  """The trees of `_flat` again, in the shapes that the program takes."""
+  args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+  likes = evaluation.Weights(*args[:3])
+  made = {}
+  for numbers in slots:
+    for field, number in zip(likes._fields, numbers, strict=True):
+      if number not in made:
+        like = getattr(likes, field)
+        made[number] = _tree(arrays, f"{field}/{number}/", like)
+  return tuple(
+    evaluation.Weights(*(made[number] for number in numbers))
+    for numbers in slots
   )
 
 
@@ -780,6 +807,7 @@ def _tree(arrays: dict[str, np.ndarray], prefix: str, like: PyTree) -> PyTree:
 
 
 def _columns(data: bytes, rows: int) -> pl.DataFrame:
+  # Parquet may expand without bound; no more is read than is needed.
   table = pl.read_parquet(io.BytesIO(data), n_rows=rows + 1)
   if len(table) != rows:
     raise ValueError(f"a table has {len(table)} rows and not {rows}")
