@@ -2,9 +2,9 @@
 
 A user of the training data is served by the plugin of its segment, as in the
 evaluation, whatever history it comes with. Somebody new has the activeness of
-the history that it brings: it belongs to the head from `head_from` interactions
-on, where a user last among equals would belong there. Without any history the
-training prefix's most popular items are recommended.
+the history that it brings, and belongs to the head if it is more active than
+every user of the tail. Without any history the most popular items of the
+training prefix are recommended.
 
 A `Recommender` comes from trained parameters (`make`) or from one portable file
 (`load`, written by `save`), and gives the same either way.
@@ -255,8 +255,9 @@ def make(
 def head_from(activeness: np.ndarray, segments: np.ndarray) -> int:
   """Least activeness of a newcomer of the head: above all of the tail's.
 
-  In the order of `activeness.assign_segments` a newcomer comes last among
-  equals, so that it is of the tail where one of them is.
+  The head ends where the tail begins in the order of
+  `activeness.assign_segments`, in which a newcomer comes last among equals: it
+  is of the tail where one of them is.
   """
   return int(activeness[segments == 0].max()) + 1
 
