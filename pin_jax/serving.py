@@ -10,6 +10,7 @@ A `Recommender` comes from trained parameters (`make`) or from one portable file
 (`load`, written by `save`), and gives the same either way.
 """
 
+import contextlib
 import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -685,7 +686,20 @@ def _export(
     tuple(recommender.slots[0]),
   )
   export = jax.export.export(recommender.scores, platforms=platforms)
-  return export(*like, inputs)
+  with _without_locations():
+    return export(*like, inputs)
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+  """Programs lowered meanwhile do not say which files they come from."""
+  name = "jax_traceback_in_locations_limit"
+  before = jax.config.read(name)
+  jax.config.update(name, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
