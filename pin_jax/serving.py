@@ -694,7 +694,7 @@ def _export(
 def _without_locations() -> Iterator[None]:
   """Programs lowered meanwhile do not say which files they come from."""
   name = "jax_traceback_in_locations_limit"
-  before = jax.config.read(name)
+  before = jax.config.jax_traceback_in_locations_limit
   jax.config.update(name, 0)
   try:
     yield
