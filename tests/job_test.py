@@ -105,7 +105,11 @@ def positions(workdir, method, **options):
 
 
 @pytest.mark.parametrize("method", [
-  "base", "pin", "fine_tuned", "pin_swapped", "pin_random", "memory_alone",
+  "pin", "fine_tuned", "memory_alone",
+  *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("base", "pin_swapped", "pin_random", "pin_exact")
+  ),
 ])
 def test_what_is_served_is_what_was_evaluated(finished, method):
   _, workdir, _ = finished
