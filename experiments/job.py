@@ -51,12 +51,12 @@ from experiments.tables import SUFFIXES
 from experiments.trainer import (
   Networks,
   Trainer,
-  assigned,
   check_adjustment,
   check_candidates,
   check_loss,
   make_networks,
   num_steps,
+  routed,
 )
 from pin_jax import activeness, checkpoints, evaluation, halving
 from pin_jax.types import InputError, Interrupted
@@ -111,11 +111,8 @@ def _served(
   if serve[1] is None:
     return None, requests
   stage = method.stage(serve[1])
-  segments, count = assigned(problem, stage)
-  segments = segments[users].astype(np.int32)
-  if method.swapped:
-    segments = count - 1 - segments
-  return stage, requests._replace(segments=segments)
+  segments, _ = routed(problem, method, stage)
+  return stage, requests._replace(segments=segments[users].astype(np.int32))
 
 
 def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
@@ -165,13 +162,13 @@ def claim_workdir(
     InputError: if it belongs to another configuration or data set, or cannot
       be written.
   """
-  mine = {"config": _of_results(config), "data": data_fingerprint}
+  mine = {"config": of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
   if not path.exists():
     _write_claim(path, mine)
     return
   theirs = settings.read_json(path)
-  defaults = {"config": _of_results(default())}
+  defaults = {"config": of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
       f"workdir {directory} belongs to another job: {key} is {old!r} there and "
@@ -196,7 +193,7 @@ def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
     ) from error
 
 
-def _of_results(config: ConfigDict) -> dict[str, Any]:
+def of_results(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON, without the keys on which no result depends."""
   whole = config.to_dict()
   del whole["mesh"]
@@ -385,7 +382,7 @@ def _store(
   return functools.partial(
     checkpoints.Checkpoints,
     about={
-      "config": _of_results(config),
+      "config": of_results(config),
       "data": fingerprint(problem),
       "versions": workdir.versions(),
     },

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs
-from experiments.methods import Stage
+from experiments.methods import Method, Stage
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
@@ -402,8 +402,8 @@ class Trainer:
     networks: Networks,
     workdir: epath.Path,
     seeds: tuple[int, ...],
-    log: logs.RunLog | logs.NoLog,
-    progress: logs.JobProgress,
+    log: logs.RunLog | logs.NoLog | None = None,
+    progress: logs.JobProgress | None = None,
     *,
     store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
     interrupted: Callable[[], bool] = lambda: False,
@@ -416,8 +416,9 @@ class Trainer:
       networks: its backbone and plugin.
       workdir: where checkpoints go.
       seeds: what to train at once.
-      log: takes every step and validation, a `RunLog` or `NoLog`.
-      progress: counts the steps.
+      log: takes every step and validation, a `RunLog` or `NoLog`; None where
+        nothing is trained.
+      progress: counts the steps; None likewise.
       store: opens the checkpoints of a directory.
       interrupted: see `training.fit_many`.
     """
@@ -553,6 +554,27 @@ class Trainer:
       self.cpu_seconds[runs[k]] = round(result.cpu_seconds, 1)
       if counted[k] < steps:
         advance(k, steps - counted[k], resumed=True)
+
+  def read(self, stage: Stage) -> None:
+    """Reads the selected parameters of a finished stage; writes nothing.
+
+    Raises:
+      InputError: if its newest checkpoint is absent or damaged, or belongs to
+        another job.
+    """
+    path = self._workdir / "checkpoints" / self.directory(stage)
+    if not path.exists():
+      raise InputError(
+        f"{path} is absent; run the job again in another workdir"
+      )
+    run = self.prepare(stage)
+    state = jax.eval_shape(lambda: self.start(run))
+    best = state.params if state.average is None else state.average
+    with contextlib.closing(self._store(path, tables=self.tables)) as store:
+      (_, best), record = store.newest((state, best))
+    self.trained[stage.name] = dict(
+      zip(self._seeds, training.results(best, record), strict=True)
+    )
 
   def prepare(self, stage: Stage) -> Run:
     """What a stage is trained with; the stages it builds on are trained."""
@@ -843,6 +865,14 @@ def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
     rng = np.random.default_rng(0)
     return rng.permutation(problem.segments), len(SEGMENTS)
   return problem.segments, len(SEGMENTS)
+
+
+def routed(
+  problem: Problem, method: Method, stage: Stage
+) -> tuple[np.ndarray, int]:
+  """`assigned`, the other way round where the method swaps segments."""
+  segments, count = assigned(problem, stage)
+  return (count - 1 - segments if method.swapped else segments), count
 
 
 def _fitted_users(num_users: int) -> np.ndarray:

@@ -153,6 +153,31 @@ class Checkpoints:
       )
     return None
 
+  def newest(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
+    """The newest checkpoint, which must be intact; deletes nothing.
+
+    Args:
+      like: as of `restore`.
+
+    Raises:
+      InputError: if it is absent or damaged, belongs to something else or
+        holds another tree.
+    """
+    steps = self.steps()
+    if not steps:
+      raise InputError(
+        f"{self._directory} holds no checkpoint; run the job again in another "
+        "workdir"
+      )
+    try:
+      return self._read(steps[-1], like)
+    except _Damage as damage:
+      raise InputError(
+        f"checkpoint {self._directory / str(steps[-1])} cannot be read "
+        f"({damage}); restore it from a copy, or run the job again in another "
+        "workdir"
+      ) from damage
+
   def wait(self) -> None:
     """Returns once everything saved is on disk; removes what is too old.
 

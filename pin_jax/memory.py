@@ -274,7 +274,7 @@ def _own_transitions(
   first = memory.starts[reading.users][:, None, None]
   last = memory.starts[reading.users + 1][:, None, None]
   inside = (place >= 0) & (index >= first) & (index < last)
-  index = jnp.clip(index, 0, len(memory.items) - 1)
+  index = jnp.clip(index, 0, memory.items.shape[0] - 1)
   items = jnp.where(inside, memory.items[index], 0)
   weights = memory.kernel.reshape(len(memory.kernel), -1)
   return items, weights[:, None, None] * inside

@@ -45,15 +45,28 @@ def make_evidence(split: Split, **options: Any) -> Evidence:
   """
   built = memory.build(split, **options)
   counts = np.asarray(built.popularity, np.float64)
+  popularity = np.log1p(counts)
   return Evidence(
-    built, _standardized(np.log(np.maximum(split.activeness, 1))),
-    _standardized(np.log1p(counts)),
+    built, jnp.asarray(known_activeness(split.activeness, split.activeness)),
+    jnp.asarray(_standardized(popularity, popularity)),
   )
 
 
-def _standardized(x: np.ndarray) -> jax.Array:
-  deviation = x.std()
-  return jnp.asarray((x - x.mean()) / (deviation or 1), jnp.float32)
+def known_activeness(
+  activeness: np.ndarray, population: np.ndarray
+) -> np.ndarray:
+  """What plugins read of activeness: its log, standardised; [n] float32.
+
+  Args:
+    activeness: [n] numbers of training interactions.
+    population: [U], those of the users that are standardised over.
+  """
+  log = lambda x: np.log(np.maximum(x, 1))
+  return _standardized(log(activeness), log(population))
+
+
+def _standardized(x: np.ndarray, over: np.ndarray) -> np.ndarray:
+  return ((x - over.mean()) / (over.std() or 1)).astype(np.float32)
 
 
 class Consultation(NamedTuple):

@@ -622,9 +622,12 @@ def fit_many(
       "give a divisor of at least 1"
     )
   run = compile_steps(step)
-  at = lambda t, count: operands._replace(
-    streamed=stream and stream(t, count)
-  )
+
+  def at(t: int, count: int) -> PyTree:
+    if stream is None:
+      return operands
+    return operands._replace(streamed=stream(t, count))
+
   of_run = _take if len(names) > 1 else lambda tree, k: tree
   served = lambda s: s.params if s.average is None else s.average
   best = _copy(served(state))
@@ -700,6 +703,18 @@ def fit_many(
     ) from error
   if checkpoints:
     checkpoints.wait()
+  return results(best, _to_record(progress))
+
+
+def results(best: PyTree, record: dict[str, Any]) -> list[FitResult]:
+  """What `fit_many` returned, from its last checkpoint.
+
+  Args:
+    best: the selected params, of N > 1 runs leading with [N].
+    record: of that checkpoint.
+  """
+  progress = _from_record(record)
+  of_run = _take if len(progress) > 1 else lambda tree, k: tree
   return [
     FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
     for k, one in enumerate(progress)

@@ -21,15 +21,23 @@ import rich.console
 import tensorflow_datasets
 from absl import flags
 
-from experiments import job, main, replay, report
-from pin_jax import activeness, batches, evaluation, metrics, splits
+from experiments import export, finished, job, main, recommend, replay, report
+from pin_jax import (
+  activeness,
+  batches,
+  evaluation,
+  metrics,
+  plugins,
+  serving,
+  splits,
+)
 from pin_jax import statistics as intervals
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.checkpoints import Checkpoints
 from pin_jax.datasets import files, tfds
 from pin_jax.interactions import from_columns
 from pin_jax.training import fit, make_optimizer
-from tests import tiny
+from tests import tiny, toys
 
 ROWS = {}  # name: (function of a folder, words of the message)
 
@@ -451,6 +459,148 @@ _flags(
   "--workdir=FOLDER/w", "'k=3'", "key of",
 )
 _flags("--config=tests/tiny.py --workdir=/proc/w", "/proc/w", "--workdir")
+
+
+def _recommender():
+  """Two users 'ann' and 'bob', six items 'a' to 'f'; nothing is trained."""
+  data = from_columns(["ann"] * 6 + ["bob"] * 6, list("abcdef") * 2)
+  model = evaluation.Model(toys.bigram(6), plugins.translation(7))
+  params = model.backbone.init(jax.random.key(0))
+  weights = evaluation.Weights(params, np.zeros(7, np.float32))
+  return serving.make(
+    model, [weights], splits.leave_one_out(data), segments=np.array([0, 1]),
+    served_by=np.zeros(2, int), newcomers=(0, 0), length=3, origin={},
+  )
+
+
+def _serving(name, *words, users=("ann",), histories=None, **options):
+  """A recommendation to users or for histories."""
+
+  def action(folder):
+    made = _recommender()
+    if histories is None:
+      requests = serving.of_users(made, users)
+    else:
+      requests = serving.of_histories(made, histories)
+    serving.recommend(made, requests, **{"k": 3, **options})
+
+  ROWS[f"serving: {name}"] = (action, words)
+
+
+_serving("unknown user", "user 'amy' is unknown", "unknown: 2 of 3",
+         "nearest known: 'ann'", "give its history",
+         users=("amy", "bob", "zoe"))
+_serving("unknown item", "item 'x' is unknown", "nearest known: 'f'",
+         "leave it out", histories=[["a", "x"]])
+_serving("unknown item to allow", "item 'bb' is unknown", "'b', 'c'",
+         allow=["bb"])
+_serving("unknown item to deny", "item 'q' is unknown", "leave it out",
+         deny=["a", "q"])
+_serving("k of 0", "k=0", "give 1..6", k=0)
+_serving("k over the catalogue", "k=7", "give 1..6", k=7)
+_serving("empty allow list", "allow is empty", "name an item", allow=[])
+_serving("everything denied", "deny names all 2", "shorten it",
+         allow=["a", "b"], deny=["b", "a"])
+
+
+@row("serving: prefix", "prefix='test'", "use one of")
+def _(folder):
+  serving.of_users(_recommender(), prefix="test")
+
+
+@row("serving: users and histories", "1 users have 2 histories", "one of each")
+def _(folder):
+  serving.of_histories(_recommender(), [[], []], ["ann"])
+
+
+@row("serving: id of another type", "item 'a' is no whole number", "give one")
+def _(folder):
+  known = _recommender()._replace(item_ids=np.arange(6))
+  serving.of_histories(known, [["a"]])
+
+
+@row("model: absent", "m.pin does not exist", "check the path")
+def _(folder):
+  serving.load(folder / "m.pin")
+
+
+@row("model: text", "m.pin is damaged or no exported model", "copy or export")
+def _(folder):
+  (folder / "m.pin").write_text("nothing of the kind " * 9)
+  serving.load(folder / "m.pin")
+
+
+@row("workdir: unfinished, to serve", "holds no finished job", "to its end")
+def _(folder):
+  job.claim_workdir(folder, tiny.get_config(), "0" * 16)
+  finished.recommender(folder)
+
+
+def _finished(folder):
+  """What a finished job leaves, without what it trained."""
+  job.claim_workdir(folder, tiny.get_config(), "0" * 16)
+  (folder / "summary.json").write_text("{}")
+  return str(folder)
+
+
+@row("workdir: method to serve", "method 'best' is not in", "['base', 'pin']")
+def _(folder):
+  finished.recommender(_finished(folder), method="best")
+
+
+@row("workdir: seed to serve", "seed 3 is not in", "use one of [0]")
+def _(folder):
+  finished.recommender(_finished(folder), seed=3)
+
+
+@row("workdir: other data, to serve", "is of data 0000", "put back")
+def _(folder):
+  finished.recommender(_finished(folder))
+
+
+@row("export: output", "no file in a directory that exists", "name another")
+def _(folder):
+  export.export(_finished(folder), folder / "x" / "m.pin", console=None)
+
+
+def _recommend(name, whom, *words, source=None, **options):
+  """The command; FOLDER stands for the row's folder."""
+
+  def action(folder):
+    place = lambda x: x.replace("FOLDER", str(folder))
+    (folder / "empty.txt").write_text("\n")
+    (folder / "h.json").write_text('[{"user": "ann"}]')
+    recommend.recommend(
+      recommend.Source(model="m.pin") if source is None else source,
+      recommend.Whom(**{
+        k: place(v) if isinstance(v, str) else v for k, v in whom.items()
+      }), console=None, **{k: place(v) for k, v in options.items()},
+    )
+
+  ROWS[f"recommend: {name}"] = (action, words)
+
+
+ANN = {"users": "ann"}
+_recommend("nobody", {}, "0 of --users", "give one")
+_recommend("both", {**ANN, "all_users": True}, "2 of --users", "give one")
+_recommend("no model", ANN, "--workdir=DIR", "--help",
+           source=recommend.Source())
+_recommend("file of users", {"users": "x.txt"}, "--users=x.txt does not exist")
+_recommend("no users", {"users": "FOLDER/empty.txt"}, "is empty", "name at")
+_recommend("empty allow list", ANN, "--allow= is empty", allow="")
+_recommend("suffix of the output", ANN, "suffix '.csv'", "use one of",
+           output="x.csv")
+_recommend("folder of the output", ANN, "is no directory", "make it first",
+           output="FOLDER/x/recs.json")
+_recommend("suffix of histories", {"history": "h.csv"}, "suffix '.csv'",
+           "use one of")
+_recommend("absent histories", {"history": "FOLDER/n.json"}, "does not exist")
+_recommend("histories without items", {"history": "FOLDER/h.json"},
+           "give lists of items")
+_recommend("unreadable histories", {"history": "FOLDER/x.parquet"},
+           "does not exist", "check the path")
+_recommend("prefix of histories", {"history": "h.json", "prefix": "train"},
+           "--prefix=train", "leave it out")
 
 
 def _in_workdir(name, prepare, *words):

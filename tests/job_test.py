@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -16,11 +17,12 @@ import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 
+from experiments import finished as finished_job
 from experiments import job, problem, report, settings, summaries, trainer
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.logs import read_log
 from experiments.methods import METHODS, stages_of
-from pin_jax import aggregation, training
+from pin_jax import aggregation, serving, training
 from pin_jax.types import InputError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -87,6 +89,56 @@ def test_rows_hold_each_users_held_out_item(finished):
     start, end = data.offsets[row["user"]], data.offsets[row["user"] + 1]
     assert row["target"] == data.item_ids[data.items[end - 1] - 1]
     assert row["activeness"] == end - start - 2
+
+
+def positions(workdir, method, **options):
+  """(rows, position of each user's target in its list; nan where masked)."""
+  recommender = finished_job.recommender(workdir, method=method)
+  requests = serving.of_users(recommender, prefix="validation")
+  table = serving.recommend(recommender, requests, k=30, **options)
+  rows = pl.read_parquet(workdir / "rows.parquet").filter(
+    model=METHODS[method].title
+  )
+  level = pl.col("rank").mean().over("request", "score")  # ties
+  found = table.with_columns(position=level).join(
+    rows, left_on=["user", "item"], right_on=["user", "target"],
+    suffix="_evaluated",
+  )
+  return rows, found
+
+
+@pytest.mark.parametrize("method", [
+  "pin", "fine_tuned", "memory_alone",
+  *(
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("base", "pin_swapped", "pin_random", "pin_exact")
+  ),
+])
+def test_what_is_served_is_what_was_evaluated(finished, method):
+  _, workdir, _ = finished
+  rows, found = positions(workdir, method)
+  assert 20 < len(found) < len(rows)  # the others' targets are repeats
+  assert found["position"].to_list() == found["rank_evaluated"].to_list()
+  assert found["segment"].to_list() == found["segment_evaluated"].to_list()
+  rows, found = positions(workdir, method, mask_history=False)
+  assert len(found) == len(rows)
+  assert found["position"].to_list() == found["rank_unmasked"].to_list()
+
+
+def test_serving_refuses_a_checkpoint_that_is_damaged(finished, tmp_path):
+  _, workdir, _ = finished
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  stage = copy / "checkpoints" / "base"
+  newest = max(int(p.name) for p in stage.iterdir() if p.name.isdecimal())
+  (stage / str(newest) / "record" / "metadata").write_text("{")
+  before = sorted(copy.rglob("*"))
+  with pytest.raises(InputError, match="base/.* cannot be read"):
+    finished_job.recommender(copy, method="base")
+  assert sorted(copy.rglob("*")) == before
+  shutil.rmtree(stage)
+  with pytest.raises(InputError, match="base is absent"):
+    finished_job.recommender(copy, method="base")
 
 
 def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
@@ -575,6 +627,32 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
         assert parameter.default == section[key]
         taken.add(key)
   assert taken == set(section) - {"name", "pack_rows", "compute"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "plugin"), [
+  ("sasrec", "adapter"), ("gru4rec", "memory"), ("hstu", "lora"),
+  ("din", "gated"), ("sasrec", "translation"),
+])
+def test_every_backbone_and_plugin_is_served(tmp_path, backbone, plugin):
+  config = _config()
+  if backbone in ("din", "gru4rec"):
+    config.backbone.blocks = base.default().backbone.blocks
+  config.backbone.name, config.plugin.name = backbone, plugin
+  config.plugin.hidden, config.memory.recent = 4, 3
+  config.optimizer.learning_rate = 0.02
+  config.methods = ("pin",)
+  _run(config, tmp_path)
+  _, found = positions(tmp_path, "pin", mask_history=False)
+  assert len(found) == 80
+  assert found["position"].to_list() == found["rank_unmasked"].to_list()
+  made = finished_job.recommender(tmp_path)
+  serving.save(made, tmp_path / "model.pin")
+  loaded = serving.load(tmp_path / "model.pin")
+  lists = [
+    serving.recommend(x, serving.of_users(x), k=5) for x in (made, loaded)
+  ]
+  assert lists[0].drop("score").equals(lists[1].drop("score"))
 
 
 @pytest.mark.slow

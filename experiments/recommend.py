@@ -1,0 +1,291 @@
+"""Recommends with what a finished job trained, or an exported model.
+
+  python -m experiments.recommend --workdir=DIR --method=pin --users=a,b,c
+  python -m experiments.recommend --model=FILE --all_users --output=FILE.parquet
+
+Whom to: --users (original ids, or a text file of one a line), --all_users, or
+--history, a .parquet or .json file with a row a history: `items` (original ids,
+oldest first) and, where there is one, `user`. Users of the training data are
+read up to the end of --prefix; 'validation' is what the job's test ranks were
+computed from. Writes a row an item to --output (.parquet or .json); without it
+prints the lists of a few users.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import polars as pl
+import rich.console
+import rich.progress
+import rich.table
+from absl import flags, logging
+from etils import epath
+
+from experiments import commands, finished, workdir
+from pin_jax import serving
+from pin_jax.types import InputError
+
+MOST_PRINTED = 20  # requests
+
+
+class Source(NamedTuple):
+  """What recommends: a job's workdir with a method and seed, or a file."""
+
+  workdir: str | None = None
+  model: str | None = None
+  method: str = "pin"
+  seed: int = 0
+
+
+class Whom(NamedTuple):
+  """Whom to recommend to; one of the first three."""
+
+  users: str | None = None
+  history: str | None = None
+  all_users: bool = False
+  prefix: str = "all"
+
+
+def recommend(
+  source: Source,
+  whom: Whom,
+  *,
+  k: int = 10,
+  allow: str | None = None,
+  deny: str | None = None,
+  mask_history: bool = True,
+  output: epath.PathLike | None = None,
+  console: rich.console.Console,
+) -> pl.DataFrame:
+  """Recommends, and writes or prints the lists.
+
+  Args:
+    source: what recommends.
+    whom: whom to.
+    k: items a list.
+    allow: ids of the only items, see `read_ids`; None = all.
+    deny: ids of items never to recommend; None = none.
+    mask_history: whether to leave out items of the history.
+    output: a .parquet or .json file; None prints.
+    console: where to print.
+
+  Returns:
+    The lists, as of `serving.recommend`.
+
+  Raises:
+    InputError: for any bad input, before anything is computed.
+  """
+  given = [whom.users is not None, whom.history is not None, whom.all_users]
+  if sum(given) != 1:
+    raise InputError(
+      f"{sum(given)} of --users, --history and --all_users are given; give one"
+    )
+  if whom.history is not None and whom.prefix != "all":
+    raise InputError(
+      f"--prefix={whom.prefix} cuts histories that are known and not those of "
+      "--history; leave it out"
+    )
+  write = None if output is None else _writer(epath.Path(output))
+  lists = {
+    name: None if text is None else read_ids(name, text)
+    for name, text in (("allow", allow), ("deny", deny))
+  }
+  users = whom.users and read_ids("users", whom.users)
+  histories = whom.history and _read_histories(epath.Path(whom.history))
+  made = _recommender(source)
+  if histories:
+    requests = serving.of_histories(made, *histories)
+  else:
+    requests = serving.of_users(made, users, prefix=whom.prefix)
+  count = len(requests.users)
+  if write is None and count > MOST_PRINTED:
+    raise InputError(
+      f"{count} lists are too many to print; name a file, as "
+      "--output=recs.parquet"
+    )
+  with _progress(count, console, shown=write is not None) as advance:
+    table = serving.recommend(
+      made, requests, k=k, mask_history=mask_history, on_users=advance, **lists
+    )
+  if write is None:
+    _print(table, console)
+  else:
+    write(table)
+    console.print(
+      f"{len(table):,} items for {count:,} requests written to {output}",
+      markup=False,
+    )
+  return table
+
+
+def _recommender(source: Source) -> serving.Recommender:
+  if (source.workdir is None) == (source.model is None):
+    raise InputError(
+      "name either --workdir=DIR of a finished job or --model=FILE; see --help"
+    )
+  if source.model is not None:
+    return serving.load(source.model)
+  return finished.recommender(
+    source.workdir, method=source.method, seed=source.seed
+  )
+
+
+def read_ids(name: str, text: str) -> list[str]:
+  """Original ids: those between commas, or the lines of a file.
+
+  Args:
+    name: of the flag.
+    text: 'a,b,c', or the path of a text file.
+
+  Raises:
+    InputError: if the file does not exist or cannot be read, or there is no id.
+  """
+  path = epath.Path(text) if text else None
+  if path is not None and path.is_file():
+    try:
+      ids = path.read_text().splitlines()
+    except (OSError, ValueError) as error:
+      raise InputError(
+        f"--{name}={text} cannot be read ({error}); give text, an id a line"
+      ) from error
+  elif text.endswith(".txt"):
+    raise InputError(f"--{name}={text} does not exist; check the path")
+  else:
+    ids = text.split(",")
+  ids = [x.strip() for x in ids if x.strip()]
+  if not ids:
+    raise InputError(f"--{name}={text} is empty; name at least one id")
+  return ids
+
+
+def _read_histories(
+  path: epath.Path,
+) -> tuple[list[list[Any]], list[Any] | None]:
+  """(items of each row, users of each row or None)."""
+  read = _by_suffix("history", path, pl.read_parquet, pl.read_json)
+  if not path.is_file():
+    raise InputError(f"--history={path} does not exist; check the path")
+  try:
+    table = read(io.BytesIO(path.read_bytes()))
+  except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    why = " ".join(str(error).split())[:200]
+    raise InputError(
+      f"--history={path} cannot be read ({why}); give rows of "
+      "`items` and, if there is one, `user`"
+    ) from error
+  kind = table.schema.get("items")
+  if not isinstance(kind, pl.List) or table["items"].has_nulls():
+    raise InputError(
+      f"--history={path} has columns {dict(table.schema)}; give lists of items "
+      "as `items` in every row, an empty list for no history"
+    )
+  users = table["user"].to_list() if "user" in table.columns else None
+  return table["items"].to_list(), users
+
+
+def _writer(path: epath.Path) -> Callable[[pl.DataFrame], None]:
+  """Writes a table to a file; raises InputError where that cannot be."""
+  put = _by_suffix(
+    "output", path, pl.DataFrame.write_parquet, pl.DataFrame.write_json
+  )
+  if not path.parent.is_dir():
+    raise InputError(
+      f"--output={path}: {path.parent} is no directory; make it first"
+    )
+
+  def write(table: pl.DataFrame) -> None:
+    buffer = io.BytesIO()
+    put(table, buffer)
+    try:
+      workdir.write(path, buffer.getvalue())
+    except OSError as error:
+      raise InputError(
+        f"--output={path} cannot be written ({error.strerror}); free space "
+        "there, make it writable or name another file"
+      ) from error
+
+  return write
+
+
+def _by_suffix(
+  flag: str, path: epath.Path, parquet: Callable, json: Callable
+) -> Callable:
+  by_suffix = {".parquet": parquet, ".json": json}
+  if path.suffix not in by_suffix:
+    raise InputError(
+      f"--{flag}={path} has suffix {path.suffix!r}; use one of "
+      f"{list(by_suffix)}"
+    )
+  return by_suffix[path.suffix]
+
+
+@contextlib.contextmanager
+def _progress(
+  total: int, console: rich.console.Console, *, shown: bool
+) -> Iterator[Callable[[int], None]]:
+  """A bar over the requests, where it is shown; yields how to advance it."""
+  bar = rich.progress.Progress(
+    rich.progress.TextColumn("recommending"), rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
+    rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn(),
+    console=console, disable=not shown,
+  )
+  with bar:
+    task = bar.add_task("", total=total)
+    yield lambda count: bar.advance(task, count)
+
+
+def _print(table: pl.DataFrame, console: rich.console.Console) -> None:
+  """A line an item; requests apart."""
+  out = rich.table.Table(box=None)
+  columns = ["user", "segment", "source", "rank", "item", "score"]
+  for name in columns:
+    numeric = name in ("rank", "score")
+    out.add_column(name, justify="right" if numeric else "left")
+  for _, part in table.group_by("request", maintain_order=True):
+    for row in part.select(columns).iter_rows(named=True):
+      user = "(new)" if row["user"] is None else str(row["user"])
+      segment = ("tail", "head")[row["segment"]]
+      out.add_row(
+        user, segment, row["source"], str(row["rank"]), str(row["item"]),
+        f"{row['score']:.4f}",
+      )
+    out.add_section()
+  console.print(out)
+
+
+def _main(argv: Sequence[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  values = flags.FLAGS
+  if len(argv) > 1:
+    raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
+  recommend(
+    Source(values.workdir, values.model, values.method, values.seed),
+    Whom(values.users, values.history, values.all_users, values.prefix),
+    k=values.k, allow=values.allow, deny=values.deny,
+    mask_history=values.mask_history, output=values.output,
+    console=rich.console.Console(highlight=False),
+  )
+
+
+def _launch() -> None:
+  flags.DEFINE_string("workdir", None, "directory of a finished job")
+  flags.DEFINE_string("model", None, "exported model, instead of --workdir")
+  flags.DEFINE_string("method", "pin", "one of the job's methods")
+  flags.DEFINE_integer("seed", 0, "one of the job's seeds")
+  flags.DEFINE_string("users", None, "ids as a,b,c, or a file of one a line")
+  flags.DEFINE_string("history", None, ".parquet or .json file of histories")
+  flags.DEFINE_bool("all_users", False, "all users of the training data")
+  flags.DEFINE_string("prefix", "all", f"one of {serving.PREFIXES}")
+  flags.DEFINE_integer("k", 10, "items a list")
+  flags.DEFINE_string("output", None, ".parquet or .json file")
+  flags.DEFINE_string("allow", None, "the only items; ids or file as --users")
+  flags.DEFINE_string("deny", None, "items to leave out; as --allow")
+  flags.DEFINE_bool("mask_history", True, "leave out items of the history")
+  commands.launch(_main)
+
+
+if __name__ == "__main__":
+  _launch()

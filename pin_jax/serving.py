@@ -1,0 +1,838 @@
+"""Serving: routes a user to its segment's plugin and gives the top K, exactly.
+
+A user of the training data is served by the plugin of its segment, as in the
+evaluation, whatever history it comes with. Somebody new has the activeness of
+the history that it brings, and belongs to the head if it is more active than
+every user of the tail. Without any history the most popular items of the
+training prefix are recommended.
+
+A `Recommender` comes from trained parameters (`make`) or from one portable file
+(`load`, written by `save`), and gives the same either way.
+"""
+
+import contextlib
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import polars as pl
+from etils import epath
+
+from pin_jax import archives, evaluation, plugins
+from pin_jax.memory import Memory
+from pin_jax.splits import Split, training_counts
+from pin_jax.types import InputError, PyTree, Reading
+
+PREFIXES = ("all", "validation", "train")
+PLATFORMS = ("cpu", "cuda", "tpu")
+FORMAT, SCHEMA = "pin_jax recommender", 1  # of the portable file
+_MOST_SCORES = 2**24  # of a chunk of users
+_MOST_USERS = 256
+
+
+class Users(NamedTuple):
+  """The users of the training data.
+
+  Attributes:
+    ids: [U] original ids, ascending.
+    items: [N] int32, their histories, one after another.
+    offsets: [U+1] int64, where a user's begin.
+    ends: prefix -> [U] int64, how much of a history it is: 'all' of it,
+      what comes before the test target ('validation'), or what trains.
+    segments: [U] int32, by activeness.
+    slots: [U] int32, which slot serves each.
+  """
+
+  ids: np.ndarray
+  items: np.ndarray
+  offsets: np.ndarray
+  ends: dict[str, np.ndarray]
+  segments: np.ndarray
+  slots: np.ndarray
+
+
+class Recommender(NamedTuple):
+  """What is needed to recommend.
+
+  Attributes:
+    scores: (backbone params, plugin params, tables, inputs) -> scores [B, V+1];
+      see `make_scores`.
+    slots: parameters by slot: (backbone, one plugin's own, tables).
+    users: of the training data.
+    item_ids: [V] original ids, ascending.
+    counts: [V+1] float32, training interactions of each item.
+    length: L, what the backbone reads.
+    recent: H, what the plugin reads; 0 = nothing.
+    head_from: least activeness with which somebody new belongs to the head.
+    newcomers: the slot that serves somebody new, by segment.
+    origin: where it comes from: JSON.
+  """
+
+  scores: Callable[..., jax.Array]
+  slots: tuple[evaluation.Weights, ...]
+  users: Users
+  item_ids: np.ndarray
+  counts: np.ndarray
+  length: int
+  recent: int
+  head_from: int
+  newcomers: tuple[int, ...]
+  origin: dict[str, Any]
+
+
+class Inputs(NamedTuple):
+  """What is read of B users; all but the first where a plugin asks for it.
+
+  Attributes:
+    history: [B, L] int32, right-aligned, 0 = padding.
+    recent: [B, H] int32, the newest items first, 0 = none.
+    activeness: [B] float32, standardised.
+    own: [T] int32, the users' distinct training items, one after another.
+    starts: [B+1] int32, where a user's begin.
+    place: [B, H] int32, where a recent item lies in `own`; -1 = nowhere.
+  """
+
+  history: Any
+  recent: Any = None
+  activeness: Any = None
+  own: Any = None
+  starts: Any = None
+  place: Any = None
+
+
+def make_scores(
+  model: evaluation.Model, *, num_items: int, length: int
+) -> Callable[..., jax.Array]:
+  """Builds the scores of all items, a pure function of trees of arrays.
+
+  A backbone that attends to the candidate takes one user after another, so
+  that its activations are those of one. Rows are not packed.
+
+  Args:
+    model: backbone and plugin.
+    num_items: V.
+    length: L.
+
+  Returns:
+    (backbone params, plugin params, tables, inputs as a dict) -> [B, V+1],
+    -inf for padding. The tables are those of `tables_of`.
+  """
+  model = model._replace(backbone=model.backbone._replace(packed=0))
+
+  def scores(
+    backbone: PyTree, plugin: PyTree, tables: PyTree, inputs: dict[str, Any]
+  ) -> jax.Array:
+    frozen = plugins.adapted(model.plugin, plugin, backbone)
+    given = Inputs(**inputs)
+    rows = given.history.shape[0]
+    context = model.backbone.encode(frozen, given.history, None)
+    states = model.backbone.at(
+      context, jnp.arange(rows), jnp.full(rows, length - 1)
+    )
+    evidence, reading = _read(tables, given)
+    weights = evaluation.Weights(frozen, plugin, evidence)
+    logits = evaluation.score_items(
+      model, evaluation.States(states, reading, weights), None
+    )[:, : num_items + 1]
+    return jnp.where(jnp.arange(num_items + 1) > 0, logits, -jnp.inf)
+
+  def one_by_one(
+    backbone: PyTree, plugin: PyTree, tables: PyTree, inputs: dict[str, Any]
+  ) -> jax.Array:
+    by_row = {k: inputs[k] for k in inputs if k not in ("own", "starts")}
+    if "starts" in inputs:
+      by_row["starts"] = jnp.stack(
+        [inputs["starts"][:-1], inputs["starts"][1:]], -1
+      )
+    shared = {k: inputs[k] for k in ("own",) if k in inputs}
+
+    def one(row: dict[str, Any]) -> jax.Array:
+      alone = {k: x if k == "starts" else x[None] for k, x in row.items()}
+      return scores(backbone, plugin, tables, {**alone, **shared})[0]
+
+    return jax.lax.map(one, by_row)
+
+  return one_by_one if _attends(model, length) else scores
+
+
+def _attends(model: evaluation.Model, length: int) -> bool:
+  """Whether the representation depends on the candidate."""
+
+  def represented(key: jax.Array) -> jax.Array:
+    params = model.backbone.init(key)
+    history = jnp.ones((1, length), jnp.int32)
+    context = model.backbone.encode(params, history, None)
+    states = model.backbone.at(context, jnp.zeros(1, int), jnp.zeros(1, int))
+    return model.backbone.represent(params, states, jnp.array([0, 1]))
+
+  return jax.eval_shape(represented, jax.random.key(0)).shape[1] == 2
+
+
+def tables_of(evidence: plugins.Evidence | None) -> dict[str, jax.Array] | None:
+  """What a plugin's evidence holds of items, without that of users."""
+  if evidence is None:
+    return None
+  built = evidence.memory
+  return {
+    "neighbours": built.neighbours, "counts": built.counts,
+    "totals": built.totals, "kernel": built.kernel,
+    "interactions": built.popularity, "popularity": evidence.popularity,
+  }
+
+
+def _read(
+  tables: dict[str, jax.Array] | None, given: Inputs
+) -> tuple[plugins.Evidence | None, Reading | None]:
+  """The evidence and reading of the B users, who are numbered 0..B-1."""
+  if tables is None:
+    return None, None
+  rows, recent = given.recent.shape
+  built = Memory(
+    tables["neighbours"], tables["counts"], tables["totals"],
+    tables["interactions"], given.own, given.starts, given.place.reshape(-1),
+    tables["kernel"],
+  )
+  evidence = plugins.Evidence(built, given.activeness, tables["popularity"])
+  place = jnp.arange(rows * recent).reshape(rows, recent)
+  return evidence, Reading(jnp.arange(rows), given.recent, place)
+
+
+def make(
+  model: evaluation.Model,
+  slots: Sequence[evaluation.Weights],
+  split: Split,
+  *,
+  segments: np.ndarray,
+  served_by: np.ndarray,
+  newcomers: Sequence[int],
+  length: int,
+  origin: Mapping[str, Any],
+) -> Recommender:
+  """A recommender from trained parameters.
+
+  Args:
+    model: backbone and plugin.
+    slots: parameters by slot, of one plugin each; the evidence is that of
+      `plugins.make_evidence`, or None.
+    split: of the training data.
+    segments: [U], by activeness; 1 = head.
+    served_by: [U], each user's slot.
+    newcomers: the slot of somebody new, by segment.
+    length: L.
+    origin: where the parameters come from, as JSON.
+
+  Returns:
+    The recommender.
+  """
+  data = split.interactions
+  test = np.where(split.test >= 0, split.test, data.lengths)
+  ends = {
+    "all": data.lengths, "validation": test, "train": split.train_end
+  }
+  users = Users(
+    data.user_ids, np.asarray(data.items, np.int32), data.offsets,
+    {key: np.asarray(value, np.int64) for key, value in ends.items()},
+    np.asarray(segments, np.int32), np.asarray(served_by, np.int32),
+  )
+  counts = training_counts(split).astype(np.float32)
+  scores = make_scores(model, num_items=data.num_items, length=length)
+  recent = model.plugin.recent if model.plugin else 0
+  tables = {id(s.evidence): tables_of(s.evidence) for s in slots}
+  return Recommender(
+    jax.jit(scores),
+    tuple(s._replace(evidence=tables[id(s.evidence)]) for s in slots),
+    users, data.item_ids, counts, length, recent,
+    head_from(split.activeness, users.segments), tuple(newcomers),
+    dict(origin),
+  )
+
+
+def head_from(activeness: np.ndarray, segments: np.ndarray) -> int:
+  """Least activeness of a newcomer of the head: above all of the tail's.
+
+  The head ends where the tail begins in the order of
+  `activeness.assign_segments`, in which a newcomer comes last among equals: it
+  is of the tail where one of them is.
+  """
+  return int(activeness[segments == 0].max()) + 1
+
+
+# Requests.
+
+
+class Requests(NamedTuple):
+  """Whom to recommend to.
+
+  Attributes:
+    names: [n] original ids, None where somebody new has none.
+    users: [n] index of the user, -1 = new.
+    items: flat histories.
+    starts: [n] where each begins in `items`.
+    ends: [n] where it ends.
+  """
+
+  names: list[Any]
+  users: np.ndarray
+  items: np.ndarray
+  starts: np.ndarray
+  ends: np.ndarray
+
+
+def of_users(
+  recommender: Recommender,
+  ids: Sequence[Any] | None = None,
+  *,
+  prefix: str = "all",
+) -> Requests:
+  """Requests of users of the training data, by what is known of them.
+
+  Args:
+    recommender: who knows them.
+    ids: original ids; None = all users.
+    prefix: how much of their histories to read: 'all', 'validation' (what
+      comes before the test target) or 'train'. The evaluation's test ranks are
+      those of 'validation'.
+
+  Raises:
+    InputError: for an unknown user or prefix.
+  """
+  users = recommender.users
+  if prefix not in PREFIXES:
+    raise InputError(f"prefix={prefix!r} is unknown; use one of {PREFIXES}")
+  if ids is None:
+    index = np.arange(len(users.ids))
+  else:
+    index = _known(ids, users.ids, "user", "give its history, as --history")
+  starts = users.offsets[:-1][index]
+  return Requests(
+    users.ids[index].tolist(), index, users.items, starts,
+    starts + users.ends[prefix][index],
+  )
+
+
+def of_histories(
+  recommender: Recommender,
+  histories: Sequence[Sequence[Any]],
+  ids: Sequence[Any] | None = None,
+) -> Requests:
+  """Requests of anybody who brings a history, oldest items first.
+
+  Args:
+    recommender: who knows the items.
+    histories: original ids of items; may be empty.
+    ids: original ids of users or None, one a history. A user of the training
+      data is routed by its training interactions, all others by their
+      histories.
+
+  Raises:
+    InputError: for an unknown item.
+  """
+  names = [None] * len(histories) if ids is None else list(ids)
+  if len(names) != len(histories):
+    raise InputError(
+      f"{len(names)} users have {len(histories)} histories; give one of each"
+    )
+  flat = [item for history in histories for item in history]
+  items = 1 + _known(flat, recommender.item_ids, "item", "leave it out")
+  ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
+  starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
+  index = np.full(len(names), -1)
+  named = [k for k, name in enumerate(names) if name is not None]
+  if named:
+    known = recommender.users.ids
+    given = _as_ids([names[k] for k in named], known, "user")
+    index[named] = _find(given, known)
+  return Requests(names, index, items.astype(np.int32), starts, ends)
+
+
+def _as_ids(values: Sequence[Any], like: np.ndarray, what: str) -> np.ndarray:
+  """Original ids in the type of the known ones."""
+  if like.dtype.kind == "O":
+    out = np.empty(len(values), object)
+    out[:] = [str(value) for value in values]
+    return out
+  for value in values:
+    text = str(value).strip()
+    if not text.removeprefix("-").isdecimal() or abs(int(text)) >= 2**63:
+      raise InputError(
+        f"{what} {value!r} is no whole number, as the ids of the model's "
+        f"{what}s are; give one"
+      )
+  return np.array([int(value) for value in values], np.int64)
+
+
+def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """Where each id is among the known ones, which ascend; -1 = nowhere."""
+  index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+  return np.where(known[index] == ids, index, -1)
+
+
+def _known(
+  values: Sequence[Any], known: np.ndarray, what: str, remedy: str
+) -> np.ndarray:
+  """Where the ids are among the known ones; raises InputError for others."""
+  ids = _as_ids(values, known, what)
+  if not len(ids):
+    return np.zeros(0, np.int64)
+  index = _find(ids, known)
+  missing = np.flatnonzero(index < 0)
+  if len(missing):
+    first = ids[missing[0]]
+    near = np.searchsorted(known, first)
+    near = known[max(near - 1, 0) : near + 1].tolist()
+    raise InputError(
+      f"{what} {values[missing[0]]!r} is unknown to the model (unknown: "
+      f"{len(set(ids[missing].tolist()))} of {len(ids)}; nearest known: "
+      f"{', '.join(map(repr, near))}); check it or {remedy}"
+    )
+  return index
+
+
+# Recommending.
+
+
+def recommend(
+  recommender: Recommender,
+  requests: Requests,
+  *,
+  k: int = 10,
+  mask_history: bool = True,
+  allow: Sequence[Any] | None = None,
+  deny: Sequence[Any] | None = None,
+  on_users: Callable[[int], None] = lambda count: None,
+) -> pl.DataFrame:
+  """The K best items of each request, exactly; ties go to the lower item.
+
+  Args:
+    recommender: what recommends.
+    requests: of `of_users` or `of_histories`.
+    k: K, 1..V.
+    mask_history: whether items of the history are left out, all of them and
+      not only those that the model reads.
+    allow: original ids of the only items to recommend; None = all.
+    deny: original ids of items never to recommend.
+    on_users: called with the number of requests that were just answered.
+
+  Returns:
+    A row an item, the requests in order: `request` (its number), `user`
+    (original id, or null), `rank` from 1, `item` (original id), `score` (logit;
+    of a popular item its training interactions), `segment` (0 tail, 1 head)
+    and `source` ('model' or 'popularity'). A request has fewer than K rows
+    where fewer items are left.
+
+  Raises:
+    InputError: for a K out of range, unknown items, or no item that is allowed.
+  """
+  num_items = len(recommender.item_ids)
+  if not isinstance(k, int | np.integer) or not 1 <= k <= num_items:
+    raise InputError(
+      f"k={k!r} is out of range; give 1..{num_items}, the number of items"
+    )
+  allowed = _allowed(recommender.item_ids, allow, deny)
+  segments, slots = route(recommender, requests)
+  count = len(requests.users)
+  items = np.zeros((count, k), np.int32)
+  scores = np.full((count, k), -np.inf, np.float32)
+  for index, found in _scored(recommender, requests, slots):
+    row, seen = _seen(requests, index, mask_history)
+    best = jax.device_get(_top(found, allowed, row, seen, k))
+    scores[index], items[index] = (x[: len(index)] for x in best)
+    on_users(len(index))
+  return _table(recommender, requests, segments, slots, items, scores)
+
+
+def route(
+  recommender: Recommender, requests: Requests
+) -> tuple[np.ndarray, np.ndarray]:
+  """(segment [n], slot [n]) that serves each request; slot -1 = popularity."""
+  users, lengths = requests.users, requests.ends - requests.starts
+  head = (lengths >= recommender.head_from).astype(np.int32)
+  of_new = np.asarray(recommender.newcomers)[head]
+  known = users >= 0
+  segments = np.where(known, recommender.users.segments[users], head)
+  slots = np.where(known, recommender.users.slots[users], of_new)
+  return segments.astype(np.int32), np.where(lengths > 0, slots, -1)
+
+
+def _allowed(
+  item_ids: np.ndarray, allow: Sequence[Any] | None, deny: Sequence[Any] | None
+) -> np.ndarray:
+  """[V+1] bool, items that may be recommended."""
+  allowed = np.ones(len(item_ids) + 1, bool)
+  remedy = "leave it out of the list"
+  if allow is not None:
+    if not len(allow):
+      raise InputError("allow is empty; name an item, or give no such list")
+    allowed[:] = False
+    allowed[1 + _known(allow, item_ids, "item", remedy)] = True
+  if deny is not None:
+    allowed[1 + _known(deny, item_ids, "item", remedy)] = False
+  allowed[0] = False
+  if not allowed.any():
+    raise InputError(
+      f"deny names all {len(deny)} items that may be recommended; shorten it"
+    )
+  return allowed
+
+
+def _scored(
+  recommender: Recommender, requests: Requests, slots: np.ndarray
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+  """Yields (requests [n], scores [>= n, V+1]), a chunk of one slot at a time.
+
+  The sizes of chunks are powers of two, so that few programs are compiled.
+  """
+  size = max(_MOST_SCORES // len(recommender.counts), 1)
+  size = min(1 << size.bit_length() - 1, _MOST_USERS)
+  popular = np.where(np.arange(len(recommender.counts)), recommender.counts, 0)
+  for slot in np.unique(slots):
+    own = np.flatnonzero(slots == slot)
+    for index in np.split(own, range(size, len(own), size)):
+      rows = 1 << (len(index) - 1).bit_length()
+      if slot < 0:
+        yield index, jnp.broadcast_to(popular, (rows, len(popular)))
+        continue
+      filled = np.pad(index, (0, rows - len(index)), mode="edge")
+      inputs = _inputs(recommender, requests, filled)
+      weights = recommender.slots[slot]
+      yield index, recommender.scores(*weights, inputs)
+
+
+def _inputs(
+  recommender: Recommender, requests: Requests, index: np.ndarray
+) -> dict[str, np.ndarray]:
+  """The arrays of `Inputs` of some requests, as a dict."""
+  recent = recommender.recent
+  history = _last(requests, index, recommender.length)
+  if not recent:
+    return {"history": history}
+  newest = _last(requests, index, recent)[:, ::-1]
+  users = recommender.users
+  known = requests.users[index]
+  trained = users.ends["train"]
+  lengths = (requests.ends - requests.starts)[index]
+  own, place = [], np.full(newest.shape, -1, np.int32)
+  starts = np.zeros(len(index) + 1, np.int32)
+  for k, user in enumerate(known):
+    items = ()
+    if user >= 0:
+      start = users.offsets[user]
+      items = users.items[start : start + trained[user]].tolist()
+    at = {item: len(own) + n for n, item in enumerate(dict.fromkeys(items))}
+    place[k] = [at.get(item, -1) for item in newest[k].tolist()]
+    own.extend(at)
+    starts[k + 1] = len(own)
+  missing = (1 << max(len(own) - 1, 0).bit_length()) - len(own)
+  return {
+    "history": history,
+    "recent": np.ascontiguousarray(newest),
+    "activeness": plugins.known_activeness(
+      np.where(known >= 0, trained[known], lengths), trained
+    ),
+    "own": np.array(own + [0] * missing, np.int32),
+    "starts": starts,
+    "place": place,
+  }
+
+
+def _last(requests: Requests, index: np.ndarray, count: int) -> np.ndarray:
+  """The last items of histories, right-aligned, 0 = none; [n, count]."""
+  at = requests.ends[index, None] - np.arange(count, 0, -1)
+  inside = at >= requests.starts[index, None]
+  return np.where(inside, requests.items[np.maximum(at, 0)], 0).astype(np.int32)
+
+
+def _seen(
+  requests: Requests, index: np.ndarray, mask: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """(row, item) of the history items to leave out, filled up with none."""
+  lengths = (requests.ends - requests.starts)[index] * mask
+  rows = np.repeat(np.arange(len(index)), lengths)
+  first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+  at = np.repeat(requests.starts[index], lengths) + np.arange(len(rows)) - first
+  missing = (1 << max(len(rows) - 1, 0).bit_length()) - len(rows)
+  pad = lambda x, value: np.pad(
+    x.astype(np.int32), (0, missing), constant_values=value
+  )
+  return pad(rows, np.iinfo(np.int32).max), pad(requests.items[at], 0)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _top(
+  scores: jax.Array, allowed: jax.Array, row: jax.Array, item: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array]:
+  """(scores, items) of the K best; -inf for those that may not be."""
+  scores = jnp.where(allowed, scores, -jnp.inf)
+  scores = scores.at[row, item].set(-jnp.inf, mode="drop")
+  return jax.lax.top_k(scores, k)
+
+
+def _table(
+  recommender: Recommender, requests: Requests, segments: np.ndarray,
+  slots: np.ndarray, items: np.ndarray, scores: np.ndarray,
+) -> pl.DataFrame:
+  request, column = np.nonzero(scores > -np.inf)
+  named = [str(x) if x is not None else None for x in requests.names]
+  kind = pl.String
+  if recommender.users.ids.dtype.kind != "O":
+    named = [int(x) if x is not None else None for x in named]
+    kind = pl.Int64
+  source = np.where(slots < 0, "popularity", "model")
+  item_ids = recommender.item_ids[items[request, column] - 1]
+  return pl.DataFrame({
+    "request": request.astype(np.int64),
+    "user": pl.Series(named, dtype=kind).gather(request),
+    "rank": (column + 1).astype(np.int32),
+    "item": pl.Series(item_ids.tolist()),
+    "score": scores[request, column],
+    "segment": segments[request],
+    "source": pl.Series(source[request].tolist(), dtype=pl.String),
+  })
+
+
+# The portable file.
+
+
+def save(
+  recommender: Recommender,
+  path: epath.PathLike,
+  platforms: Sequence[str] = PLATFORMS,
+) -> None:
+  """Writes all of a recommender into one file, see docs/serving.md.
+
+  The program is that of `jax.export`, for any number of users at a time and all
+  the platforms at once; nothing else of this library is needed to run it.
+
+  Args:
+    recommender: from `make`.
+    path: of the file.
+    platforms: of 'cpu', 'cuda', 'rocm' and 'tpu'.
+
+  Raises:
+    InputError: if it cannot be written.
+  """
+  slots, arrays = _flat(recommender.slots)
+  users = recommender.users
+  arrays["histories/items"] = users.items
+  arrays["histories/offsets"] = users.offsets
+  ends = {f"end_{key}": users.ends[key] for key in PREFIXES}
+  tables = {
+    "users.parquet": {
+      "user": users.ids.tolist(), "segment": users.segments,
+      "slot": users.slots, **ends,
+    },
+    "items.parquet": {
+      "item": recommender.item_ids.tolist(),
+      "interactions": recommender.counts[1:],
+    },
+  }
+  archives.write(path, {
+    "format": FORMAT, "schema": SCHEMA,
+    "versions": {x.__name__: x.__version__ for x in (jax, jaxlib, np, pl)},
+    "platforms": list(platforms), "length": recommender.length,
+    "recent": recommender.recent, "head_from": recommender.head_from,
+    "newcomers": list(recommender.newcomers), "slots": slots,
+    "arrays": {
+      name: {"dtype": str(array.dtype), "shape": list(array.shape)}
+      for name, array in arrays.items()
+    },
+    "origin": recommender.origin,
+  }, {
+    "program.jax": _export(recommender, platforms).serialize(),
+    **{name: _bytes(array) for name, array in arrays.items()},
+    **{name: _parquet(columns) for name, columns in tables.items()},
+  })
+
+
+def _flat(
+  slots: Sequence[evaluation.Weights],
+) -> tuple[list[list[int]], dict[str, np.ndarray]]:
+  """(numbers of each slot's trees, arrays by name); each tree once."""
+  numbers, arrays, known = [], {}, {}
+  for weights in slots:
+    numbers.append([])
+    for field, tree in zip(weights._fields, weights, strict=True):
+      number = known.setdefault((field, id(tree)), len(known))
+      numbers[-1].append(number)
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      for k, (path, leaf) in enumerate(leaves):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        arrays[f"{field}/{number}/{k}.{name}"] = jax.device_get(leaf)
+  return numbers, arrays
+
+
+def _export(
+  recommender: Recommender, platforms: Sequence[str]
+) -> jax.export.Exported:
+  """The program for B users with T training items in all, both symbolic."""
+  rows, items = jax.export.symbolic_shape("b, t")
+  recent = recommender.recent
+  whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+  inputs = {"history": whole(rows, recommender.length)}
+  if recent:
+    inputs |= {
+      "recent": whole(rows, recent), "place": whole(rows, recent),
+      "activeness": jax.ShapeDtypeStruct((rows,), jnp.float32),
+      "own": whole(items), "starts": whole(rows + 1),
+    }
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    tuple(recommender.slots[0]),
+  )
+  export = jax.export.export(recommender.scores, platforms=platforms)
+  with _without_locations():
+    return export(*like, inputs)
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+  """Programs lowered meanwhile do not say which files they come from."""
+  name = "jax_traceback_in_locations_limit"
+  before = jax.config.jax_traceback_in_locations_limit
+  jax.config.update(name, 0)
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+  """The little-endian bytes of an array, flat."""
+  array = np.ascontiguousarray(array)
+  return array.astype(array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+
+
+def _parquet(columns: dict[str, Any]) -> bytes:
+  buffer = io.BytesIO()
+  pl.DataFrame(columns).write_parquet(buffer)
+  return buffer.getvalue()
+
+
+def load(path: epath.PathLike) -> Recommender:
+  """Reads a recommender from the file that `save` wrote; needs nothing else.
+
+  Args:
+    path: of the file.
+
+  Returns:
+    The recommender, whose scores are those of the saved one.
+
+  Raises:
+    InputError: if the file is absent or damaged, or made for another platform
+      or by a version that cannot be read.
+  """
+  manifest, members = archives.read(path)
+  try:
+    _check(path, manifest)
+    return _from_members(manifest, members)
+  except InputError:
+    raise
+  except (
+    AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError,
+    pl.exceptions.PolarsError,
+  ) as error:
+    raise InputError(
+      f"{path} cannot be read by jax {jax.__version__} "
+      f"({' '.join(str(error).split())[:200]}); export the job again"
+    ) from error
+
+
+def _check(path: epath.PathLike, manifest: dict[str, Any]) -> None:
+  """Raises InputError for a file of another kind, or for other devices."""
+  kind = manifest["format"], manifest["schema"]
+  if kind != (FORMAT, SCHEMA):
+    raise InputError(
+      f"{path} is of format {kind[0]!r}, schema {kind[1]!r}, and not "
+      f"{FORMAT!r}, {SCHEMA}; export the job again"
+    )
+  here = jax.export.default_export_platform()
+  if here not in manifest["platforms"]:
+    raise InputError(
+      f"{path} is for {manifest['platforms']} and this process runs on "
+      f"{here!r}; use one of these"
+    )
+
+
+def _from_members(
+  manifest: dict[str, Any], members: dict[str, bytes]
+) -> Recommender:
+  exported = jax.export.deserialize(bytearray(members["program.jax"]))
+  arrays = {
+    name: _array(members[name], **of)
+    for name, of in manifest["arrays"].items()
+  }
+  offsets = arrays["histories/offsets"]
+  users = _columns(members["users.parquet"], len(offsets) - 1)
+  items = _columns(members["items.parquet"], exported.out_avals[0].shape[1] - 1)
+  return Recommender(
+    jax.jit(exported.call),
+    _slots(manifest["slots"], arrays, exported),
+    Users(
+      _ids(users["user"]), arrays["histories/items"], offsets,
+      {key: users[f"end_{key}"].to_numpy() for key in PREFIXES},
+      users["segment"].to_numpy(), users["slot"].to_numpy(),
+    ),
+    _ids(items["item"]),
+    np.concatenate([np.zeros(1, np.float32), items["interactions"].to_numpy()]),
+    manifest["length"], manifest["recent"], manifest["head_from"],
+    tuple(manifest["newcomers"]), manifest["origin"],
+  )
+
+
+def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
+  little = np.dtype(dtype).newbyteorder("<")
+  return np.frombuffer(data, little).astype(dtype, copy=False).reshape(shape)
+
+
+def _slots(
+  slots: list[list[int]],
+  arrays: dict[str, np.ndarray],
+  exported: jax.export.Exported,
+) -> tuple[evaluation.Weights, ...]:
+  """The trees of `_flat` again, in the shapes that the program takes."""
+  args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+  likes = evaluation.Weights(*args[:3])
+  made = {}
+  for numbers in slots:
+    for field, number in zip(likes._fields, numbers, strict=True):
+      if number not in made:
+        like = getattr(likes, field)
+        made[number] = _tree(arrays, f"{field}/{number}/", like)
+  return tuple(
+    evaluation.Weights(*(made[number] for number in numbers))
+    for numbers in slots
+  )
+
+
+def _tree(arrays: dict[str, np.ndarray], prefix: str, like: PyTree) -> PyTree:
+  """A tree of the arrays of that prefix, of the shapes the program takes."""
+  names = [name for name in arrays if name.startswith(prefix)]
+  names = sorted(names, key=lambda x: int(x[len(prefix) :].split(".")[0]))
+  leaves, structure = jax.tree.flatten(like)
+  for name, aval in zip(names, leaves, strict=True):
+    if arrays[name].shape != aval.shape or arrays[name].dtype != aval.dtype:
+      raise ValueError(f"{name} is {arrays[name].shape}, not {aval.shape}")
+  return structure.unflatten([jnp.asarray(arrays[name]) for name in names])
+
+
+def _columns(data: bytes, rows: int) -> pl.DataFrame:
+  # Parquet may expand without bound; no more is read than is needed.
+  table = pl.read_parquet(io.BytesIO(data), n_rows=rows + 1)
+  if len(table) != rows:
+    raise ValueError(f"a table has {len(table)} rows and not {rows}")
+  return table
+
+
+def _ids(column: pl.Series) -> np.ndarray:
+  """Original ids as `Interactions` has them."""
+  if column.dtype == pl.Int64:
+    return column.to_numpy()
+  out = np.empty(len(column), object)
+  out[:] = column.to_list()
+  return out

@@ -1,0 +1,464 @@
+"""Serving: routing, exact top K, agreement with the evaluation, the file."""
+
+import io
+import json
+import operator
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+import rich.console
+
+from experiments import recommend
+from experiments.recommend import Source, Whom
+from pin_jax import (
+  activeness,
+  archives,
+  batches,
+  evaluation,
+  plugins,
+  serving,
+  splits,
+)
+from pin_jax.backbones.din import din
+from pin_jax.backbones.gru4rec import gru4rec
+from pin_jax.backbones.hstu import hstu
+from pin_jax.backbones.sasrec import sasrec
+from pin_jax.interactions import from_columns
+from pin_jax.types import InputError
+from tests.toys import noisy
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+V, L, D, H = 23, 6, 4, 3
+CASES = ("sasrec bottleneck", "gru4rec memory", "hstu lora", "din gated")
+
+
+def make_split():
+  """37 users of 3 to 17 interactions with repeated items; ids are no indices.
+  """
+  rng = np.random.default_rng(3)
+  lengths = rng.integers(3, 18, 37)
+  users = np.repeat(100 + 3 * np.arange(37), lengths)
+  drawn = np.minimum(rng.geometric(0.1, lengths.sum()), V)
+  drawn[:V] = np.arange(1, V + 1)
+  times = np.concatenate([np.arange(n) for n in lengths])
+  items = [f"item{x:02}" for x in drawn]
+  return splits.leave_one_out(from_columns(users, items, times))
+
+
+def make_model(case):
+  """(model, its weights with the segments' plugins stacked)."""
+  name, plugin = case.split()
+  asked = plugins.Consultation(recent=H)
+  backbone = {
+    "sasrec": lambda: sasrec(V, length=L, width=D, blocks=1, heads=1),
+    "gru4rec": lambda: gru4rec(V, length=L, width=D),
+    "hstu": lambda: hstu(V, length=L, width=D, blocks=1, heads=1),
+    "din": lambda: din(V, length=L, width=D, attention_hidden=3, hidden=4),
+  }[name]()
+  params = noisy(backbone.init)
+  made = {
+    "bottleneck": lambda: plugins.bottleneck(D),
+    "memory": lambda: plugins.memory_mix(2, asked),
+    "lora": lambda: plugins.low_rank(params, rank=2),
+    "gated": lambda: plugins.gated(D, 2, asked, hidden=3),
+  }[plugin]()
+  stacked = noisy(lambda key: plugins.init_stacked(made, key, 2), seed=1)
+  evidence = plugins.make_evidence(SPLIT, neighbours=5) if made.mix else None
+  model = evaluation.Model(backbone, made)
+  return model, evaluation.Weights(params, stacked, evidence)
+
+
+SPLIT = make_split()
+SEGMENTS = activeness.assign_segments(SPLIT.activeness)
+
+
+@pytest.fixture(scope="module")
+def made():
+  """Case -> (model, weights, recommender)."""
+  out = {}
+  for case in CASES:
+    model, weights = make_model(case)
+    own = (
+      jax.tree.map(operator.itemgetter(k), weights.plugins) for k in range(2)
+    )
+    slots = [weights._replace(plugins=x) for x in own]
+    out[case] = model, weights, serving.make(
+      model, slots, SPLIT, segments=SEGMENTS, served_by=SEGMENTS,
+      newcomers=(0, 1), length=L, origin={"case": case},
+    )
+  return out
+
+
+def ranks_of(table, targets):
+  """Rank of each user's target, ties at their average; nan where absent."""
+  out = np.full(len(targets), np.nan)
+  for k, part in table.partition_by("request", as_dict=True).items():
+    scores = dict(zip(part["item"], part["score"], strict=True))
+    if targets[k[0]] in scores:
+      own = scores.pop(targets[k[0]])
+      rest = np.array(list(scores.values()))
+      out[k[0]] = 1 + (rest > own).sum() + 0.5 * (rest == own).sum()
+  return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_positions_in_the_list_are_the_ranks_of_the_evaluation(made, case):
+  model, weights, recommender = made[case]
+  data = SPLIT.interactions
+  users = np.arange(data.num_users)
+  ranks = evaluation.make_ranker(model, num_items=V, length=L)(
+    weights, batches.make_sequences(SPLIT),
+    evaluation.Requests(users, SPLIT.test, SEGMENTS),
+  )
+  targets = data.item_ids[data.items[data.offsets[:-1] + SPLIT.test] - 1]
+  requests = serving.of_users(recommender, prefix="validation")
+  table = serving.recommend(recommender, requests, k=V)
+  got = ranks_of(table, targets)
+  new = ~np.isnan(got)  # the list leaves out a target that is a repeat
+  repeats = [
+    data.items[s + t] in data.items[s : s + t]
+    for s, t in zip(data.offsets[:-1], SPLIT.test, strict=True)
+  ]
+  np.testing.assert_array_equal(new, ~np.array(repeats))
+  assert 10 < new.sum() < len(new)
+  np.testing.assert_array_equal(got[new], ranks.rank[new])
+  whole = serving.recommend(recommender, requests, k=V, mask_history=False)
+  np.testing.assert_array_equal(ranks_of(whole, targets), ranks.rank_unmasked)
+
+
+class Fixed:
+  """A recommender whose scores are given, and what they are."""
+
+  def __init__(self, made):
+    rng = np.random.default_rng(0)
+    self.scores = rng.integers(0, 6, V + 1).astype(np.float32)  # many ties
+    self.scores[0] = -np.inf
+    score = lambda b, p, t, inputs: jnp.tile(
+      self.scores, (len(inputs["history"]), 1)
+    )
+    self.recommender = made["sasrec bottleneck"][2]._replace(scores=score)
+
+  def expected(self, k, left_out, allow=range(1, V + 1)):
+    """[(item, score)] by sorting."""
+    items = [v for v in allow if v not in left_out]
+    best = sorted(items, key=lambda v: (-self.scores[v], v))[:k]
+    return [(f"item{v:02}", self.scores[v]) for v in best]
+
+  def lists(self, requests, **options):
+    table = serving.recommend(self.recommender, requests, **options)
+    assert (
+      table["rank"] == table.select(
+        pl.int_range(1, pl.len() + 1).over("request")
+      ).to_series()
+    ).all()
+    parts = table.partition_by("request", as_dict=True)
+    return [
+      list(parts[k,].select("item", "score").iter_rows()) if (k,) in parts
+      else [] for k in range(len(requests.users))
+    ]
+
+
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("k", [4, V])
+def test_the_top_is_what_sorting_gives(made, k, mask):
+  fixed = Fixed(made)
+  ids = [100, 103, 208, 103]
+  data = SPLIT.interactions
+  requests = serving.of_users(fixed.recommender, ids, prefix="train")
+  lists = fixed.lists(
+    requests, k=k, mask_history=mask, deny=["item05"],
+    allow=[f"item{v:02}" for v in range(3, V)],
+  )
+  for user, got in zip(ids, lists, strict=True):
+    u = (user - 100) // 3
+    start = data.offsets[u]
+    history = data.items[start : start + SPLIT.train_end[u]].tolist()
+    left_out = {5, *(history if mask else ())}
+    assert got == fixed.expected(k, left_out, range(3, V))
+
+
+def test_lists_of_given_histories(made):
+  fixed = Fixed(made)
+  histories = [["item03"] * 9, [], ["item01", "item02"]]
+  requests = serving.of_histories(fixed.recommender, histories)
+  lists = fixed.lists(requests, k=V)
+  assert lists[0] == fixed.expected(V, {3})
+  assert lists[2] == fixed.expected(V, {1, 2})
+  every = [f"item{v:02}" for v in range(1, V + 1)]
+  requests = serving.of_histories(fixed.recommender, [every])
+  assert fixed.lists(requests, k=V) == [[]]
+
+
+def test_no_history_gives_what_is_most_popular_in_training(made):
+  recommender = made["din gated"][2]
+  data = SPLIT.interactions
+  counts = np.zeros(V + 1, int)
+  for start, end in zip(data.offsets[:-1], SPLIT.train_end, strict=True):
+    for item in data.items[start : start + end]:
+      counts[item] += 1
+  best = sorted(range(1, V + 1), key=lambda v: (-counts[v], v))[:7]
+  requests = serving.of_histories(recommender, [[], []], [None, 106])
+  table = serving.recommend(recommender, requests, k=7)
+  for part in table.partition_by("request"):
+    assert part["item"].to_list() == [f"item{v:02}" for v in best]
+    assert part["score"].to_list() == counts[best].tolist()
+  assert set(table["source"]) == {"popularity"}
+  assert table["user"].to_list() == [None] * 7 + [106] * 7
+
+
+def test_newcomers_come_last_among_equals():
+  counts = np.array([5, 5, 5, 3, 2, 5, 1, 4, 2, 9])
+  for share in (0.1, 0.3, 0.5, 0.8):
+    segments = activeness.assign_segments(counts, head_share=share)
+    border = serving.head_from(counts, segments)
+    for count in range(11):
+      all_counts = [*counts, count]  # the newcomer's index is the largest
+      order = sorted(range(11), key=lambda u: (-all_counts[u], u))
+      tail = [u < 10 and segments[u] == 0 for u in order]
+      assert (count >= border) == (order.index(10) < tail.index(True))
+
+
+def test_users_are_routed_by_their_training_interactions(made):
+  recommender = made["din gated"][2]
+  tail, head = (int(np.flatnonzero(SEGMENTS == s)[0]) for s in (0, 1))
+  names = [100 + 3 * tail, 100 + 3 * head, None, None, 7, 7]
+  border = recommender.head_from
+  lengths = [border + 5, 1, border, border - 1, border, 0]
+  requests = serving.of_histories(
+    recommender, [["item01"] * n for n in lengths], names
+  )
+  segments, slots = serving.route(recommender, requests)
+  np.testing.assert_array_equal(segments, [0, 1, 1, 0, 1, 0])
+  np.testing.assert_array_equal(slots, [0, 1, 1, 0, 1, -1])
+  known = serving.of_users(recommender, prefix="all")
+  np.testing.assert_array_equal(
+    serving.route(recommender, known)[0], SEGMENTS
+  )
+
+
+@pytest.mark.parametrize("case", ["gru4rec memory", "din gated"])
+def test_somebody_new_is_scored_as_a_user_that_was_never_counted(made, case):
+  """Against the evaluation with a user added who has no training prefix."""
+  model, weights, recommender = made[case]
+  history = ["item04", "item01", "item09", "item04", "item02"]
+  data = SPLIT.interactions
+  users = np.append(np.repeat(data.user_ids, data.lengths), [999] * 6)
+  items = [*data.item_ids[data.items - 1], *history, "item01"]
+  both = from_columns(users, items)
+  split = splits.leave_one_out(both)
+  ends = np.append(SPLIT.train_end, 0).astype(np.int32)
+  split = splits.dataclasses.replace(split, train_end=ends)
+  logs = np.log(SPLIT.train_end)
+  own = (np.log(len(history)) - logs.mean()) / logs.std()
+  evidence = plugins.make_evidence(split, neighbours=5)._replace(
+    activeness=jnp.append(weights.evidence.activeness, np.float32(own))
+  )
+  expected = evaluation.make_log_probabilities(model, num_items=V, length=L)(
+    weights._replace(evidence=evidence), batches.make_sequences(split),
+    evaluation.Requests(np.array([37]), np.array([5]), np.array([0])),
+  )
+  table = serving.recommend(
+    recommender, serving.of_histories(recommender, [history]), k=V,
+    mask_history=False,
+  ).sort("item")
+  assert table["segment"][0] == 0
+  got = jax.nn.log_softmax(table["score"].to_numpy())
+  np.testing.assert_allclose(got, expected[0], atol=1e-4)
+
+
+def everything(recommender):
+  """Lists of all users and of some who are new."""
+  users = serving.of_users(recommender)
+  data = SPLIT.interactions
+  histories = [
+    [data.item_ids[v - 1] for v in users.items[start:end]]
+    for start, end in zip(users.starts, users.ends, strict=True)
+  ]
+  histories += [["item03", "item01"], [], ["item07"] * 30]
+  requests = serving.of_histories(
+    recommender, histories, [*users.names, None, None, 1]
+  )
+  return serving.recommend(recommender, requests, k=V)
+
+
+READER = """
+import pathlib, sys
+from pin_jax import serving
+from tests.serving_test import everything
+
+folder = pathlib.Path(sys.argv[1])
+for name in sys.argv[2:]:
+  path = folder / f"{name}.pin"
+  table = everything(serving.load(path))
+  table.write_parquet(path.with_suffix(".parquet"))
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(made, tmp_path_factory):
+  """A folder with every case as a file."""
+  folder = tmp_path_factory.mktemp("models")
+  for case, (*_, recommender) in made.items():
+    serving.save(recommender, folder / f"{case.replace(' ', '-')}.pin")
+  return folder
+
+
+def test_a_fresh_process_gives_the_same_lists(made, saved):
+  environment = {
+    **os.environ,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": ":".join(sys.path),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  subprocess.run(
+    [sys.executable, "-c", READER, str(saved), "hstu-lora", "din-gated"],
+    check=True, env=environment, cwd=pathlib.Path(__file__).parents[1],
+  )
+  for case in ("hstu lora", "din gated"):
+    got = pl.read_parquet(saved / f"{case.replace(' ', '-')}.parquet")
+    expected = everything(made[case][2])
+    assert got.height > 500
+    assert got.drop("score").equals(expected.drop("score")), case
+    np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-5)
+
+
+def test_the_file_holds_what_the_documents_say(saved):
+  path = saved / "din-gated.pin"
+  with zipfile.ZipFile(path) as archive:
+    names = set(archive.namelist())
+    assert {i.compress_type for i in archive.infolist()} == {zipfile.ZIP_STORED}
+    manifest = json.loads(archive.read("manifest.json"))
+    program = jax.export.deserialize(bytearray(archive.read("program.jax")))
+    users = pl.read_parquet(io.BytesIO(archive.read("users.parquet")))
+  assert names == {"manifest.json", *manifest["members"]}
+  assert {"users.parquet", "items.parquet", "histories/items"} <= names
+  assert sum(name.startswith("backbone/") for name in names) == len(
+    jax.tree.leaves(make_model("din gated")[1].backbone)
+  )
+  assert program.platforms == ("cpu", "cuda", "tpu")
+  assert str(program.out_avals[0].shape) == "(b, 24)"
+  assert users["user"].to_list() == SPLIT.interactions.user_ids.tolist()
+  assert users["segment"].to_list() == SEGMENTS.tolist()
+  assert manifest["versions"]["jax"] == jax.__version__
+
+
+def test_two_exports_are_the_same_bytes_and_name_no_path(made, saved, tmp_path):
+  serving.save(made["sasrec bottleneck"][2], tmp_path / "again.pin")
+  again = (tmp_path / "again.pin").read_bytes()
+  assert again == (saved / "sasrec-bottleneck.pin").read_bytes()
+  assert b"site-packages" not in again and b"serving.py" not in again
+
+
+def refused(path):
+  """What a file that cannot be served is told: one line."""
+  with pytest.raises(InputError) as caught:
+    serving.load(path)
+  text = str(caught.value)
+  assert "\n" not in text and path.name in text
+  return text
+
+
+def test_any_damage_is_noticed(saved, tmp_path):
+  whole = (saved / "hstu-lora.pin").read_bytes()
+  path = tmp_path / "damaged.pin"
+  rng = np.random.default_rng(0)
+  ends = [0, 1, 30, len(whole) - 1, len(whole) - 65, len(whole) - 80]
+  for at in [*ends, *rng.integers(0, len(whole), 200)]:
+    flipped = bytearray(whole)
+    flipped[at] ^= 1 << int(rng.integers(8))
+    path.write_bytes(flipped)
+    assert "damaged" in refused(path)
+  for size in [0, 10, 64, *rng.integers(0, len(whole), 20), len(whole) - 1]:
+    path.write_bytes(whole[:size])
+    assert "damaged" in refused(path)
+
+
+def rewritten(source, target, change, compression=zipfile.ZIP_STORED):
+  """A file whose members are changed, with a seal that is right."""
+  with zipfile.ZipFile(source) as archive:
+    members = {name: archive.read(name) for name in archive.namelist()}
+  change(members)
+  with zipfile.ZipFile(target, "w", compression) as archive:
+    archive.comment = b"0" * 64
+    for name, data in members.items():
+      archive.writestr(name, data)
+  with target.open("r+b") as file:
+    seal = archives._seal(file)
+    file.write(seal)
+  return target
+
+
+def in_manifest(**values):
+  def change(members):
+    manifest = {**json.loads(members["manifest.json"]), **values}
+    members["manifest.json"] = json.dumps(manifest).encode()
+
+  return change
+
+
+def test_a_changed_archive_is_refused_for_what_it_is(saved, tmp_path):
+  def told(change, **options):
+    path = tmp_path / "changed.pin"
+    rewritten(saved / "gru4rec-memory.pin", path, change, **options)
+    return refused(path)
+
+  assert "items.parquet is missing" in told(lambda m: m.pop("items.parquet"))
+  assert "has no manifest" in told(lambda m: m.pop("manifest.json"))
+  assert "program.jax does not match" in told(
+    lambda m: m.update({"program.jax": b"x"})
+  )
+  nothing = lambda m: None
+  assert "compressed" in told(nothing, compression=zipfile.ZIP_DEFLATED)
+  assert "schema 9" in told(in_manifest(schema=9))
+  assert "runs on 'cpu'" in told(in_manifest(platforms=["tpu"]))
+  assert "export the job again" in told(in_manifest(arrays={}))
+  assert "export the job again" in told(in_manifest(slots=[[0]]))
+  path = tmp_path / "text.pin"
+  path.write_text("no archive " * 20)
+  assert "damaged" in refused(path)
+
+
+def run(saved, whom, **options):
+  console = rich.console.Console(file=io.StringIO(), width=100)
+  source = Source(model=str(saved / "din-gated.pin"))
+  table = recommend.recommend(source, whom, console=console, **options)
+  return table, console.file.getvalue()
+
+
+def test_the_command_reads_and_writes_files(made, saved, tmp_path):
+  recommender = made["din gated"][2]
+  requests = serving.of_users(recommender, prefix="train")
+  expected = serving.recommend(recommender, requests, k=4, deny=["item03"])
+  for name, read in (("a.parquet", pl.read_parquet), ("a.json", pl.read_json)):
+    _, text = run(
+      saved, Whom(all_users=True, prefix="train"), k=4, deny="item03",
+      output=str(tmp_path / name),
+    )
+    assert "148 items for 37 requests" in text
+    columns = ["user", "rank", "item", "segment", "source"]
+    got = read(tmp_path / name)
+    assert got.select(columns).rows() == expected.select(columns).rows()
+    np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-6)
+  given = pl.DataFrame({
+    "user": [103, None, 999], "items": [["item01"], [], ["item02", "item03"]]
+  })
+  given.write_parquet(tmp_path / "h.parquet")
+  given.write_json(tmp_path / "h.json")
+  for name in ("h.parquet", "h.json"):
+    table, text = run(saved, Whom(history=str(tmp_path / name)), k=2)
+    assert table["user"].to_list() == [103, 103, None, None, 999, 999]
+    assert "(new)" in text and "popularity" in text
+  (tmp_path / "ids.txt").write_text("103\n\n 106\n")
+  of_file, _ = run(saved, Whom(users=str(tmp_path / "ids.txt")))
+  of_list, text = run(saved, Whom(users="103,106"))
+  assert of_file.equals(of_list) and text.count("\n") == 21
