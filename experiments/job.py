@@ -28,6 +28,7 @@ from experiments import (
   logs,
   processes,
   report,
+  sections,
   settings,
   truth,
   workdir,
@@ -47,7 +48,7 @@ from experiments.problem import (
   make_problem,
   requests_for,
 )
-from experiments.tables import SUFFIXES
+from experiments.tables import SUFFIXES, number_range
 from experiments.trainer import (
   Networks,
   Trainer,
@@ -313,6 +314,13 @@ def _compute(
 ) -> None:
   """Trains and ranks; writes the rows and, last of all, the summary."""
   _describe(problem, options.console)
+  changed = sections.changed_settings(of_results(config)).items()
+  if changed:
+    options.console.print(
+      "settings other than the defaults: "
+      + ", ".join(f"{key}={value!r}" for key, value in changed),
+      markup=False, soft_wrap=True,
+    )
   for line in _power(config, problem):
     options.console.print(line, markup=False)
   rows, closeness, cost = _train_all(
@@ -422,8 +430,25 @@ def _describe(problem: Problem, console: rich.console.Console) -> None:
   for title, notes in (("read", data.notes), ("split", problem.split.notes)):
     facts = ", ".join(f"{key} {value}" for key, value in notes.items())
     console.print(f"{title}: {facts}")
-  prior = " ".join(f"{p:.3f}" for p in problem.prior)
-  console.print(f"activeness groups 0..{len(problem.prior) - 1}: P(d) {prior}")
+  found = _distribution(problem)
+  console.print(
+    f"activeness: median {found['median']:g}, mean {found['mean']:.1f}, "
+    f"largest {found['max']:,}, Gini {found['gini']:.2f}; the "
+    f"{found['head_users']:.0%} head users have "
+    f"{found['head_interactions']:.0%} of the training interactions"
+  )
+  for line in found["groups"]:
+    console.print(
+      f"  group {line['group']}: {line['users']:,} users with "
+      f"{number_range(line['min'], line['max'])} interactions, P(d) "
+      f"{problem.prior[line['group']]:.3f}"
+    )
+
+
+def _distribution(problem: Problem) -> dict[str, Any]:
+  return activeness.describe(
+    problem.split.activeness, problem.groups, problem.segments
+  )
 
 
 def _power(config: ConfigDict, problem: Problem) -> list[str]:
@@ -447,9 +472,7 @@ def _summary(
     "fingerprint": fingerprint(problem),
     "notes": {**data.notes},
     "split_notes": {**problem.split.notes},
-    "description": activeness.describe(
-      problem.split.activeness, problem.groups, problem.segments
-    ),
+    "description": _distribution(problem),
     "prior": problem.prior.tolist(),
     "base": base,
     "other": other,
