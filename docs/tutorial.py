@@ -17,6 +17,7 @@ method does.
 
 # %%
 import datetime
+import functools
 import pathlib
 import tempfile
 
@@ -60,8 +61,8 @@ print(table.head(3))
 # # 2. Reading
 #
 # `item_id` is a name that the reader knows, the other two have to be named;
-# what it cannot read it refuses in one line. Rows are sorted by user and time, items
-# numbered 1..V by their sorted ids (0 is padding); the ids travel along.
+# what it cannot read it refuses in one line. Rows are sorted by user and time,
+# items numbered 1..V by their sorted ids (0 is padding); the ids travel along.
 
 # %%
 try:
@@ -108,32 +109,37 @@ print("shares of interactions: ", share.round(3))
 
 # %%
 backbone = gru4rec(data.num_items, length=LENGTH, width=WIDTH, dropout=0.0)
-params = backbone.init(jax.random.key(0))
+params = jax.jit(backbone.init)(jax.random.key(0))
 sequences = batches.make_sequences(split)
 by_group = batches.make_pool(
   targets, groups, num_groups=NUM_GROUPS, length=LENGTH
 )
-batch = batches.draw_batch(
-  jax.random.key(1), sequences, by_group, batch_size=32, length=LENGTH,
-  draw="interactions",
-)
+draw = jax.jit(functools.partial(
+  batches.draw_batch, batch_size=32, length=LENGTH, draw="interactions"
+))
+batch = draw(jax.random.key(1), sequences, by_group)
 print("histories [G, B, L]:", batch.history.shape)
 
 group_loss = objectives.group_losses(backbone, mean="interactions").group_loss
 windows = objectives.GroupBatch(batch, importance=None)
 keys = jax.random.split(jax.random.key(2), NUM_GROUPS)
 value_and_grad = jax.value_and_grad(group_loss)
-losses, grads = jax.jit(jax.vmap(value_and_grad, (None, 0, 0)))(
-  params, windows, keys
-)
-gramian = aggregation.gramian(grads)
-print("losses [G]:", losses)
-print("cosines of the gradients [G, G]:\n", aggregation.cosines(gramian))
-
 weighting = aggregation.backdoor(prior)
-weights, _ = weighting.update(gramian, losses, weighting.init())
-gradient = aggregation.combine(weights, grads)
-print("weights:", weights)
+
+
+@jax.jit
+def by_hand(params: training.PyTree, state: training.PyTree) -> tuple:
+  """The method on one slide."""
+  losses, grads = jax.vmap(value_and_grad, (None, 0, 0))(params, windows, keys)
+  gramian = aggregation.gramian(grads)
+  weights, state = weighting.update(gramian, losses, state)
+  return losses, gramian, weights, aggregation.combine(weights, grads)
+
+
+losses, gramian, weights, gradient = by_hand(params, weighting.init())
+print("losses [G]:", losses)
+print("Gramian [G, G]:\n", gramian)
+print("weights [G]:", weights)
 
 # %% [markdown]
 # `aggregation.aggregate` builds that step for any loss; its paths differ in
@@ -151,9 +157,9 @@ print("largest difference:", max(jax.tree.leaves(errors)))
 # # 5. Training the joint base and PIN
 #
 # Joint training is the same step with one group. PIN takes its backbone from
-# the groups' gradients, freezes it and trains a plugin for each segment. The base
-# gets as many steps as both stages of PIN together, and every stage keeps the
-# params of its best validation.
+# the groups' gradients, freezes it and trains a plugin for each segment. The
+# base gets as many steps as both stages of PIN together, and every stage keeps
+# the params of its best validation.
 
 # %%
 BACKBONE_STEPS, PLUGIN_STEPS, BATCH, EVERY = 200, 100, 60, 50
