@@ -142,18 +142,9 @@ print("Gramian [G, G]:\n", gramian)
 print("weights [G]:", weights)
 
 # %% [markdown]
-# `aggregation.aggregate` builds that step for any loss; its paths differ in
-# cost alone. And what `combine` returns is the gradient of the weighted loss:
-
-# %%
-init, step = aggregation.aggregate(group_loss, weighting, path="weighted")
-out = jax.jit(step)(params, windows, keys, init(params))
-errors = jax.tree.map(
-  lambda a, b: float(abs(a - b).max()), gradient, out.gradient
-)
-print("largest difference:", max(jax.tree.leaves(errors)))
-
-# %% [markdown]
+# `aggregation.aggregate(group_loss, weighting)` builds that step for any loss,
+# rule and parameters, on the cheapest of several equal paths; training uses it.
+#
 # # 5. Training the joint base and PIN
 #
 # Joint training is the same step with one group. PIN takes its backbone from
