@@ -42,6 +42,7 @@ def _run(test):
   assert found.attempted and not found.failed, "".join(said)
 
 
+@pytest.mark.usefixtures("compile_quickly")
 def test_the_example_of_aggregation():
   [test] = [
     t for t in doctest.DocTestFinder(recurse=False).find(aggregation)
