@@ -22,6 +22,7 @@ that share a parameter and own one each; UPGrad lets neither loss rise.
   >>> params = {"shared": jnp.float32(9.0), "own": jnp.zeros(2)}
   >>> optimizer = optax.sgd(0.2)
   >>> state, opt_state = init(params), optimizer.init(params)
+  >>> step = jax.jit(step)
   >>> for key in jax.random.split(jax.random.key(0), 100):
   ...   out = step(params, tasks, jax.random.split(key, 2), state)
   ...   updates, opt_state = optimizer.update(out.gradient, opt_state)
