@@ -147,7 +147,8 @@ for _path in SOURCES:
 
 
 @pytest.mark.parametrize(
-  "page", sorted(ROOT.glob("docs/*.md")), ids=lambda p: p.name
+  "page", [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))],
+  ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_functions_that_pages_name_exist(page):
   for module, name in re.findall(r"`(\w+)\.(\w+)[`(]", page.read_text()):
