@@ -19,39 +19,30 @@ from experiments.commands import launch
 from pin_jax.datasets import crowd, stored
 from pin_jax.types import InputError
 
-_USERS = flags.DEFINE_string("users", "10_000_000", "U.")
-_ITEMS = flags.DEFINE_string("items", "1_000_000", "V.")
-_INTERACTIONS = flags.DEFINE_string("interactions", "300_000_000", "N.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of all draws.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
-_FORMAT = flags.DEFINE_enum(
-  "format", "parquet", ["parquet", "stored"], "What to write."
-)
-flags.mark_flag_as_required("output")
-
 
 def main(_: Sequence[str]) -> None:
   """Draws and writes."""
+  values = flags.FLAGS
   drawn = crowd.Crowd(
-    num_users=_number(_USERS), num_items=_number(_ITEMS),
-    num_interactions=_number(_INTERACTIONS), seed=_SEED.value,
+    num_users=_number("users"), num_items=_number("items"),
+    num_interactions=_number("interactions"), seed=values.seed,
   )
-  write = {"parquet": write_parquet, "stored": write_stored}[_FORMAT.value]
-  write(drawn, _OUTPUT.value)
+  write = {"parquet": write_parquet, "stored": write_stored}[values.format]
+  write(drawn, values.output)
   print(
-    f"{_OUTPUT.value}: {drawn.num_users:,} users, {drawn.num_items:,} items, "
+    f"{values.output}: {drawn.num_users:,} users, {drawn.num_items:,} items, "
     f"{drawn.num_interactions:,} interactions, the longest history "
     f"{int(drawn.lengths.max()):,}"
   )
 
 
-def _number(flag: flags.FlagHolder) -> int:
-  """A whole number, with underscores if liked."""
+def _number(name: str) -> int:
+  """A flag's whole number, with underscores if liked."""
   try:
-    return int(flag.value)
+    return int(flags.FLAGS[name].value)
   except ValueError:
     raise InputError(
-      f"flag --{flag.name}={flag.value}: give a whole number"
+      f"flag --{name}={flags.FLAGS[name].value}: give a whole number"
     ) from None
 
 
@@ -84,5 +75,17 @@ def write_stored(drawn: crowd.Crowd, path: str) -> None:
   )
 
 
-if __name__ == "__main__":
+def _launch() -> None:
+  flags.DEFINE_string("users", "10_000_000", "U")
+  flags.DEFINE_string("items", "1_000_000", "V")
+  flags.DEFINE_string("interactions", "300_000_000", "N")
+  flags.DEFINE_integer("seed", 0, "of all draws")
+  flags.DEFINE_string("output", None, "directory to make", required=True)
+  flags.DEFINE_enum(
+    "format", "parquet", ["parquet", "stored"], "what to write"
+  )
   launch(main)
+
+
+if __name__ == "__main__":
+  _launch()

@@ -14,33 +14,36 @@ from absl import flags
 from experiments.commands import launch
 from pin_jax.datasets import files, stored
 
-_INPUT = flags.DEFINE_string("input", None, "File or directory to read.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to make.")
-_COLUMNS = {
-  role: flags.DEFINE_string(role, None, f"Name of the {role} column.")
-  for role in ("user", "item", "time")
-}
-_MIN_LENGTH = flags.DEFINE_integer(
-  "min_length", 3, "Users with fewer interactions are left out."
-)
-_K_CORE = flags.DEFINE_integer(
-  "k_core", 0, "Users and items with fewer interactions are left out."
-)
-flags.mark_flags_as_required(["input", "output"])
+_ROLES = "user", "item", "time"
 
 
 def main(_: Sequence[str]) -> None:
   """Reads, sorts and stores."""
+  values = flags.FLAGS
   data = files.read(
-    _INPUT.value, min_length=_MIN_LENGTH.value, k_core=_K_CORE.value,
-    **{role: flag.value for role, flag in _COLUMNS.items()},
+    values.input, min_length=values.min_length, k_core=values.k_core,
+    **{role: values[role].value for role in _ROLES},
   )
-  stored.write(data, _OUTPUT.value)
+  stored.write(data, values.output)
   print(
-    f"{_OUTPUT.value}: {data.num_users:,} users, {data.num_items:,} items, "
+    f"{values.output}: {data.num_users:,} users, {data.num_items:,} items, "
     f"{data.num_interactions:,} interactions; fingerprint {data.fingerprint}"
   )
 
 
-if __name__ == "__main__":
+def _launch() -> None:
+  flags.DEFINE_string("input", None, "file or directory to read", required=True)
+  flags.DEFINE_string("output", None, "directory to make", required=True)
+  for role in _ROLES:
+    flags.DEFINE_string(role, None, f"name of the {role} column")
+  flags.DEFINE_integer(
+    "min_length", 3, "users with fewer interactions are left out"
+  )
+  flags.DEFINE_integer(
+    "k_core", 0, "users and items with fewer interactions are left out"
+  )
   launch(main)
+
+
+if __name__ == "__main__":
+  _launch()

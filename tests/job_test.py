@@ -199,7 +199,8 @@ def test_controls_route_users_as_they_say(finished):
 
 
 @pytest.mark.parametrize(("plugin", "loss"), [
-  ("gated", "softmax"), ("memory", "sampled_softmax"),
+  ("gated", "softmax"),
+  pytest.param("memory", "sampled_softmax", marks=pytest.mark.slow),
 ])
 def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
   config = _config()
@@ -356,6 +357,7 @@ def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
   assert {"classifier", "pin-exact/backbone"} <= runs
 
 
+@pytest.mark.slow
 def test_another_weighting_runs(tmp_path):
   config = _config()
   config.pin.weighting = "pcgrad:seed=3"
@@ -364,6 +366,7 @@ def test_another_weighting_runs(tmp_path):
   assert table["other"].is_not_null().all()
 
 
+@pytest.mark.slow
 def test_a_sampled_loss_beats_the_untrained_model(tmp_path):
   config = _config()
   config.loss.update(
