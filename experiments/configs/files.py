@@ -9,12 +9,14 @@ follow from the data, read here once for that, see `fit_sizes`; set any of them
 as --config.backbone.length=50.
 """
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import settings
 from experiments.configs import base
-from pin_jax.interactions import Interactions
 from pin_jax.types import InputError
 
 EPOCHS = 40
@@ -33,11 +35,31 @@ def get_config(argument: str | None = None) -> ConfigDict:
     )
   config = base.default()
   config.data = base.files_section(values.pop("path"), **values)
-  fit_sizes(config, settings.load_data(config.data)[0])
+  found = _look(config.data.to_dict())
+  if found:
+    fit_sizes(config, *found)
   return config
 
 
-def fit_sizes(config: ConfigDict, data: Interactions) -> None:
+def _look(data: dict) -> tuple[np.ndarray, int] | None:
+  """(interactions of every user, number of items), or None for a bad file.
+
+  Read by a process of its own: this one may yet divide, before which it must
+  start no threads. What is wrong with a file the job will say.
+  """
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.configs.files", json.dumps(data)],
+    capture_output=True, text=True, check=False,
+  )
+  if done.returncode:
+    return None
+  lengths, users, num_items = json.loads(done.stdout.splitlines()[-1])
+  return np.repeat(lengths, users), num_items
+
+
+def fit_sizes(
+  config: ConfigDict, counts: np.ndarray, num_items: int
+) -> None:
   """Chooses sizes that suit the data; ours, by rule of thumb.
 
   The window holds the whole history of nine users out of ten (8 to 200 items);
@@ -47,9 +69,9 @@ def fit_sizes(config: ConfigDict, data: Interactions) -> None:
 
   Args:
     config: changed in place.
-    data: what is trained on, held-out items included.
+    counts: [U] interactions of every user, held-out ones included.
+    num_items: V.
   """
-  counts = np.diff(data.offsets)
   most = float(np.quantile(counts, 0.9, method="lower"))
   length = int(np.clip(8 * np.ceil(most / 8), 8, 200))
   read = float(np.minimum(counts, length).mean())
@@ -66,5 +88,19 @@ def fit_sizes(config: ConfigDict, data: Interactions) -> None:
   config.plugin_steps = steps // 500 * 100
   config.backbone_steps = steps // 100 * 100 - config.plugin_steps
   config.validation.every = max(100, steps // 1500 * 100)
-  if data.num_items >= 20_000:
+  if num_items >= 20_000:
     config.loss.update(name="sampled_softmax", negatives=2048)
+
+
+def _tell(data: dict) -> None:
+  """Prints lengths of histories, users of each length and the items, as JSON.
+  """
+  from experiments import settings
+
+  found, _ = settings.load_data(ConfigDict(data))
+  lengths = np.unique(np.diff(found.offsets), return_counts=True)
+  print(json.dumps([*(x.tolist() for x in lengths), found.num_items]))
+
+
+if __name__ == "__main__":
+  _tell(json.loads(sys.argv[1]))
