@@ -196,7 +196,7 @@ def rank_program(
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
-  chunk = catalogue.tile_on(sizes.items, layout).rows * layout.data
+  chunk = catalogue.users_at_once(sizes.items, layout)
   model = evaluation.Model(networks.backbone, None)
   run = catalogue.rank_program(
     model, num_items=sizes.items, length=config.backbone.length,

@@ -31,7 +31,6 @@ from experiments import (
   summaries,
   truth,
 )
-from experiments.configs.base import default
 from experiments.logs import read_log
 from experiments.plots import plot_activeness, plot_gradients, plot_groups
 from experiments.tables import (
@@ -133,11 +132,10 @@ def _verdicts(
   workdir: epath.Path, rows: pl.DataFrame, base: str, **options: int
 ) -> dict[str, str]:
   """In words, for every model but the base, whether the claim holds."""
-  declared, path = default().claims, workdir / "config.json"
-  if path.exists():
-    declared = settings.read_json(path)["config"].get("claims", declared)
+  path = workdir / "config.json"
+  config = settings.read_json(path)["config"] if path.exists() else {}
   found = claims.check_claims(
-    rows, base=base, margin=declared["non_inferiority_margin"], **options
+    rows, base=base, margin=sections.margin_of(config), **options
   )
   return {line["model"]: line["verdict"] for line in found.to_dicts()}
 

@@ -54,9 +54,9 @@ def base_of(results: Results, base: str | None = None) -> str:
   return chosen
 
 
-def margin_of(results: Results) -> float:
-  """The margin that the job's configuration declares, else the default."""
-  declared = results.config.get("claims", default().claims)
+def margin_of(config: Mapping[str, Any]) -> float:
+  """The margin that a job's configuration declares, else the default."""
+  declared = config.get("claims", default().claims)
   return declared["non_inferiority_margin"]
 
 
@@ -72,7 +72,7 @@ class Job:
     """Tests the claim and takes the levels on every list of candidates."""
     self.results = results
     self.base = base_of(results, base)
-    self.margin = margin_of(results)
+    self.margin = margin_of(results.config)
     self.models = results.rows["model"].unique(maintain_order=True).to_list()
     options = {"num_resamples": num_resamples}
     self.claims = {

@@ -136,6 +136,23 @@ def tile_on(num_items: int, layout: Layout) -> Tile:
   return tile_for(num_items, platform)
 
 
+def users_at_once(num_items: int, layout: Layout) -> int:
+  """Users of a chunk: a tile's rows on each device along `data`."""
+  return tile_on(num_items, layout).rows * layout.data
+
+
+def _states(
+  model: Model, weights: Weights, sequences: Sequences, requests: Requests,
+  length: int, layout: Layout,
+) -> tuple[jax.Array, jax.Array, States]:
+  """(users, positions, states) of a chunk of requests, split over `data`."""
+  users, positions, _ = sharding.split_rows(requests, layout)
+  return users, positions, states_before(
+    model, weights, sequences, users, positions, requests.segments[0], length,
+    len(users),
+  )
+
+
 def rank_program(
   model: Model,
   *,
@@ -155,9 +172,8 @@ def rank_program(
     layout: of the mesh.
 
   Returns:
-    (weights, sequences, requests [chunks, `tile_on(V, layout).rows` times the
-    devices along `data`], interactions of a chunk's histories, at most) ->
-    Ranks, [chunks, chunk].
+    (weights, sequences, requests [chunks, `users_at_once`], interactions of a
+    chunk's histories, at most) -> Ranks, [chunks, chunk].
   """
   tile = tile_on(num_items, layout)
   catalogue = cut_catalogue(num_items, layout, width=tile.items)
@@ -166,10 +182,8 @@ def rank_program(
   def rank_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
-    users, positions, _ = sharding.split_rows(requests, layout)
-    states = states_before(
-      model, weights, sequences, users, positions, requests.segments[0],
-      length, len(users),
+    users, positions, states = _states(
+      model, weights, sequences, requests, length, layout
     )
     target = sequences.items[sequences.starts[users] + positions][:, None]
     row, seen = seen_items(sequences, *requests[:2], size)
@@ -276,10 +290,8 @@ def make_top(
   def top_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Top:
-    users, positions, _ = sharding.split_rows(requests, layout)
-    states = states_before(
-      model, weights, sequences, users, positions, requests.segments[0],
-      length, len(users),
+    users, _, states = _states(
+      model, weights, sequences, requests, length, layout
     )
     row, seen = seen_items(sequences, *requests[:2], size)
 
@@ -337,7 +349,7 @@ def _by_chunk(
   compiled: Callable, model: Model, num_items: int, layout: Layout
 ) -> Callable[[Weights, Sequences, Requests], PyTree]:
   """Runs a program over chunks of users, a tile for each device."""
-  chunk = tile_on(num_items, layout).rows * layout.data
+  chunk = users_at_once(num_items, layout)
 
   def run(
     weights: Weights, sequences: Sequences, requests: Requests

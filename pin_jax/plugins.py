@@ -422,8 +422,6 @@ def logits(
   if plugin.apply is not None:
     moved = plugin.apply(params, representations)
   scores = backbone.score(frozen, moved, candidates)
-  if plugin.mix is None:
-    return scores
   return mixed(
     backbone, plugin, params, frozen, evidence, states, reading, scores,
     items if candidates is None else candidates,
