@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 import rich.console
 from etils import epath
 from ml_collections import ConfigDict
@@ -91,7 +90,7 @@ class JointBase:
 
   def validate(self) -> float:
     """NDCG@10 of all validation targets."""
-    return float(np.mean(self.ndcg(self.state.params)))
+    return self.ndcg(self.state.params)["all"]
 
 
 if __name__ == "__main__":

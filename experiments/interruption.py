@@ -1,7 +1,8 @@
-"""SIGTERM: save, then exit with a code that means 'run me again'."""
+"""SIGTERM, Ctrl-C: save, then exit with a code that means 'run me again'."""
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -10,15 +11,16 @@ from collections.abc import Callable, Iterator
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 GRACE = 8.0  # seconds from the signal to the exit, saved or not
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextlib.contextmanager
 def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
-  """Notes a SIGTERM while the block runs; only for the main thread.
+  """Notes SIGTERM and SIGINT while the block runs; for the main thread alone.
 
   A thread is woken even while the main one compiles or computes, which may
   last; after `grace` seconds it ends the process, and the newest checkpoint
-  stands.
+  stands. A second SIGINT does so at once.
 
   Args:
     grace: seconds to save in.
@@ -31,11 +33,19 @@ def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
   os.set_blocking(writer, False)
 
   def watch() -> None:
-    while os.read(reader, 1)[0] != signal.SIGTERM:
+    while (number := os.read(reader, 1)[0]) not in _SIGNALS:
       if over.is_set():
         return
     came.set()
-    time.sleep(grace)
+    if number == signal.SIGINT:
+      print(
+        "\nsaving; Ctrl-C again ends at once", file=sys.stderr, flush=True
+      )
+    limit = time.monotonic() + grace
+    while not over.is_set() and (left := limit - time.monotonic()) > 0:
+      ready, _, _ = select.select([reader], [], [], left)
+      if ready and os.read(reader, 1)[0] == signal.SIGINT:
+        break
     if not over.is_set():
       print(
         "interrupted while busy; the same command continues from the last "
@@ -43,7 +53,9 @@ def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
       )
       os._exit(EXIT_CODE)
 
-  before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+  before = {
+    number: signal.signal(number, lambda *_: came.set()) for number in _SIGNALS
+  }
   awake = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   threading.Thread(target=watch, daemon=True).start()
   try:
@@ -51,6 +63,7 @@ def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
   finally:
     over.set()
     signal.set_wakeup_fd(awake)
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
     os.write(writer, b"\0")
     os.close(writer)

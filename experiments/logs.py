@@ -199,6 +199,7 @@ class JobProgress:
     self._console, self._total, self._done = console, total, 0
     self._start = self._printed = time.monotonic()
     self._skipped = 0
+    self._begun, self._compiled = None, 0.0
     self._bar = None
     if console.is_terminal:
       self._bar = rich.progress.Progress(
@@ -213,9 +214,24 @@ class JobProgress:
       self._bar.start()
       self._task = self._bar.add_task("starting", total=total)
 
+  def begin(self, run: str) -> None:
+    """Says that a run's programs are compiled now, before its first steps."""
+    self._begun = time.monotonic()
+    if self._bar:
+      self._bar.update(self._task, description=f"{run}: compiling")
+    else:
+      self._console.print(f"{run}: compiling, once for all its steps")
+
   def advance(self, run: str, steps: int) -> None:
     """Counts steps that were trained."""
     self._done += steps
+    if self._begun is not None:
+      waited, self._begun = time.monotonic() - self._begun, None
+      self._compiled += waited
+      self._console.print(
+        f"{run}: compiled, and trained the first {steps:,} steps, in "
+        f"{waited:.1f} s"
+      )
     if self._bar:
       self._bar.update(self._task, completed=self._done, description=run)
       return
@@ -224,7 +240,8 @@ class JobProgress:
       return
     self._printed = now
     trained = max(self._done - self._skipped, 1)
-    left = (self._total - self._done) * (now - self._start) / trained
+    spent = now - self._start - self._compiled
+    left = (self._total - self._done) * spent / trained
     self._console.print(
       f"{run}: step {self._done:,} of {self._total:,} in all, "
       f"{now - self._start:.0f} s gone, about {left:.0f} s left"

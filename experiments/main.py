@@ -15,8 +15,8 @@ a TPU pod says who they are, else
     --process_id=0
 
 Exit codes: 0 finished, 2 bad input, 3 training or writing failed, 4 another
-process lost, 75 interrupted by SIGTERM after saving. After 4 and 75 the same
-command continues.
+process lost, 75 interrupted by SIGTERM or Ctrl-C after saving. After 4 and 75
+the same command continues.
 """
 
 import re
@@ -27,8 +27,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import processes
-from experiments.commands import command_line
+from experiments import commands, processes
 from pin_jax.types import InputError, Interrupted, TrainingError
 
 _DEFAULT = "experiments/configs/quickstart.py"
@@ -96,7 +95,7 @@ def _run() -> None:
     from experiments import job  # after the flags: importing jax takes seconds
 
     job.run(
-      _CONFIG.value, _WORKDIR.value, command=command_line(command),
+      _CONFIG.value, _WORKDIR.value, command=commands.command_line(command),
       other_versions=_OTHER_VERSIONS.value, interrupted=interrupted,
     )
 
@@ -144,8 +143,8 @@ def exit_code(action: Callable[[], None]) -> int:
 
   Returns:
     0 finished, 2 bad input, 3 training or writing failed, 4 another process
-    lost, 75 interrupted by SIGTERM after saving (after either of these two the
-    same command continues).
+    lost, 75 interrupted by SIGTERM or Ctrl-C after saving (after either of
+    these two the same command continues).
   """
   try:
     action()
@@ -161,7 +160,11 @@ def exit_code(action: Callable[[], None]) -> int:
 
 def launch() -> None:
   """Entry point; every exit but a finished job's is one line."""
-  sys.exit(exit_code(lambda: app.run(main, flags_parser=_parse)))
+  try:
+    sys.exit(exit_code(lambda: app.run(main, flags_parser=_parse)))
+  except KeyboardInterrupt:  # before the job, which saves
+    print("interrupted; the same command starts it again", file=sys.stderr)
+    sys.exit(commands.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from pin_jax.types import Backbone, InputError, Plugin, PyTree
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
 CUTOFF = 10
+_PARTS = ("part0", "part1")  # what a plugin serves where segments are random
 _CHUNKS_READ = 16  # chunks of users whose histories are read at once
 
 
@@ -374,8 +375,8 @@ class Run(NamedTuple):
     pool: whom to draw from.
     start: seed -> state before step 0.
     frozen: seed -> params that stay as they are.
-    evaluator: seed -> (params -> validation values).
-    names: of these values.
+    evaluator: seed -> (params -> validation values by name).
+    criteria: names of those that select, the others are only logged.
   """
 
   step: training.Step
@@ -383,8 +384,8 @@ class Run(NamedTuple):
   pool: batches.Pool
   start: Callable[[int], training.TrainState]
   frozen: Callable[[int], PyTree]
-  evaluator: Callable[[int], Callable[[PyTree], np.ndarray]]
-  names: tuple[str, ...]
+  evaluator: Callable[[int], Callable[[PyTree], dict[str, float]]]
+  criteria: tuple[str, ...]
 
 
 class Trainer:
@@ -505,6 +506,11 @@ class Trainer:
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
+    validations: list[dict[str, float]] = [{} for _ in seeds]
+
+    def evaluate(k: int, params: PyTree) -> np.ndarray:
+      validations[k] = evaluators[k](params)
+      return np.array([validations[k][name] for name in run.criteria])
 
     def advance(k: int, count: int, resumed: bool = False) -> None:
       counted[k] += count
@@ -516,21 +522,22 @@ class Trainer:
     def on_resume(k: int, t: int) -> None:
       self._log.rewind(runs[k], t)
       advance(k, max(t, 0), resumed=True)
+      if k == 0 and t < steps:
+        self._progress.begin(runs[0])
 
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
       advance(k, len(log["loss"]))
 
     def on_evaluation(k: int, t: int, values: np.ndarray) -> None:
-      named = dict(zip(run.names, values, strict=True))
-      self._log.evaluation(runs[k], t, named)
+      self._log.evaluation(runs[k], t, validations[k])
 
     with contextlib.closing(store):
       results = training.fit_many(
         self.step(run), self.start(run), operands,
         names=runs,
         num_steps=steps,
-        evaluate=lambda k, params: evaluators[k](params),
+        evaluate=evaluate,
         evaluate_every=self._config.validation.every,
         dispatch=self._config.dispatch,
         patience=self._config.validation.patience,
@@ -710,11 +717,15 @@ class Trainer:
       }
 
     rank, requests = self.ranker(None), self._validation(stage.users)
+    segments = problem.segments[requests.users]
 
-    def evaluate(params: PyTree) -> np.ndarray:
+    def evaluate(params: PyTree) -> dict[str, float]:
       weights = evaluation.Weights(params, None)
       ranks = rank(weights, self.sequences, requests)
-      return metrics.ndcg(ranks.rank, CUTOFF).mean()[None]
+      values = metrics.ndcg(ranks.rank, CUTOFF)
+      of_segments = _means(values, segments, SEGMENTS)
+      chosen = {stage.users: float(values.mean())}
+      return {**of_segments, **chosen} if stage.users == "all" else chosen
 
     rows = config.batch_size // num_groups
     sizes = {
@@ -771,15 +782,19 @@ class Trainer:
     )
     rank = self.ranker(stage.plugin)
 
-    def evaluate(seed: int, params: PyTree) -> np.ndarray:
+    actual = problem.segments[requests.users]
+    parts = SEGMENTS if stage.assign == "activeness" else _PARTS
+
+    def evaluate(seed: int, params: PyTree) -> dict[str, float]:
       weights = evaluation.Weights(
         self._best(stage.start, seed), params, self._evidence(stage.plugin)
       )
       ranks = rank(weights, self.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
-      sizes = np.bincount(requests.segments, minlength=count)
-      sums = np.bincount(requests.segments, values, count)
-      return sums / np.maximum(sizes, 1)
+      named = _means(values, actual, SEGMENTS) | {"all": float(values.mean())}
+      if stage.assign == "random":
+        named |= _means(values, requests.segments, _PARTS)
+      return named
 
     sizes = {"batch_size": config.batch_size // count, "length": self.length}
 
@@ -795,7 +810,7 @@ class Trainer:
       step, windows, pool or self._pool(segments, count), start,
       lambda seed: self._best(stage.start, seed),
       lambda seed: functools.partial(evaluate, seed),
-      SEGMENTS if count > 1 else ("all",),
+      parts if count > 1 else ("all",),
     )
 
   def _classifier_run(self, stage: Stage, steps: int) -> Run:
@@ -821,7 +836,7 @@ class Trainer:
     def frozen(seed: int) -> PyTree:
       return {"backbone": self._best(stage.start, seed), "groups": groups}
 
-    def evaluator(seed: int) -> Callable[[PyTree], np.ndarray]:
+    def evaluator(seed: int) -> Callable[[PyTree], dict[str, float]]:
       held_out = batches.draw_batch(
         _stage_key(seed, stage.name + "/validation"), self.sequences, pool,
         batch_size=4 * config.batch_size, length=self.length,
@@ -830,9 +845,9 @@ class Trainer:
       held_out = jax.tree.map(lambda x: x[0], held_out)
       loss = jax.jit(functools.partial(propensity.classifier_loss, backbone))
       params_of_backbone = self._best(stage.start, seed)
-      return lambda params: -np.asarray(
+      return lambda params: {"log_likelihood": -float(
         loss(params_of_backbone, params, held_out, groups)
-      )[None]
+      )}
 
     return Run(
       sharding.kept(step, self._layout), None, pool, start, frozen, evaluator,
@@ -873,6 +888,15 @@ def routed(
   """`assigned`, the other way round where the method swaps segments."""
   segments, count = assigned(problem, stage)
   return (count - 1 - segments if method.swapped else segments), count
+
+
+def _means(
+  values: np.ndarray, segments: np.ndarray, names: Sequence[str]
+) -> dict[str, float]:
+  """Mean of each segment's users, 0 where it has none."""
+  sizes = np.bincount(segments, minlength=len(names))
+  sums = np.bincount(segments, values, len(names))
+  return dict(zip(names, sums / np.maximum(sizes, 1), strict=True))
 
 
 def _fitted_users(num_users: int) -> np.ndarray:

@@ -320,11 +320,10 @@ def _(folder, say):
   halving.smaller_where_full(_needs(0), 8)(np.arange(5))
 
 
-@row("SIGTERM while training", 75, "toy: interrupted after step", "continues")
-def _(folder, say):
+def _interrupted_by(number, folder):
   def on_evaluation(t, values):
     if t == 4:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), number)
 
   def ended(resumed):
     result = _fit(folder, _step(), on_resume=resumed.append)
@@ -338,6 +337,16 @@ def _(folder, say):
     finally:
       ended(resumed := [])
       assert resumed == [4]
+
+
+@row("SIGTERM while training", 75, "toy: interrupted after step", "continues")
+def _(folder, say):
+  _interrupted_by(signal.SIGTERM, folder)
+
+
+@row("Ctrl-C while training", 75, "toy: interrupted after step", "continues")
+def _(folder, say):
+  _interrupted_by(signal.SIGINT, folder)
 
 
 def _two_lives(folder, harm):

@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from experiments import finished as finished_job
 from experiments import job, problem, report, settings, summaries, trainer
 from experiments.configs import base, files, ml1m, paper_era, quickstart
+from experiments.events import read_events
 from experiments.logs import read_log
 from experiments.methods import METHODS, stages_of
 from pin_jax import aggregation, serving, training
@@ -89,6 +91,26 @@ def test_rows_hold_each_users_held_out_item(finished):
     start, end = data.offsets[row["user"]], data.offsets[row["user"] + 1]
     assert row["target"] == data.item_ids[data.items[end - 1] - 1]
     assert row["activeness"] == end - start - 2
+
+
+def test_validations_are_logged_by_segment_too(finished):
+  _, workdir, text = finished
+  rows = pl.read_parquet(workdir / "rows.parquet").filter(model="pin")
+  sizes = rows.group_by("segment").len().sort("segment")["len"].to_numpy()
+  found = [r for r in read_log(epath.Path(workdir)) if "validation" in r]
+  of_all = [r for r in found if r["run"] == "pin/backbone"]
+  assert of_all
+  for record in of_all:
+    values = record["validation"]
+    mean = np.dot(sizes, [values["tail"], values["head"]]) / sizes.sum()
+    assert values["all"] == pytest.approx(mean, abs=1e-6)
+  tail_alone = [r["validation"] for r in found if r["run"] == "tail-only"]
+  assert {tuple(values) for values in tail_alone} == {("tail",)}
+  path = next((workdir / "events" / "pin" / "backbone").glob("events*"))
+  tags = {v.tag for event in read_events(path) for v in event.summary.value}
+  assert {f"validation/{name}" for name in ("all", "tail", "head")} <= tags
+  assert "pin/backbone: compiling, once for all its steps" in text
+  assert re.search(r"pin/backbone: compiled, and trained the first \d+", text)
 
 
 def positions(workdir, method, **options):

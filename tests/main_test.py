@@ -1,5 +1,6 @@
 """The launcher's exit codes and what a workdir accepts."""
 
+import subprocess
 import sys
 
 import pytest
@@ -38,6 +39,28 @@ def test_an_error_is_one_line_and_a_code(
 def test_an_error_of_the_code_is_no_users_error():
   with pytest.raises(KeyError):
     main.exit_code(_raising(KeyError("bug")))
+
+
+_BUSY = """
+import os, signal, time
+from experiments import interruption
+with interruption.noticed(grace=600):
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(0.2)
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(600)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once():
+  done = subprocess.run(
+    [sys.executable, "-c", _BUSY], capture_output=True, text=True, check=False,
+    timeout=300,
+  )
+  assert done.returncode == interruption.EXIT_CODE
+  assert "saving; Ctrl-C again ends at once" in done.stderr
+  assert "the same command continues" in done.stderr
+  assert "Traceback" not in done.stderr
 
 
 def test_a_workdir_of_before_a_key_is_still_the_jobs(tmp_path):
