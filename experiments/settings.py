@@ -132,6 +132,7 @@ _AT_LEAST = {
   "loss.negatives": 1,
   "loss.focusing": 0,
   "batch_size": 2,
+  "joint.batch_size": 0,
   "dispatch": 1,
   "pin.diagnose_every": 0,
   "optimizer.warmup": 0,
@@ -368,6 +369,7 @@ def _check_mesh(config: ConfigDict) -> None:
     *((share % data, "batch_size", config.batch_size,
        f"{share} windows a {whose} must be a multiple of mesh.data={data}")
       for whose, share in (
+        ("joint step", config.joint.batch_size),
         ("group", config.batch_size // config.groups.num_groups),
         ("segment", config.batch_size // 2),
         ("shared plugin", config.batch_size if "shared" in kinds else 0),

@@ -287,6 +287,14 @@ class FirstStage(NamedTuple):
   optimizer: Any
 
 
+def windows_of_step(config: ConfigDict, *, grouped: bool) -> int:
+  """Windows that a step of stage 1 reads: of a group, or of everybody."""
+  rows = config.batch_size // config.groups.num_groups
+  if grouped:
+    return rows
+  return config.joint.batch_size or rows * config.groups.num_groups
+
+
 def make_backbone_step(
   config: ConfigDict,
   networks: Networks,
@@ -314,15 +322,13 @@ def make_backbone_step(
     importance: see `training.backbone_step`.
     runs: seeds at once.
   """
-  groups = config.groups.num_groups
-  rows = config.batch_size // groups
   optimizer, schedule = make_optimizer(config, steps)
   by_rows = config.optimizer.tables == "row_sparse"
   if by_rows:
     optimizer = sparse.row_sparse(optimizer, networks.backbone.tables)
   step = training.backbone_step(
     networks.backbone, adjustment.rules, optimizer, schedule,
-    batch_size=rows if grouped else rows * groups,
+    batch_size=windows_of_step(config, grouped=grouped),
     length=config.backbone.length, draw=draw, mean=mean,
     path=config.pin.path if grouped else "auto",
     blocks=adjustment.blocks,
@@ -727,9 +733,8 @@ class Trainer:
       chosen = {stage.users: float(values.mean())}
       return {**of_segments, **chosen} if stage.users == "all" else chosen
 
-    rows = config.batch_size // num_groups
     sizes = {
-      "batch_size": rows if stage.grouped else rows * num_groups,
+      "batch_size": windows_of_step(config, grouped=stage.grouped),
       "length": self.length, "draw": draw,
     }
     windows = lambda key, t, targets, pool: batches.draw_windows(

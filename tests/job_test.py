@@ -240,6 +240,29 @@ def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
     assert (ranks[name] != ranks["memory alone"]).any()
 
 
+def test_joint_stages_may_read_more_windows(finished, tmp_path):
+  _, workdir, _ = finished
+  config = _config()
+  config.methods, config.joint.batch_size = ("pin_backbone", "base"), 48
+  _run(config, tmp_path / "run")
+  losses = {}
+  for windows, path in ((24, workdir), (48, tmp_path / "run")):
+    for record in read_log(epath.Path(path)):
+      if "loss" in record:
+        key = windows, record["run"]
+        losses.setdefault(key, []).append(record["loss"])
+  assert losses[48, "pin/backbone"] == losses[24, "pin/backbone"]
+  config.joint.batch_size, config.methods = 24, ("base",)
+  _run(config, tmp_path / "as_many")
+  log = read_log(epath.Path(tmp_path / "as_many"))
+  as_many = [r["loss"] for r in log if "loss" in r]
+  assert as_many[0] != losses[48, "base"][0]
+  config.joint.batch_size = 0
+  _run(config, tmp_path / "default")
+  log = read_log(epath.Path(tmp_path / "default"))
+  assert [r["loss"] for r in log if "loss" in r] == as_many
+
+
 def test_log_holds_every_step_and_group(finished):
   _, workdir, _ = finished
   records = [

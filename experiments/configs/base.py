@@ -77,7 +77,11 @@ def default() -> ConfigDict:
     # (positions) or 'users' (rows). plugin_draw may also be 'validation': stage
     # 2 then learns from the validation targets of half of the users and is
     # selected on the others'.
-    "joint": {"draw": "interactions", "mean": "interactions"},
+    # `joint.batch_size` is for joint stages, where PIN's windows are longer or
+    # shorter on average, to give both as many targets; 0 = `batch_size`.
+    "joint": {
+      "draw": "interactions", "mean": "interactions", "batch_size": 0
+    },
     "pin": {
       "draw": "interactions",
       "mean": "interactions",
