@@ -1,7 +1,8 @@
 """The joint base as a system of benchmarks/throughput.py.
 
 SASRec as experiments/trainer.py builds it for the stage 'base' of
-experiments/configs/beauty.py: its step, its dispatch, its ranker.
+experiments/configs/beauty.py: its step, its dispatch, its ranker; with the
+softmax over the whole catalogue, width 64 and 255 windows a step.
 """
 
 import io
@@ -20,6 +21,14 @@ from experiments.methods import stages_of
 from experiments.problem import Problem, make_problem, requests_for
 from experiments.trainer import Run, Trainer, make_networks, num_steps
 from pin_jax import evaluation, training
+
+
+def full_softmax(config: ConfigDict) -> ConfigDict:
+  """The config with a loss that every library has, at a common size."""
+  config.loss.name, config.batch_size = "softmax", 255
+  config.backbone.width, config.optimizer.learning_rate = 64, 2e-3
+  config.backbone_steps, config.plugin_steps = 2000, 500
+  return config
 
 
 def prepare(
@@ -46,7 +55,7 @@ class JointBase:
   ) -> None:
     """Builds the stage on the data set at `path`; the config sets the rest."""
     del settings
-    config = beauty.get_config(f"path={path}")
+    config = full_softmax(beauty.get_config(f"path={path}"))
     self.problem = make_problem(config)
     self.trainer, run, self.operands = prepare(
       config, self.problem, os.path.dirname(data), seed

@@ -51,6 +51,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.joint_base import full_softmax
 from benchmarks.peers import protocol
 from experiments.configs import beauty
 from experiments.methods import stages_of
@@ -131,7 +132,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def write_inputs(path: str, folder: str, args: argparse.Namespace) -> dict:
   """Writes the data; returns the settings that start a system."""
-  config = beauty.get_config(f"path={path}")
+  config = full_softmax(beauty.get_config(f"path={path}"))
   problem = make_problem(config)
   data = problem.split.interactions
   file = os.path.join(folder, "data.npz")

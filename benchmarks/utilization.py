@@ -26,7 +26,8 @@ Rates and steps are timed in turn; the share is the median over the rounds.
 work included, the body of every loop once.
 
 `--config` names a config of experiments/configs; all settings are its, but for
-the backbone's name and width. One line of JSON a backbone and width.
+the backbone's name and width, and the loss. One line of JSON a backbone and
+width.
 
 On one core, the other busy, SASRec on Beauty (--backbones=sasrec --rounds=5):
 44 % at width 64, 60 % at width 256.
@@ -134,8 +135,7 @@ def joint_config(name: str, path: str, backbone: str, width: int) -> ConfigDict:
   """A data set's config with another backbone; DIN with sampled negatives."""
   config = CONFIGS[name].get_config(f"path={path}" if path else None)
   config.backbone.update(name=backbone, width=width)
-  if backbone == "din":
-    config.loss.name = "sampled_softmax"
+  config.loss.name = "sampled_softmax" if backbone == "din" else "softmax"
   settings.check(config)
   return config
 

@@ -235,10 +235,20 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config = default()
   values = parse(argument, path=data_path(file))
   config.data = files_section(values["path"])
-  config.backbone.update(length=32, dropout=0.5, pack_rows=8)
-  config.backbone_steps, config.plugin_steps = 2000, 500
-  config.batch_size = 255
-  config.validation.every = 250
+  config.backbone.update(length=32, width=128, dropout=0.5, pack_rows=8)
+  config.loss.update(name="sampled_softmax", negatives=2048)
+  config.optimizer.learning_rate = 1.5e-3
+  config.batch_size, config.validation.every = 460, 250
+  config.backbone_steps, config.plugin_steps = 1250, 250
+  # The gate's few parameters learn from the validation targets of half of the
+  # users: on training targets the backbone knows the answers.
+  config.plugin.update(name="gated", hidden=16, reads_state=False)
+  config.pin.plugin_draw = "validation"
+  config.optimizer.plugin_learning_rate = 2e-2
+  config.methods = (
+    "base", "memory_alone", "joint_shared", "joint_plugins", "pin_backbone",
+    "pin",
+  )
   return config
 
 
