@@ -14,13 +14,13 @@ import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from benchmarks.peers import protocol
 from experiments import logs
 from experiments.configs import beauty
 from experiments.methods import stages_of
 from experiments.problem import Problem, make_problem, requests_for
 from experiments.trainer import Run, Trainer, make_networks, num_steps
 from pin_jax import evaluation, training
+from third_party.peers import protocol
 
 
 def prepare(
