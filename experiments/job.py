@@ -186,6 +186,11 @@ def claim_workdir(
   mine = {"config": of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
   if not path.exists():
+    if (directory / "summary.json").exists():
+      raise InputError(
+        f"workdir {directory} holds results without the configuration of a "
+        "job; use another --workdir"
+      )
     _write_claim(path, mine)
     return
   theirs = settings.read_json(path)

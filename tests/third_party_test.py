@@ -12,6 +12,7 @@ import pytest
 import rich.console
 import tiny
 
+from experiments import finished as finished_jobs
 from experiments import job, report, summaries
 from experiments.configs import base
 from experiments.problem import make_problem
@@ -77,13 +78,18 @@ def quiet():
   return rich.console.Console(quiet=True)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-  """A job of ours on the data of `tiny`."""
-  path = tmp_path_factory.mktemp("job") / "tiny"
+def _ours():
+  """The configuration of a job of ours on the data of `tiny`."""
   config = tiny.get_config()
   config.backbone_steps, config.plugin_steps = 20, 10
-  job.run(config, path, rich.console.Console(quiet=True), command="ours")
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compile_quickly):
+  """Its workdir."""
+  path = tmp_path_factory.mktemp("job") / "tiny"
+  job.run(_ours(), path, rich.console.Console(quiet=True), command="ours")
   return path
 
 
@@ -212,6 +218,12 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
       [source], markdown=tmp_path / "page.md", num_resamples=50
     )
     assert "Fake Popular" in page.read_text()
+  # A job does not take these workdirs for its own.
+  console = rich.console.Console(quiet=True)
+  with pytest.raises(InputError, match="peer is 'numpy' there and None here"):
+    job.run(_ours(), path, console)
+  with pytest.raises(InputError):
+    finished_jobs.recommender(path)
   # A third library beside the two.
   more = fake._replace(name="More")
   driver.run(
@@ -224,6 +236,10 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
     "Fake Popular"
   ]
   assert summaries.read(path).config == {}
+  with pytest.raises(InputError, match="without the configuration of a job"):
+    job.run(_ours(), path, console)
+  with pytest.raises(InputError, match="holds no finished job"):
+    finished_jobs.recommender(path)
 
 
 class TestRefusals:

@@ -381,13 +381,13 @@ class _Beside(NamedTuple):
     rows: of all its models.
     summary: content of its summary.json.
     seconds: content of its cpu_seconds.json.
-    config: its config.json, or None.
+    config: content of its config.json, or None.
   """
 
   rows: pl.DataFrame
   summary: dict[str, Any]
   seconds: dict[str, float]
-  config: bytes | None
+  config: dict[str, Any] | None
 
 
 def _results_beside(
@@ -413,11 +413,11 @@ def _results_beside(
         f"configuration's data have {mine!r}; use the configuration of that job"
       )
   _check_rows(path, rows, summary, problem, plan, title)
-  read = lambda name: (path / name).read_bytes()
-  there = (path / "cpu_seconds.json").exists()
+  read = lambda name: (
+    settings.read_json(path / name) if (path / name).exists() else None
+  )
   return _Beside(
-    rows, summary, json.loads(read("cpu_seconds.json")) if there else {},
-    read("config.json") if (path / "config.json").exists() else None,
+    rows, summary, read("cpu_seconds.json") or {}, read("config.json")
   )
 
 
@@ -452,7 +452,6 @@ def _write(
   seconds: dict[str, float], other: _Beside | None,
 ) -> None:
   """Writes what the report reads, the other results' models first."""
-  config = directory / "config.json"
   if other is not None:
     rows = pl.concat([other.rows, rows])
     for key in ("cost", "versions"):
@@ -463,10 +462,12 @@ def _write(
       filter(None, [other.summary.get("command"), summary["command"]])
     )
     seconds = {**other.seconds, **seconds}
+  config = directory / "config.json"
+  config.unlink(missing_ok=True)
   if other is not None and other.config is not None:
-    workdir.write(config, other.config)
-  else:
-    config.unlink(missing_ok=True)
+    # Marked, for a job that comes by must not take the workdir for its own.
+    marked = {**other.config, "peer": summary["peer"]["peer"]}
+    workdir.write(config, (json.dumps(marked, indent=2) + "\n").encode())
   with (directory / ".rows.tmp").open("wb") as file:
     rows.write_parquet(file)
   (directory / ".rows.tmp").replace(directory / "rows.parquet")
