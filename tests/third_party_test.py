@@ -599,10 +599,11 @@ peer = own.RecBole(data, settings)
 feat = peer.loader.dataset.inter_feat
 back = {{int(v): k for k, v in enumerate(peer.user_ids)}}
 users = np.array([back[int(x)] for x in feat["user_id"]])
-positions = np.ones(len(users), int)
-for i in range(1, len(users)):
-  if users[i] == users[i - 1]:
-    positions[i] = positions[i - 1] + 1
+positions, reached = [], {{}}  # rows are in order of time, users mixed
+for user in users:
+  positions.append(reached.get(user, 1))
+  reached[user] = positions[-1] + 1
+positions = np.array(positions)
 assert len(users) == data.targets.sum()
 assert (np.bincount(users, minlength=len(data.targets)) == data.targets).all()
 made = peer.requests(users, positions)
