@@ -86,7 +86,7 @@ class JointBase:
   def evaluate(self) -> int:
     """Ranks the chosen users' test targets."""
     weights = evaluation.Weights(self.state.params, None)
-    rank = self.trainer.ranker(False)
+    rank = self.trainer.ranker(None)
     return len(rank(weights, self.operands.sequences, self.requests).rank)
 
   def validate(self) -> float:
