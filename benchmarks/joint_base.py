@@ -14,13 +14,13 @@ import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from benchmarks.peers import protocol
 from experiments import logs
 from experiments.configs import beauty
 from experiments.methods import stages_of
 from experiments.problem import Problem, make_problem, requests_for
 from experiments.trainer import Run, Trainer, make_networks, num_steps
 from pin_jax import evaluation, training
+from third_party.peers import protocol
 
 
 def full_softmax(config: ConfigDict) -> ConfigDict:
@@ -94,7 +94,7 @@ class JointBase:
   def evaluate(self) -> int:
     """Ranks the chosen users' test targets."""
     weights = evaluation.Weights(self.state.params, None)
-    rank = self.trainer.ranker(False)
+    rank = self.trainer.ranker(None)
     return len(rank(weights, self.operands.sequences, self.requests).rank)
 
   def validate(self) -> float:

@@ -7,7 +7,7 @@
 SASRec of the same sizes on the same split of the same data, with the softmax
 over the whole catalogue, one thread on one core: the joint base of
 experiments/configs/beauty.py (benchmarks/joint_base.py) and the peers of
-benchmarks/peers, each under its own interpreter (what that needs, and what
+third_party/peers, each under its own interpreter (what that needs, and what
 differs, is in the peer's docstring). A peer without a flag is left out.
 
 Every system lives in a process of its own for the whole run. A round times
@@ -52,22 +52,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.joint_base import full_softmax
-from benchmarks.peers import protocol
 from experiments.configs import beauty
 from experiments.methods import stages_of
 from experiments.problem import make_problem
 from experiments.trainer import num_steps
+from third_party import driver
+from third_party.peers import protocol
 
 ROOT = pathlib.Path(__file__).parents[1]
-PEERS = ROOT / "benchmarks" / "peers"
 ENVIRONMENT = {
-  "OMP_NUM_THREADS": "1",
-  "MKL_NUM_THREADS": "1",
-  "OPENBLAS_NUM_THREADS": "1",
+  **driver.ENVIRONMENT,
   "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false "
   "intra_op_parallelism_threads=1",
   "JAX_PLATFORMS": "cpu",
-  "CUDA_VISIBLE_DEVICES": "",
 }
 
 
@@ -126,7 +123,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
   }
   for name, (python, script, *options) in scripts.items():
     if python:
-      found[name] = [python, str(PEERS / script), *options]
+      found[name] = [python, str(driver.PEERS / script), *options]
   return found
 
 
@@ -134,11 +131,8 @@ def write_inputs(path: str, folder: str, args: argparse.Namespace) -> dict:
   """Writes the data; returns the settings that start a system."""
   config = full_softmax(beauty.get_config(f"path={path}"))
   problem = make_problem(config)
-  data = problem.split.interactions
   file = os.path.join(folder, "data.npz")
-  protocol.write_data(file, protocol.Data(
-    data.items, data.offsets[:-1], problem.targets, data.num_items
-  ))
+  protocol.write_data(file, driver.data_of(problem.split))
   sizes = {
     key: config.backbone[key]
     for key in ("length", "width", "blocks", "heads", "dropout", "expansion")

@@ -12,15 +12,20 @@ from pin_jax.types import InputError
 INTERRUPTED = 128 + signal.SIGINT  # as shells count
 
 
-def launch(main: Callable[[Sequence[str]], int | None]) -> None:
+def launch(
+  main: Callable[[Sequence[str]], int | None],
+  config: flags.FlagHolder | None = None,
+) -> None:
   """Parses flags and runs a program; bad input, or Ctrl-C, is one line.
 
   Args:
     main: function of the arguments that are no flags; returns the exit code,
       where it is not 2 for bad input or `INTERRUPTED` for Ctrl-C.
+    config: the flag of a configuration file, where there is one.
   """
+  parse = _parse if config is None else lambda argv: parse_with(argv, config)
   try:
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=parse)
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -35,6 +40,44 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except flags.Error as error:
     text = " ".join(str(error).split())
     raise InputError(f"flags: {text}; see --help") from error
+
+
+def parse_with(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
+  """Parses flags of which one is a configuration.
+
+  Args:
+    argv: the command line.
+    config: as ml_collections.config_flags defines it.
+
+  Returns:
+    The arguments that are no flags.
+
+  Raises:
+    InputError: for whatever is wrong with them, or with the configuration.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+    config.value.keys()  # a file that cannot be loaded fails on access
+    return rest
+  except (
+    flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError,
+    ValueError,
+  ) as error:
+    unknown = isinstance(error, AttributeError | KeyError)
+    kind = "unknown config key" if unknown else "flags:"
+    raise InputError(f"{kind} {_in_one_line(str(error))}") from error
+
+
+def _in_one_line(message: str) -> str:
+  """The flag library's message without the tracebacks it may hold."""
+  marker = f"{InputError.__name__}: "
+  if marker in message:
+    return message.rsplit(marker, 1)[1].strip()  # raised by a config file
+  lines = [x.strip() for x in message.strip("\"' \n").splitlines()]
+  if "Traceback" in message:
+    lines = [lines[0], lines[-1]]
+  text = " ".join(filter(None, lines)).replace("\\'", "'").replace("\\n", " ")
+  return f"{text}; see --help"
 
 
 def command_line(arguments: Sequence[str]) -> str:

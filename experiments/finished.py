@@ -57,7 +57,8 @@ def recommender(
 
 def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
   """(config, for one device; fingerprint of the data) of a finished job."""
-  if not (directory / "summary.json").exists():
+  needed = directory / "summary.json", directory / "config.json"
+  if not all(path.exists() for path in needed):
     raise InputError(
       f"workdir {directory} holds no finished job; run it to its end with "
       "experiments.main, or check the path"

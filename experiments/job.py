@@ -12,7 +12,7 @@ import contextlib
 import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -87,10 +87,30 @@ def method_rows(
     for key, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
       columns.setdefault(key, np.zeros(shape, values.dtype))[chosen] = values
+  return result_rows(METHODS[name].title, seed, problem, users, columns)
+
+
+def result_rows(
+  title: str,
+  seed: int,
+  problem: Problem,
+  users: np.ndarray,
+  columns: Mapping[str, np.ndarray],
+) -> pl.DataFrame:
+  """One row a user, as every table reads them.
+
+  Args:
+    title: name of the model.
+    seed: of its training.
+    problem: the data.
+    users: [n], who have test targets.
+    columns: what a ranker returned, fields of `evaluation.Ranks` or
+      `evaluation.SampledRanks`.
+  """
   data = problem.split.interactions
   target = data.items[data.offsets[users] + problem.split.test[users]]
   return pl.DataFrame({
-    "model": [METHODS[name].title] * len(users),
+    "model": [title] * len(users),
     "seed": np.full(len(users), seed, np.int32),
     "user": pl.Series(data.user_ids[users].tolist()),
     "group": problem.groups[users].astype(np.int32),
@@ -166,6 +186,11 @@ def claim_workdir(
   mine = {"config": of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
   if not path.exists():
+    if (directory / "summary.json").exists():
+      raise InputError(
+        f"workdir {directory} holds results without the configuration of a "
+        "job; use another --workdir"
+      )
     _write_claim(path, mine)
     return
   theirs = settings.read_json(path)
@@ -464,9 +489,17 @@ def _summary(
   config: ConfigDict, problem: Problem, closeness: list[dict[str, Any]]
 ) -> dict[str, Any]:
   """What the tables need besides the rows."""
-  data = problem.split.interactions
   names = method_names(config.methods, config.pin.weighting)
   base, other = (METHODS[names[i]].title for i in (0, -1))
+  return {
+    **about_data(problem), "base": base, "other": other,
+    "closeness": closeness,
+  }
+
+
+def about_data(problem: Problem) -> dict[str, Any]:
+  """What the tables say of the data and their split."""
+  data = problem.split.interactions
   return {
     "data": data.name,
     "fingerprint": fingerprint(problem),
@@ -474,9 +507,6 @@ def _summary(
     "split_notes": {**problem.split.notes},
     "description": _distribution(problem),
     "prior": problem.prior.tolist(),
-    "base": base,
-    "other": other,
     "protocol": problem.split.protocol,
     "num_items": data.num_items,
-    "closeness": closeness,
   }

@@ -104,29 +104,7 @@ def _parse(argv: list[str]) -> list[str]:
   """Parses the flags; whatever is wrong with them becomes an InputError."""
   if not any(re.match("--?config(=|$)", argument) for argument in argv):
     argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
-  try:
-    rest = flags.FLAGS(argv)
-    _CONFIG.value.keys()  # a file that cannot be loaded fails on access
-    return rest
-  except (
-    flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError,
-    ValueError,
-  ) as error:
-    unknown = isinstance(error, AttributeError | KeyError)
-    kind = "unknown config key" if unknown else "flags:"
-    raise InputError(f"{kind} {_in_one_line(str(error))}") from error
-
-
-def _in_one_line(message: str) -> str:
-  """The flag library's message without the tracebacks it may hold."""
-  marker = f"{InputError.__name__}: "
-  if marker in message:
-    return message.rsplit(marker, 1)[1].strip()  # raised by a config file
-  lines = [x.strip() for x in message.strip("\"' \n").splitlines()]
-  if "Traceback" in message:
-    lines = [lines[0], lines[-1]]
-  text = " ".join(filter(None, lines)).replace("\\'", "'").replace("\\n", " ")
-  return f"{text}; see --help"
+  return commands.parse_with(argv, _CONFIG)
 
 
 CODES = {

@@ -16,10 +16,12 @@ from experiments.configs import base
 from pin_jax import aggregation
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+PAGES = sorted([
+  *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("third_party/*.md")
+])
 WRITTEN = [*PAGES, ROOT / "docs" / "tutorial.py"]
 SOURCES = [
-  p for d in ("pin_jax", "experiments", "benchmarks")
+  p for d in ("pin_jax", "experiments", "third_party", "benchmarks")
   for p in sorted((ROOT / d).rglob("*.py"))
 ]
 KEYS = set(dict(settings.flatten(base.default().to_dict())))

@@ -48,7 +48,7 @@ LEVELS = {
 }
 FLAX = ("pin_jax.backbones", "pin_jax.layers", "pin_jax.plugins")
 # Run under the environments of other libraries; import nothing of the package.
-GUESTS = "benchmarks.peers"
+GUESTS = "third_party.peers"
 BANNED = ("tensorflow", "pandas", "pickle", "importlib")
 MAGIC = ("eval", "exec", "__import__")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks import throughput
-from benchmarks.peers import protocol
-from pin_jax import batches, interactions, splits
+from pin_jax import interactions, splits
+from third_party import driver
+from third_party.peers import protocol
 
 FAKE = """
 import sys
@@ -60,7 +61,7 @@ class Timed:
 @pytest.fixture
 def fake(tmp_path):
   script = tmp_path / "fake.py"
-  script.write_text(FAKE.format(folder=str(throughput.PEERS)))
+  script.write_text(FAKE.format(folder=str(driver.PEERS)))
   child = throughput.Child("fake", [sys.executable, str(script)], str(tmp_path))
   yield child
   child.close()
@@ -172,41 +173,53 @@ def split():
 
 
 def test_the_file_holds_every_history(tmp_path, split):
-  data = split.interactions
   path = str(tmp_path / "data.npz")
-  protocol.write_data(path, protocol.Data(
-    data.items, data.offsets[:-1], batches.training_targets(split),
-    data.num_items,
-  ))
+  protocol.write_data(path, driver.data_of(split))
   read = protocol.read_data(path)
   assert read.num_items == 5
   # Users 1, 2, 3; items 5..9 are 1..5.
   whole = [[1, 1, 4, 5, 2], [5, 2, 1, 3], [1, 2, 3]]
-  for held_out in range(3):
-    histories = [x.tolist() for x in read.histories(held_out)]
-    assert histories == [x[: len(x) - held_out] for x in whole]
-  row, seen = protocol.seen_items(read, np.array([2, 0]), 2)
+  for counts, kept in (
+    (read.train_end, [3, 2, 1]), (read.validation, [3, 2, 1]),
+    (read.test, [4, 3, 2]), (read.test + 1, [5, 4, 3]),
+  ):
+    histories = [x.tolist() for x in read.histories(counts)]
+    assert histories == [x[:n] for x, n in zip(whole, kept, strict=True)]
+  chosen = np.array([2, 0])
+  (last, first) = read.histories(read.test[chosen], chosen)
+  assert (last.tolist(), first.tolist()) == ([1, 2], [1, 1, 4, 5])
+  row, seen = protocol.seen_items(read, chosen, read.validation[chosen])
   assert row.tolist() == [0, 1, 1, 1]
   assert seen.tolist() == [1, 1, 1, 4]
   assert read.targets.tolist() == [2, 1, 0]
 
 
 def test_all_choose_the_same_users():
-  data = protocol.Data(np.zeros(9), np.arange(9), np.zeros(9, int), 1)
+  data = protocol.Data(np.zeros(9), np.arange(10), *[np.zeros(9, int)] * 3, 1)
   first = protocol.chosen_users(data, 4)
   assert len(set(first)) == 4 and first.tolist() == sorted(first)
   assert protocol.chosen_users(data, 4).tolist() == first.tolist()
   assert protocol.chosen_users(data, 99).tolist() == list(range(9))
 
 
-def test_masked_ranks_by_hand():
-  scores = np.array([[9.0, 3, 5, 3, 4, 6], [9.0, 1, 1, 1, 1, 1]])
-  # Row 0: target 3 (score 3), seen 5 and the target itself; above: 2, 4; tied:
-  # 1. Row 1: five tied, one seen.
-  ranks = protocol.masked_ranks(
-    scores, np.array([3, 2]), np.array([0, 0, 1]), np.array([5, 3, 1])
+def test_ranks_by_hand():
+  scores = np.array([
+    [9.0, 3, 5, 3, 4, 6],
+    [9.0, 1, 1, 1, 1, 1],
+    [9.0, -np.inf, 2, -np.inf, 0, -np.inf],
+    [9.0, np.nan, 2, 3, 4, 5],
+  ])
+  # Row 0: target 3 (score 3), seen 5 and the target itself; above: 2, 4, and
+  # unmasked 5; tied: 1. Row 1: five tied, one seen. Row 2: the target has no
+  # score, nor do 3 and 5, of which 5 is seen. Row 3: the target is no number.
+  found = protocol.ranks_of(
+    scores, np.array([3, 2, 1, 1]), np.array([0, 0, 1, 2]),
+    np.array([5, 3, 1, 5]),
   )
-  assert ranks.tolist() == [1 + 2 + 0.5, 1 + 0.5 * 3]
+  assert found.rank.tolist() == [3.5, 2.5, 3.5, 5]
+  assert found.candidates.tolist() == [4, 4, 4, 5]
+  assert found.rank_unmasked.tolist() == [4.5, 3, 4, 5]
+  assert found.candidates_unmasked.tolist() == [5] * 4
 
 
 def test_ndcg_by_hand():

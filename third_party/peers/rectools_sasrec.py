@@ -16,23 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import protocol
+import rectools_worker
 import torch
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
-
-
-def make_dataset(data: protocol.Data, held_out: int) -> Dataset:
-  """Every user's interactions but for the last `held_out`."""
-  histories = list(data.histories(held_out))
-  counts = [len(history) for history in histories]
-  times = np.concatenate([np.arange(count) for count in counts])
-  return Dataset.construct(pd.DataFrame({
-    Columns.User: np.repeat(np.arange(len(counts)), counts),
-    Columns.Item: np.concatenate(histories),
-    Columns.Weight: 1.0,
-    Columns.Datetime: pd.to_datetime(times, unit="s"),
-  }))
 
 
 class RecTools:
@@ -45,13 +33,11 @@ class RecTools:
     self.seed = settings["seed"]
     self.data = protocol.read_data(data)
     self.users = protocol.chosen_users(self.data, settings["eval_users"])
-    self.training = make_dataset(self.data, 2)
-    self.known = make_dataset(self.data, 1)  # before the test targets
-    self.model = SASRecModel(
-      session_max_len=settings["length"], n_factors=settings["width"],
-      n_blocks=settings["blocks"], n_heads=settings["heads"],
-      dropout_rate=settings["dropout"], loss="softmax",
+    self.training, self.known = (  # before the held-out targets
+      rectools_worker.make_dataset(self.data.histories(positions))
+      for positions in (self.data.validation, self.data.test)
     )
+    self.model = SASRecModel(**rectools_worker.options_of(settings))
     self.restart()
 
   def restart(self) -> None:
@@ -102,7 +88,7 @@ class RecTools:
     """NDCG@10 of all validation targets."""
     users = np.arange(len(self.data.starts))
     found = self.recommend(users, self.training)
-    target = self.data.items[self.data.starts + self.data.targets + 1]
+    target = self.data.items[self.data.starts + self.data.validation]
     hit = found[Columns.Item].to_numpy() == target[found[Columns.User]]
     ranks = found[Columns.Rank].to_numpy()[hit]
     return float(protocol.ndcg(ranks).sum() / len(users))

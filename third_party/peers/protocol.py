@@ -1,7 +1,8 @@
-"""What the systems of benchmarks/throughput.py share: the wire and the clock.
+"""What the processes of other libraries share: data, ranks, clock and wire.
 
-A system runs in a process of its own and answers JSON lines on its standard
-output, one for each line on its standard input. Standard library and numpy
+A system of benchmarks/throughput.py runs in a process of its own and answers
+JSON lines on its standard output, one for each line on its standard input; for
+the adapters of third_party/driver.py see worker.py. Standard library and numpy
 alone: it serves every environment.
 """
 
@@ -34,27 +35,43 @@ class System(Protocol):
 
 
 class Data(NamedTuple):
-  """The interactions as the driver writes them; item 0 is padding.
+  """The interactions and their split as the driver writes them.
 
-  A user's test target is the last interaction, the validation target the one
-  before it, all others train; the first of these is no target.
+  The history of a target is everything of that user before its position.
 
   Attributes:
-    items: [N], users contiguous, in the order of time.
-    starts: [U], a user's first index into `items`.
-    targets: [U], training targets.
+    items: [N], users contiguous, in the order of time; item 0 is padding.
+    offsets: [U + 1], user u owns items[offsets[u]:offsets[u + 1]].
+    train_end: [U], a user's first train_end interactions train.
+    validation: [U], in-user position of the validation target, -1 = none.
+    test: [U], in-user position of the test target, -1 = none.
     num_items: V.
   """
 
   items: np.ndarray
-  starts: np.ndarray
-  targets: np.ndarray
+  offsets: np.ndarray
+  train_end: np.ndarray
+  validation: np.ndarray
+  test: np.ndarray
   num_items: int
 
-  def histories(self, held_out: int) -> Iterator[np.ndarray]:
-    """Every user's items but for the last `held_out`."""
-    for start, count in zip(self.starts, self.targets, strict=True):
-      yield self.items[start : start + count + 3 - held_out]
+  @property
+  def starts(self) -> np.ndarray:
+    """[U], a user's first index into `items`."""
+    return self.offsets[:-1]
+
+  @property
+  def targets(self) -> np.ndarray:
+    """[U], training targets: all of the training prefix but the first."""
+    return np.maximum(self.train_end - 1, 0)
+
+  def histories(
+    self, counts: np.ndarray, users: np.ndarray | None = None
+  ) -> Iterator[np.ndarray]:
+    """The first `counts` [n] items of users [n], or of all of them."""
+    starts = self.starts if users is None else self.starts[users]
+    for start, count in zip(starts, counts, strict=True):
+      yield self.items[start : start + count]
 
 
 def write_data(path: str, data: Data) -> None:
@@ -76,18 +93,19 @@ def chosen_users(data: Data, count: int) -> np.ndarray:
 
 
 def seen_items(
-  data: Data, users: np.ndarray, held_out: int
+  data: Data, users: np.ndarray, positions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(row, item) of every item before the target, flat.
+  """(row, item) of every item before the targets, flat.
 
   Args:
     data: the interactions.
     users: [n].
-    held_out: 1 for test targets, 2 for validation targets.
+    positions: [n], in-user positions of the targets.
   """
-  counts = data.targets[users] + 3 - held_out
-  row = np.repeat(np.arange(len(users)), counts)
-  inner = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+  row = np.repeat(np.arange(len(users)), positions)
+  inner = np.arange(len(row)) - np.repeat(
+    np.cumsum(positions) - positions, positions
+  )
   return row, data.items[data.starts[users][row] + inner]
 
 
@@ -96,24 +114,50 @@ def ndcg(ranks: np.ndarray) -> np.ndarray:
   return np.where(ranks <= CUTOFF, 1 / np.log2(1 + ranks), 0)
 
 
-def masked_ranks(
+class Ranks(NamedTuple):
+  """Ranks of the targets, each [n]; as `pin_jax.evaluation.Ranks`.
+
+  Attributes:
+    rank: among the items that the user's history does not hold.
+    candidates: how many these are, the target included.
+    rank_unmasked: among all items.
+    candidates_unmasked: V.
+  """
+
+  rank: np.ndarray
+  candidates: np.ndarray
+  rank_unmasked: np.ndarray
+  candidates_unmasked: np.ndarray
+
+
+def ranks_of(
   scores: np.ndarray, target: np.ndarray, row: np.ndarray, seen: np.ndarray
-) -> np.ndarray:
-  """Ranks among the unseen items 1..V, ties at their average; [n].
+) -> Ranks:
+  """Ranks of the targets among the items 1..V.
+
+  rank = 1 + #{above} + #{tied} / 2 over the other candidates. An item that the
+  model cannot score has -inf and ties with its like; a target without a number
+  is last.
 
   Args:
-    scores: [n, V + 1]; overwritten.
-    target: [n] items.
+    scores: [n, V + 1].
+    target: [n] items; always a candidate.
     row: rows of `seen`.
-    seen: items to leave out.
+    seen: items of the histories.
   """
-  own = scores[np.arange(len(target)), target].copy()[:, None]
-  scores[:, 0] = -np.inf
-  scores[row, seen] = -np.inf
-  scores[np.arange(len(target)), target] = own[:, 0]
-  above = np.count_nonzero(scores > own, axis=1)
-  tied = np.count_nonzero(scores == own, axis=1) - 1
-  return 1 + above + 0.5 * tied
+  users = np.arange(len(target))
+  own = scores[users, target][:, None]
+  others = np.ones(scores.shape, bool)
+  others[:, 0] = others[users, target] = False
+  unseen = others.copy()
+  unseen[row, seen] = False
+  above, tied = ~(scores <= own), scores == own
+
+  def of(candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    count = lambda mask: np.count_nonzero(mask & candidates, axis=1)
+    return 1 + count(above) + 0.5 * count(tied), 1 + candidates.sum(1)
+
+  return Ranks(*of(unseen), *of(others))
 
 
 def clock(run: Callable[[], Any]) -> tuple[Any, float]:

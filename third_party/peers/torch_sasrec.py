@@ -303,22 +303,21 @@ class Twin:
     return protocol.repeat(self.train_batch, seconds)
 
   @torch.no_grad()
-  def ranks(self, users: np.ndarray, held_out: int) -> np.ndarray:
-    """Ranks of the held-out targets, history masked, in any order; [n]."""
+  def ranks(self, users: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Ranks of targets, history masked, in any order of the users; [n]."""
     self.model.eval()
-    counts = self.data.targets[users] + 3 - held_out
-    users = users[np.argsort(counts, kind="stable")]
+    users = users[np.argsort(positions[users], kind="stable")]
     out = []
     for start in range(0, len(users), USERS):
       part = users[start : start + USERS]
-      counts = self.data.targets[part] + 3 - held_out
+      counts = positions[part]
       ends = self.data.starts[part] + counts
       kept = np.minimum(counts, self.length)
       batch = pack(self.data.items, ends - kept, kept, self.length)
       states = self.model(
         batch.items, batch.positions, batch.cells, batch.shapes, batch.last
       )
-      row, seen = protocol.seen_items(self.data, part, held_out)
+      row, seen = protocol.seen_items(self.data, part, counts)
       as_tensor = lambda x: torch.from_numpy(x.astype(np.int64))
       out.append(rank(
         states, self.model.items, self.model.bias,
@@ -328,12 +327,13 @@ class Twin:
 
   def evaluate(self) -> int:
     """Ranks the chosen users' test targets."""
-    return len(self.ranks(self.users, 1))
+    return len(self.ranks(self.users, self.data.test))
 
   def validate(self) -> float:
     """NDCG@10 of all validation targets."""
     users = np.arange(len(self.data.starts))
-    return float(protocol.ndcg(self.ranks(users, 2)).mean())
+    ranks = self.ranks(users, self.data.validation)
+    return float(protocol.ndcg(ranks).mean())
 
 
 def rank(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import protocol
+import recbole_worker
 import torch
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
@@ -29,34 +30,10 @@ from recbole.trainer import Trainer
 from recbole.utils import init_seed
 
 
-def write_atomic(data: protocol.Data, folder: str) -> None:
-  """Writes FOLDER/data/data.inter; times are positions within the user."""
-  os.makedirs(os.path.join(folder, "data"))
-  with open(os.path.join(folder, "data", "data.inter"), "w") as file:
-    file.write("user_id:token\titem_id:token\ttimestamp:float\n")
-    for user, history in enumerate(data.histories(0)):
-      for t, item in enumerate(history):
-        file.write(f"{user}\t{item}\t{t}\n")
-
-
 def make_config(folder: str, settings: dict[str, Any]) -> Config:
   """RecBole's defaults with the sizes of the settings."""
   return Config(model="SASRec", dataset="data", config_dict={
-    "data_path": folder,
-    "checkpoint_dir": folder,
-    "use_gpu": False,
-    "show_progress": False,
-    "seed": settings["seed"],
-    "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-    "MAX_ITEM_LIST_LENGTH": settings["length"],
-    "n_layers": settings["blocks"],
-    "n_heads": settings["heads"],
-    "hidden_size": settings["width"],
-    "inner_size": settings["expansion"] * settings["width"],
-    "hidden_dropout_prob": settings["dropout"],
-    "attn_dropout_prob": settings["dropout"],
-    "loss_type": "CE",
-    "train_neg_sample_args": None,
+    **recbole_worker.options_of(folder, settings["seed"], settings),
     "eval_args": {
       "split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"
     },
@@ -74,7 +51,9 @@ class RecBole:
     torch.set_num_threads(1)
     self.data = protocol.read_data(data)
     folder = os.path.dirname(data)
-    write_atomic(self.data, folder)
+    recbole_worker.write_atomic(
+      folder, self.data.histories(self.data.test + 1)
+    )
     self.config = make_config(folder, settings)
     init_seed(self.config["seed"], self.config["reproducibility"])
     self.dataset = create_dataset(self.config)
@@ -133,12 +112,11 @@ class RecBole:
       users = self.owners(interaction)
       scores = np.full((len(users), self.data.num_items + 1), -np.inf)
       scores[:, self.item_of] = self.model.full_sort_predict(interaction)
-      target = self.data.items[
-        self.data.starts[users] + self.data.targets[users] + 1
-      ]
-      seen = protocol.seen_items(self.data, users, 2)
-      ranks = protocol.masked_ranks(scores, target, *seen)
-      gains[users] = protocol.ndcg(ranks)
+      positions = self.data.validation[users]
+      target = self.data.items[self.data.starts[users] + positions]
+      seen = protocol.seen_items(self.data, users, positions)
+      ranks = protocol.ranks_of(scores, target, *seen)
+      gains[users] = protocol.ndcg(ranks.rank)
     return float(gains.mean())
 
 

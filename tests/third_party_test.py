@@ -1,0 +1,674 @@
+"""Other people's models and data: adapters, with a small library in the loop.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+import rich.console
+import tiny
+
+from experiments import finished as finished_jobs
+from experiments import job, report, summaries
+from experiments.configs import base
+from experiments.problem import make_problem
+from pin_jax.datasets import files
+from pin_jax.types import InputError
+from third_party import driver, llm_esr, recbole, rectools, s3rec, sequences
+
+# Scores by popularity in training; items without it cannot be scored. The sign
+# of the scores is its one parameter: it is right after every second epoch.
+FAKE = """
+import sys
+sys.path.insert(0, {folder!r})
+import numpy as np, worker
+
+class Fake:
+  def __init__(self, data, settings):
+    print("chatter")  # must not reach the driver
+    options = settings.options
+    if "fail" in options:
+      raise ValueError(options["fail"])
+    with open(options["count"], "a") as file:
+      file.write(f"{{settings.seed}} {{settings.sizes['length']}}\\n")
+    prefixes = list(data.histories(data.train_end))
+    self.counts = np.bincount(
+      np.concatenate(prefixes), minlength=data.num_items + 1
+    ).astype(float)
+    self.sign = 0
+  def fit(self, watch):
+    over = False
+    while not over:
+      self.sign = 1 if watch.epochs % 2 else -1
+      over = watch.batch()
+      over |= watch.epoch()
+  def state(self):
+    return self.sign
+  def load(self, state):
+    self.sign = state
+  def scores(self, users, positions):
+    scores = np.where(self.counts > 0, self.sign * self.counts, -np.inf)
+    for rows in np.array_split(np.arange(len(users))[::-1], 3):
+      yield rows, np.tile(scores, (len(rows), 1))
+
+worker.run(Fake)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+  """A library: the version of numpy here counts as its own."""
+  script = tmp_path / "fake_worker.py"
+  script.write_text(FAKE.format(folder=str(driver.PEERS)))
+  return driver.Peer("Fake", "numpy", np.__version__, script)
+
+
+@pytest.fixture
+def plan(tmp_path):
+  options = {"count": str(tmp_path / "count.txt")}
+  return driver.Plan(sys.executable, "Popular", (0,), options, epochs=3)
+
+
+@pytest.fixture
+def quiet():
+  return rich.console.Console(quiet=True)
+
+
+def _ours():
+  """The configuration of a job of ours on the data of `tiny`."""
+  config = tiny.get_config()
+  config.backbone_steps, config.plugin_steps = 20, 10
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compile_quickly):
+  """Its workdir."""
+  path = tmp_path_factory.mktemp("job") / "tiny"
+  job.run(_ours(), path, rich.console.Console(quiet=True), command="ours")
+  return path
+
+
+def _config(split, tmp_path):
+  """Leave-one-out of the simulator, or a temporal split of a file."""
+  config = tiny.get_config()
+  if split == "temporal":
+    rng = np.random.default_rng(0)
+    lines = ["user,item,timestamp"]
+    for user in range(40):
+      start = rng.uniform(0, 60)
+      lines += [
+        f"u{user},i{rng.integers(25)},{start + 7 * t}"
+        for t in range(rng.integers(2, 9))
+      ]
+    (tmp_path / "toy.csv").write_text("\n".join(lines) + "\n")
+    config.data = base.files_section(str(tmp_path / "toy.csv"))
+    config.split = {"protocol": "temporal", "validation": 0.2, "test": 0.2}
+  return config
+
+
+def _by_hand(problem, part):
+  """user id -> (target id, rank and candidates masked, unmasked)."""
+  split, data = problem.split, problem.split.interactions
+  histories = [
+    data.items[a:b].tolist()
+    for a, b in zip(data.offsets[:-1], data.offsets[1:], strict=True)
+  ]
+  popular = {}
+  for history, end in zip(histories, split.train_end, strict=True):
+    for item in history[:end]:
+      popular[item] = popular.get(item, 0) + 1
+  found = {}
+  for user, position in enumerate(getattr(split, part)):
+    if position < 0:
+      continue
+    target, seen = histories[user][position], set(histories[user][:position])
+    numbers = []
+    for hidden in (seen - {target}, set()):
+      left = set(range(1, data.num_items + 1)) - hidden
+      scores = sorted((popular.get(item, 0) for item in left), reverse=True)
+      own = popular.get(target, 0)
+      places = [i for i, score in enumerate(scores, 1) if score == own]
+      numbers += [sum(places) / len(places), len(left)]
+    found[data.user_ids[user]] = (data.item_ids[target - 1], *numbers)
+  return found
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "temporal"])
+def test_ranks_are_those_of_a_loop(tmp_path, fake, plan, quiet, split):
+  config = _config(split, tmp_path)
+  driver.run(config, fake, plan, tmp_path / "w", console=quiet)
+  rows = pl.read_parquet(tmp_path / "w" / "rows.parquet")
+  problem = make_problem(config)
+  want = _by_hand(problem, "test")
+  columns = (
+    "user", "target", "rank", "candidates", "rank_unmasked",
+    "candidates_unmasked",
+  )
+  got = {user: tuple(rest) for user, *rest in rows.select(columns).rows()}
+  assert got == want
+  assert rows["model"].unique().to_list() == ["Fake Popular"]
+  users = problem.split.interactions.user_ids.tolist()
+  for name, values in (
+    ("segment", problem.segments), ("group", problem.groups),
+    ("activeness", problem.split.train_end),
+  ):
+    of = dict(zip(users, values.tolist(), strict=True))
+    assert rows[name].to_list() == [of[user] for user in rows["user"]]
+  # The state after the second of three epochs is the best on validation.
+  ranks = np.array([x[1] for x in _by_hand(problem, "validation").values()])
+  ndcg = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
+  summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+  cost = summary["cost"]["numpy/Popular"]
+  assert cost["best_steps"] == [2] and cost["steps"] == cost["epochs"] == 3
+  assert cost["validation"] == [pytest.approx(ndcg)]
+  assert summary["versions"]["python of Fake"] == sys.version.split()[0]
+
+
+def test_a_finished_seed_is_not_trained_again(tmp_path, fake, plan, quiet):
+  config, path = tiny.get_config(), tmp_path / "w"
+  driver.run(config, fake, plan, path, console=quiet)
+  first = (path / "rows.parquet").read_bytes()
+  # Killed while it trained: what is there of seed 1 is no result.
+  (path / "peer" / "seed1").mkdir()
+  (path / "peer" / "seed1" / "ranks.npz").write_bytes(b"half")
+  plan = plan._replace(seeds=(0, 1))
+  driver.run(config, fake, plan, path, console=quiet)
+  length = config.backbone.length
+  assert (tmp_path / "count.txt").read_text() == f"0 {length}\n1 {length}\n"
+  rows = pl.read_parquet(path / "rows.parquet")
+  assert rows["seed"].unique().sort().to_list() == [0, 1]
+  assert rows.schema == pl.read_parquet(first).schema
+  runs = json.loads((path / "cpu_seconds.json").read_text())
+  assert list(runs) == ["seed0/numpy/Popular", "seed1/numpy/Popular"]
+
+
+def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
+  path = tmp_path / "w"
+  table = driver.run(
+    tiny.get_config(), fake, plan, path, beside=finished, command="theirs",
+    console=quiet,
+  )
+  ours = pl.read_parquet(finished / "rows.parquet")
+  rows = pl.read_parquet(path / "rows.parquet")
+  assert rows.head(ours.height).equals(ours)
+  assert rows["model"].unique(maintain_order=True).to_list()[-1] == (
+    "Fake Popular"
+  )
+  overall = table.filter(
+    (pl.col("slice") == "overall") & (pl.col("metric") == "HR@10")
+    & (pl.col("masking") == "history masked")
+  ).row(0, named=True)
+  hits = lambda name: (
+    rows.filter(pl.col("model") == name)["rank"] <= 10
+  ).mean()
+  assert overall["base"] == pytest.approx(hits("base"))
+  assert overall["other"] == pytest.approx(hits("Fake Popular"))
+  assert overall["low"] <= overall["relative_change"] <= overall["high"]
+  results = summaries.read(path)
+  assert results.summary["command"] == "ours\ntheirs"
+  assert "claims" in results.config
+  summaries.write(results, tmp_path / "out")
+  for source in (path, tmp_path / "out"):
+    page, = report.write_pages(
+      [source], markdown=tmp_path / "page.md", num_resamples=50
+    )
+    assert "Fake Popular" in page.read_text()
+  # A job does not take these workdirs for its own.
+  console = rich.console.Console(quiet=True)
+  with pytest.raises(InputError, match="peer is 'numpy' there and None here"):
+    job.run(_ours(), path, console)
+  with pytest.raises(InputError):
+    finished_jobs.recommender(path)
+  # A third library beside the two.
+  more = fake._replace(name="More")
+  driver.run(
+    tiny.get_config(), more, plan, tmp_path / "x", beside=path, console=quiet
+  )
+  assert len(summaries.read(tmp_path / "x").rows["model"].unique()) == 4
+  # Without it, the workdir is of the library's model alone again.
+  driver.run(tiny.get_config(), fake, plan, path, console=quiet)
+  assert summaries.read(path).rows["model"].unique().to_list() == [
+    "Fake Popular"
+  ]
+  assert summaries.read(path).config == {}
+  with pytest.raises(InputError, match="without the configuration of a job"):
+    job.run(_ours(), path, console)
+  with pytest.raises(InputError, match="holds no finished job"):
+    finished_jobs.recommender(path)
+
+
+class TestRefusals:
+
+  def refused(self, tmp_path, fake, plan, quiet, config=None, **options):
+    with pytest.raises(InputError) as caught:
+      driver.run(
+        config or tiny.get_config(), fake, plan, tmp_path / "w",
+        console=quiet, **options,
+      )
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+  def test_other_data(self, tmp_path, fake, plan, quiet, finished):
+    config = tiny.get_config()
+    config.data.seed = 1
+    text = self.refused(
+      tmp_path, fake, plan, quiet, config, beside=finished
+    )
+    assert f"--beside={finished} has fingerprint" in text
+    assert not (tmp_path / "w").exists()
+
+  def test_other_split(self, tmp_path, fake, plan, quiet, finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    (tmp_path / "job").mkdir()
+    rows = pl.read_parquet(finished / "rows.parquet")
+    rows.write_parquet(tmp_path / "job" / "rows.parquet")
+    summary["protocol"] = "another"
+    (tmp_path / "job" / "summary.json").write_text(json.dumps(summary))
+    options = {"beside": tmp_path / "job"}
+    text = self.refused(tmp_path, fake, plan, quiet, **options)
+    assert "has protocol 'another'" in text
+
+  def test_other_targets(self, tmp_path, fake, plan, quiet, finished):
+    (tmp_path / "job").mkdir()
+    rows = pl.read_parquet(finished / "rows.parquet")
+    rows = rows.with_columns(target=pl.col("target") % 30 + 1)
+    rows.write_parquet(tmp_path / "job" / "rows.parquet")
+    summary = (finished / "summary.json").read_text()
+    (tmp_path / "job" / "summary.json").write_text(summary)
+    options = {"beside": tmp_path / "job"}
+    text = self.refused(tmp_path, fake, plan, quiet, **options)
+    assert "holds other users or targets" in text
+
+  def test_other_seeds(self, tmp_path, fake, plan, quiet, finished):
+    plan = plan._replace(seeds=(0, 1))
+    text = self.refused(tmp_path, fake, plan, quiet, beside=finished)
+    assert "has seeds [0] and here are [0, 1]" in text
+
+  def test_its_own_name(self, tmp_path, fake, plan, quiet):
+    done = tmp_path / "done"
+    driver.run(tiny.get_config(), fake, plan, done, console=quiet)
+    text = self.refused(tmp_path, fake, plan, quiet, beside=done)
+    assert "has a model 'Fake Popular' already" in text
+
+  def test_nothing_beside(self, tmp_path, fake, plan, quiet):
+    text = self.refused(tmp_path, fake, plan, quiet, beside=tmp_path / "no")
+    assert "has no rows.parquet" in text
+
+  def test_a_job_of_ours(self, tmp_path, fake, plan, quiet, finished):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_text("{}")
+    assert "belongs to a job" in self.refused(tmp_path, fake, plan, quiet)
+
+  def test_another_run(self, tmp_path, fake, plan, quiet):
+    driver.run(tiny.get_config(), fake, plan, tmp_path / "w", console=quiet)
+    plan = plan._replace(epochs=5)
+    text = self.refused(tmp_path, fake, plan, quiet)
+    assert "epochs is 3 there and 5 here" in text
+
+  def test_sampled_ranking(self, tmp_path, fake, plan, quiet):
+    config = tiny.get_config()
+    config.evaluation.protocol = "sampled"
+    text = self.refused(tmp_path, fake, plan, quiet, config)
+    assert "evaluation.protocol='sampled'" in text
+
+  @pytest.mark.parametrize(("change", "text"), [
+    ({"epochs": None}, "the budget is absent"),
+    ({"cpu_seconds": 3.0}, "the budget is {'cpu_seconds': 3.0, 'epochs': 3}"),
+    ({"epochs": 0}, "the budget is {'epochs': 0}"),
+    ({"validations": 0}, "validations=0"),
+    ({"seeds": (1, 1)}, r"seeds=[1, 1]"),
+    ({"seeds": ()}, r"seeds=[]"),
+  ])
+  def test_plans(self, tmp_path, fake, plan, quiet, change, text):
+    plan = plan._replace(**change)
+    assert text in self.refused(tmp_path, fake, plan, quiet)
+
+  def test_no_interpreter(self, tmp_path, fake, plan, quiet):
+    plan = plan._replace(python=str(tmp_path / "bin" / "python"))
+    text = self.refused(tmp_path, fake, plan, quiet)
+    assert "bin/python cannot be run (No such file or directory)" in text
+    (tmp_path / "true").write_text("#!/bin/sh\n")
+    (tmp_path / "true").chmod(0o755)
+    plan = plan._replace(python=str(tmp_path / "true"))
+    text = self.refused(tmp_path, fake, plan, quiet)
+    assert "it is no Python interpreter" in text
+
+  def test_another_version(self, tmp_path, fake, plan, quiet):
+    own = fake._replace(version="0.1")
+    text = self.refused(tmp_path, own, plan, quiet)
+    assert f"has numpy {np.__version__} and 0.1 is needed" in text
+    own = fake._replace(package="no-such-package")
+    text = self.refused(tmp_path, own, plan, quiet)
+    assert "has no-such-package not installed" in text
+
+  def test_a_library_that_fails(self, tmp_path, fake, plan, quiet):
+    options = {**plan.options, "fail": "no such thing"}
+    plan = plan._replace(options=options)
+    text = self.refused(tmp_path, fake, plan, quiet)
+    assert "exit code 1 and said last: ValueError: no such thing" in text
+    log = tmp_path / "w" / "peer" / "seed0" / "log.txt"
+    assert str(log) in text and "chatter" in log.read_text()
+
+  @pytest.mark.parametrize("texts", [["a"], ["=3"], ["a=1", "a=2"]])
+  def test_options(self, texts):
+    with pytest.raises(InputError, match="give name=value"):
+      driver.options_of(texts)
+
+
+def test_options_are_read_as_json_or_text():
+  texts = ["a=1e-3", "b=BPR", 'c={"d": null}', "e=", "f=x=y", "g=true"]
+  assert driver.options_of(texts) == {
+    "a": 0.001, "b": "BPR", "c": {"d": None}, "e": "", "f": "x=y", "g": True
+  }
+
+
+def test_versions_match_by_whole_parts(fake, monkeypatch):
+  found = {"python": "3.11.7", "torch": None}
+
+  def accepts(version, needed):
+    text = json.dumps({**found, "numpy": version})
+    done = subprocess.CompletedProcess([], 0, stdout=text)
+    monkeypatch.setattr(driver.subprocess, "run", lambda *_, **__: done)
+    try:
+      driver.versions(fake._replace(version=needed), sys.executable)
+    except InputError:
+      return False
+    return True
+
+  assert accepts("0.19.0", "0.19") and accepts("0.19", "0.19")
+  assert not accepts("0.190.0", "0.19") and not accepts("1.2.10", "1.2.1")
+
+
+class TestWatch:
+
+  @pytest.fixture
+  def run(self, monkeypatch):
+    """A run whose clock is its own; returns (clock, function of settings)."""
+    monkeypatch.syspath_prepend(str(driver.PEERS))
+    import worker
+
+    class Clock:
+      now, loads = 0.0, 0
+
+      def scores(self, users, positions):
+        self.now += 100.0  # validation is timed apart
+        scores = np.zeros((len(users), 4))
+        scores[:, 1 + self.loads % 3] = 1
+        self.loads += 1
+        yield np.arange(len(users)), scores
+
+      def state(self):
+        return self.loads
+
+    clock = Clock()
+    monkeypatch.setattr(worker.time, "process_time", lambda: clock.now)
+    data = worker.protocol.Data(
+      np.array([1, 2, 3, 1, 2]), np.array([0, 3, 5]), np.array([1, 1]),
+      np.array([1, 1]), np.array([2, -1]), 3,
+    )
+
+    def start(**budget):
+      empty = {"cpu_seconds": None, "epochs": None, "validations": 4}
+      settings = worker.Settings("", "", "", 0, {}, {}, **{**empty, **budget})
+      return worker.Watch(clock, data, settings, lambda line: None)
+
+    return clock, start
+
+  def test_validates_at_marks_of_training_time(self, run):
+    clock, start = run
+    watch, over = start(cpu_seconds=8.0), []
+    for _ in range(5):
+      clock.now += 1.75
+      over.append(watch.batch())
+    # Marks 2, 4, 6, 8: reached after 3.5, 5.25, 7 and 8.75 seconds.
+    assert over == [False, False, False, False, True]
+    assert [x[:2] for x in watch.curve] == [
+      [3.5, 2], [5.25, 3], [7.0, 4], [8.75, 5]
+    ]
+    assert watch.spent() == 8.75 and watch.validation_seconds == 400
+    # Both targets are item 2: the second of every three looks is right.
+    assert watch.best == 1.0 and watch.best_step == 3 and watch.state == 2
+
+  def test_a_long_batch_passes_marks(self, run):
+    clock, start = run
+    watch = start(cpu_seconds=8.0)
+    clock.now += 6.5
+    assert not watch.batch() and len(watch.curve) == 1
+    clock.now += 1.0
+    assert not watch.batch() and len(watch.curve) == 1
+    clock.now += 1.0
+    assert watch.batch() and len(watch.curve) == 2
+    assert not watch.epoch()
+
+  def test_validates_after_every_epoch(self, run):
+    _, start = run
+    watch = start(epochs=2)
+    over = [watch.batch(), watch.batch(), watch.epoch(), watch.batch()]
+    assert over == [False] * 4 and watch.epoch()
+    assert [x[1] for x in watch.curve] == [2, 3]
+
+  def test_every_user_is_scored(self, run, monkeypatch):
+    clock, start = run
+    clock.scores = lambda users, positions: iter(
+      [(np.array([1]), np.zeros((1, 4)))]
+    )
+    with pytest.raises(ValueError, match="1 users were not scored"):
+      start(epochs=1).epoch()
+
+
+@pytest.mark.parametrize(("flags", "text"), [
+  (["--python=/nowhere"], "--python=/nowhere cannot be run"),
+  (["--python=x", "--config.backbone.wdith=3"], "unknown config key"),
+  (["--python=x", "--seeds=0,a"], "--seeds=0,a; give whole numbers"),
+  (["--python=x", "--option=a"], "--option=a; give name=value"),
+  ([], "--python must have a value"),
+])
+def test_errors_of_a_command_are_one_line(tmp_path, flags, text):
+  done = subprocess.run(
+    [
+      sys.executable, "-m", "third_party.recbole", "--config=tests/tiny.py",
+      "--epochs=1", f"--workdir={tmp_path}/w", *flags,
+    ],
+    capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 2
+  lines = done.stderr.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: ")
+  assert text in lines[0]
+
+
+class TestS3Rec:
+
+  def test_keeps_ids_and_order(self, tmp_path):
+    path = tmp_path / "Beauty.txt"
+    path.write_text("1 5 7 5 9\n3 9 5\n2 12 7 9 \n")
+    data = s3rec.read(path)
+    assert data.name == "Beauty"
+    assert data.user_ids.tolist() == [1, 2, 3]
+    assert data.item_ids.tolist() == [5, 7, 9, 12]
+    assert data.item_ids[data.items - 1].tolist() == [
+      5, 7, 5, 9, 12, 7, 9, 9, 5
+    ]
+    assert data.times.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+    assert s3rec.read(path, min_length=4).user_ids.tolist() == [1]
+
+  @pytest.mark.parametrize(("text", "message"), [
+    ("1 5 7\n\n2 5 x9\n", "line 3: 'x9' is no id"),
+    ("1 5 0\n", "line 1: '0' is no id"),
+    ("1 5 -2\n", "line 1: '-2' is no id"),
+    ("1 5 2.0\n", "line 1: '2.0' is no id"),
+    ("1 5\n2\n", "line 2: user 2 has no items"),
+    ("1 5\n2 5\n1 6\n", "line 3: user 1 has line 1 already"),
+    (" \n", "is empty"),
+  ])
+  def test_bad_lines(self, tmp_path, text, message):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+      s3rec.read(path)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+  def test_bad_files(self, tmp_path):
+    with pytest.raises(InputError, match="is no file"):
+      s3rec.read(tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(b"1 \xff\n")
+    with pytest.raises(InputError, match="is no text .* at byte 2"):
+      s3rec.read(tmp_path / "a.txt")
+    for name in ("Beauty_sample.txt", "LastFM_neg.txt"):
+      with pytest.raises(InputError, match="sampled negatives"):
+        s3rec.read(tmp_path / name)
+
+
+class TestLlmEsr:
+
+  def test_keeps_ids_and_order(self, tmp_path):
+    folder = tmp_path / "yelp" / "handled"
+    folder.mkdir(parents=True)
+    (folder / "inter.txt").write_text("2 9\n2 4\n1 4\n2 9\n1 8\n")
+    data = llm_esr.read(folder / "inter.txt")
+    assert data.name == "yelp"
+    assert data.user_ids.tolist() == [1, 2]
+    assert data.item_ids[data.items - 1].tolist() == [4, 8, 9, 4, 9]
+    assert data.times.tolist() == [0, 1, 0, 1, 2]
+
+  def test_is_the_sequences_line_by_line(self, tmp_path):
+    (tmp_path / "inter_seq.txt").write_text("1 4 8\n2 9 4 9\n")
+    (tmp_path / "inter.txt").write_text("1 4\n1 8\n2 9\n2 4\n2 9\n")
+    both = s3rec.read(tmp_path / "inter_seq.txt"), llm_esr.read(
+      tmp_path / "inter.txt"
+    )
+    assert both[0].fingerprint == both[1].fingerprint
+
+  def test_bad_lines(self, tmp_path):
+    path = tmp_path / "inter.txt"
+    path.write_text("1 4\n1 8 3\n")
+    with pytest.raises(InputError, match="line 2: 3 numbers, not 'user item'"):
+      llm_esr.read(path)
+
+
+def test_a_converted_file_is_the_same_data(tmp_path):
+  (tmp_path / "a.txt").write_text("10 3 2 1 3\n9 1 2\n")
+  done = subprocess.run(
+    [
+      sys.executable, "-m", "third_party.s3rec", str(tmp_path / "a.txt"),
+      f"--output={tmp_path}/a.parquet",
+    ],
+    capture_output=True, text=True, check=True,
+  )
+  assert "2 users, 3 items, 6 interactions" in done.stdout
+  read = files.read(tmp_path / "a.parquet")
+  data = s3rec.read(tmp_path / "a.txt")
+  assert read.fingerprint == data.fingerprint
+  assert read.notes["time_column"] == "time"
+  for name in ("a.csv", "no/a.parquet"):
+    with pytest.raises(InputError, match="no .parquet file in a directory"):
+      sequences.write(data, tmp_path / name)
+
+
+@pytest.mark.shared_data
+def test_a_whole_data_set_in_that_layout(tmp_path, shared_data):
+  want = files.read(shared_data / "amazon_beauty_s3rec.parquet")
+  lines = [
+    " ".join(map(str, [user, *want.item_ids[want.items[a:b] - 1]]))
+    for user, a, b in zip(
+      want.user_ids, want.offsets[:-1], want.offsets[1:], strict=True
+    )
+  ]
+  (tmp_path / "Beauty.txt").write_text("\n".join(lines) + "\n")
+  assert s3rec.read(tmp_path / "Beauty.txt").fingerprint == want.fingerprint
+
+
+# Under the library's interpreter: what the worker feeds and reads, against what
+# the library itself makes of the same data.
+CHECKS = {
+  "recbole": """
+import sys
+sys.path.insert(0, {folder!r})
+import json, numpy as np, protocol, worker, recbole_worker as own
+settings = worker.Settings(**json.load(open("settings.json")))
+data = protocol.read_data(settings.data)
+peer = own.RecBole(data, settings)
+# The library's own augmentation of the training prefixes, row for row.
+feat = peer.loader.dataset.inter_feat
+back = {{int(v): k for k, v in enumerate(peer.user_ids)}}
+users = np.array([back[int(x)] for x in feat["user_id"]])
+positions, reached = [], {{}}  # rows are in order of time, users mixed
+for user in users:
+  positions.append(reached.get(user, 1))
+  reached[user] = positions[-1] + 1
+positions = np.array(positions)
+assert len(users) == data.targets.sum()
+assert (np.bincount(users, minlength=len(data.targets)) == data.targets).all()
+made = peer.requests(users, positions)
+for key in ("user_id", "item_id_list", "item_length"):
+  assert (made[key] == feat[key]).all(), key
+target = peer.item_ids[data.items[data.starts[users] + positions]]
+assert (target == feat["item_id"].numpy()).all()
+assert peer.model.n_items == data.num_items + 1
+""",
+  "rectools": """
+import sys
+sys.path.insert(0, {folder!r})
+import json, numpy as np, protocol, worker, rectools_worker as own
+settings = worker.Settings(**json.load(open("settings.json")))
+data = protocol.read_data(settings.data)
+peer = own.RecTools(data, settings)
+peer.fit(worker.Watch(peer, data, settings, print))
+# The library's own ten best unseen items, where the target is among them.
+ranks = worker.rank(peer, data, data.test)[0]
+found = peer.model.recommend(
+  users=np.arange(len(data.test)), k=10, filter_viewed=True,
+  dataset=own.make_dataset(data.histories(data.test)),
+)
+target = data.items[data.starts + data.test]
+hit = found[found["item_id"].to_numpy() == target[found["user_id"]]]
+seen = [t in h for t, h in zip(target, data.histories(data.test))]
+want = {{u: r for u, r in zip(hit["user_id"], hit["rank"])}}
+got = {{u: r for u, r in enumerate(ranks) if r <= 10 and not seen[u]}}
+assert len(want) > 10 and want == got, (want, got)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapter", "model"), [
+  (recbole, "SASRec"), (recbole, "GRU4Rec"), (recbole, "BERT4Rec"),
+  (rectools, "SASRec"), (rectools, "BERT4Rec"),
+])
+def test_the_libraries_themselves(tmp_path, quiet, finished, adapter, model):
+  package = adapter.PEER.package
+  variable = f"PIN_JAX_{package.upper()}_PYTHON"
+  python = os.environ.get(variable)
+  if python is None:
+    pytest.skip(
+      f"no interpreter with {package}; make one as third_party/README.md says "
+      f"and set {variable}"
+    )
+  plan = driver.Plan(python, model, (0,), {}, epochs=3)
+  path = tmp_path / "w"
+  driver.run(
+    tiny.get_config(), adapter.PEER, plan, path, beside=finished,
+    console=quiet,
+  )
+  rows = pl.read_parquet(path / "rows.parquet")
+  own = rows.filter(pl.col("model") == f"{adapter.PEER.name} {model}")
+  assert own["rank"].is_between(1, own["candidates"]).all()
+  assert own["rank_unmasked"].n_unique() > 5
+  if model == "SASRec":
+    script = tmp_path / "check.py"
+    script.write_text(CHECKS[package].format(folder=str(driver.PEERS)))
+    subprocess.run(
+      [python, str(script)], cwd=path / "peer" / "seed0", check=True
+    )
+  bad = plan._replace(options={"no_such_option": 1})
+  with pytest.raises(InputError, match="has no option 'no_such_option'"):
+    driver.run(
+      tiny.get_config(), adapter.PEER, bad, tmp_path / "x", console=quiet
+    )

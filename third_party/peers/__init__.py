@@ -1,0 +1,1 @@
+"""Scripts that run under the interpreters of other libraries."""
