@@ -165,6 +165,7 @@ METHODS: dict[str, Method] = {
   "pcgrad": _by_rule("pcgrad"),
   "upgrad": _by_rule("upgrad"),
   "consensus": _by_rule("consensus"),
+  "gradient_alignment": _by_rule("gradient-alignment"),
   "tail_only": _single(
     "tail only", Stage("tail-only", "backbone", "both", users="tail")
   ),

@@ -106,6 +106,7 @@ def default() -> ConfigDict:
       "pcgrad": "pcgrad",
       "upgrad": "upgrad",
       "consensus": "consensus",
+      "gradient_alignment": "gradient_alignment",
     },
     # 'softmax' over the whole catalogue, or of sampled negatives
     # 'sampled_softmax' (logQ-corrected), 'gbce', 'bce' or 'bpr'; the other keys
