@@ -34,6 +34,8 @@ class Stage:
     rule: key of the config section `rules`, whose weighting combines the
       groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
+    reads_activeness: whether the backbone that it trains from the start is
+      `conditioned`, whatever `backbone.reads_activeness` says.
   """
 
   name: str
@@ -48,6 +50,7 @@ class Stage:
   assign: Literal["activeness", "random"] = "activeness"
   rule: str | None = None
   focal: bool = False
+  reads_activeness: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,12 @@ METHODS: dict[str, Method] = {
   "user_uniform": _single(
     "user-uniform",
     Stage("user-uniform", "backbone", "both", sampling="uniform"),
+  ),
+  "base_activeness": _single(
+    "base, reads activeness",
+    dataclasses.replace(
+      _BASE, name="base-activeness", reads_activeness=True
+    ),
   ),
   "focal": _single(
     "focal loss", dataclasses.replace(_BASE, name="focal", focal=True)

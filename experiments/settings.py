@@ -45,7 +45,7 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
   ),
 }
 PROPOSALS = ("uniform", "popularity", "in_batch")
-_OF_ANY_BACKBONE = {"name", "pack_rows", "compute"}
+_OF_ANY_BACKBONE = {"name", "pack_rows", "compute", "reads_activeness"}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -320,6 +320,14 @@ def _check_together(config: ConfigDict) -> None:
     raise _bad(
       "loss.proposal", config.loss.proposal,
       "loss.name='gbce' is made for 'uniform' negatives",
+  names = method_names(config.methods, config.pin.weighting)
+  exact = any(s.kind == "classifier" for s in stages_of(names))
+  if config.backbone.reads_activeness and exact:
+    raise _bad(
+      "backbone.reads_activeness", True,
+      "exact adjustment estimates P(d|x) from states that must not hold d; "
+      "set False or leave 'pin_exact' out",
+    )
     )
   if "focal" in config.methods and config.loss.name not in PROPER:
     raise _bad(

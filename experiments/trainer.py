@@ -43,6 +43,7 @@ from pin_jax import (
   streaming,
   training,
 )
+from pin_jax.backbones.conditioned import conditioned
 from pin_jax.backbones.precision import computed_in
 from pin_jax.datasets.stored import Stored
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
@@ -82,6 +83,8 @@ def make_networks(
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   layout = sharding.make_layout(
+  if config.backbone.reads_activeness:
+    backbone = conditioned(backbone)
     backbone, num_items, devices=devices, **config.mesh
   )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
@@ -686,7 +689,10 @@ class Trainer:
       draw=draw, mean=mean, steps=steps, importance=importance,
       runs=len(self._seeds),
     )
-    init = sharding.built(self._networks.backbone.init, self._layout)
+    backbone = self._networks.backbone
+    if stage.reads_activeness:
+      backbone = conditioned(backbone)
+    init = sharding.built(backbone.init, self._layout)
 
     def start(seed: int) -> training.TrainState:
       params = (

@@ -53,6 +53,9 @@ def default() -> ConfigDict:
       # Type of the products' operands: 'float32', or 'bfloat16' for
       # accelerators. Params, optimizer and sums are float32 in any case.
       "compute": "float32",
+      # Adds an embedding of the user's training activeness to what the model
+      # reads; the method 'base_activeness' does so for the base alone.
+      "reads_activeness": False,
     },
     # 'bottleneck', 'translation', 'adapter', 'lora', 'memory' or 'gated'. The
     # others leave a key that is not theirs at its default.
