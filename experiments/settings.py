@@ -179,7 +179,9 @@ def consultation(config: ConfigDict) -> Consultation:
   })
 
 
-def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
+def make_plugin(
+  config: ConfigDict, like: PyTree, *, widen: int = 1, repeats: bool = False
+) -> Plugin:
   """Builds the plugin that the config names.
 
   Args:
@@ -187,6 +189,7 @@ def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
     like: the backbone's params, or their shapes.
     widen: factor of `hidden` and `rank`, for a plugin that several segments
       share.
+    repeats: `Problem.repeats`, for 'gated'.
 
   Raises:
     InputError: if the backbone does not suit it.
@@ -195,6 +198,8 @@ def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
   options = {key: config.plugin[key] for key in sorted(taken)}
   for key in taken & {"hidden", "rank"}:
     options[key] *= widen
+  if config.plugin.name == "gated":
+    options["repeats"] = repeats
   return build(
     like, config.backbone.width, len(config.memory.channels),
     consultation(config), options,
@@ -315,11 +320,6 @@ def _check_together(config: ConfigDict) -> None:
       "num_seeds", config.num_seeds,
       f"the number of seeds, {len(config.seeds)}, must be a multiple of it",
     )
-  shares = proposal_shares(config.loss.proposal)
-  if config.loss.name == "gbce" and set(shares) != {"uniform"}:
-    raise _bad(
-      "loss.proposal", config.loss.proposal,
-      "loss.name='gbce' is made for 'uniform' negatives",
   names = method_names(config.methods, config.pin.weighting)
   exact = any(s.kind == "classifier" for s in stages_of(names))
   if config.backbone.reads_activeness and exact:
@@ -328,6 +328,11 @@ def _check_together(config: ConfigDict) -> None:
       "exact adjustment estimates P(d|x) from states that must not hold d; "
       "set False or leave 'pin_exact' out",
     )
+  shares = proposal_shares(config.loss.proposal)
+  if config.loss.name == "gbce" and set(shares) != {"uniform"}:
+    raise _bad(
+      "loss.proposal", config.loss.proposal,
+      "loss.name='gbce' is made for 'uniform' negatives",
     )
   if "focal" in config.methods and config.loss.name not in PROPER:
     raise _bad(

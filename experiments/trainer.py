@@ -69,7 +69,7 @@ class Networks(NamedTuple):
 
 def make_networks(
   config: ConfigDict, num_items: int,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[jax.Device] | None = None, *, repeats: bool = False,
 ) -> Networks:
   """Builds the backbone and the plugin that the config names.
 
@@ -77,21 +77,24 @@ def make_networks(
     config: the whole configuration.
     num_items: V.
     devices: for `mesh`; by default those that are there.
+    repeats: `Problem.repeats`.
   """
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
-  layout = sharding.make_layout(
   if config.backbone.reads_activeness:
     backbone = conditioned(backbone)
+  layout = sharding.make_layout(
     backbone, num_items, devices=devices, **config.mesh
   )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
   made = {
-    "own": make_plugin(config, like),
-    "shared": make_plugin(config, like, widen=len(SEGMENTS)),
+    "own": make_plugin(config, like, repeats=repeats),
+    "shared": make_plugin(
+      config, like, widen=len(SEGMENTS), repeats=repeats
+    ),
     "memory_alone": plugins.memory_alone(consultation(config)),
   }
   return Networks(backbone, made, layout)

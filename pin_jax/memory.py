@@ -280,6 +280,25 @@ def _own_transitions(
   return items, weights[:, None, None] * inside
 
 
+def repeats(reading: Reading, history_decay: float) -> Sparse:
+  """r(v) = sum_h decay^h [x_(n-h) = v], what the user itself did before; K = 1.
+
+  It reads no target and nobody else, so that there is nothing to take out.
+
+  Args:
+    reading: the histories' newest items, E = H.
+    history_decay: weight of each older item.
+  """
+  age = history_decay ** jnp.arange(reading.items.shape[1])
+  return Sparse(reading.items, jnp.where(reading.items > 0, age, 0)[None])
+
+
+def holds_repeats(split: Split) -> bool:
+  """Whether a user's training prefix holds an item more than once."""
+  distinct, _, _ = distinct_sequences(split)
+  return len(distinct) < int(np.sum(split.train_end))
+
+
 def dense(
   sparse: Sparse, candidates: jax.Array | None, num_items: int
 ) -> jax.Array:
