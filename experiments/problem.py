@@ -31,8 +31,8 @@ class Problem(NamedTuple):
     prior: [G], P(d).
     sequences: interactions, on the host.
     world: the simulator's exact model, or None.
-    repeats: whether training prefixes hold an item more than once; looked up
-      for the plugin 'gated' alone, else False.
+    repeats: `memory.holds_repeats`; looked up for the plugin 'gated' alone,
+      else False.
   """
 
   split: splits.Split

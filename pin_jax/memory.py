@@ -32,6 +32,7 @@ from pin_jax.splits import Split, is_training, training_counts
 from pin_jax.types import InputError, Reading
 
 EPSILON = 1e-3  # of the score's logarithm
+_REPEATS = 0.01  # share of the training interactions that makes them a habit
 
 
 class Memory(NamedTuple):
@@ -294,9 +295,13 @@ def repeats(reading: Reading, history_decay: float) -> Sparse:
 
 
 def holds_repeats(split: Split) -> bool:
-  """Whether a user's training prefix holds an item more than once."""
+  """Whether 1 % of the training interactions repeat an item of their user.
+
+  Fewer are taken for slips of a log that records first encounters.
+  """
   distinct, _, _ = distinct_sequences(split)
-  return len(distinct) < int(np.sum(split.train_end))
+  total = int(np.sum(split.train_end))
+  return total - len(distinct) >= _REPEATS * max(total, 1)
 
 
 def dense(

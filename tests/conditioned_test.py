@@ -316,11 +316,18 @@ def trained(made, workdir):
   return {name: found[0].best for name, found in out.trained.items()}
 
 
-def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path):
-  found = trained(tiny(methods=("base", "base_activeness")), tmp_path / "row")
+@pytest.mark.parametrize("changes", [
+  {},
+  {"loss.name": "sampled_softmax", "loss.negatives": 9,
+   "optimizer.tables": "row_sparse"},
+])
+def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path, changes):
+  both = tiny(methods=("base", "base_activeness"), **changes)
+  found = trained(both, tmp_path / "row")
   assert "activeness" not in found["base"]
   assert np.abs(found["base-activeness"]["activeness"]).max() > 1e-4
-  alone = trained(tiny(methods=("base",)), tmp_path / "alone")["base"]
+  alone = tiny(methods=("base",), **changes)
+  alone = trained(alone, tmp_path / "alone")["base"]
   jax.tree.map(np.testing.assert_array_equal, alone, found["base"])
 
 

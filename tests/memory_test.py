@@ -172,6 +172,9 @@ def test_only_the_training_prefix_is_asked_for_repeats():
   assert not memory.holds_repeats(split(distinct, [4, 2, 3, 2, 3]))
   assert not memory.holds_repeats(split(distinct, distinct))
   assert memory.holds_repeats(split(distinct, [4, 2, 4, 3, 1]))
+  many = [*range(100)]  # 98 of each in training
+  assert memory.holds_repeats(split([0, *many[:-1]]))
+  assert not memory.holds_repeats(split([0, *many[:-1]], many))
 
 
 def test_a_users_own_sequence_leaves_no_trace():
