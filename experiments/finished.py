@@ -110,7 +110,9 @@ def _trainer(
     checkpoints.Checkpoints,
     about={"config": of_results(config), "data": fingerprint(problem)},
   )
-  networks = make_networks(config, problem.split.interactions.num_items)
+  networks = make_networks(
+    config, problem.split.interactions.num_items, repeats=problem.repeats
+  )
   return Trainer(
     config, problem, networks, directory,
     tuple(config.seeds[first : first + config.num_seeds]), store=store,

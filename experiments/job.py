@@ -299,7 +299,9 @@ def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
   """Checks the config and reads the data, before anything is written."""
   settings.check(config)
   problem = make_problem(config)
-  networks = make_networks(config, problem.split.interactions.num_items)
+  networks = make_networks(
+    config, problem.split.interactions.num_items, repeats=problem.repeats
+  )
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)

@@ -34,6 +34,8 @@ class Stage:
     rule: key of the config section `rules`, whose weighting combines the
       groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
+    reads_activeness: whether the backbone that it trains from the start is
+      `conditioned`, whatever `backbone.reads_activeness` says.
   """
 
   name: str
@@ -48,6 +50,7 @@ class Stage:
   assign: Literal["activeness", "random"] = "activeness"
   rule: str | None = None
   focal: bool = False
+  reads_activeness: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,12 @@ METHODS: dict[str, Method] = {
     "user-uniform",
     Stage("user-uniform", "backbone", "both", sampling="uniform"),
   ),
+  "base_activeness": _single(
+    "base, reads activeness",
+    dataclasses.replace(
+      _BASE, name="base-activeness", reads_activeness=True
+    ),
+  ),
   "focal": _single(
     "focal loss", dataclasses.replace(_BASE, name="focal", focal=True)
   ),
@@ -165,6 +174,7 @@ METHODS: dict[str, Method] = {
   "pcgrad": _by_rule("pcgrad"),
   "upgrad": _by_rule("upgrad"),
   "consensus": _by_rule("consensus"),
+  "gradient_alignment": _by_rule("gradient-alignment"),
   "tail_only": _single(
     "tail only", Stage("tail-only", "backbone", "both", users="tail")
   ),

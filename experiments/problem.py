@@ -7,7 +7,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import settings
-from pin_jax import activeness, batches, evaluation, splits, weightings
+from pin_jax import (
+  activeness,
+  batches,
+  evaluation,
+  memory,
+  splits,
+  weightings,
+)
+from pin_jax.datasets.stored import Stored
 
 SEGMENTS = ("tail", "head")
 
@@ -23,6 +31,8 @@ class Problem(NamedTuple):
     prior: [G], P(d).
     sequences: interactions, on the host.
     world: the simulator's exact model, or None.
+    repeats: `memory.holds_repeats`; looked up for the plugin 'gated' alone,
+      else False.
   """
 
   split: splits.Split
@@ -32,6 +42,7 @@ class Problem(NamedTuple):
   prior: np.ndarray
   sequences: batches.Sequences
   world: Any
+  repeats: bool = False
 
 
 def make_problem(config: ConfigDict) -> Problem:
@@ -63,7 +74,13 @@ def make_problem(config: ConfigDict) -> Problem:
     split.activeness, head_share=rule.head_share
   )
   sequences = batches.host_sequences(split)
-  return Problem(split, targets, groups, segments, prior, sequences, world)
+  asked = config.plugin.name == "gated" and not isinstance(
+    interactions, Stored
+  )
+  return Problem(
+    split, targets, groups, segments, prior, sequences, world,
+    asked and memory.holds_repeats(split),
+  )
 
 
 def in_segment(problem: Problem, users: str) -> np.ndarray:

@@ -70,7 +70,9 @@ def _stage_of(
   config = ConfigDict({**config, "mesh": default().mesh})  # one device
   settings.check(config)
   problem = make_problem(config)
-  networks = make_networks(config, problem.split.interactions.num_items)
+  networks = make_networks(
+    config, problem.split.interactions.num_items, repeats=problem.repeats
+  )
   silent = rich.console.Console(file=io.StringIO())
   names = method_names(config.methods, config.pin.weighting)
   for first in range(0, len(config.seeds), config.num_seeds):

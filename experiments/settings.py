@@ -45,7 +45,7 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
   ),
 }
 PROPOSALS = ("uniform", "popularity", "in_batch")
-_OF_ANY_BACKBONE = {"name", "pack_rows", "compute"}
+_OF_ANY_BACKBONE = {"name", "pack_rows", "compute", "reads_activeness"}
 
 _FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
 _WORLD = {
@@ -180,7 +180,9 @@ def consultation(config: ConfigDict) -> Consultation:
   })
 
 
-def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
+def make_plugin(
+  config: ConfigDict, like: PyTree, *, widen: int = 1, repeats: bool = False
+) -> Plugin:
   """Builds the plugin that the config names.
 
   Args:
@@ -188,6 +190,7 @@ def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
     like: the backbone's params, or their shapes.
     widen: factor of `hidden` and `rank`, for a plugin that several segments
       share.
+    repeats: `Problem.repeats`, for 'gated'.
 
   Raises:
     InputError: if the backbone does not suit it.
@@ -196,6 +199,8 @@ def make_plugin(config: ConfigDict, like: PyTree, *, widen: int = 1) -> Plugin:
   options = {key: config.plugin[key] for key in sorted(taken)}
   for key in taken & {"hidden", "rank"}:
     options[key] *= widen
+  if config.plugin.name == "gated":
+    options["repeats"] = repeats
   return build(
     like, config.backbone.width, len(config.memory.channels),
     consultation(config), options,
@@ -315,6 +320,14 @@ def _check_together(config: ConfigDict) -> None:
     raise _bad(
       "num_seeds", config.num_seeds,
       f"the number of seeds, {len(config.seeds)}, must be a multiple of it",
+    )
+  names = method_names(config.methods, config.pin.weighting)
+  exact = any(s.kind == "classifier" for s in stages_of(names))
+  if config.backbone.reads_activeness and exact:
+    raise _bad(
+      "backbone.reads_activeness", True,
+      "exact adjustment estimates P(d|x) from states that must not hold d; "
+      "set False or leave 'pin_exact' out",
     )
   shares = proposal_shares(config.loss.proposal)
   if config.loss.name == "gbce" and set(shares) != {"uniform"}:

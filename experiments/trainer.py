@@ -43,6 +43,7 @@ from pin_jax import (
   streaming,
   training,
 )
+from pin_jax.backbones.conditioned import conditioned
 from pin_jax.backbones.precision import computed_in
 from pin_jax.datasets.stored import Stored
 from pin_jax.types import Backbone, InputError, Plugin, PyTree
@@ -69,7 +70,7 @@ class Networks(NamedTuple):
 
 def make_networks(
   config: ConfigDict, num_items: int,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[jax.Device] | None = None, *, repeats: bool = False,
 ) -> Networks:
   """Builds the backbone and the plugin that the config names.
 
@@ -77,19 +78,24 @@ def make_networks(
     config: the whole configuration.
     num_items: V.
     devices: for `mesh`; by default those that are there.
+    repeats: `Problem.repeats`.
   """
   options = backbone_options(config.backbone)
   backbone = BACKBONES[config.backbone.name](num_items, **options)
   backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
+  if config.backbone.reads_activeness:
+    backbone = conditioned(backbone)
   layout = sharding.make_layout(
     backbone, num_items, devices=devices, **config.mesh
   )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
   made = {
-    "own": make_plugin(config, like),
-    "shared": make_plugin(config, like, widen=len(SEGMENTS)),
+    "own": make_plugin(config, like, repeats=repeats),
+    "shared": make_plugin(
+      config, like, widen=len(SEGMENTS), repeats=repeats
+    ),
     "memory_alone": plugins.memory_alone(consultation(config)),
   }
   return Networks(backbone, made, layout)
@@ -699,7 +705,10 @@ class Trainer:
       draw=draw, mean=mean, steps=steps, importance=importance,
       runs=len(self._seeds),
     )
-    init = sharding.built(self._networks.backbone.init, self._layout)
+    backbone = self._networks.backbone
+    if stage.reads_activeness:
+      backbone = conditioned(backbone)
+    init = sharding.built(backbone.init, self._layout)
 
     def start(seed: int) -> training.TrainState:
       params = (

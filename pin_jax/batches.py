@@ -133,6 +133,11 @@ def _by_group(
   return users, np.concatenate([[0], np.cumsum(sizes)])
 
 
+def training_activeness(sequences: Sequences, users: jax.Array) -> jax.Array:
+  """Training interactions of users, 1 for none; int32, whatever is read."""
+  return sequences.targets[users] + 1
+
+
 class Windows(NamedTuple):
   """Which windows a batch has; leading axes [...].
 
@@ -258,7 +263,10 @@ def cut_windows(
   real = target >= jnp.maximum(first, 0)[..., None]
   index = sequences.starts[users][..., None] + jnp.maximum(target, 0)
   take = lambda i: jnp.where(real, sequences.items[i], 0)
-  return Batch(users, take(index), take(index + 1), last)
+  return Batch(
+    users, take(index), take(index + 1), last,
+    training_activeness(sequences, users),
+  )
 
 
 class HeldOut(NamedTuple):

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pin_jax import packing, plugins, sharding
-from pin_jax.batches import Sequences, read_back
+from pin_jax.backbones.conditioned import given
+from pin_jax.batches import Sequences, read_back, training_activeness
 from pin_jax.interactions import Interactions
 from pin_jax.metrics import average_rank
 from pin_jax.types import (
@@ -221,7 +222,10 @@ def states_before(
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
 
   def of_rows(part: tuple[jax.Array, jax.Array]) -> PyTree:
-    history = read_windows(sequences, *part, length)
+    history = given(
+      frozen, read_windows(sequences, *part, length),
+      training_activeness(sequences, part[0]),
+    )
     context = packing.encode(model.backbone, frozen, history)
     return model.backbone.at(
       context, jnp.arange(size), jnp.full(size, length - 1)

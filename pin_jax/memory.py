@@ -32,6 +32,7 @@ from pin_jax.splits import Split, is_training, training_counts
 from pin_jax.types import InputError, Reading
 
 EPSILON = 1e-3  # of the score's logarithm
+_REPEATS = 0.01  # share of the training interactions that makes them a habit
 
 
 class Memory(NamedTuple):
@@ -278,6 +279,29 @@ def _own_transitions(
   items = jnp.where(inside, memory.items[index], 0)
   weights = memory.kernel.reshape(len(memory.kernel), -1)
   return items, weights[:, None, None] * inside
+
+
+def repeats(reading: Reading, history_decay: float) -> Sparse:
+  """r(v) = sum_h decay^h [x_(n-h) = v], what the user itself did before; K = 1.
+
+  It reads no target and nobody else, so that there is nothing to take out.
+
+  Args:
+    reading: the histories' newest items, E = H.
+    history_decay: weight of each older item.
+  """
+  age = history_decay ** jnp.arange(reading.items.shape[1])
+  return Sparse(reading.items, jnp.where(reading.items > 0, age, 0)[None])
+
+
+def holds_repeats(split: Split) -> bool:
+  """Whether 1 % of the training interactions repeat an item of their user.
+
+  Fewer are taken for slips of a log that records first encounters.
+  """
+  distinct, _, _ = distinct_sequences(split)
+  total = int(np.sum(split.train_end))
+  return total - len(distinct) >= _REPEATS * max(total, 1)
 
 
 def dense(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pin_jax import aggregation, criteria, packing, plugins, sharding
+from pin_jax.backbones.conditioned import given
 from pin_jax.criteria import SOFTMAX, Criterion, Head
 from pin_jax.losses import accumulated, chunked
 from pin_jax.negatives import Negatives
@@ -289,10 +290,11 @@ def _plain_loss(
     keys: jax.Array, negatives: Negatives | None,
   ) -> tuple[jax.Array, jax.Array]:
     encode = lambda history, key: backbone.encode(params, history, key)
+    history = given(params, batch.history, batch.activeness)
     if len(keys) == 1:
-      context = encode(batch.history, keys[0])
+      context = encode(history, keys[0])
     else:
-      stacks = part(batch.history, len(keys))
+      stacks = jax.tree.map(lambda x: part(x, len(keys)), history)
       context = jax.tree.map(merge, jax.vmap(encode)(stacks, keys))
     return loss(
       params, None, context, batch.targets, weights, factors, negatives
@@ -314,9 +316,9 @@ def _packed_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
   ) -> tuple[jax.Array, jax.Array]:
     batch, weights, factors, key, common, own = shared
     source, index = jax.tree.map(lambda x: x[0], constants)
+    history = given(params, batch.history, batch.activeness)
     context = backbone.encode(
-      params, packing.rows_of(batch.history, source),
-      jax.random.fold_in(key, index),
+      params, packing.rows_of(history, source), jax.random.fold_in(key, index)
     )
     targets, weights, factors = (
       packing.take(x, source) for x in (batch.targets, weights, factors)
@@ -420,8 +422,9 @@ def table_gramians(
     index = jnp.concatenate([jnp.zeros(1, items.dtype), items])
 
     def states_of(others: PyTree, lookups: PyTree) -> PyTree:
+      read = slots.reshape(history.shape)
       context = backbone.encode(
-        {**others, **lookups}, slots.reshape(history.shape), key
+        {**others, **lookups}, given(others, read, group.batch.activeness), key
       )
       return backbone.at(context, rows, columns)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import Backbone, PyTree, Rows
+from pin_jax.types import Backbone, Histories, PyTree, Rows
 
 
 class Packed(NamedTuple):
@@ -72,14 +72,20 @@ def take(values: jax.Array, source: jax.Array) -> jax.Array:
   return jnp.where(real, flat[jnp.maximum(source, 0)], 0)
 
 
-def rows_of(history: jax.Array, source: jax.Array) -> Rows:
+def rows_of(history: jax.Array | Histories, source: jax.Array) -> Rows:
   """The packed rows of histories [B, L] that `source` [R, L] names."""
-  length = history.shape[1]
+  items, activeness = history, None
+  if isinstance(history, Histories):
+    items, activeness = history
+    activeness = activeness[jnp.maximum(source, 0) // items.shape[1]]
+  length = items.shape[1]
   later = jnp.where(source >= 0, length - 1 - source % length, 0)
-  return Rows(take(history, source), source // length + 1, later)
+  return Rows(take(items, source), source // length + 1, later, activeness)
 
 
-def encode(backbone: Backbone, params: PyTree, history: jax.Array) -> PyTree:
+def encode(
+  backbone: Backbone, params: PyTree, history: jax.Array | Histories
+) -> PyTree:
   """The context of histories without dropout, in packed rows where that is on.
 
   Equals `backbone.encode(params, history)` up to rounding, with zeros at
@@ -89,12 +95,13 @@ def encode(backbone: Backbone, params: PyTree, history: jax.Array) -> PyTree:
   Args:
     backbone: every leaf of its context leads with [B, L].
     params: its parameters.
-    history: [B, L], right-aligned.
+    history: [B, L], right-aligned, alone or with its users' activeness.
   """
   chunk = backbone.packed
   if not chunk:
     return backbone.encode(params, history, None)
-  packed = pack(history)
+  items = history.items if isinstance(history, Histories) else history
+  packed = pack(items)
   source = source_chunks(packed, chunk)
 
   def one(index: jax.Array) -> PyTree:

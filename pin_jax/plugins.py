@@ -295,6 +295,7 @@ def gated(
   *,
   hidden: int,
   reads_state: bool = True,
+  repeats: bool = False,
 ) -> Plugin:
   """Mixes the backbone, the memory's channels and popularity for each position.
 
@@ -303,7 +304,10 @@ def gated(
 
   with W2 = b2 = 0 at the start, and f of activeness, what each channel knows
   (log of its whole score), the share of the window that is filled and the
-  normalised representation. Ours.
+  normalised representation. With `repeats` one more expert, ahead of
+  popularity, is the user's own history, w log(1 + r(v) / e) with r of
+  `memory.repeats`; it moves items of the history alone, so nothing where these
+  are masked. Ours.
 
   Args:
     width: D.
@@ -311,6 +315,8 @@ def gated(
     consultation: how the memory is asked.
     hidden: width of the gate.
     reads_state: whether f holds the representation.
+    repeats: whether the user's own repeats are an expert; for data that have
+      any, see `memory.holds_repeats`.
 
   Returns:
     The plugin; its evidence is an `Evidence`.
@@ -319,7 +325,7 @@ def gated(
     InputError: if `hidden` is smaller than 1.
   """
   _check_size("hidden", hidden)
-  gate = _Gate(hidden, num_channels + 2)
+  gate = _Gate(hidden, num_channels + 2 + repeats)
   size = 2 + num_channels + (width if reads_state else 0)
 
   def features(
@@ -344,6 +350,9 @@ def gated(
     seen = features(evidence, representation, reading, sparse)
     weights = gate.apply({"params": params}, seen)
     known = _known(evidence, sparse, candidates)
+    if repeats:
+      own = memory.repeats(reading, consultation.history_decay)
+      known = jnp.concatenate([known, _known(evidence, own, candidates)])
     popularity = evidence.popularity
     if candidates is not None:
       popularity = popularity[candidates]

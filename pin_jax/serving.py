@@ -25,6 +25,7 @@ import polars as pl
 from etils import epath
 
 from pin_jax import archives, evaluation, plugins
+from pin_jax.backbones import conditioned
 from pin_jax.memory import Memory
 from pin_jax.splits import Split, training_counts
 from pin_jax.types import InputError, PyTree, Reading
@@ -87,7 +88,7 @@ class Recommender(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What is read of B users; all but the first where a plugin asks for it.
+  """What is read of B users; all but the first where the model asks for it.
 
   Attributes:
     history: [B, L] int32, right-aligned, 0 = padding.
@@ -96,6 +97,7 @@ class Inputs(NamedTuple):
     own: [T] int32, the users' distinct training items, one after another.
     starts: [B+1] int32, where a user's begin.
     place: [B, H] int32, where a recent item lies in `own`; -1 = nowhere.
+    behaviours: [B] int32, activeness itself, for a backbone that reads it.
   """
 
   history: Any
@@ -104,6 +106,7 @@ class Inputs(NamedTuple):
   own: Any = None
   starts: Any = None
   place: Any = None
+  behaviours: Any = None
 
 
 def make_scores(
@@ -131,7 +134,8 @@ def make_scores(
     frozen = plugins.adapted(model.plugin, plugin, backbone)
     given = Inputs(**inputs)
     rows = given.history.shape[0]
-    context = model.backbone.encode(frozen, given.history, None)
+    history = conditioned.given(frozen, given.history, given.behaviours)
+    context = model.backbone.encode(frozen, history, None)
     states = model.backbone.at(
       context, jnp.arange(rows), jnp.full(rows, length - 1)
     )
@@ -166,7 +170,9 @@ def _attends(model: evaluation.Model, length: int) -> bool:
 
   def represented(key: jax.Array) -> jax.Array:
     params = model.backbone.init(key)
-    history = jnp.ones((1, length), jnp.int32)
+    history = conditioned.given(
+      params, jnp.ones((1, length), jnp.int32), jnp.ones(1, jnp.int32)
+    )
     context = model.backbone.encode(params, history, None)
     states = model.backbone.at(context, jnp.zeros(1, int), jnp.zeros(1, int))
     return model.backbone.represent(params, states, jnp.array([0, 1]))
@@ -509,14 +515,17 @@ def _inputs(
 ) -> dict[str, np.ndarray]:
   """The arrays of `Inputs` of some requests, as a dict."""
   recent = recommender.recent
-  history = _last(requests, index, recommender.length)
-  if not recent:
-    return {"history": history}
-  newest = _last(requests, index, recent)[:, ::-1]
+  inputs = {"history": _last(requests, index, recommender.length)}
   users = recommender.users
   known = requests.users[index]
   trained = users.ends["train"]
   lengths = (requests.ends - requests.starts)[index]
+  behaviours = np.where(known >= 0, trained[known], lengths)
+  if conditioned.reads(recommender.slots[0].backbone):
+    inputs["behaviours"] = behaviours.astype(np.int32)
+  if not recent:
+    return inputs
+  newest = _last(requests, index, recent)[:, ::-1]
   own, place = [], np.full(newest.shape, -1, np.int32)
   starts = np.zeros(len(index) + 1, np.int32)
   for k, user in enumerate(known):
@@ -529,12 +538,9 @@ def _inputs(
     own.extend(at)
     starts[k + 1] = len(own)
   missing = (1 << max(len(own) - 1, 0).bit_length()) - len(own)
-  return {
-    "history": history,
+  return inputs | {
     "recent": np.ascontiguousarray(newest),
-    "activeness": plugins.known_activeness(
-      np.where(known >= 0, trained[known], lengths), trained
-    ),
+    "activeness": plugins.known_activeness(behaviours, trained),
     "own": np.array(own + [0] * missing, np.int32),
     "starts": starts,
     "place": place,
@@ -675,6 +681,8 @@ def _export(
   recent = recommender.recent
   whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   inputs = {"history": whole(rows, recommender.length)}
+  if conditioned.reads(recommender.slots[0].backbone):
+    inputs["behaviours"] = whole(rows)
   if recent:
     inputs |= {
       "recent": whole(rows, recent), "place": whole(rows, recent),

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pin_jax import sharding
-from pin_jax.batches import Sequences, Windows
+from pin_jax.batches import Sequences, Windows, training_activeness
 from pin_jax.datasets.stored import Slices
 from pin_jax.evaluation import Requests
 from pin_jax.sharding import Layout
@@ -171,7 +171,10 @@ def read_windows(
   items = sequences.items[place]
   history = np.where(real, items[..., :-1], 0)
   kept = real & (~only_last[..., None] | (np.arange(length) == length - 1))
-  return Batch(users, history, np.where(kept, items[..., 1:], 0), last)
+  return Batch(
+    users, history, np.where(kept, items[..., 1:], 0), last,
+    training_activeness(sequences, users),
+  )
 
 
 def make_ranker(
@@ -217,8 +220,9 @@ def _nearer(
   )
   numbers = np.arange(len(lengths), dtype=np.int32)
   starts = offsets[:-1].astype(np.int32)
+  targets = np.asarray(sequences.targets[requests.users], np.int32)
   near = Sequences(
     sharding.spread_pieces(slices.read, size, np.int32, layout),
-    *sharding.spread_flat((starts, starts), layout),
+    *sharding.spread_flat((starts, targets), layout),
   )
   return near, requests._replace(users=numbers)

@@ -25,6 +25,7 @@ from pin_jax import (
   sparse,
   streaming,
 )
+from pin_jax.backbones.conditioned import given
 from pin_jax.batches import (
   HeldOut,
   Pool,
@@ -326,9 +327,10 @@ def plugin_step(
   )
 
   def encode(
-    params: PyTree, frozen: PyTree, history: jax.Array
+    params: PyTree, frozen: PyTree, batch: Batch
   ) -> tuple[PyTree, PyTree]:
     """(context, the backbone's params as the plugin wants them)."""
+    history = given(frozen, batch.history, batch.activeness)
     if plugin.adapt is None:
       context = packing.encode(backbone, frozen, history)
       return jax.lax.stop_gradient(context), frozen
@@ -338,7 +340,7 @@ def plugin_step(
   def segment_loss(
     params: PyTree, operands: Operands, batch: Batch, key: jax.Array
   ) -> jax.Array:
-    context, frozen = encode(params, operands.frozen, batch.history)
+    context, frozen = encode(params, operands.frozen, batch)
     reading = None
     if plugin.recent:
       columns = jnp.arange(1 - length, 1)

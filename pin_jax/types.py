@@ -36,6 +36,18 @@ def at_least(least: int, **numbers: Any) -> None:
       )
 
 
+class Histories(NamedTuple):
+  """Histories, one a row, and how active their users are.
+
+  Attributes:
+    items: [B, L] int32, right-aligned, 0 = padding.
+    activeness: [B] int32, training interactions of each row's user.
+  """
+
+  items: jax.Array
+  activeness: jax.Array
+
+
 class Rows(NamedTuple):
   """Histories laid one after another in the rows of a batch.
 
@@ -44,11 +56,14 @@ class Rows(NamedTuple):
     windows: [B, L] int32, which history a position belongs to, 0 = none; a
       history is contiguous and reads nothing of another.
     later: [L] or [B, L] int32, columns that follow in the position's history.
+    activeness: [B, L] int32, training interactions of the position's user; None
+      where the backbone reads none.
   """
 
   items: jax.Array
   windows: jax.Array
   later: jax.Array
+  activeness: jax.Array | None = None
 
 
 class Backbone(NamedTuple):
@@ -62,9 +77,9 @@ class Backbone(NamedTuple):
 
   Attributes:
     init: key -> params.
-    encode: (params, history [B, L] or Rows, key or None) -> context of the B
-      rows; a key switches dropout on. With Rows, a position's context is that
-      of its history alone.
+    encode: (params, history [B, L], Histories or Rows, key or None) -> context
+      of the B rows; a key switches dropout on. With Rows, a position's context
+      is that of its history alone.
     at: (context, rows [M], columns [M]) -> states after reading
       history[row, :column + 1], leading axis M.
     represent: (params, states [M], candidates) -> [M, 1 or C, D].
@@ -81,7 +96,7 @@ class Backbone(NamedTuple):
   """
 
   init: Callable[[jax.Array], PyTree]
-  encode: Callable[[PyTree, jax.Array, jax.Array | None], PyTree]
+  encode: Callable[[PyTree, Any, jax.Array | None], PyTree]
   at: Callable[[PyTree, jax.Array, jax.Array], PyTree]
   represent: Callable[[PyTree, PyTree, jax.Array | None], jax.Array]
   score: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
@@ -136,9 +151,12 @@ class Batch(NamedTuple):
     targets: [B, L] int32, the item after each history position, 0 = none.
     last: [B] int32, in-user position of the last column of the history; None
       where nobody asks.
+    activeness: [B] int32, the user's training interactions (1 for none); None
+      where nobody asks.
   """
 
   users: jax.Array
   history: jax.Array
   targets: jax.Array
   last: jax.Array | None = None
+  activeness: jax.Array | None = None

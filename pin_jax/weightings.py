@@ -7,7 +7,7 @@ WEIGHTINGS at the end names them all.
   reads nothing    joint, exact_backdoor, annealed_backdoor, inverse_propensity
   reads losses     famo, group_dro, streaming_dro, cvar
   reads gradients  normalized, consensus, pcgrad, gradvac, cagrad, mgda, imtl_g,
-                   nash_mtl, aligned_mtl, upgrad
+                   nash_mtl, aligned_mtl, upgrad, gradient_alignment
 
 Facts that a docstring may state, with d = sum_g w_g grad_g:
 
@@ -650,6 +650,63 @@ def aligned_mtl() -> Weighting:
   return _stateless(weights)
 
 
+def gradient_alignment(heads: int = 1) -> Weighting:
+  """Gradients turned until none opposes the tail's: from the head to the tail.
+
+    t   = mean of grad_h over the tail, h = 0 .. G-1-heads
+    p_g = argmin_p ||p - grad_g|| over <t, p> >= 0
+        = grad_g - min(<t, grad_g>, 0) / ||t||^2 t
+    d   = mean_g p_g
+
+  so w_g = 1 / G, and beside it -sum_h min(<t, grad_h>, 0) / (G T ||t||^2) for
+  each of the T groups of the tail. What head users teach passes unless it
+  raises the tail's mean loss, which falls at least as fast as its own share of
+  the mean gradient makes it: <t, d> = mean_g max(<t, grad_g>, 0) >=
+  T ||t||^2 / G. Homogeneous of degree 1 in the gradients, w_g >= 1 / G; not
+  non-conflicting, and the order of the groups matters.
+
+  After Grad-Transfer. *Published*, in its abstract: a gradient alignment
+  optimizer and an adversarial training scheme, for transfer from head to tail
+  users. *Inferred*, from a caption quoted in an account of the paper: inner
+  updates user by user and an outer one by their difference, as in Reptile,
+  whose mean update holds in first order the gradient of the inner products of
+  the users' gradients. *Ours*: activeness groups in place of users, and the
+  projection, since that gradient has second derivatives, which no weights on
+  group gradients give; the discriminator of activeness is left out.
+
+  Args:
+    heads: number of the most active groups that are no part of the tail, >= 1;
+      the least active one always is.
+
+  Raises:
+    ValueError: if `heads` is out of range.
+
+  Reference: Yin et al., "Learning transferrable parameters for long-tailed
+    sequential user behavior modeling", KDD 2020; Nichol et al., "On first-order
+    meta-learning algorithms", arXiv 1803.02999 (2018); the projection on one
+    half-space: Chaudhry et al., "Efficient lifelong learning with A-GEM",
+    ICLR 2019, equation 11.
+  """
+  _require(
+    heads >= 1 and int(heads) == heads,
+    f"heads={heads} must be a whole number of at least 1",
+  )
+
+  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+    norms, _, cosine = _unit(gramian)
+    size = len(norms)
+    in_tail = jnp.arange(size) < max(size - heads, 1)
+    tail = _divide(norms, norms.max()) * in_tail  # t, of unit gradients
+    square = tail @ cosine @ tail
+    real = square > _RIDGE * tail.sum() ** 2
+    conflict = jnp.minimum(cosine @ tail, 0)
+    added = jnp.where(real, _divide(-conflict, square), 0)
+    rows = jnp.eye(size) + added[:, None] * tail
+    return _mean_of_rows(rows, gramian)
+
+  return _stateless(weights)
+
+
 # What the rules share.
 
 
@@ -768,4 +825,5 @@ WEIGHTINGS = {
   "imtl_g": imtl_g,
   "nash_mtl": nash_mtl,
   "aligned_mtl": aligned_mtl,
+  "gradient_alignment": gradient_alignment,
 }

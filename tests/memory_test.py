@@ -140,6 +140,43 @@ def test_scores_equal_a_loop_without_the_user(part):
       )
 
 
+@pytest.mark.parametrize("recent", [1, 4, 20])
+def test_own_repeats_equal_a_loop_over_the_history(recent):
+  split = _split(seed=3)
+  data, sequences = split.interactions, make_sequences(split)
+  several = 0
+  for user, position in (
+    (u, p) for u in range(data.num_users) for p in range(data.lengths[u] - 1)
+  ):
+    own = data.items[data.offsets[user] : data.offsets[user + 1]]
+    want = np.zeros(ITEMS + 1)
+    for age, item in enumerate(own[position::-1][:recent]):
+      want[item] += 0.8**age
+    several += max(np.bincount(own[: position + 1][-recent:])) > 1
+    reading = read_back(
+      sequences, jnp.asarray([user]), jnp.asarray([position]), recent
+    )
+    sparse = memory.repeats(reading, 0.8)
+    got = memory.dense(sparse, None, ITEMS)
+    np.testing.assert_allclose(got[0, 0], want, rtol=1e-6)
+  assert several > 20 or recent == 1
+
+
+def test_only_the_training_prefix_is_asked_for_repeats():
+  split = lambda *rows: leave_one_out(from_columns(
+    [u for u, row in enumerate(rows) for _ in row],
+    [item for row in rows for item in row],
+    times=[t for row in rows for t, _ in enumerate(row)],
+  ))
+  distinct = [1, 2, 3, 4, 5]
+  assert not memory.holds_repeats(split(distinct, [4, 2, 3, 2, 3]))
+  assert not memory.holds_repeats(split(distinct, distinct))
+  assert memory.holds_repeats(split(distinct, [4, 2, 4, 3, 1]))
+  many = [*range(100)]  # 98 of each in training
+  assert memory.holds_repeats(split([0, *many[:-1]]))
+  assert not memory.holds_repeats(split([0, *many[:-1]], many))
+
+
 def test_a_users_own_sequence_leaves_no_trace():
   """Whatever a user did, what it is told of an item depends on the others."""
   split = _split()

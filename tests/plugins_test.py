@@ -178,7 +178,7 @@ def test_inner_plugins_refuse_what_does_not_suit_them(make, message):
     make(_backbone()[1])
 
 
-def _world():
+def _world(recent=3):
   """(evidence, reading of the last position, split) of three users."""
   rows = [[1, 2, 3, 4, 1, 1], [2, 3, 5, 1, 1], [3, 1, 2, 2]]
   split = leave_one_out(from_columns(
@@ -189,7 +189,7 @@ def _world():
   evidence = make_evidence(split, window=2, neighbours=4)
   users = jnp.arange(3)
   reading = read_back(
-    make_sequences(split), users, jnp.asarray(split.test - 1), 3
+    make_sequences(split), users, jnp.asarray(split.test - 1), recent
   )
   return evidence, reading, split
 
@@ -204,6 +204,7 @@ ASKED = Consultation(recent=3)
 @pytest.mark.parametrize("plugin", [
   memory_mix(3, ASKED), gated(WIDTH, 3, ASKED, hidden=4),
   gated(WIDTH, 3, ASKED, hidden=4, reads_state=False),
+  gated(WIDTH, 3, ASKED, hidden=4, repeats=True),
 ])
 def test_mixing_starts_as_the_identity_and_learns(plugin):
   evidence, reading, _ = _world()
@@ -252,10 +253,13 @@ def test_the_memory_mix_equals_its_formula():
   )
 
 
-def test_the_gate_equals_its_formula():
-  evidence, reading, split = _world()
+@pytest.mark.parametrize("repeats", [False, True])
+def test_the_gate_equals_its_formula(repeats):
+  evidence, reading, split = _world(recent=5)
   evidence = evidence._replace(memory=_three_channels())
-  plugin = gated(WIDTH, 3, ASKED, hidden=4)
+  plugin = gated(
+    WIDTH, 3, Consultation(recent=5), hidden=4, repeats=repeats
+  )
   params = _noisy(plugin.init)
   sparse = memory.consult(
     evidence.memory, reading, history_decay=0.8, shrink=2.0,
@@ -272,6 +276,13 @@ def test_the_gate_equals_its_formula():
       counts[item] += 1
   popular = np.log1p(counts)
   popular = (popular - popular.mean()) / popular.std()
+  if repeats:
+    own = np.zeros((1, 3, 6))
+    for user, row in enumerate([[1, 2, 3, 4, 1], [2, 3, 5, 1], [3, 1, 2]]):
+      for age, item in enumerate(reversed(row)):  # what comes before the test
+        own[0, user, item] += 0.8**age
+    known = np.concatenate([known, np.log1p(own / 1e-3)])
+    assert own[0, 0, 1] == pytest.approx(1 + 0.8**4)
   state = np.asarray(STATES, np.float64)
   state = state - state.mean(-1, keepdims=True)
   state = state / np.sqrt((state**2).mean(-1, keepdims=True) + 1e-5)
@@ -290,3 +301,8 @@ def test_the_gate_equals_its_formula():
   want += np.einsum("mk,kmv->mv", w[:, 1:-1], known)
   got = plugin.mix(params, evidence, STATES, reading, LOGITS, None)
   np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+  few = jnp.asarray([4, 1, 1])
+  np.testing.assert_allclose(
+    plugin.mix(params, evidence, STATES, reading, LOGITS[:, few], few),
+    want[:, few], rtol=1e-3, atol=1e-3,
+  )

@@ -2,7 +2,8 @@
 
 Each backbone maps (params, items) to the logits [V+1] after the last item;
 `factor` multiplies the representation, as a plugin may; `later` counts the
-columns of the window after that item.
+columns of the window after that item; `told` is the user's activeness, where
+the model reads it.
 """
 
 import math
@@ -46,6 +47,14 @@ def _tied(params, state):
   return params["items"] @ state + params["bias"]
 
 
+def _inputs(p, items, scale, told):
+  """What the model reads of each item [L, D]."""
+  x = p["items"][items] * scale
+  if told is None:
+    return x
+  return x + p["activeness"][min(int(told).bit_length() - 1, 15)]
+
+
 def _softmax_attention(p, x):
   out = np.zeros_like(x) + p["out"]["bias"]
   for head in range(p["query"]["kernel"].shape[1]):
@@ -60,11 +69,11 @@ def _softmax_attention(p, x):
   return out
 
 
-def sasrec(params, items, factor=1, later=0, blocks=1):
+def sasrec(params, items, factor=1, later=0, blocks=1, told=None):
   """A pre-norm transformer."""
   p = wide(params)
   end = len(p["positions"]) - later
-  x = p["items"][items] * math.sqrt(WIDTH)
+  x = _inputs(p, items, math.sqrt(WIDTH), told)
   x = x + p["positions"][end - len(items) : end]
   for i in range(blocks):
     block = p[f"Block_{i}"]
@@ -89,21 +98,21 @@ def gru(p, x):
   return np.asarray(states)
 
 
-def gru4rec(params, items, factor=1, later=0, layers=1):
+def gru4rec(params, items, factor=1, later=0, layers=1, told=None):
   """Stacked gated recurrent units."""
   del later
   p = wide(params)
-  x = p["items"][items] * math.sqrt(WIDTH)
+  x = _inputs(p, items, math.sqrt(WIDTH), told)
   for i in range(layers):
     x = gru(p[f"GRU_{i}"], x)
   return _tied(p, factor * x[-1])
 
 
-def hstu(params, items, factor=1, later=0, blocks=1, heads=2):
+def hstu(params, items, factor=1, later=0, blocks=1, heads=2, told=None):
   """Gated pointwise attention."""
   del later
   p = wide(params)
-  x = p["items"][items] * math.sqrt(WIDTH)
+  x = _inputs(p, items, math.sqrt(WIDTH), told)
   for i in range(blocks):
     unit = p[f"_Unit_{i}"]
     u, v, q, k = np.split(_silu(_dense(_norm(x), unit["Dense_0"])), 4, -1)
@@ -117,14 +126,14 @@ def hstu(params, items, factor=1, later=0, blocks=1, heads=2):
   return _tied(p, factor * _norm(x, p["LayerNorm_0"])[-1])
 
 
-def din(params, items, factor=1, later=0):
+def din(params, items, factor=1, later=0, told=None):
   """Target attention without softmax, then a network."""
   del later
   p = wide(params)
   unit, predictor, logits = p["unit"], p["predictor"], []
   for candidate in p["items"]:
     read = np.zeros(WIDTH)
-    for past in p["items"][items]:
+    for past in _inputs(p, items, 1, told):
       x = np.concatenate([past, candidate, past - candidate, past * candidate])
       h = _prelu(_dense(x, unit), unit["PReLU_0"])
       read += _dense(h, unit["Dense_0"]) * past

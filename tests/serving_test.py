@@ -69,7 +69,7 @@ def make_model(case):
     "bottleneck": lambda: plugins.bottleneck(D),
     "memory": lambda: plugins.memory_mix(2, asked),
     "lora": lambda: plugins.low_rank(params, rank=2),
-    "gated": lambda: plugins.gated(D, 2, asked, hidden=3),
+    "gated": lambda: plugins.gated(D, 2, asked, hidden=3, repeats=True),
   }[plugin]()
   stacked = noisy(lambda key: plugins.init_stacked(made, key, 2), seed=1)
   evidence = plugins.make_evidence(SPLIT, neighbours=5) if made.mix else None

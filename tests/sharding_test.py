@@ -85,14 +85,17 @@ def params_of(out):
 
 def compute_training(workdir):
   """One device, eight, and the checkpoints of eight read on one and four."""
-  eight = trained(config(4, 2), f"{workdir}/eight")
+  told = {"backbone.reads_activeness": True}
+  eight = trained(config(4, 2, **told), f"{workdir}/eight")
   table = eight.trained["pin/backbone"][0].best["items"]
   shards = {str(s.index): s.data.shape for s in table.addressable_shards}
   return {
-    "one": params_of(trained(config(), f"{workdir}/one")),
+    "one": params_of(trained(config(**told), f"{workdir}/one")),
     "eight": params_of(eight),
-    "read_on_one": params_of(trained(config(), f"{workdir}/eight")),
-    "read_on_four": params_of(trained(config(1, 4), f"{workdir}/eight")),
+    "read_on_one": params_of(trained(config(**told), f"{workdir}/eight")),
+    "read_on_four": params_of(
+      trained(config(1, 4, **told), f"{workdir}/eight")
+    ),
     "shards": list(shards.values()),
   }
 
@@ -113,6 +116,10 @@ def compute_ranks(cases, nearly=False, **changes):
   params = backbone.init(jax.random.key(0))
   half = params["items"][1 : 1 + ITEMS // 2]
   params["items"] = jnp.concatenate([half[:1], half, half])  # ties
+  if "activeness" in params:
+    params["activeness"] = jax.random.normal(
+      jax.random.key(3), params["activeness"].shape
+    )
   if nearly:
     noise = jax.random.uniform(jax.random.key(2), params["items"].shape)
     params["items"] = half[:1] * (1 + 3e-7 * noise)
@@ -330,6 +337,7 @@ if __name__ == "__main__":
   train = {"quick": compute_training, "slow": compute_weightings}[what]
   mixed = {
     "plugin.name": "gated", "memory.channels": ("after",), "memory.recent": 5,
+    "backbone.reads_activeness": True,
   }
   print(json.dumps({
     "ranks": compute_ranks(CASES[what]),

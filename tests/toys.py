@@ -30,6 +30,7 @@ RULES = {
   "imtl_g": lambda p: weightings.imtl_g(),
   "nash_mtl": lambda p: weightings.nash_mtl(),
   "aligned_mtl": lambda p: weightings.aligned_mtl(),
+  "gradient_alignment": lambda p: weightings.gradient_alignment(),
 }
 
 

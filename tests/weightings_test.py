@@ -37,6 +37,7 @@ SIMPLEX = (*BLIND, "mgda")
 NON_CONFLICTING = ("mgda", "upgrad", "nash_mtl")
 LINEAR = (*BLIND, "pcgrad", "gradvac", "upgrad")
 RANDOM = ("pcgrad", "gradvac")
+ORDERED = ("gradient_alignment",)  # by activeness
 SEEING = tuple(name for name in RULES if name not in BLIND)
 
 
@@ -108,6 +109,9 @@ GOLDEN = {
   # By hand: G 1 = (-10, 20, 3), so 1 and 2 are kept; both row sums are
   # 1 + cos(1, 2).
   "consensus": [0, 0.5, 0.5],
+  # By hand: t = (J0 + J1) / 2 = (1, 1, 1), <t, J> = (-2, 8, -1), so 2 t / 3 is
+  # added to J0 and t / 3 to J2: t in all, divided by 3.
+  "gradient_alignment": [0.5, 0.5, 1 / 3],
   # By hand, losses (1, 3, 2) and prior (.5, .3, .2): of the worst mass .4,
   # group 1 has .3 and group 2 the rest.
   "cvar": [0, 0.75, 0.25],
@@ -155,6 +159,55 @@ def projected(gradients, orders):
         )
     total = total + p / len(gradients)
   return total
+
+
+def aligned(gradients, heads=1):
+  """Each gradient's part against the tail's mean taken out; the mean."""
+  tail = gradients[: max(len(gradients) - heads, 1)].mean(0)
+  total = np.zeros_like(tail)
+  for gradient in gradients:
+    along = gradient @ tail / (tail @ tail)
+    total += gradient - tail * along if along < 0 else gradient
+  return total / len(gradients)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_gradient_alignment_is_the_mean_of_projections(heads):
+  rng = np.random.default_rng(heads)
+  update = quick_jit(weightings.gradient_alignment(heads).update)
+  met = 0
+  for _ in range(20):
+    gradients = rng.normal(size=(4, 5)) * 10.0 ** rng.uniform(-1, 1, (4, 1))
+    weights, _ = update(gramian_of(gradients), jnp.ones(4), ())
+    expected = aligned(gradients, heads)
+    np.testing.assert_allclose(
+      np.asarray(weights, np.float64) @ gradients, expected, rtol=0,
+      atol=1e-5 * np.abs(gradients).max(),
+    )
+    met += not np.allclose(expected, gradients.mean(0))
+  assert met > 5  # that many have a conflict
+
+
+def test_gradient_alignment_lets_the_tail_learn_at_its_own_rate():
+  for gradients in examples(seed=3, count=24):
+    tail = gradients[:2].mean(0)
+    direction = weigh("gradient_alignment", gradients) @ gradients
+    own = 2 / 3 * tail @ tail
+    scale = np.linalg.norm(tail) * np.linalg.norm(gradients, axis=1).max()
+    assert tail @ direction > own - 1e-4 * scale
+
+
+def test_gradient_alignment_without_conflict_or_head_is_the_mean():
+  agreeing = np.array([[1.0, 2, 0], [1, 0, 1], [2, 1, 1]])
+  np.testing.assert_allclose(
+    weigh("gradient_alignment", agreeing), [1 / 3] * 3, rtol=1e-5
+  )
+  assert weigh("gradient_alignment", J[:1]) == pytest.approx([1])
+  # The tail's gradients cancel: there is nothing to align with.
+  opposite = np.array([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0]])
+  np.testing.assert_allclose(
+    weigh("gradient_alignment", opposite), [1 / 3] * 3, rtol=1e-5
+  )
 
 
 def all_orders(size):
@@ -445,7 +498,7 @@ def test_pcgrad_does_not_conflict_with_two_groups(seed):
   assert least_projection(gradients, weigh("pcgrad", gradients)) > -1e-5
 
 
-@pytest.mark.parametrize("name", [n for n in RULES if n not in RANDOM])
+@pytest.mark.parametrize("name", sorted({*RULES} - {*RANDOM, *ORDERED}))
 def test_permutation_equivariant(name):
   order = np.array([2, 0, 1])
   for gradients in examples(count=6):
@@ -802,6 +855,7 @@ def test_mgda_and_cagrad_against_a_grid():
 # Arguments.
 
 BAD = {
+  "heads=0": lambda: weightings.gradient_alignment(0),
   "exponent": lambda: weightings.tempered([1, 1], np.nan),
   "prior": lambda: weightings.tempered([-1, 1], 1),
   "steps": lambda: weightings.annealed_backdoor([1, 1], [1, 2], 0),

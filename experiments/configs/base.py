@@ -53,6 +53,9 @@ def default() -> ConfigDict:
       # Type of the products' operands: 'float32', or 'bfloat16' for
       # accelerators. Params, optimizer and sums are float32 in any case.
       "compute": "float32",
+      # Adds an embedding of the user's training activeness to what the model
+      # reads; the method 'base_activeness' does so for the base alone.
+      "reads_activeness": False,
     },
     # 'bottleneck', 'translation', 'adapter', 'lora', 'memory' or 'gated'. The
     # others leave a key that is not theirs at its default.
@@ -110,6 +113,7 @@ def default() -> ConfigDict:
       "pcgrad": "pcgrad",
       "upgrad": "upgrad",
       "consensus": "consensus",
+      "gradient_alignment": "gradient_alignment",
     },
     # 'softmax' over the whole catalogue, or of sampled negatives
     # 'sampled_softmax' (logQ-corrected), 'gbce', 'bce' or 'bpr'; the other keys

@@ -15,10 +15,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pin_jax.backbones import conditioned
 from pin_jax.backbones.sasrec import as_rows, check_dropout
 from pin_jax.layers import dropout as drop
 from pin_jax.layers import lookup
-from pin_jax.types import Backbone, InputError, PyTree, Rows
+from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
 
 
 class _ActivationUnit(nn.Module):
@@ -119,22 +120,27 @@ def din(
     }
 
   def encode(
-    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    params: PyTree, history: jax.Array | Histories | Rows,
+    key: jax.Array | None = None,
+  ) -> tuple[jax.Array, ...]:
     del params
-    items, windows, _ = as_rows(history, length)
+    items, windows, _, activeness = as_rows(history, length)
     factors = (items > 0).astype(jnp.float32)
     if key is not None:
       factors = drop(factors, dropout, key)
-    return items, factors, windows
+    told = () if activeness is None else (activeness,)
+    return items, factors, windows, *told
 
   def represent(
     params: PyTree,
-    states: tuple[jax.Array, jax.Array],
+    states: tuple[jax.Array, ...],
     candidates: jax.Array | None,
   ) -> jax.Array:
-    items, factors = states
+    items, factors, *told = states
     past = lookup(params["items"], items)
+    if conditioned.reads(params):
+      added = conditioned.embedded(params[conditioned.TABLE], told[0])
+      past += added[:, None]
 
     def pool(index: jax.Array) -> jax.Array:
       weights = unit.apply(
@@ -163,15 +169,16 @@ def _indices(candidates: jax.Array | None, num_items: int) -> jax.Array:
 
 
 def _prefix(
-  context: tuple[jax.Array, jax.Array, jax.Array],
-  rows: jax.Array,
-  columns: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Items [M, L] and factors [M, L]; what comes after the column counts 0."""
-  items, factors, windows = context
+  context: tuple[jax.Array, ...], rows: jax.Array, columns: jax.Array
+) -> tuple[jax.Array, ...]:
+  """Items [M, L], factors [M, L] and, where it is told, activeness [M].
+
+  What comes after the column counts 0.
+  """
+  items, factors, windows, *told = context
   seen = jnp.arange(items.shape[1]) <= columns[:, None]
   seen &= windows[rows] == windows[rows, columns][:, None]
-  return items[rows], factors[rows] * seen
+  return items[rows], factors[rows] * seen, *(x[rows, columns] for x in told)
 
 
 def _in_chunks(

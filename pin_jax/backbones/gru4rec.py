@@ -8,13 +8,11 @@ by sqrt(D); the loss (Hidasi & Karatzoglou, CIKM 2018, arXiv 1706.03847) is left
 to the caller.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 
-from pin_jax.backbones.sasrec import check_dropout, from_encoder, item_table
-from pin_jax.layers import GRU, Dropout, lookup
+from pin_jax.backbones.sasrec import check_dropout, from_encoder, item_inputs
+from pin_jax.layers import GRU, Dropout
 from pin_jax.types import Backbone, Rows
 
 
@@ -26,8 +24,7 @@ class _Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, rows: Rows) -> jax.Array:
-    table = item_table(self, self.num_items, self.width)
-    x = lookup(table, rows.items) * math.sqrt(self.width)
+    x = item_inputs(self, rows, self.num_items, self.width)
     x = Dropout(self.dropout)(x)
     for _ in range(self.layers):
       x = Dropout(self.dropout)(GRU(self.width)(x, rows.windows))

@@ -8,8 +8,6 @@ both to unit length and divides by a temperature; the loss is left to the
 caller. Norms inside a unit have no parameters, as in the authors' code.
 """
 
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,9 +17,9 @@ from pin_jax.backbones.sasrec import (
   check_dropout,
   check_heads,
   from_encoder,
-  item_table,
+  item_inputs,
 )
-from pin_jax.layers import Dropout, lookup, product, reads
+from pin_jax.layers import Dropout, product, reads
 from pin_jax.types import Backbone, Rows
 
 _INIT = nn.initializers.normal(0.02)
@@ -63,8 +61,7 @@ class _Encoder(nn.Module):
 
   @nn.compact
   def __call__(self, rows: Rows) -> jax.Array:
-    table = item_table(self, self.num_items, self.width)
-    x = lookup(table, rows.items) * math.sqrt(self.width)
+    x = item_inputs(self, rows, self.num_items, self.width)
     x = Dropout(self.dropout)(x)
     for _ in range(self.blocks):
       x = _Unit(self.length, self.heads, self.dropout)(x, rows.windows)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import Backbone, InputError, PyTree, Rows
+from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -64,7 +64,8 @@ def computed_in(
     return {k: v if k in keep else cast(v) for k, v in params.items()}
 
   def encode(
-    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
+    params: PyTree, history: jax.Array | Histories | Rows,
+    key: jax.Array | None = None,
   ) -> PyTree:
     return backbone.encode(cast_params(params), history, key)
 

@@ -12,8 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pin_jax.backbones import conditioned
 from pin_jax.layers import Block, Dropout, lookup, product
-from pin_jax.types import Backbone, InputError, PyTree, Rows
+from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
 
 
 class _Encoder(nn.Module):
@@ -28,12 +29,11 @@ class _Encoder(nn.Module):
   @nn.compact
   def __call__(self, rows: Rows) -> jax.Array:
     init = nn.initializers.normal(0.02)
-    table = item_table(self, self.num_items, self.width)
+    x = item_inputs(self, rows, self.num_items, self.width)
     positions = self.param("positions", init, (self.length, self.width))
     mask = rows.items > 0
     placed = lookup(positions, self.length - 1 - rows.later)
-    x = lookup(table, rows.items) * math.sqrt(self.width) + placed
-    x = Dropout(self.dropout)(x * mask[..., None])
+    x = Dropout(self.dropout)((x + placed) * mask[..., None])
     for _ in range(self.blocks):
       x = Block(self.heads, self.expansion * self.width, self.dropout, init)(
         x, rows.windows
@@ -96,7 +96,7 @@ def check_dropout(dropout: float) -> None:
     )
 
 
-def as_rows(history: jax.Array | Rows, length: int) -> Rows:
+def as_rows(history: jax.Array | Histories | Rows, length: int) -> Rows:
   """One history a row, if they are not laid out in rows already.
 
   Raises:
@@ -104,6 +104,10 @@ def as_rows(history: jax.Array | Rows, length: int) -> Rows:
   """
   if isinstance(history, Rows):
     return history
+  activeness = None
+  if isinstance(history, Histories):
+    history, activeness = history
+    activeness = jnp.broadcast_to(activeness[:, None], history.shape)
   if history.shape[-1] > length:
     raise InputError(
       f"a history of {history.shape[-1]} is longer than "
@@ -111,7 +115,7 @@ def as_rows(history: jax.Array | Rows, length: int) -> Rows:
     )
   history = jnp.asarray(history)
   later = jnp.arange(history.shape[-1] - 1, -1, -1)
-  return Rows(history, (history > 0).astype(jnp.int32), later)
+  return Rows(history, (history > 0).astype(jnp.int32), later, activeness)
 
 
 def item_table(module: nn.Module, num_items: int, width: int) -> jax.Array:
@@ -121,6 +125,21 @@ def item_table(module: nn.Module, num_items: int, width: int) -> jax.Array:
   )
   module.param("bias", nn.initializers.zeros, (num_items + 1,))
   return table
+
+
+def item_inputs(
+  module: nn.Module, rows: Rows, num_items: int, width: int
+) -> jax.Array:
+  """What a module with an `item_table` reads, sqrt(D) E[items]; [B, L, D].
+
+  Where its params hold `conditioned.TABLE`, the users' activeness is added.
+  """
+  table = item_table(module, num_items, width)
+  x = lookup(table, rows.items) * math.sqrt(width)
+  if not module.has_variable("params", conditioned.TABLE):
+    return x
+  added = module.get_variable("params", conditioned.TABLE)
+  return x + conditioned.embedded(added, rows.activeness)
 
 
 def from_encoder(encoder: nn.Module, length: int) -> Backbone:
@@ -140,7 +159,8 @@ def from_encoder(encoder: nn.Module, length: int) -> Backbone:
     return encoder.init(key, nothing)["params"]
 
   def encode(
-    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
+    params: PyTree, history: jax.Array | Histories | Rows,
+    key: jax.Array | None = None,
   ) -> jax.Array:
     rngs = None if key is None else {"dropout": key}
     sized = encoder.clone(num_items=len(params["items"]) - 1)

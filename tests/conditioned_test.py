@@ -1,0 +1,363 @@
+"""Activeness as an input of the backbone: against numpy, packed, on every way.
+"""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+import rich.console
+from etils import epath
+from ml_collections import ConfigDict
+from references import ITEMS, LENGTH, WIDTH
+from toys import assert_trees_close, noisy
+
+from experiments import logs, settings, trainer
+from experiments.configs import base
+from experiments.methods import METHODS, stages_of
+from experiments.problem import make_problem
+from pin_jax import (
+  aggregation,
+  batches,
+  evaluation,
+  objectives,
+  packing,
+  serving,
+  sharding,
+  splits,
+  streaming,
+  weightings,
+)
+from pin_jax.backbones.conditioned import conditioned, given
+from pin_jax.backbones.din import din
+from pin_jax.backbones.gru4rec import gru4rec
+from pin_jax.backbones.hstu import hstu
+from pin_jax.backbones.precision import computed_in
+from pin_jax.backbones.sasrec import sasrec
+from pin_jax.datasets import stored
+from pin_jax.interactions import from_columns
+from pin_jax.types import Batch, InputError
+
+SIZES = {"length": LENGTH, "width": WIDTH, "dropout": 0.0}
+BUILDERS = {
+  "sasrec": lambda: sasrec(ITEMS, blocks=1, **SIZES),
+  "gru4rec": lambda: gru4rec(ITEMS, **SIZES),
+  "hstu": lambda: hstu(ITEMS, blocks=1, **SIZES),
+  "din": lambda: din(ITEMS, attention_hidden=3, hidden=6, **SIZES),
+}
+HISTORY = np.asarray([
+  [0, 0, 0, 5, 2, 9, 4, 1],
+  [7, 3, 11, 8, 12, 6, 10, 2],
+  [0, 0, 0, 0, 0, 0, 0, 3],
+  [0, 0, 0, 0, 0, 0, 9, 9],
+])
+ACTIVENESS = np.asarray([7, 70_000, 1, 8], np.int32)  # of buckets 2, 15, 0, 3
+
+pytestmark = pytest.mark.usefixtures("compile_quickly")
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def name(request):
+  return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name):
+  backbone = conditioned(BUILDERS[name]())
+  return backbone, noisy(backbone.init)
+
+
+def logits_of(backbone, params, history, activeness):
+  """[B, L, V+1], by way of packed rows where the backbone is packed."""
+
+  @jax.jit
+  def run(params, history, activeness):
+    rows, columns = jnp.indices(history.shape).reshape(2, -1)
+    read = given(params, history, activeness)
+    states = backbone.at(
+      packing.encode(backbone, params, read), rows, columns
+    )
+    represented = backbone.represent(params, states, None)
+    logits = backbone.score(params, represented, None)
+    return logits.reshape(*history.shape, -1)
+
+  return np.asarray(run(params, history, activeness))
+
+
+@pytest.mark.parametrize("packed", [0, 3])
+def test_logits_equal_a_numpy_loop_over_every_prefix(name, model, packed):
+  backbone, params = model
+  backbone = backbone._replace(packed=packed)
+  got = logits_of(backbone, params, HISTORY, ACTIVENESS)
+  moved = 0
+  for row, column in np.argwhere(HISTORY > 0):
+    read = HISTORY[row, : column + 1]
+    want = getattr(references, name)(
+      params, read[read > 0], later=LENGTH - 1 - column, told=ACTIVENESS[row]
+    )
+    np.testing.assert_allclose(got[row, column], want, rtol=1e-4, atol=1e-4)
+    plain = getattr(references, name)(
+      params, read[read > 0], later=LENGTH - 1 - column
+    )
+    moved += np.abs(want - plain).max() > 1e-3
+  assert moved == (HISTORY > 0).sum()
+
+
+def test_the_start_is_the_plain_model_to_the_bit(name, model):
+  backbone, plain = model[0], BUILDERS[name]()
+  params = backbone.init(jax.random.key(3))
+  without = plain.init(jax.random.key(3))
+  table = params.pop("activeness")
+  jax.tree.map(np.testing.assert_array_equal, params, without)
+  assert table.shape == (16, WIDTH) and not table.any()
+  params["activeness"] = table
+  np.testing.assert_array_equal(
+    logits_of(backbone, params, HISTORY, ACTIVENESS),
+    logits_of(plain, without, HISTORY, ACTIVENESS),
+  )
+
+
+def test_histories_without_activeness_are_refused(model):
+  backbone, params = model
+  with pytest.raises(ValueError, match="'activeness'; give"):
+    logits_of(backbone, params, HISTORY, None)
+
+
+def _groups():
+  cut = np.where(HISTORY[:, 1:] > 0, HISTORY[:, :-1], 0)
+  history = np.pad(cut, [(0, 0), (1, 0)])
+  stack = lambda x: jnp.asarray(np.stack([x, x[::-1]]), jnp.int32)
+  targets = np.where(history > 0, HISTORY, 0)
+  users = np.arange(4)
+  return objectives.GroupBatch(
+    Batch(*map(stack, (users, history, targets, users, ACTIVENESS))), None
+  )
+
+
+def test_every_path_has_the_gradient_of_the_sum_of_losses(name, model):
+  backbone, params = model
+  groups, keys = _groups(), jax.random.split(jax.random.key(0), 2)
+  weights, of = np.asarray([0.3, 0.7]), jax.tree.map(np.asarray, groups.batch)
+
+  def total(params):
+    value = 0
+    for g in range(2):
+      history, targets, told = of.history[g], of.targets[g], of.activeness[g]
+      rows, columns = np.argwhere(targets > 0).T
+      context = backbone.encode(params, given(params, history, told), None)
+      states = backbone.at(context, rows, columns)
+      represented = backbone.represent(params, states, None)
+      logits = backbone.score(params, represented, None)[:, 1:]
+      chosen = jax.nn.log_softmax(logits)[
+        np.arange(len(rows)), targets[rows, columns] - 1
+      ]
+      value -= weights[g] * chosen.mean()
+    return value
+
+  want = jax.jit(jax.grad(total))(params)
+  assert np.abs(want["activeness"]).max() > 1e-3
+  used = np.abs(want["activeness"]).max(1) > 0
+  # The row of activeness 1 has no target.
+  np.testing.assert_array_equal(np.flatnonzero(used), [2, 3, 15])
+  rule = weightings.preceded_by(weights, weightings.joint([1, 1]))
+  seeing = aggregation.informed(rule)
+  for path, packed, rules in (
+    ("weighted", 0, rule), ("weighted", 2, rule), ("stacked", 0, seeing),
+    ("two_pass", 0, seeing),
+  ):
+    losses = objectives.group_losses(
+      backbone._replace(packed=packed), mean="interactions", chunk=4
+    )
+    step = aggregation.aggregate(
+      losses.group_loss, rules, path=path, gramians=losses.gramians,
+      weighted_loss=losses.weighted_loss,
+    ).step
+    out = jax.jit(step)(params, groups, keys, ())
+    assert_trees_close(out.gradient, want, 1e-4)
+
+
+USERS = 40
+
+
+@pytest.fixture(scope="module")
+def split():
+  rng = np.random.default_rng(1)
+  users = np.repeat(np.arange(USERS), rng.integers(3, 40, USERS))
+  items = rng.integers(0, ITEMS, len(users))
+  items[:ITEMS] = np.arange(ITEMS)
+  return splits.leave_one_out(from_columns(users, items))
+
+
+def test_batches_tell_the_training_interactions_alone(split, tmp_path):
+  counted = split.interactions.lengths - 2  # all but validation and test
+  stored.write(split.interactions, tmp_path / "data")
+  on_disk = batches.host_sequences(
+    splits.leave_one_out(stored.read(tmp_path / "data"))
+  )
+  sequences, key = batches.make_sequences(split), jax.random.key(0)
+  sizes = {"batch_size": 30, "length": LENGTH}
+  pool = batches.make_pool(
+    batches.training_targets(split), np.zeros(USERS, int), num_groups=1,
+    length=LENGTH,
+  )
+  held_out = batches.make_held_out(
+    split.validation, np.zeros(USERS, int), num_groups=1
+  )
+  windows = batches.draw_held_out_windows(key, held_out, **sizes)
+  for batch in (
+    batches.draw_batch(key, sequences, pool, draw="users", **sizes),
+    batches.draw_held_out(key, sequences, held_out, **sizes),
+    streaming.read_windows(
+      on_disk, jax.tree.map(np.asarray, windows), length=LENGTH
+    ),
+  ):
+    users = np.asarray(batch.users)
+    assert len(np.unique(users)) > 10
+    np.testing.assert_array_equal(batch.activeness, counted[users])
+
+
+def ranks_by_hand(params, split, positions, activeness):
+  """Rank of the item at each user's position, nothing masked, by GRU4Rec."""
+  data, out = split.interactions, []
+  for user, position in enumerate(positions):
+    own = data.items[data.offsets[user] : data.offsets[user + 1]]
+    read = own[max(position - LENGTH, 0) : position]
+    logits = references.gru4rec(params, read, told=activeness[user])
+    out.append(1 + (logits[1:] > logits[own[position]] + 1e-6).sum())
+  return np.asarray(out)
+
+
+def test_ranks_read_training_activeness_in_validation_and_test(split, tmp_path):
+  stored.write(split.interactions, tmp_path / "data")
+  on_disk = batches.host_sequences(
+    splits.leave_one_out(stored.read(tmp_path / "data"))
+  )
+  backbone = conditioned(BUILDERS["gru4rec"]())
+  params = noisy(backbone.init)
+  params["activeness"] *= 4
+  weights = evaluation.Weights(params, None)
+  rank = evaluation.make_ranker(
+    evaluation.Model(backbone, None), num_items=ITEMS, length=LENGTH
+  )
+  streamed = streaming.make_ranker(
+    rank, on_disk, users=16, layout=sharding.LOCAL
+  )
+  users = np.arange(USERS)
+  counted = split.interactions.lengths - 2
+  for positions in (split.validation, split.test):
+    requests = evaluation.Requests(users, positions, users * 0)
+    got = rank(weights, batches.make_sequences(split), requests)
+    want = ranks_by_hand(params, split, positions, counted)
+    np.testing.assert_array_equal(got.rank_unmasked, want)
+    whole = ranks_by_hand(params, split, positions, 4 * counted)
+    assert (want != whole).any()
+    again = streamed(weights, None, requests)
+    np.testing.assert_array_equal(again.rank_unmasked, want)
+
+
+@pytest.mark.parametrize("way", ["made", "loaded"])
+@pytest.mark.parametrize("name", ["gru4rec", "din"])
+def test_serving_tells_training_interactions_or_those_given(
+  split, tmp_path, name, way
+):
+  backbone = conditioned(BUILDERS[name]())
+  params = noisy(backbone.init)
+  model = serving.make(
+    evaluation.Model(backbone, None), [evaluation.Weights(params, None)],
+    split, segments=np.zeros(USERS, int), served_by=np.zeros(USERS, int),
+    newcomers=(0, 0), length=LENGTH, origin={},
+  )
+  if way == "loaded":
+    serving.save(model, tmp_path / "model.pin", ["cpu"])
+    model = serving.load(tmp_path / "model.pin")
+  data = split.interactions
+  own = data.items[data.offsets[3] : data.offsets[4]].tolist()
+  cases = (  # (id, indices of the history, activeness)
+    (None, own[:9], 9), (None, own[:2], 2), (3, own[:2], len(own) - 2),
+  )
+  requests = serving.of_histories(
+    model, [data.item_ids[np.asarray(h) - 1].tolist() for _, h, _ in cases],
+    [user for user, _, _ in cases],
+  )
+  table = serving.recommend(model, requests, k=ITEMS, mask_history=False)
+  for k, (_, history, told) in enumerate(cases):
+    want = getattr(references, name)(params, history[-LENGTH:], told=told)[1:]
+    part = table.filter(table["request"] == k).sort("item")
+    np.testing.assert_allclose(part["score"], want, rtol=1e-4, atol=1e-4)
+
+
+def tiny(**changes):
+  made = base.default()
+  made.data = ConfigDict({
+    "source": "simulator", "seed": 0, "num_users": 80, "num_items": 30,
+    "borders": (4, 6, 9, 30),
+  })
+  made.groups.num_groups = 3
+  made.backbone.update(name="gru4rec", length=6, width=8)
+  made.batch_size, made.backbone_steps, made.plugin_steps = 24, 10, 10
+  made.dispatch = made.validation.every = 10
+  made.pin.diagnose_every, made.plugin.hidden = 0, 4
+  made.update_from_flattened_dict(changes)
+  settings.check(made)
+  return made
+
+
+def trained(made, workdir):
+  problem = make_problem(made)
+  networks = trainer.make_networks(made, problem.split.interactions.num_items)
+  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
+  out = trainer.Trainer(
+    made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress
+  )
+  for stage in stages_of(tuple(made.methods)):
+    out.train(stage)
+  return {name: found[0].best for name, found in out.trained.items()}
+
+
+@pytest.mark.parametrize("changes", [
+  {},
+  {"loss.name": "sampled_softmax", "loss.negatives": 9,
+   "optimizer.tables": "row_sparse"},
+])
+def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path, changes):
+  both = tiny(methods=("base", "base_activeness"), **changes)
+  found = trained(both, tmp_path / "row")
+  assert "activeness" not in found["base"]
+  assert np.abs(found["base-activeness"]["activeness"]).max() > 1e-4
+  alone = tiny(methods=("base",), **changes)
+  alone = trained(alone, tmp_path / "alone")["base"]
+  jax.tree.map(np.testing.assert_array_equal, alone, found["base"])
+
+
+def test_the_switch_tells_every_backbone(tmp_path):
+  made = tiny(**{
+    "methods": ("base_activeness", "base", "pin"),
+    "backbone.reads_activeness": True, "backbone.pack_rows": 4,
+    "plugin.name": "gated", "memory.recent": 5,
+  })
+  found = trained(made, tmp_path)
+  for name in ("base", "base-activeness", "pin/backbone"):
+    assert np.abs(found[name]["activeness"]).max() > 1e-4
+  assert METHODS["base_activeness"].title == "base, reads activeness"
+
+
+def test_exact_adjustment_of_a_model_that_is_told_is_refused():
+  with pytest.raises(InputError, match=r"reads_activeness=True: .*'pin_exact'"):
+    tiny(**{
+      "methods": ("base", "pin_exact"), "backbone.reads_activeness": True
+    })
+  tiny(methods=("base_activeness", "pin_exact"))
+
+
+def test_bfloat16_reads_it_too(model):
+  backbone, params = model
+  want = logits_of(backbone, params, HISTORY, ACTIVENESS)
+  got = logits_of(
+    computed_in(backbone, "bfloat16"), params, HISTORY, ACTIVENESS
+  )
+  real = HISTORY > 0
+  np.testing.assert_allclose(
+    got[real], want[real], rtol=0.1, atol=0.03 * np.abs(want).max()
+  )
