@@ -59,8 +59,8 @@ class RunLog:
     for offset in range(count):
       record = {key: _plain(value[offset]) for key, value in logs.items()}
       self._write({"run": run, "step": start + offset + 1, **record})
-    last = {key: value[-1] for key, value in logs.items()}
-    self._scalars(run, start + count, last)
+    for offset, values in sorted(_newest(logs).items()):
+      self._scalars(run, start + offset + 1, values)
     self.flush()
 
   def evaluation(self, run: str, step: int, values: dict[str, float]) -> None:
@@ -102,7 +102,8 @@ class RunLog:
     plain = {}
     for key, value in values.items():
       for index in np.ndindex(np.shape(value)):
-        if math.isfinite(value[index]):
+        twice = key == "cosines" and index[0] >= index[1]
+        if math.isfinite(value[index]) and not twice:
           plain["/".join([key, *map(str, index)])] = float(value[index])
     self._events[run].add(step, plain)
 
@@ -157,6 +158,19 @@ def versions() -> dict[str, str]:
     "device": f"{jax.device_count()} {device.device_kind}",
     "machine": platform.machine(),
   }
+
+
+def _newest(logs: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+  """Of a dispatch's logs, each one's newest whole value, by its offset.
+
+  What is looked at every few steps alone is not finite between.
+  """
+  found: dict[int, dict[str, np.ndarray]] = {}
+  for key, values in logs.items():
+    whole = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    offset = int(np.flatnonzero(whole)[-1]) if whole.any() else len(values) - 1
+    found.setdefault(offset, {})[key] = values[offset]
+  return found
 
 
 def _commit() -> str:

@@ -109,6 +109,8 @@ def test_validations_are_logged_by_segment_too(finished):
   path = next((workdir / "events" / "pin" / "backbone").glob("events*"))
   tags = {v.tag for event in read_events(path) for v in event.summary.value}
   assert {f"validation/{name}" for name in ("all", "tail", "head")} <= tags
+  assert {"conflict_rate", "cosines/0/1", "cosines/1/2"} <= tags
+  assert "cosines/0/0" not in tags
   assert "pin/backbone: compiling, once for all its steps" in text
   assert re.search(r"pin/backbone: compiled, and trained the first \d+", text)
 
