@@ -18,6 +18,7 @@ reads either.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,8 @@ RECORDS = 60  # of a run's group gradients
 _GRADIENTS = (
   "step", "weights", "norms", "cosines", "conflict_rate", "effective_groups"
 )
+_WORKDIR = re.compile(r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*")
+_FOLDER = re.compile(r"(?<=[=\"'])/(?:[^\s/,\"']+/)*")
 _USER = ("group", "segment", "activeness", "candidates", "candidates_unmasked")
 
 
@@ -170,7 +173,7 @@ def write(results: Results, output: epath.PathLike) -> None:
     "name": results.name,
     "lists": results.lists,
     "protocol": results.protocol,
-    "summary": results.summary,
+    "summary": _without_paths(results.summary),
     "config": _without_folders(results.config),
     "gradients": {
       run: _thinned(own) for run, own in _first_seeds(results.gradients)
@@ -178,6 +181,14 @@ def write(results: Results, output: epath.PathLike) -> None:
   }
   text = json.dumps(content, ensure_ascii=False)
   (output / "job.json").write_text(text + "\n")
+
+
+def _without_paths(summary: Mapping[str, Any]) -> dict[str, Any]:
+  """The summary, its command with names in place of absolute paths."""
+  if "command" not in summary:
+    return dict(summary)
+  command = _WORKDIR.sub(r"\1runs/", summary["command"])
+  return {**summary, "command": _FOLDER.sub("", command)}
 
 
 def _without_folders(config: Mapping[str, Any]) -> dict[str, Any]:

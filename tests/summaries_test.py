@@ -39,7 +39,9 @@ def make_workdir(path, rows=None, *, length=50, seeds=(0, 1), suffix=""):
     "split_notes": {}, "prior": [0.2] * 5, "base": "base", "other": "pin",
     "protocol": "leave-one-out", "num_items": NUM_ITEMS, "closeness": [],
     "cost": {f"seed{s}/{r}": cost for s in seeds for r in ("base", "pin/x")},
-    "command": "python -m experiments.main --workdir=runs/toy",
+    "command": "python -m experiments.main --workdir=/somewhere/else/toy "
+    '--config=experiments/configs/files.py:path=/somewhere/else/toy.parquet '
+    '--config.pin.blocks="(\'a/b=joint\',)"',
     "versions": {"code": "abc", "jax": "0.0.7"},
   }
   (path / "summary.json").write_text(json.dumps(summary))
@@ -87,8 +89,9 @@ def test_the_report_of_a_summary_is_that_of_the_rows(workdir, tmp_path):
   ]
   lines = [
     [
-      line for line in text.splitlines() if not line.startswith("Over ")
-    ]  # how many gradients were logged
+      line for line in text.splitlines()
+      if not line.startswith(("Over ", "python -m "))
+    ]  # how many gradients were logged; the command, which loses its paths
     for text in texts
   ]
   # Users are resampled in another order: means and their differences agree to
@@ -96,6 +99,17 @@ def test_the_report_of_a_summary_is_that_of_the_rows(workdir, tmp_path):
   assert len(lines[0]) == len(lines[1])
   plain = [[x.split(" [")[0] for x in own] for own in lines]
   assert plain[0] == plain[1]
+
+
+def test_a_summary_names_no_folder(workdir, tmp_path):
+  summaries.write(summaries.read(workdir), tmp_path / "out")
+  text = (tmp_path / "out" / "job.json").read_text()
+  assert "somewhere" not in text
+  assert summaries.read(tmp_path / "out").summary["command"] == (
+    "python -m experiments.main --workdir=runs/toy "
+    "--config=experiments/configs/files.py:path=toy.parquet "
+    '--config.pin.blocks="(\'a/b=joint\',)"'
+  )
 
 
 def test_paired_results_of_a_user_stay_paired(workdir, tmp_path):
