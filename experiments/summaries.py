@@ -58,7 +58,8 @@ class Results(NamedTuple):
     rows: a row a user, model and seed; see evaluation.
     lists: title of each list of candidates -> column of the rank in it.
     protocol: how the numbers came about, in one line.
-    summary: content of summary.json, {} where there is none.
+    summary: content of summary.json, but for absolute paths in its command;
+      {} where there is none.
     config: the configuration, {} where there is none.
     gradients: run -> records of its group gradients.
   """
@@ -92,7 +93,7 @@ def read(path: epath.PathLike) -> Results:
   check_same_users(rows, models, on=["user"])
   summary, config, gradients = {}, {}, {}
   if (path / "summary.json").exists():
-    summary = job_summary(path)
+    summary = _without_paths(job_summary(path))
   if (path / "config.json").exists():
     config = read_json(path / "config.json")["config"]
   if (path / "log.jsonl").exists():
@@ -173,7 +174,7 @@ def write(results: Results, output: epath.PathLike) -> None:
     "name": results.name,
     "lists": results.lists,
     "protocol": results.protocol,
-    "summary": _without_paths(results.summary),
+    "summary": results.summary,
     "config": _without_folders(results.config),
     "gradients": {
       run: _thinned(own) for run, own in _first_seeds(results.gradients)

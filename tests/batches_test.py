@@ -136,7 +136,7 @@ def test_draws_are_windows_of_the_users_training_items(
   draws, histories, groups, draw
 ):
   for g in range(2):
-    users, history, targets, last = (x[g] for x in draws[draw])
+    users, history, targets, last = (x[g] for x in draws[draw][:4])
     newest = [histories[u][p] for u, p in zip(users, last, strict=True)]
     np.testing.assert_array_equal(history[:, -1], newest)
     assert set(users) == {
@@ -159,7 +159,7 @@ def _tile(histories, user, targets):
 
 
 def test_interactions_draws_windows_uniformly(draws, histories, groups):
-  users, _, targets, _ = draws["interactions"]
+  users, _, targets, *_ = draws["interactions"]
   for g in range(2):
     windows = [
       (u, k)
@@ -174,7 +174,7 @@ def test_interactions_draws_windows_uniformly(draws, histories, groups):
 
 
 def test_offsets_are_uniform_up_to_the_slack(draws, histories, groups):
-  users, _, targets, _ = draws["interactions"]
+  users, _, targets, *_ = draws["interactions"]
   for user, history in enumerate(histories):
     count, g = len(history) - 1, groups[user]
     slack = -count % LENGTH
@@ -292,7 +292,7 @@ def test_held_out_batches_hold_the_validation_target_alone(split):
   for g in range(2):
     assert set(batch.users[g]) == set(np.flatnonzero(groups == g))
     for user, history, targets, last in zip(
-      *(x[g] for x in batch), strict=True
+      *(x[g] for x in batch[:4]), strict=True
     ):
       sequence = data.items[data.offsets[user] : data.offsets[user + 1]]
       position = split.validation[user]

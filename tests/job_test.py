@@ -689,7 +689,7 @@ def test_naming_a_backbone_is_enough(name):
   config.backbone.name = name
   settings.check(config)
   options = settings.backbone_options(config.backbone)
-  assert {"length": 32, "width": 64, "dropout": 0.5}.items() <= options.items()
+  assert {"length": 32, "width": 128, "dropout": 0.5}.items() <= options.items()
   assert callable(settings.BACKBONES[name](30, **options).encode)
 
 
@@ -701,7 +701,9 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {"name", "pack_rows", "compute"}
+  assert taken == set(section) - {
+    "name", "pack_rows", "compute", "reads_activeness"
+  }
 
 
 @pytest.mark.slow
