@@ -18,12 +18,13 @@ from pin_jax.types import InputError
 
 USER_COLUMNS = (
   "user_id", "user", "userId", "uid", "reviewerID", "reviewer_id",
-  "customer_id", "visitorid", "session_id", "sessionId",
+  "customer_id", "customerId", "customer", "visitorid", "session_id",
+  "sessionId",
 )
 ITEM_COLUMNS = (
   "item_id", "item", "itemId", "iid", "movieId", "movie_id", "asin",
   "parent_asin", "product_id", "productId", "business_id", "book_id",
-  "track_id", "video_id",
+  "track_id", "video_id", "article_id", "product", "sku",
 )
 TIME_COLUMNS = (
   "timestamp", "time", "unixReviewTime", "unix_timestamp", "ts", "datetime",
