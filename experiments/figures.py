@@ -170,7 +170,7 @@ def forest(
     axes.spines["left"].set_visible(False)
     axes.set_ylim(-0.6, len(lines) - 0.4)
     axes.set_xlabel(
-      f"change of NDCG@10 (%); dashed: −{100 * margin:g} %, the margin"
+      f"change of NDCG@10 (%)\ndashed: −{100 * margin:g} %, the margin"
     )
     figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure, name)

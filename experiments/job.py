@@ -38,6 +38,7 @@ from experiments.methods import (
   METHODS,
   Method,
   Stage,
+  compared,
   method_names,
   stages_of,
 )
@@ -492,7 +493,7 @@ def _summary(
 ) -> dict[str, Any]:
   """What the tables need besides the rows."""
   names = method_names(config.methods, config.pin.weighting)
-  base, other = (METHODS[names[i]].title for i in (0, -1))
+  base, other = (METHODS[name].title for name in compared(names))
   return {
     **about_data(problem), "base": base, "other": other,
     "closeness": closeness,

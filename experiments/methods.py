@@ -7,7 +7,7 @@ which stop before stage 2, and `memory_alone`, which trains nothing.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 Users = Literal["all", "tail", "head"]
@@ -203,3 +203,12 @@ def method_names(names: Iterable[str], weighting: str) -> tuple[str, ...]:
   if weighting.split(":")[0] != "exact_backdoor":
     return tuple(names)
   return tuple(dict.fromkeys(_EXACT_FORM.get(name, name) for name in names))
+
+
+def compared(names: Sequence[str]) -> tuple[str, str]:
+  """The method compared with, the first; and the one under test.
+
+  That is PIN, where it is among them, else the last; controls are not.
+  """
+  tested = [name for name in names[1:] if name in ("pin", "pin_exact")]
+  return names[0], [*names, *tested][-1]

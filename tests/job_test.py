@@ -23,7 +23,7 @@ from experiments import job, problem, report, settings, summaries, trainer
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
-from experiments.methods import METHODS, stages_of
+from experiments.methods import METHODS, compared, stages_of
 from pin_jax import aggregation, serving, training
 from pin_jax.types import InputError, TrainingError
 
@@ -169,6 +169,17 @@ def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
   assert METHODS["fine_tuned"].serve == (
     ("fine-tuned/tail", None), ("fine-tuned/head", None),
   )
+
+
+@pytest.mark.parametrize(("names", "pair"), [
+  (("base", "pin", "pin_swapped"), ("base", "pin")),
+  (("base", "pin_exact", "focal"), ("base", "pin_exact")),
+  (("pin", "base"), ("pin", "base")),
+  (("base", "tail_only"), ("base", "tail_only")),
+  (("base",), ("base", "base")),
+])
+def test_pin_is_what_is_tested(names, pair):
+  assert compared(names) == pair
 
 
 def test_equal_budgets():
