@@ -240,8 +240,9 @@ class JobProgress:
     """Counts steps that were trained."""
     self._done += steps
     if self._begun is not None:
-      waited, self._begun = time.monotonic() - self._begun, None
-      self._compiled += waited
+      now = time.monotonic()
+      waited, self._begun = now - self._begun, None
+      self._compiled += waited if self._compiled else now - self._start
       self._console.print(
         f"{run}: compiled, and trained the first {steps:,} steps, in "
         f"{waited:.1f} s"
@@ -250,11 +251,13 @@ class JobProgress:
       self._bar.update(self._task, completed=self._done, description=run)
       return
     now = time.monotonic()
-    if now - self._printed < 10 and self._done < self._total:
+    begins = self._done == self._skipped + steps
+    soon = begins or now - self._printed < 10
+    if soon and self._done < self._total:
       return
     self._printed = now
     trained = max(self._done - self._skipped, 1)
-    spent = now - self._start - self._compiled
+    spent = now - self._start - self._compiled  # compiling tells nothing
     left = (self._total - self._done) * spent / trained
     self._console.print(
       f"{run}: step {self._done:,} of {self._total:,} in all, "
