@@ -56,6 +56,7 @@ from experiments.trainer import (
   check_adjustment,
   check_candidates,
   check_loss,
+  check_pools,
   make_networks,
   num_steps,
   routed,
@@ -306,6 +307,7 @@ def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)
+  check_pools(config, problem)
   return problem, networks
 
 

@@ -15,7 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs
-from experiments.methods import Method, Stage
+from experiments.methods import Method, Stage, method_names, stages_of
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
@@ -678,15 +678,13 @@ class Trainer:
   def backbone_run(self, stage: Stage, steps: int) -> Run:
     """What stage 1 is fitted with."""
     config, problem = self._config, self._problem
-    num_groups = config.groups.num_groups
-    shares = target_shares(problem, num_groups)
+    shares = target_shares(problem, config.groups.num_groups)
+    groups, pools = drawn_from(config, problem, stage)
     if stage.grouped:
-      groups = problem.groups
       adjustment = stage_adjustment(
         config, stage.rule, problem.prior, shares
       )
     else:
-      groups = np.where(in_segment(problem, stage.users), 0, -1)
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
     draw, mean = self._sampling(stage)
     importance = None
@@ -694,7 +692,6 @@ class Trainer:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-    pools = num_groups if stage.grouped else 1
     criterion = make_criterion(
       config, problem, groups, num_groups=pools, draw=draw
     )
@@ -933,6 +930,26 @@ def check_loss(config: ConfigDict, problem: Problem) -> None:
   """Raises InputError where the catalogue does not allow `loss`."""
   if config.loss.name != "softmax":
     make_sampled_loss(config.loss, problem.split.interactions.num_items)
+
+
+def drawn_from(
+  config: ConfigDict, problem: Problem, stage: Stage
+) -> tuple[np.ndarray, int]:
+  """([U] group that a stage 1 draws each user for, -1 for none; how many)."""
+  if stage.grouped:
+    return problem.groups, config.groups.num_groups
+  return np.where(in_segment(problem, stage.users), 0, -1), 1
+
+
+def check_pools(config: ConfigDict, problem: Problem) -> None:
+  """Raises InputError where a stage 1 has a group without training targets."""
+  for stage in stages_of(method_names(config.methods, config.pin.weighting)):
+    if stage.kind == "backbone":
+      groups, count = drawn_from(config, problem, stage)
+      batches.make_pool(
+        problem.targets, groups, num_groups=count,
+        length=config.backbone.length,
+      )
 
 
 def check_candidates(config: ConfigDict, problem: Problem) -> None:

@@ -580,6 +580,16 @@ def test_three_groups_over_two_users(tmp_path):
   assert not (tmp_path / "w").exists()
 
 
+def test_a_group_without_targets_is_refused_before_training(tmp_path):
+  lines = [f"{u},{i}" for u in range(9) for i in range(6 if u > 5 else 3)]
+  (tmp_path / "a.csv").write_text("user,item\n" + "\n".join(lines) + "\n")
+  config = _config(source="files", path=str(tmp_path / "a.csv"))
+  config.methods = ("base", "pin")
+  with pytest.raises(InputError, match="group 0 of 3 has no user with two"):
+    _run(config, tmp_path / "run")
+  assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_short_users_are_dropped_and_counted(tmp_path):
   lines = [f"{u},{i}" for u in range(20) for i in range(3 + u % 5)]
   lines += ["98,1", "99,1", "99,2"]
