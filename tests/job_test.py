@@ -24,7 +24,7 @@ from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
 from experiments.methods import METHODS, compared, stages_of
-from pin_jax import aggregation, serving, training
+from pin_jax import activeness, aggregation, serving, training
 from pin_jax.types import InputError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -561,6 +561,21 @@ def test_sizes_follow_from_the_data(tmp_path):
   assert config.backbone.length == 72  # 70, up to a multiple of 8
   assert config.batch_size == 5 * (4000 * 400 // (300 * 70 + 450 + 610) // 5)
   settings.check(config)
+
+
+@pytest.mark.parametrize(("short", "rule"), [
+  (29, "interactions"), (9, "users"),
+])
+def test_groups_have_targets_whatever_the_data(short, rule):
+  """Five groups of 100 users, of whom many have one training interaction."""
+  counts = np.repeat([3, 6, 20], [short, 60 - short, 40])
+  config = base.default()
+  files.fit_sizes(config, counts, 30)
+  assert config.groups.rule == rule
+  groups = activeness.assign_groups(
+    counts - 2, num_groups=5, rule=config.groups.rule
+  )
+  assert [(counts[groups == g] > 3).any() for g in range(5)] == [True] * 5
 
 
 def test_nan_loss_stops_with_one_line(tmp_path):

@@ -65,7 +65,9 @@ def fit_sizes(
   The window holds the whole history of nine users out of ten (8 to 200 items);
   a batch about 4,000 targets; training 40 passes over the data, 500 to 5,000
   steps, a fifth of them in stage 2. Histories that fill less than half of
-  their windows are packed; from 20,000 items on the softmax is sampled.
+  their windows are packed; from 20,000 items on the softmax is sampled. Where
+  the least active group would have no training target (one training interaction
+  is none), groups hold as many interactions each instead of as many users.
 
   Args:
     config: changed in place.
@@ -88,6 +90,9 @@ def fit_sizes(
   config.plugin_steps = steps // 500 * 100
   config.backbone_steps = steps // 100 * 100 - config.plugin_steps
   config.validation.every = max(100, steps // 1500 * 100)
+  training = counts[counts > 2] - 2
+  if len(training) and np.quantile(training, 1 / groups, method="higher") < 2:
+    config.groups.rule = "interactions"
   if num_items >= 20_000:
     config.loss.update(name="sampled_softmax", negatives=2048)
 
