@@ -80,6 +80,12 @@ def _in_one_line(message: str) -> str:
   return f"{text}; see --help"
 
 
+def check_no_arguments(argv: Sequence[str]) -> None:
+  """Raises InputError for words on the command line that are no flags."""
+  if len(argv) > 1:
+    raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
+
+
 def command_line(arguments: Sequence[str]) -> str:
   """A command to be pasted into a shell; values in double quotes."""
   return " ".join(map(_quoted, arguments))

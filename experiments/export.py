@@ -56,8 +56,7 @@ def export(
 def _main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   values = flags.FLAGS
-  if len(argv) > 1:
-    raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
+  commands.check_no_arguments(argv)
   export(
     values.workdir, values.output, method=values.method, seed=values.seed,
     console=rich.console.Console(highlight=False),

@@ -259,8 +259,7 @@ def _print(table: pl.DataFrame, console: rich.console.Console) -> None:
 def _main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   values = flags.FLAGS
-  if len(argv) > 1:
-    raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
+  commands.check_no_arguments(argv)
   recommend(
     Source(values.workdir, values.model, values.method, values.seed),
     Whom(values.users, values.history, values.all_users, values.prefix),

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import rich.console
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs, settings, workdir
+from experiments import commands, logs, settings, workdir
 from experiments.configs.base import default
 from experiments.methods import Stage, method_names, stages_of
 from experiments.problem import make_problem
@@ -107,15 +107,11 @@ def _print_params(params: PyTree, console: rich.console.Console) -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  commands.check_no_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   console = rich.console.Console(highlight=False, soft_wrap=True)
   try:
     replay(flags.FLAGS.workdir, console)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   except TrainingError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(3)
@@ -123,4 +119,4 @@ def _main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "directory of the job", required=True)
-  app.run(_main)
+  commands.launch(_main)

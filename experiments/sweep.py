@@ -373,8 +373,7 @@ def _selected(jobs: Sequence[Job], index: int | None) -> Sequence[Job]:
 def _main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   console = rich.console.Console(highlight=False, soft_wrap=True)
-  if len(argv) > 1:
-    raise InputError(f"unexpected arguments {argv[1:]}; see --help")
+  commands.check_no_arguments(argv)
   if values.parallel < 1:
     raise InputError(f"--parallel={values.parallel}: give at least 1")
   if values.table:

@@ -530,8 +530,7 @@ def launch(peer: Peer) -> None:
 
   def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    if len(argv) > 1:
-      raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
+    commands.check_no_arguments(argv)
     values = flags.FLAGS
     seeds = config.value.seeds
     if values.seeds is not None:
