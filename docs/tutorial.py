@@ -47,7 +47,7 @@ who = np.repeat(np.arange(drawn.num_users), drawn.lengths)
 days = np.arange(len(who)) - drawn.offsets[who]  # a behaviour a day
 first = datetime.date(2024, 1, 1)
 table = pl.DataFrame({
-  "customer": [f"c{user:04d}" for user in who],
+  "client": [f"c{user:04d}" for user in who],
   "item_id": [f"sku-{item:03d}" for item in drawn.items],
   "bought": [str(first + datetime.timedelta(int(day))) for day in days],
 }).sample(fraction=1.0, shuffle=True, seed=0)
@@ -70,7 +70,7 @@ try:
 except InputError as error:
   print("refused:", str(error).replace(folder.name, "…"))
 
-data = files.read(path, user="customer", time="bought", k_core=5)
+data = files.read(path, user="client", time="bought", k_core=5)
 print(data.num_users, "users,", data.num_items, "items,",
       data.num_interactions, "interactions")
 print(data.notes)

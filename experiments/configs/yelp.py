@@ -3,6 +3,11 @@
   python -m experiments.main --config=experiments/configs/yelp.py \
     --workdir=runs/yelp
 
+Some 15 minutes on one CPU core (base 225 CPU-seconds). Expect, history masked,
+over three seeds a base of NDCG@10 .0252 (tail .025, head .025), PIN at -5 %
+[-12, +4] for tail and -24 % [-38, -8] for head users, and a joint backbone with
+one gate for all users at +14 % [+6, +22] and +6 % [-7, +20].
+
 The settings are those of the Amazon sets, taken over without a search, with
 fewer windows a step: histories are longer, so that it reads as many targets. A
 quarter of the users have one training interaction, which is no target; groups
