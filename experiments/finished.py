@@ -13,7 +13,7 @@ from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import METHODS, Method, method_names
 from experiments.problem import Problem, fingerprint, make_problem
-from experiments.trainer import Trainer, make_networks, routed
+from experiments.trainer import Trainer, networks_of, routed
 from pin_jax import checkpoints, evaluation, serving
 from pin_jax.types import InputError
 
@@ -110,9 +110,7 @@ def _trainer(
     checkpoints.Checkpoints,
     about={"config": of_results(config), "data": fingerprint(problem)},
   )
-  networks = make_networks(
-    config, problem.split.interactions.num_items, repeats=problem.repeats
-  )
+  networks = networks_of(config, problem)
   return Trainer(
     config, problem, networks, directory,
     tuple(config.seeds[first : first + config.num_seeds]), store=store,

@@ -57,7 +57,7 @@ from experiments.trainer import (
   check_candidates,
   check_loss,
   check_pools,
-  make_networks,
+  networks_of,
   num_steps,
   routed,
 )
@@ -301,9 +301,7 @@ def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
   """Checks the config and reads the data, before anything is written."""
   settings.check(config)
   problem = make_problem(config)
-  networks = make_networks(
-    config, problem.split.interactions.num_items, repeats=problem.repeats
-  )
+  networks = networks_of(config, problem)
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)

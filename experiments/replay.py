@@ -23,7 +23,7 @@ from experiments import commands, logs, settings, workdir
 from experiments.configs.base import default
 from experiments.methods import Stage, method_names, stages_of
 from experiments.problem import make_problem
-from experiments.trainer import Trainer, make_networks
+from experiments.trainer import Trainer, networks_of
 from pin_jax import checkpoints
 from pin_jax.types import InputError, PyTree, TrainingError
 
@@ -70,9 +70,7 @@ def _stage_of(
   config = ConfigDict({**config, "mesh": default().mesh})  # one device
   settings.check(config)
   problem = make_problem(config)
-  networks = make_networks(
-    config, problem.split.interactions.num_items, repeats=problem.repeats
-  )
+  networks = networks_of(config, problem)
   silent = rich.console.Console(file=io.StringIO())
   names = method_names(config.methods, config.pin.weighting)
   for first in range(0, len(config.seeds), config.num_seeds):

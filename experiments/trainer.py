@@ -101,6 +101,13 @@ def make_networks(
   return Networks(backbone, made, layout)
 
 
+def networks_of(config: ConfigDict, problem: Problem) -> Networks:
+  """The networks that suit a problem's catalogue and habits."""
+  return make_networks(
+    config, problem.split.interactions.num_items, repeats=problem.repeats
+  )
+
+
 def make_weighting(
   spec: str, prior: np.ndarray, shares: np.ndarray
 ) -> aggregation.Weighting:
