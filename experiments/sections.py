@@ -526,7 +526,10 @@ def _windows(jobs: Sequence[Job]) -> Section | None:
 
 
 def _families(jobs: Sequence[Job]) -> Iterable[list[Job]]:
-  """Jobs that differ in their window's length alone, shortest first."""
+  """Jobs that differ in their window's length, shortest first.
+
+  And in what follows it: windows a step, items that the memory looks up.
+  """
   families: dict[str, dict[int, Job]] = {}
   for job in jobs:
     config = job.results.config
@@ -535,7 +538,8 @@ def _families(jobs: Sequence[Job]) -> Iterable[list[Job]]:
     backbone = {**config["backbone"]}
     length = backbone.pop("length")
     rest = {**config, "backbone": backbone, "data": _data(job.results)}
-    for key in ("seeds", "num_seeds", "methods"):
+    rest["memory"] = {**rest["memory"], "recent": 0}
+    for key in ("seeds", "num_seeds", "methods", "batch_size"):
       rest.pop(key)
     key = json.dumps([rest, job.base], sort_keys=True)
     families.setdefault(key, {})[length] = job
@@ -594,11 +598,12 @@ def _window_table(family: Sequence[Job]) -> Table:
   }
   lines = []
   for job in family:
-    length = job.results.config["backbone"]["length"]
+    config = job.results.config
     for line in job.levels[job.main]:
       change = changes.get((job.results.name, line["model"]))
       lines.append((
-        line["model"], str(length), _ranged(line, "tail"),
+        line["model"], str(config["backbone"]["length"]),
+        str(config["batch_size"]), _ranged(line, "tail"),
         _ranged(line, "head"), _ranged(line, "gap", signed=True),
         *(
           interval_text(change, part) if change else ""
@@ -607,7 +612,7 @@ def _window_table(family: Sequence[Job]) -> Table:
       ))  # fmt: skip
   return Table(
     f"By window length, {_data(family[0].results)}, {family[0].main}",
-    ("model", "window", "tail", "head", "gap, head − tail", "tail change %",
-     "head change %"),
+    ("model", "window", "windows a step", "tail", "head", "gap, head − tail",
+     "tail change %", "head change %"),
     lines, note=f"NDCG@10; changes against {family[0].base}.",
   )  # fmt: skip

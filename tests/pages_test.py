@@ -177,13 +177,15 @@ def test_the_gap_is_shown_over_windows(pages):
     assert re.search(rf"\| base \| {length} \|.*{re.escape(cell)}", section)
 
 
-def test_windows_need_jobs_that_differ_in_nothing_else(tmp_path):
+def test_windows_differ_in_nothing_but_what_follows_from_them(tmp_path):
   names = {"a": 5, "b": 20, "c": 20, "d": 5}
   jobs = []
   for name, length in names.items():
     results = summaries.read(make_workdir(tmp_path / name, length=length))
+    results.config["batch_size"] = 100 // length
+    results.config["memory"]["recent"] = min(length, 10)
     if name > "b":
-      results.config["batch_size"] = len(jobs)
+      results.config["backbone_steps"] = len(jobs)
     jobs.append(sections.Job(results, None, 50))
   families = [
     [job.results.name for job in family] for family in sections._families(jobs)

@@ -234,6 +234,19 @@ def files_section(path: str, **columns: str) -> ConfigDict:
   })
 
 
+def gated(config: ConfigDict) -> None:
+  """Sets a gate over the transition memory as plugin, and its ablation."""
+  # The gate's few parameters learn from the validation targets of half of the
+  # users: on training targets the backbone knows the answers.
+  config.plugin.update(name="gated", hidden=16, reads_state=False)
+  config.pin.plugin_draw = "validation"
+  config.optimizer.plugin_learning_rate = 2e-2
+  config.methods = (
+    "base", "memory_alone", "joint_shared", "joint_plugins", "pin_backbone",
+    "pin",
+  )
+
+
 def amazon(argument: str | None, file: str) -> ConfigDict:
   """What the sparse review data sets share."""
   config = default()
@@ -244,15 +257,7 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config.optimizer.learning_rate = 1.5e-3
   config.batch_size, config.validation.every = 460, 250
   config.backbone_steps, config.plugin_steps = 1250, 250
-  # The gate's few parameters learn from the validation targets of half of the
-  # users: on training targets the backbone knows the answers.
-  config.plugin.update(name="gated", hidden=16, reads_state=False)
-  config.pin.plugin_draw = "validation"
-  config.optimizer.plugin_learning_rate = 2e-2
-  config.methods = (
-    "base", "memory_alone", "joint_shared", "joint_plugins", "pin_backbone",
-    "pin",
-  )
+  gated(config)
   return config
 
 

@@ -23,17 +23,23 @@ from experiments.configs import base
 def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE, or source=tfds."""
   config = base.movielens(argument, "ml-1m.parquet", "movielens/1m")
-  config.backbone.update(length=100, dropout=0.2)
+  config.backbone.update(length=50, dropout=0.2, pack_rows=8)
   config.batch_size = 65
-  config.backbone_steps, config.plugin_steps = 5400, 600
+  config.joint.draw = "users"
+  config.backbone_steps, config.plugin_steps = 3000, 300
   config.optimizer.learning_rate = 1.5e-3
-  config.validation.every = 300
+  config.validation.every = 500
+  base.gated(config)
   return config
 
 
 def sweep() -> list[dict[str, Any]]:
-  """Lists the window lengths."""
+  """Lists the window lengths, with as many behaviours a step."""
   return [
-    {"backbone.length": length, "seeds": (0, 1, 2)}
-    for length in (5, 10, 20, 50)
+    {
+      "backbone.length": length, "batch_size": batch_size,
+      "memory.recent": min(length, 10), "seeds": (0,),
+      "methods": ("base", "joint_shared", "pin_backbone", "pin"),
+    }
+    for length, batch_size in ((5, 650), (10, 325), (20, 165), (50, 65))
   ]
