@@ -10,7 +10,6 @@ first writes all but the checkpoints.
 
 import contextlib
 import functools
-import io
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -357,9 +356,7 @@ def _compute(
   if not processes.is_first():
     return
   name = f"rows{SUFFIXES[config.evaluation.protocol]}.parquet"
-  buffer = io.BytesIO()
-  rows.write_parquet(buffer)
-  workdir.write(directory / name, buffer.getvalue())
+  workdir.write_rows(directory / name, rows)
   summary = {
     **_summary(config, problem, closeness), "cost": cost,
     "command": options.command, "versions": logs.versions(),

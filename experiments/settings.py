@@ -379,10 +379,11 @@ def _check_mesh(config: ConfigDict) -> None:
     (data > 1 and config.backbone.pack_rows, "backbone.pack_rows",
      config.backbone.pack_rows,
      f"rows are not packed across mesh.data={data} devices; set 0"),
+    (config.joint.batch_size % data, "joint.batch_size",
+     config.joint.batch_size, f"give a multiple of mesh.data={data}"),
     *((share % data, "batch_size", config.batch_size,
        f"{share} windows a {whose} must be a multiple of mesh.data={data}")
       for whose, share in (
-        ("joint step", config.joint.batch_size),
         ("group", config.batch_size // config.groups.num_groups),
         ("segment", config.batch_size // 2),
         ("shared plugin", config.batch_size if "shared" in kinds else 0),

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import platform
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import jaxlib
 import numpy as np
 import optax
 import orbax.checkpoint
+import polars as pl
 from etils import epath
 
 from pin_jax.types import InputError
@@ -35,6 +37,13 @@ def write(path: epath.Path, data: bytes) -> None:
   temporary = path.with_name(f".{path.name}.tmp")
   temporary.write_bytes(data)
   temporary.replace(path)
+
+
+def write_rows(path: epath.Path, rows: pl.DataFrame) -> None:
+  """Writes a table as Parquet, as `write` does."""
+  buffer = io.BytesIO()
+  rows.write_parquet(buffer)
+  write(path, buffer.getvalue())
 
 
 @contextlib.contextmanager

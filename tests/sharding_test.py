@@ -316,7 +316,7 @@ def test_one_device_has_no_mesh():
   [
     ("mesh.model", 99, (1, 99)), ("batch_size", 40, (4, 1)),
     ("backbone.pack_rows", 2, (2, 1)), ("num_seeds", 2, (1, 2)),
-    ("plugin.name", "gated", (1, 2)),
+    ("plugin.name", "gated", (1, 2)), ("joint.batch_size", 42, (4, 1)),
   ],
 )
 def test_what_does_not_go_over_devices_is_named(key, value, mesh):

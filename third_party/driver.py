@@ -468,9 +468,7 @@ def _write(
     # Marked, for a job that comes by must not take the workdir for its own.
     marked = {**other.config, "peer": summary["peer"]["peer"]}
     workdir.write(config, (json.dumps(marked, indent=2) + "\n").encode())
-  with (directory / ".rows.tmp").open("wb") as file:
-    rows.write_parquet(file)
-  (directory / ".rows.tmp").replace(directory / "rows.parquet")
+  workdir.write_rows(directory / "rows.parquet", rows)
   for name, content in (("cpu_seconds", seconds), ("summary", summary)):
     text = json.dumps(content, indent=2) + "\n"
     workdir.write(directory / f"{name}.json", text.encode())
