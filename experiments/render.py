@@ -52,7 +52,7 @@ class Table(NamedTuple):
 
 
 class Figures(NamedTuple):
-  """SVG elements side by side; only the page shows them."""
+  """SVG elements side by side; on the page, or each in a file."""
 
   kind = "figures"
   elements: Sequence[str]
@@ -135,6 +135,35 @@ def markdown(report: Report) -> str:
     parts.append(f"## {section.title}")
     parts += filter(None, map(_markdown_block, _unfolded(section.blocks)))
   return "\n\n".join(parts) + "\n"
+
+
+def drawings(report: Report) -> dict[str, str]:
+  """Every figure as an SVG file of its own: name, section and number, -> text.
+
+  On white and with its colours and fonts spelled out, where the page's are
+  variables.
+  """
+  return {
+    f"{section.anchor}-{number}.svg": _standalone(element)
+    for section in report.sections
+    for number, element in enumerate(
+      (
+        element for block in _unfolded(section.blocks)
+        if isinstance(block, Figures) for element in block.elements
+      ), 1,
+    )
+  }
+
+
+def _standalone(element: str) -> str:
+  text = re.sub(r"var\(--c[0-9a-f]+, (#[0-9a-f]+)\)", r"\1", element)
+  text = text.replace("var(--sans)", "sans-serif")
+  head, rest = text.split(">", 1)
+  width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head).groups()
+  return (
+    f'{head} width="{width}pt" height="{height}pt">\n'
+    f'<rect width="100%" height="100%" fill="#ffffff"/>{rest}\n'
+  )
 
 
 def _markdown_block(block: Block) -> str:

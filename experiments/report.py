@@ -13,6 +13,7 @@ reads any number of finished jobs, or summaries of them (see
 experiments.summaries), and writes one self-contained page OUT/report.html, and
 its tables as OUT/report.md and OUT/report.tex. OUT is by default the workdir,
 where there is one. `--markdown=FILE` writes only the Markdown, to FILE.
+`--figures=DIR` writes every figure as an SVG file too, for papers and docs.
 """
 
 from collections.abc import Sequence
@@ -189,6 +190,7 @@ def write_pages(
   base: str | None = None,
   output: epath.PathLike | None = None,
   markdown: epath.PathLike | None = None,
+  drawings: epath.PathLike | None = None,
   num_resamples: int = NUM_RESAMPLES,
 ) -> list[epath.Path]:
   """Writes report.html, .md and .tex on finished jobs or their summaries.
@@ -198,6 +200,7 @@ def write_pages(
     base: model to compare with; None takes each job's own.
     output: directory to write to; None takes the only workdir.
     markdown: file to write the Markdown to, instead of all others.
+    drawings: directory to write every figure to, as SVG.
     num_resamples: bootstrap resamples of users and seeds.
 
   Returns:
@@ -222,6 +225,9 @@ def write_pages(
       stem.with_suffix(".md"): render.markdown(content),
       stem.with_suffix(".tex"): render.latex(content),
     }
+  if drawings is not None:
+    made = render.drawings(content)
+    texts |= {epath.Path(drawings) / name: made[name] for name in made}
   for path, text in texts.items():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -242,7 +248,7 @@ def _main(argv: Sequence[str]) -> None:
     return
   for path in write_pages(
     argv[1:], base=values.base, output=values.output,
-    markdown=values.markdown,
+    markdown=values.markdown, drawings=values.figures,
   ):
     print(path)
 
@@ -254,6 +260,7 @@ def _launch() -> None:
   flags.DEFINE_integer("cutoff", 10, "K of the tables, with --workdir")
   flags.DEFINE_string("output", None, "directory of the report")
   flags.DEFINE_string("markdown", None, "file to write only the Markdown to")
+  flags.DEFINE_string("figures", None, "directory for the figures, as SVG")
   commands.launch(_main)
 
 

@@ -4,6 +4,7 @@ import html.parser
 import re
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import numpy as np
 import polars as pl
@@ -175,6 +176,24 @@ def test_the_gap_is_shown_over_windows(pages):
     gap = levels.filter(model="base")["gap"][0]
     cell = f"{gap:+.4f}".replace("0.", ".").replace("-", "−")
     assert re.search(rf"\| base \| {length} \|.*{re.escape(cell)}", section)
+
+
+def test_every_figure_is_drawn_in_a_file_of_its_own(pages, tmp_path):
+  (page, _, _), paths = pages
+  written = report.write_pages(
+    paths, markdown=tmp_path / "all.md", drawings=tmp_path / "figures", **FAST
+  )
+  files = sorted((tmp_path / "figures").iterdir())
+  assert sorted(map(str, written)) == sorted(
+    map(str, [tmp_path / "all.md", *files])
+  )
+  assert len(files) == page.count("<svg")
+  assert {"windows-1.svg", "windows-2.svg"} < {path.name for path in files}
+  for path in files:
+    root = xml.etree.ElementTree.parse(path).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root.attrib["width"].endswith("pt")
+    assert "var(" not in path.read_text()
 
 
 def test_windows_differ_in_nothing_but_what_follows_from_them(tmp_path):
