@@ -12,7 +12,13 @@ The strongest base so far has width 256 (.057; about 20 CPU-minutes a seed):
   --config.backbone.width=256 --config.optimizer.learning_rate=1e-3 \
     --config.batch_size=255 --config.backbone_steps=2000 \
     --config.plugin_steps=500
+
+PIN with other groups, priors and borders of the segments, at width 64:
+  python -m experiments.sweep --config=experiments/configs/beauty.py \
+    --workdir=runs/axes
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,3 +28,25 @@ from experiments.configs import base
 def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
   return base.amazon(argument, "amazon_beauty_s3rec.parquet")
+
+
+def sweep() -> list[dict[str, Any]]:
+  """Lists one change at a time of what PIN divides users by and weighs with."""
+  common = {
+    "backbone.width": 64, "optimizer.learning_rate": 2e-3,
+    "methods": ("pin_backbone", "pin"),
+  }
+  changes = [
+    {"groups.num_groups": 2}, {"groups.num_groups": 10},
+    {"groups.rule": "interactions"}, {"prior.exponent": 0.5},
+    {"prior.exponent": 2.0}, {"prior.kind": "interactions"},
+    # Other users are tail users then, for every model.
+    *(
+      {
+        "groups.head_share": share,
+        "methods": ("base", "joint_shared", "pin_backbone", "pin"),
+      }
+      for share in (0.5, 0.1)
+    ),
+  ]
+  return [common | change for change in changes]
