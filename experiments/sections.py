@@ -227,6 +227,7 @@ def _section(job: Job, anchor: str) -> Section:
       *_of_seeds(job, job.main), _other_cutoffs(job, job.main)
     ]),
     *_gradients(results, anchor),
+    *_adjustment(results),
     *_closeness(results),
     *_cost(results),
     Fold("Data, protocol and settings", _protocol(results)),
@@ -414,6 +415,32 @@ def _gradient_words(records: Sequence[Mapping[str, Any]]) -> str:
     f"a mean cosine of {np.nanmean(cosines[:, others]):.2f}, and the weights "
     f"counted for {effective:.1f} of {count} groups."
   )
+
+
+def _adjustment(results: Results) -> list[Block]:
+  """Fit of the stratum classifiers, effective sample sizes of their weights."""
+  if not results.adjustment:
+    return []
+  counts = range(len(results.adjustment[0]["effective_share"]))
+  fit = "log_likelihood", "shares_log_likelihood", "calibration_error"
+  lines = [
+    (
+      of_run["run"],
+      *(_level(of_run.get(name, math.nan)) for name in fit),
+      *(f"{share:.2f}" for share in of_run["effective_share"]),
+    )
+    for of_run in results.adjustment
+  ]
+  return [Fold("Exact adjustment", [Table(
+    "Exact adjustment",
+    ("run", "log P(d|x)", "log share", "calibration error",
+     *(f"group {d}" for d in counts)),
+    lines,
+    note="Mean log-likelihood in nats of the users' groups under the fitted "
+    "classifier and under the groups' shares, classwise calibration error, and "
+    "of each group the effective number of its weighted examples over their "
+    "number (mean over the steps).",
+  )])]  # fmt: skip
 
 
 def _closeness(results: Results) -> list[Block]:

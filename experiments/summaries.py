@@ -62,6 +62,9 @@ class Results(NamedTuple):
       {} where there is none.
     config: the configuration, {} where there is none.
     gradients: run -> records of its group gradients.
+    adjustment: of each exactly adjusted backbone its `run`, the fit of its
+      stratum classifier at the chosen step, and `effective_share`, [G], the
+      effective number of a group's examples over their number, mean over steps.
   """
 
   name: str
@@ -71,6 +74,7 @@ class Results(NamedTuple):
   summary: dict[str, Any]
   config: dict[str, Any]
   gradients: dict[str, list[dict[str, Any]]]
+  adjustment: Sequence[dict[str, Any]] = ()
 
 
 def read(path: epath.PathLike) -> Results:
@@ -91,16 +95,18 @@ def read(path: epath.PathLike) -> Results:
   rows, _ = read_rows(path)
   models = rows["model"].unique(maintain_order=True).to_list()
   check_same_users(rows, models, on=["user"])
-  summary, config, gradients = {}, {}, {}
+  summary, config, gradients, adjustment = {}, {}, {}, []
   if (path / "summary.json").exists():
     summary = _without_paths(job_summary(path))
   if (path / "config.json").exists():
     config = read_json(path / "config.json")["config"]
   if (path / "log.jsonl").exists():
-    gradients = _gradient_records(read_log(path))
+    records = read_log(path)
+    gradients = _gradient_records(records)
+    adjustment = _adjustment(records)
   return Results(
     path.resolve().name, rows, maskings(rows), _protocol(rows, summary),
-    summary, config, gradients,
+    summary, config, gradients, adjustment,
   )
 
 
@@ -154,6 +160,34 @@ def _gradient_records(
   return {run: own for run, own in found.items() if run.endswith("backbone")}
 
 
+def _adjustment(
+  records: Iterable[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+  """Of each exactly adjusted backbone what `Results.adjustment` says."""
+  shares: dict[str, list[list[float]]] = {}
+  fits: dict[str, dict[str, float]] = {}
+  for record in records:
+    run = record.get("run", "")
+    if "effective_share" in record:
+      shares.setdefault(run, []).append(record["effective_share"])
+    fit = record.get("validation", {})
+    if "calibration_error" in fit:
+      best = fits.get(_seed_of(run), {}).get("log_likelihood", -math.inf)
+      if fit["log_likelihood"] > best:
+        fits[_seed_of(run)] = fit
+  return [
+    {
+      "run": run, **fits.get(_seed_of(run), {}),
+      "effective_share": np.mean(own, 0).tolist(),
+    }
+    for run, own in shares.items()
+  ]
+
+
+def _seed_of(run: str) -> str:
+  return run.removesuffix(without_seed(run))
+
+
 def write(results: Results, output: epath.PathLike) -> None:
   """Writes the summary of a job, see the module's docstring.
 
@@ -179,6 +213,10 @@ def write(results: Results, output: epath.PathLike) -> None:
     "gradients": {
       run: _thinned(own) for run, own in _first_seeds(results.gradients)
     },
+    "adjustment": [
+      {key: _rounded(value) for key, value in of_run.items()}
+      for of_run in results.adjustment
+    ],
   }
   text = json.dumps(content, ensure_ascii=False)
   (output / "job.json").write_text(text + "\n")
@@ -288,7 +326,7 @@ def _read_summary(path: epath.Path) -> Results:
     ).filter(pl.all_horizontal(pl.col(list(columns)).is_not_null()))
     for (model, seed), columns in found.items()
   ]
-  fields = {key: content[key] for key in Results._fields if key != "rows"}
+  fields = {key: content[key] for key in Results._fields if key in content}
   return Results(rows=_completed(pl.concat(frames)), **fields)
 
 

@@ -861,11 +861,13 @@ class Trainer:
         draw="interactions",
       )
       held_out = jax.tree.map(lambda x: x[0], held_out)
-      loss = jax.jit(functools.partial(propensity.classifier_loss, backbone))
+      fit = jax.jit(functools.partial(propensity.classifier_fit, backbone))
       params_of_backbone = self._best(stage.start, seed)
-      return lambda params: {"log_likelihood": -float(
-        loss(params_of_backbone, params, held_out, groups)
-      )}
+      return lambda params: {
+        name: float(value) for name, value in fit(
+          params_of_backbone, params, held_out, groups
+        )._asdict().items()
+      }
 
     return Run(
       sharding.kept(step, self._layout), None, pool, start, frozen, evaluator,

@@ -7,6 +7,8 @@ converges to the interventional sum_d P(y|x,d) P(d) (Pearl 2009, theorem 3.3.2,
 by inverse propensity). Ours; the paper is not known to do it.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -65,6 +67,69 @@ def classifier_loss(
   chosen = jnp.take_along_axis(logs, label, axis=-1)[..., 0]
   real = batch.targets > 0
   return -jnp.sum(chosen * real) / jnp.maximum(real.sum(), 1)
+
+
+class Fit(NamedTuple):
+  """How well a classifier's P(d|x) fits events.
+
+  Attributes:
+    log_likelihood: mean of log P(d|x) of the users' groups, nats.
+    shares_log_likelihood: the same of the groups' shares of the events, which
+      know nothing of x.
+    calibration_error: classwise, see `calibration_error`.
+  """
+
+  log_likelihood: jax.Array
+  shares_log_likelihood: jax.Array
+  calibration_error: jax.Array
+
+
+def classifier_fit(
+  backbone: Backbone, frozen: PyTree, params: PyTree, batch: Batch,
+  groups: jax.Array,
+) -> Fit:
+  """The fit on the real positions of a batch; arguments of `classifier_loss`.
+  """
+  logs = log_propensity(backbone, frozen, params, batch.history)
+  real = batch.targets > 0
+  label = jnp.broadcast_to(groups[batch.users][:, None], real.shape)
+  hits = jax.nn.one_hot(label, logs.shape[-1]) * real[..., None]
+  shares = hits.sum((0, 1)) / jnp.maximum(real.sum(), 1)
+  return Fit(
+    jnp.sum(logs * hits) / jnp.maximum(real.sum(), 1),
+    -jnp.sum(jax.scipy.special.entr(shares)),
+    calibration_error(jnp.exp(logs), label, real),
+  )
+
+
+def calibration_error(
+  probability: jax.Array, label: jax.Array, real: jax.Array, bins: int = 15
+) -> jax.Array:
+  """Classwise expected calibration error of a stratum classifier.
+
+  1/G sum_d sum_b n_db / n |share of label d in bin (d, b) - mean P(d|x) there|,
+  with bins of equal width on P(d|x): 0 where P(d|x) = p says that a share p of
+  such events is of group d.
+
+  Args:
+    probability: [..., G], P(d|x) of every event.
+    label: [...] int, its user's group.
+    real: [...] bool, the n events that count.
+    bins: bins of [0, 1] a group.
+
+  Returns:
+    scalar in [0, 1].
+
+  Reference:
+    Kull et al., "Beyond temperature scaling", NeurIPS 2019 (classwise-ECE).
+  """
+  count = probability.shape[-1]
+  excess = jax.nn.one_hot(label, count) - probability
+  excess = jnp.where(real[..., None], excess, 0)
+  bin_of = jnp.clip(jnp.floor(probability * bins), 0, bins - 1)
+  place = jnp.arange(count) * bins + bin_of.astype(jnp.int32)
+  gaps = jax.ops.segment_sum(excess.ravel(), place.ravel(), count * bins)
+  return jnp.abs(gaps).sum() / (count * jnp.maximum(real.sum(), 1))
 
 
 def classifier_step(

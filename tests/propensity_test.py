@@ -179,6 +179,68 @@ def test_classifier_loss_against_numpy():
   np.testing.assert_allclose(got, np.mean(terms), rtol=1e-4)
 
 
+def test_calibration_error_against_a_loop():
+  """Equal-width bins a group, counted one event at a time."""
+  rng = np.random.default_rng(4)
+  probability = rng.dirichlet([0.5] * NUM_GROUPS, 400).reshape(40, 10, -1)
+  probability[0, 0] = [1.0, 0.0, 0.0]
+  label = rng.integers(0, NUM_GROUPS, (40, 10))
+  real = rng.random((40, 10)) < 0.8
+  real[0, 0] = True
+  for bins in (1, 15):
+    total = 0
+    for d in range(NUM_GROUPS):
+      for b in range(bins):
+        within = [
+          (probability[i][d], float(label[i] == d))
+          for i in np.ndindex(label.shape)
+          if real[i] and min(int(probability[i][d] * bins), bins - 1) == b
+        ]
+        if within:
+          said, seen = np.mean(within, 0)
+          total += len(within) / real.sum() * abs(said - seen)
+    got = propensity.calibration_error(
+      jnp.asarray(probability), jnp.asarray(label), jnp.asarray(real), bins
+    )
+    np.testing.assert_allclose(got, total / NUM_GROUPS, rtol=1e-4)
+    assert got > 0.01 or bins == 1
+
+
+def test_a_calibrated_classifier_has_no_calibration_error():
+  """Labels drawn from the probabilities themselves, against shifted ones."""
+  rng = np.random.default_rng(5)
+  probability = rng.dirichlet([1.0] * NUM_GROUPS, 60_000)
+  label = (rng.random((60_000, 1)) > probability.cumsum(-1)).sum(-1)
+  real = np.ones(60_000, bool)
+  error = lambda p: float(propensity.calibration_error(
+    jnp.asarray(p), jnp.asarray(label), jnp.asarray(real)
+  ))
+  assert error(probability) < 0.01
+  sharper = probability**2 / (probability**2).sum(-1, keepdims=True)
+  assert error(sharper) > 0.05
+
+
+def test_classifier_fit_against_numpy():
+  backbone, batch = last_item(), some_windows()
+  frozen = backbone.init(jax.random.key(1))
+  params = random_classifier(NUM_ITEMS + 1)
+  groups = np.array([0, 2, 1])
+  fit = propensity.classifier_fit(
+    backbone, frozen, params, jax.tree.map(jnp.asarray, batch),
+    jnp.asarray(groups),
+  )
+  logs = numpy_log_propensity(frozen["table"], params, batch.history)
+  rows, columns = np.nonzero(batch.targets > 0)
+  labels = groups[batch.users[rows]]
+  np.testing.assert_allclose(
+    fit.log_likelihood, logs[rows, columns, labels].mean(), rtol=1e-4
+  )
+  shares = np.bincount(labels, minlength=NUM_GROUPS) / len(labels)
+  np.testing.assert_allclose(
+    fit.shares_log_likelihood, np.log(shares[labels]).mean(), rtol=1e-5
+  )
+
+
 def test_classifier_loss_of_nothing_is_zero():
   backbone = last_item()
   empty = Batch(jnp.zeros(2, int), jnp.zeros((2, 3), int), jnp.zeros((2, 3)))

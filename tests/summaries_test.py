@@ -155,6 +155,51 @@ def test_a_summary_keeps_gradients_of_one_seed(workdir, tmp_path):
   )
 
 
+def test_what_exact_adjustment_rests_on_is_kept_and_shown(workdir, tmp_path):
+  records = [
+    {"run": f"seed{seed}/{run}", "step": t, **values}
+    for seed in (0, 1)
+    for run, t, values in (
+      ("classifier", 10, {"validation": {
+        "log_likelihood": -1.5, "shares_log_likelihood": -1.6,
+        "calibration_error": 0.25}}),
+      ("classifier", 20, {"validation": {
+        "log_likelihood": -1.25 - seed, "shares_log_likelihood": -1.625,
+        "calibration_error": 0.125}}),
+      ("pin-exact/backbone", 1, {"effective_share": [0.5, 1.0]}),
+      ("pin-exact/backbone", 2, {"effective_share": [0.25, 0.5]}),
+    )
+  ]  # fmt: skip
+  with (workdir / "log.jsonl").open("a") as log:
+    log.writelines(json.dumps(record) + "\n" for record in records)
+  results = summaries.read(workdir)
+  summaries.write(results, tmp_path / "out")
+  again = summaries.read(tmp_path / "out")
+  assert [*results.adjustment] == again.adjustment == [
+    {"run": "seed0/pin-exact/backbone", "log_likelihood": -1.25,
+     "shares_log_likelihood": -1.625, "calibration_error": 0.125,
+     "effective_share": [0.375, 0.75]},
+    {"run": "seed1/pin-exact/backbone", "log_likelihood": -1.5,
+     "shares_log_likelihood": -1.6, "calibration_error": 0.25,
+     "effective_share": [0.375, 0.75]},
+  ]  # fmt: skip
+  text = render.markdown(sections.report([again], num_resamples=50))
+  table = text.split("### Exact adjustment")[1]
+  (line,) = [x for x in table.splitlines() if "seed0/pin-exact" in x]
+  cells = [x.strip() for x in line.strip("|").split("|")]
+  assert cells[1:] == ["−1.2500", "−1.6250", ".1250", "0.38", "0.75"]
+
+
+def test_a_summary_of_before_is_read(workdir, tmp_path):
+  """Summaries knew nothing of exact adjustment once."""
+  summaries.write(summaries.read(workdir), tmp_path / "out")
+  path = tmp_path / "out" / "job.json"
+  content = json.loads(path.read_text())
+  del content["adjustment"]
+  path.write_text(json.dumps(content))
+  assert not summaries.read(tmp_path / "out").adjustment
+
+
 def test_ranks_of_another_kind_are_refused(tmp_path):
   rows = make_rows().with_columns(rank=pl.lit(3.25))
   path = make_workdir(tmp_path / "a", rows)
