@@ -555,7 +555,8 @@ def _windows(jobs: Sequence[Job]) -> Section | None:
 def _families(jobs: Sequence[Job]) -> Iterable[list[Job]]:
   """Jobs that differ in their window's length, shortest first.
 
-  And in what follows it: windows a step, items that the memory looks up.
+  And in what follows it: windows a step, how they are packed, items that the
+  memory looks up.
   """
   families: dict[str, dict[int, Job]] = {}
   for job in jobs:
@@ -564,6 +565,7 @@ def _families(jobs: Sequence[Job]) -> Iterable[list[Job]]:
       continue
     backbone = {**config["backbone"]}
     length = backbone.pop("length")
+    backbone.pop("pack_rows", None)
     rest = {**config, "backbone": backbone, "data": _data(job.results)}
     rest["memory"] = {**rest["memory"], "recent": 0}
     for key in ("seeds", "num_seeds", "methods", "batch_size"):

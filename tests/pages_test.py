@@ -202,6 +202,7 @@ def test_windows_differ_in_nothing_but_what_follows_from_them(tmp_path):
   for name, length in names.items():
     results = summaries.read(make_workdir(tmp_path / name, length=length))
     results.config["batch_size"] = 100 // length
+    results.config["backbone"]["pack_rows"] = 40 // length
     results.config["memory"]["recent"] = min(length, 10)
     if name > "b":
       results.config["backbone_steps"] = len(jobs)

@@ -42,8 +42,10 @@ def sweep() -> list[dict[str, Any]]:
   return [
     {
       "backbone.length": length, "batch_size": batch_size,
-      "memory.recent": min(length, 10), "seeds": (0,),
+      "backbone.pack_rows": pack_rows, "memory.recent": min(length, 10),
       "methods": ("base", "joint_shared", "pin_backbone", "pin"),
     }
-    for length, batch_size in ((5, 650), (10, 325), (20, 165), (50, 65))
+    for length, batch_size, pack_rows in (
+      (5, 650, 80), (10, 325, 8), (20, 165, 8), (50, 65, 8)
+    )
   ]
