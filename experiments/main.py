@@ -84,7 +84,9 @@ def main(_: list[str]) -> None:
     with processes.joined(place):
       _run()
 
-  sys.exit(processes.supervised(lambda: exit_code(run_with_others)))
+  sys.exit(processes.supervised(
+    lambda: exit_code(run_with_others, passed=(processes.Lost,))
+  ))
 
 
 def _run() -> None:
@@ -113,11 +115,14 @@ CODES = {
 }
 
 
-def exit_code(action: Callable[[], None]) -> int:
+def exit_code(
+  action: Callable[[], None], passed: tuple[type[Exception], ...] = ()
+) -> int:
   """Runs an action; an error it may meet becomes one line and its code.
 
   Args:
     action: what to run.
+    passed: errors that are the caller's business.
 
   Returns:
     0 finished, 2 bad input, 3 training or writing failed, 4 another process
@@ -129,6 +134,8 @@ def exit_code(action: Callable[[], None]) -> int:
   except tuple(CODES) as error:
     if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
       traceback.print_exc()
+    if isinstance(error, passed):
+      raise
     code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
     again = "; the same command continues" * (code == 75)
     print(f"error: {error}{again}", file=sys.stderr)

@@ -24,6 +24,7 @@ from pin_jax.types import InputError
 
 LOST = 4  # exit code
 _WORDS = 1000  # bytes of a message that goes to the other processes
+_TOLD = 512  # bytes that a pipe takes at once
 # How the runtime's own log lines of lost processes begin.
 _RUNTIME = re.compile(
   rb"[WEF]\d{4} \S+ +\d+ "
@@ -221,10 +222,13 @@ def supervised(run: Callable[[], int]) -> int:
   kept back. To be called before JAX is used.
 
   Args:
-    run: returns the exit code; its own errors are its own business.
+    run: returns the exit code; its own errors are its own business, but `Lost`.
 
   Returns:
-    The exit code; `LOST` where the runtime has aborted the run.
+    The exit code.
+
+  Raises:
+    Lost: if the run has raised it, or the runtime has aborted the run.
   """
   alive, told, said = os.pipe(), os.pipe(), os.pipe()
   child = os.fork()
@@ -243,19 +247,20 @@ def supervised(run: Callable[[], int]) -> int:
   code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   for number, handler in before.items():
     signal.signal(number, handler)
-  own = os.read(told[0], 1)
+  own = os.read(told[0], _TOLD)
   for end in (alive[1], told[0], said[0]):
     os.close(end)
-  return _told(own[0] if own else code, held)
+  return _outcome(own[0] if own else code, own[1:], held)
 
 
-def _told(code: int, held: bytes) -> int:
+def _outcome(code: int, lost: bytes, held: bytes) -> int:
   """The code to end with, once what was kept back is dealt with."""
+  if code == LOST:
+    raise Lost(lost.decode(errors="replace"))
   text = held.decode(errors="replace")
   if code == -signal.SIGABRT and any(sign in text for sign in _SIGNS):
-    print(f"error: {_lost('no sign of life')}", file=sys.stderr)
-    return LOST
-  if code not in (0, LOST):
+    raise _lost("no sign of life")
+  if code:
     sys.stderr.write(text)
   return code if code >= 0 else 128 - code
 
@@ -284,13 +289,15 @@ def _be_child(
   sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
   os.dup2(said, 2)
   os.close(said)
-  code = 1
+  code, lost = 1, ""
   try:
     code = run()
+  except Lost as error:  # the parent says it: this process may not get to
+    code, lost = LOST, str(error)
   except BaseException:
     traceback.print_exc()
   sys.stdout.flush()
-  os.write(told, bytes([code]))
+  os.write(told, (bytes([code]) + lost.encode())[:_TOLD])
   if code != LOST:  # none leaves before the others are done
     with contextlib.suppress(Exception):
       jax.distributed.shutdown()

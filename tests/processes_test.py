@@ -139,6 +139,41 @@ def test_two_processes_of_which_one_is_killed_end_with_the_result_of_one(
   assert_same(workdir, reference)
 
 
+SUPERVISED = """
+import os, sys
+from experiments import processes
+
+def run():
+  %s
+
+try:
+  sys.exit(processes.supervised(run))
+except processes.Lost as error:
+  print("said:", error)
+"""
+ABORTED = "another process of the job is lost (no sign of life); start all of them"
+
+
+@pytest.mark.parametrize("run, code, said, written", [
+  ("raise processes.Lost('gone')", 0, "said: gone\n", ""),
+  ("raise processes.Lost('x' * 9000)", 0, f"said: {'x' * 511}\n", ""),
+  ("os.write(2, b'E0101 00:00 1 client.h:7] no heartbeat\\n'); os.abort()",
+   0, f"said: {ABORTED}", ""),
+  ("os.write(2, b'E0101 00:00 1 client.h:7] else\\n'); os.abort()",
+   134, "", "E0101 00:00 1 client.h:7] else\n"),
+  ("print('error: bad', file=sys.stderr); return 2", 2, "", "error: bad\n"),
+])
+def test_a_lost_process_is_told_once_by_the_parent(run, code, said, written):
+  ended = subprocess.run(
+    [sys.executable, "-c", SUPERVISED % run], cwd=ROOT, capture_output=True,
+    text=True, timeout=END,
+  )
+  assert ended.returncode == code
+  assert ended.stdout.startswith(said)
+  assert ended.stdout.count("\n") == bool(said)
+  assert ended.stderr == written
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_whoever_is_killed(reference, victim):
