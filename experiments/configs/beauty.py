@@ -13,7 +13,7 @@ The strongest base so far has width 256 (.057; about 20 CPU-minutes a seed):
     --config.batch_size=255 --config.backbone_steps=2000 \
     --config.plugin_steps=500
 
-PIN with other groups, priors and borders of the segments, at width 64:
+PIN with other groups, priors, blocks and borders of the segments, at width 64:
   python -m experiments.sweep --config=experiments/configs/beauty.py \
     --workdir=runs/axes
 """
@@ -40,6 +40,7 @@ def sweep() -> list[dict[str, Any]]:
     {"groups.num_groups": 2}, {"groups.num_groups": 10},
     {"groups.rule": "interactions"}, {"prior.exponent": 0.5},
     {"prior.exponent": 2.0}, {"prior.kind": "interactions"},
+    {"pin.blocks": ("items|bias=joint",)},  # adjusts the encoder alone
     # Other users are tail users then, for every model.
     *(
       {
