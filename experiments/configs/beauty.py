@@ -41,6 +41,7 @@ def sweep() -> list[dict[str, Any]]:
     {"groups.rule": "interactions"}, {"prior.exponent": 0.5},
     {"prior.exponent": 2.0}, {"prior.kind": "interactions"},
     {"pin.blocks": ("items|bias=joint",)},  # adjusts the encoder alone
+    {"pin.weighting": "annealed_backdoor:steps=1250"},  # shares to P(d)
     # Other users are tail users then, for every model.
     *(
       {
