@@ -268,7 +268,8 @@ def table(root: epath.PathLike, *, cutoff: int = 10) -> pl.DataFrame:
     cutoff: K of NDCG, first list of candidates.
 
   Returns:
-    job, a column for every setting in which the jobs differ, model, seeds,
+    job, a column for every setting in which the jobs differ (but `methods`,
+    which the models tell), model, seeds,
     validation (the selected step's, mean over seeds; NaN where a model is not
     one trained stage for all users), and NDCG overall, tail and head on test.
     Settings are to be chosen by validation.
@@ -301,7 +302,8 @@ def _differing(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
   keys = dict.fromkeys(key for own in flat.values() for key in own)
   return [
     key for key in keys
-    if len({json.dumps(own.get(key)) for own in flat.values()}) > 1
+    if key != "methods"
+    and len({json.dumps(own.get(key)) for own in flat.values()}) > 1
   ]
 
 

@@ -164,6 +164,9 @@ def _finished(root, name, length, validation):
     **entry, "validation": [0.5, 0.7]
   }  # one a segment: no single number
   (path / "summary.json").write_text(json.dumps(summary))
+  config = json.loads((path / "config.json").read_text())
+  config["config"]["methods"] = [name, "pin"]  # shows in the models instead
+  (path / "config.json").write_text(json.dumps(config))
   (path / "done").touch()
   return path
 

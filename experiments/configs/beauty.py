@@ -36,10 +36,13 @@ def sweep() -> list[dict[str, Any]]:
     "backbone.width": 64, "optimizer.learning_rate": 2e-3,
     "methods": ("pin_backbone", "pin"),
   }
+  # Groups of as many users make P(d) of users uniform, whatever its exponent;
+  # that of interactions is the joint gradient's.
   changes = [
     {"groups.num_groups": 2}, {"groups.num_groups": 10},
-    {"groups.rule": "interactions"}, {"prior.exponent": 0.5},
-    {"prior.exponent": 2.0}, {"prior.kind": "interactions"},
+    {"groups.rule": "interactions"}, {"prior.kind": "interactions"},
+    {"prior.kind": "interactions", "prior.exponent": 0.5},
+    {"prior.kind": "interactions", "prior.exponent": 2.0},
     {"pin.blocks": ("items|bias=joint",)},  # adjusts the encoder alone
     {"pin.weighting": "annealed_backdoor:steps=1250"},  # shares to P(d)
     # Other users are tail users then, for every model.
