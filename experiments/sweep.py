@@ -8,7 +8,9 @@ as {"backbone.length": 5, "seeds": (0, 1, 2)}. A job's directory is the hash of
 the config file's name and its settings; a file `done` marks it as finished. A
 killed sweep continues where it was, the jobs too. On a cluster every task runs
 one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints the commands, --table
-only the table of what is finished, from the result files alone.
+only the table of what is finished, from the result files alone. It compares
+models with each job's base, or with --base=MODEL; where a job has none, with
+that of the job at --beside=WORKDIR.
 """
 
 import fcntl
@@ -33,7 +35,8 @@ from ml_collections import ConfigDict
 
 from experiments import commands, settings, summaries
 from experiments.methods import METHODS
-from pin_jax import metrics
+from experiments.tables import user_ids
+from pin_jax import metrics, statistics
 from pin_jax.types import InputError
 
 _POLL = 0.2  # seconds between looks at whether jobs have ended
@@ -260,22 +263,32 @@ def _print_progress(
   )
 
 
-def table(root: epath.PathLike, *, cutoff: int = 10) -> pl.DataFrame:
+def table(
+  root: epath.PathLike, *, base: str | None = None,
+  beside: epath.PathLike | None = None, cutoff: int = 10,
+) -> pl.DataFrame:
   """One line a job and model, from the result files of a sweep alone.
 
   Args:
     root: directory of the sweep.
+    base: model to compare with; None takes that of the job at `beside`, or
+      each job's own.
+    beside: workdir of a finished job, whose base is compared with where a job
+      has none of that name.
     cutoff: K of NDCG, first list of candidates.
 
   Returns:
     job, a column for every setting in which the jobs differ (but `methods`,
     which the models tell), model, seeds,
     validation (the selected step's, mean over seeds; NaN where a model is not
-    one trained stage for all users), and NDCG overall, tail and head on test.
-    Settings are to be chosen by validation.
+    one trained stage for all users), and NDCG overall, tail and head on test;
+    where there is a base, the change against it in %, with its 95 % interval
+    (paired bootstrap over users and seeds). Settings are to be chosen by
+    validation.
 
   Raises:
-    InputError: if no job has finished.
+    InputError: if no job has finished, the base is nowhere, or the jobs to be
+      compared with `beside` have other users, targets, segments or seeds.
   """
   found = {
     path.name: summaries.read(path)
@@ -289,12 +302,31 @@ def table(root: epath.PathLike, *, cutoff: int = 10) -> pl.DataFrame:
     for name, r in found.items()
   }
   differing = _differing(flat)
-  lines = [
-    {"job": name, **{k: _written(flat[name].get(k)) for k in differing}, **line}
-    for name, results in found.items()
-    for line in _models(results, cutoff)
-  ]
-  return pl.DataFrame(lines)
+  other = None
+  if beside is not None:
+    results = summaries.read(beside)
+    base = base or results.summary.get("base", "base")
+    other = _rows_of(results, base)
+    if other is None:
+      raise InputError(
+        f"--beside={beside} has no model {base!r}; name one of "
+        f"{results.rows['model'].unique().to_list()} by --base"
+      )
+  lines = []
+  for name, results in found.items():
+    chosen = {key: _written(flat[name].get(key)) for key in differing}
+    own = _rows_of(results, base or results.summary.get("base", "base"))
+    compared = (own, name) if own is not None else (other, beside)
+    lines += [
+      {"job": name, **chosen, **line}
+      for line in _models(results, *compared, cutoff)
+    ]
+  out = pl.DataFrame(lines)
+  if (out["tail %"] == "").all():
+    if base is not None:
+      raise InputError(f"--base={base}: no job of {root} has that model")
+    out = out.drop("tail %", "head %")
+  return out
 
 
 def _differing(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -307,13 +339,21 @@ def _differing(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
   ]
 
 
+def _rows_of(results: summaries.Results, model: str) -> pl.DataFrame | None:
+  rows = results.rows.filter(model=model)
+  return rows if rows.height else None
+
+
 def _models(
-  results: summaries.Results, cutoff: int
+  results: summaries.Results, base: pl.DataFrame | None, origin: str,
+  cutoff: int,
 ) -> Iterator[dict[str, Any]]:
   column = next(iter(results.lists.values()))
-  rows = results.rows.with_columns(
-    value=metrics.ndcg(results.rows[column].to_numpy(), cutoff)
+  with_values = lambda frame: frame.with_columns(
+    value=metrics.ndcg(frame[column].to_numpy(), cutoff)
   )
+  rows = with_values(results.rows)
+  base = None if base is None else with_values(base)
   best = _validation(results.summary.get("cost", {}))
   for model in rows["model"].unique(maintain_order=True):
     own = rows.filter(pl.col("model") == model)
@@ -329,7 +369,34 @@ def _models(
         f"NDCG@{cutoff} {name}": part["value"].mean()
         for name, part in parts.items()
       },
+      **_changes(base, own, (results.name, origin)),
     }
+
+
+def _changes(
+  base: pl.DataFrame | None, own: pl.DataFrame, places: tuple[str, str]
+) -> dict[str, str]:
+  """Changes of `value` in %, with intervals, by segment; '' for none."""
+  names = {0: "tail %", 1: "head %"}
+  if base is None or base["model"][0] == own["model"][0]:
+    return dict.fromkeys(names.values(), "")
+  keys = ["seed", "user", "target", "segment"]
+  pairs = base.join(own, on=keys, suffix="_own", maintain_order="left")
+  if not len(pairs) == len(base) == len(own):
+    raise InputError(
+      f"jobs {places[0]} and {places[1]} differ in users, targets, segments or "
+      "seeds; compare jobs of the same data, seeds and groups.head_share"
+    )
+  out = {}
+  for segment, name in names.items():
+    part = pairs.filter(segment=segment)
+    change = statistics.relative_change(
+      part["value"].to_numpy(), part["value_own"].to_numpy(),
+      users=user_ids(part), seeds=part["seed"].to_numpy(),
+    )
+    shown = [f"{100 * float(x):+.1f}" for x in change[:3]]
+    out[name] = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+  return out
 
 
 def _validation(cost: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -372,6 +439,11 @@ def _selected(jobs: Sequence[Job], index: int | None) -> Sequence[Job]:
   return [jobs[index]]
 
 
+def _table_by_flags() -> pl.DataFrame:
+  values = flags.FLAGS
+  return table(values.workdir, base=values.base, beside=values.beside)
+
+
 def _main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   console = rich.console.Console(highlight=False, soft_wrap=True)
@@ -379,7 +451,7 @@ def _main(argv: Sequence[str]) -> int:
   if values.parallel < 1:
     raise InputError(f"--parallel={values.parallel}: give at least 1")
   if values.table:
-    print_table(table(values.workdir), console)
+    print_table(_table_by_flags(), console)
     return 0
   if values.config is None:
     raise InputError("--config is missing; name a config file with a sweep()")
@@ -391,7 +463,7 @@ def _main(argv: Sequence[str]) -> int:
     return 0
   failed = run(jobs, parallel=values.parallel, console=console)
   if any(job.done for job in jobs):
-    print_table(table(values.workdir), console)
+    print_table(_table_by_flags(), console)
   if failed:
     names = ", ".join(job.workdir.name for job in failed)
     print(f"error: {len(failed)} jobs failed: {names}", file=sys.stderr)
@@ -406,6 +478,11 @@ def launch() -> None:
   flags.DEFINE_integer("index", None, "run this job alone, from 0")
   flags.DEFINE_bool("dry_run", False, "print the commands")
   flags.DEFINE_bool("table", False, "print the table of finished jobs")
+  flags.DEFINE_string("base", None, "model that the table compares with")
+  flags.DEFINE_string(
+    "beside", None, "workdir of a finished job that has the base, for jobs "
+    "without",
+  )
   # A terminated sweep takes its jobs along.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   commands.launch(_main)

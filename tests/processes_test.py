@@ -151,7 +151,7 @@ try:
 except processes.Lost as error:
   print("said:", error)
 """
-ABORTED = "another process of the job is lost (no sign of life); start all of them"
+ABORTED = "another process of the job is lost (no sign of life); start all of"
 
 
 @pytest.mark.parametrize("run, code, said, written", [

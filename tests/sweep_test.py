@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,60 @@ def _finished(root, name, length, validation):
   return path
 
 
+def _change(base, own, segment):
+  """Change of NDCG@10 in %, from two models' rows."""
+  means = []
+  for rows in (base, own):
+    ranks = rows.filter(segment=segment)["rank"].to_numpy()
+    means.append(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean())
+  return 100 * (means[1] / means[0] - 1)
+
+
+def test_table_compares_with_a_base_of_the_job_or_of_one_beside(tmp_path):
+  for name, models in (
+    ("beside", ["base", "joint"]), ("runs/a", ["x", "y", "pin"]),
+    ("runs/b", ["x", "base", "y", "z", "pin"]),
+  ):
+    rows = make_rows(models)
+    if name == "runs/b":  # the order of rows does not matter
+      rows = rows.sample(fraction=1, shuffle=True, seed=1)
+    (make_workdir(tmp_path / name, rows) / "done").touch()
+  read = lambda name, model: pl.read_parquet(
+    tmp_path / name / "rows.parquet"
+  ).filter(model=model)
+  for base, origin in (
+    ("base", {"runs/a": "beside", "runs/b": "runs/b"}),
+    ("joint", {"runs/a": "beside", "runs/b": "beside"}),
+  ):
+    table = sweep.table(
+      tmp_path / "runs", base=base, beside=tmp_path / "beside"
+    )
+    for name, place in origin.items():
+      line = table.filter(job=name[-1], model="pin").row(0, named=True)
+      for segment, title in ((0, "tail %"), (1, "head %")):
+        want = _change(read(place, base), read(name, "pin"), segment)
+        shown, low, high = re.fullmatch(
+          r"(\S+) \[(\S+), (\S+)\]", line[title]
+        ).groups()
+        assert float(shown) == pytest.approx(want, abs=0.051)
+        assert float(low) < float(shown) < float(high)
+
+
+def test_table_refuses_bases_that_do_not_compare(tmp_path):
+  rows = make_rows(["pin"])
+  (make_workdir(tmp_path / "runs/a", rows) / "done").touch()
+  assert "tail %" not in sweep.table(tmp_path / "runs").columns
+  with pytest.raises(InputError, match="--base=x: no job of .* has that model"):
+    sweep.table(tmp_path / "runs", base="x")
+  beside = make_workdir(tmp_path / "beside", make_rows(["base"]))
+  with pytest.raises(InputError, match="no model 'x'; name one of .'base'"):
+    sweep.table(tmp_path / "runs", base="x", beside=beside)
+  others = make_rows(["base"], seeds=(0, 2))
+  beside = make_workdir(tmp_path / "others", others)
+  with pytest.raises(InputError, match="jobs a and .*others differ in users"):
+    sweep.table(tmp_path / "runs", beside=beside)
+
+
 def test_table_from_the_result_files(tmp_path):
   paths = [
     _finished(tmp_path, name, length, validation)
@@ -197,6 +252,7 @@ def test_table_from_the_result_files(tmp_path):
       assert line["validation"] == {"a": 0.75, "b": 1.25}[line["job"]]
     else:
       assert np.isnan(line["validation"])
+    assert (line["tail %"] == "") == (line["model"] == "base")
   console = _console()
   sweep.print_table(table, console)
   assert "1.2500" in console.file.getvalue()
