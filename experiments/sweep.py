@@ -304,6 +304,11 @@ def table(
   differing = _differing(flat)
   other = None
   if beside is not None:
+    if not (epath.Path(beside) / "summary.json").exists():
+      raise InputError(
+        f"--beside={beside} is no workdir of a finished job (a summary of one "
+        "does not say which user is which); name one"
+      )
     results = summaries.read(beside)
     base = base or results.summary.get("base", "base")
     other = _rows_of(results, base)

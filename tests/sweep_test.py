@@ -220,6 +220,8 @@ def test_table_refuses_bases_that_do_not_compare(tmp_path):
   beside = make_workdir(tmp_path / "beside", make_rows(["base"]))
   with pytest.raises(InputError, match="no model 'x'; name one of .'base'"):
     sweep.table(tmp_path / "runs", base="x", beside=beside)
+  with pytest.raises(InputError, match="is no workdir of a finished job"):
+    sweep.table(tmp_path / "runs", beside=tmp_path)
   others = make_rows(["base"], seeds=(0, 2))
   beside = make_workdir(tmp_path / "others", others)
   with pytest.raises(InputError, match="jobs a and .*others differ in users"):
