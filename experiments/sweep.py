@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 
 from experiments import commands, settings, summaries
 from experiments.methods import METHODS
-from experiments.tables import user_ids
+from experiments.tables import change_text, user_ids
 from pin_jax import metrics, statistics
 from pin_jax.types import InputError
 
@@ -310,7 +310,7 @@ def table(
         "does not say which user is which); name one"
       )
     results = summaries.read(beside)
-    base = base or results.summary.get("base", "base")
+    base = base or _base_of(results)
     other = _rows_of(results, base)
     if other is None:
       raise InputError(
@@ -320,7 +320,7 @@ def table(
   lines = []
   for name, results in found.items():
     chosen = {key: _written(flat[name].get(key)) for key in differing}
-    own = _rows_of(results, base or results.summary.get("base", "base"))
+    own = _rows_of(results, base or _base_of(results))
     compared = (own, name) if own is not None else (other, beside)
     lines += [
       {"job": name, **chosen, **line}
@@ -342,6 +342,10 @@ def _differing(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if key != "methods"
     and len({json.dumps(own.get(key)) for own in flat.values()}) > 1
   ]
+
+
+def _base_of(results: summaries.Results) -> str:
+  return results.summary.get("base", "base")
 
 
 def _rows_of(results: summaries.Results, model: str) -> pl.DataFrame | None:
@@ -399,8 +403,7 @@ def _changes(
       part["value"].to_numpy(), part["value_own"].to_numpy(),
       users=user_ids(part), seeds=part["seed"].to_numpy(),
     )
-    shown = [f"{100 * float(x):+.1f}" for x in change[:3]]
-    out[name] = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    out[name] = change_text(change.estimate, change.low, change.high)
   return out
 
 

@@ -362,12 +362,13 @@ def _percent(value: float) -> str:
   return "n/a" if not math.isfinite(value) else f"{100 * value:+.1f}"
 
 
+def change_text(change: float, low: float, high: float) -> str:
+  """Relative change and its interval in percent: '+1.0 [-2.0, +3.0]'."""
+  return f"{_percent(change)} [{_percent(low)}, {_percent(high)}]"
+
+
 def _change(line: Mapping[str, Any]) -> str:
-  """Relative change with its interval, in percent."""
-  change, low, high = (
-    _percent(line[key]) for key in ("relative_change", "low", "high")
-  )
-  return f"{change} [{low}, {high}]"
+  return change_text(line["relative_change"], line["low"], line["high"])
 
 
 def number_range(low: int, high: int) -> str:
