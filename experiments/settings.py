@@ -12,7 +12,14 @@ from ml_collections import ConfigDict
 
 from experiments.configs.base import default
 from experiments.methods import METHODS, method_names, stages_of
-from pin_jax import aggregation, batches, criteria, memory, objectives
+from pin_jax import (
+  aggregation,
+  batches,
+  criteria,
+  memory,
+  objectives,
+  relations,
+)
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.backbones.hstu import hstu
@@ -33,7 +40,8 @@ from pin_jax.types import InputError, Plugin, PyTree
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 # name -> (keys of the `plugin` section that it takes, builder from what is
-# around it: the backbone's params, width D, memory channels K, consultation).
+# around it: the backbone's params, width D, channels of the memory and
+# relations K, consultation).
 PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
   "bottleneck": ({"hidden"}, lambda like, d, k, c, o: bottleneck(d, **o)),
   "translation": (set(), lambda like, d, k, c, o: translation(d)),
@@ -151,6 +159,7 @@ _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
   "optimizer.classifier_learning_rate", "optimizer.clip",
   "pin.clip_importance", "memory.decay", "memory.history_decay",
+  "memory.ridge",
   "claims.power", "claims.assumed_ndcg",
 )
 _SHARES = (
@@ -202,7 +211,8 @@ def make_plugin(
   if config.plugin.name == "gated":
     options["repeats"] = repeats
   return build(
-    like, config.backbone.width, len(config.memory.channels),
+    like, config.backbone.width,
+    len(config.memory.channels) + len(config.memory.relations),
     consultation(config), options,
   )
 
@@ -296,6 +306,14 @@ def _check_plugin(config: ConfigDict) -> None:
   memory.check_options(
     tuple(options.channels), options.window, options.decay, options.neighbours
   )
+  relations.check(tuple(options.relations))
+  if config.plugin.name in ("memory", "gated") and options.relations:
+    if config.pin.plugin_draw != "validation":
+      raise _bad(
+        "memory.relations", tuple(options.relations),
+        "they hold what users did in training, so that plugins need "
+        "pin.plugin_draw='validation'; set that, or no relations"
+      )
   if options.history_decay > 1:
     raise _bad("memory.history_decay", options.history_decay, "give at most 1")
   if config.memory.recent > config.backbone.length:

@@ -37,6 +37,7 @@ from pin_jax import (
   negatives,
   plugins,
   propensity,
+  relations,
   sharding,
   sparse,
   splits,
@@ -61,11 +62,13 @@ class Networks(NamedTuple):
     backbone: the model.
     plugins: by `Stage.plugin`.
     layout: of the mesh.
+    evidence: makes what plugins read besides, the first time it is called.
   """
 
   backbone: Backbone
   plugins: dict[str, Plugin]
   layout: sharding.Layout = sharding.LOCAL
+  evidence: Callable[[], plugins.Evidence] | None = None
 
 
 def make_networks(
@@ -102,9 +105,34 @@ def make_networks(
 
 
 def networks_of(config: ConfigDict, problem: Problem) -> Networks:
-  """The networks that suit a problem's catalogue and habits."""
-  return make_networks(
-    config, problem.split.interactions.num_items, repeats=problem.repeats
+  """The networks that suit a problem's catalogue and habits.
+
+  Raises:
+    InputError: for more items than a relation takes.
+  """
+  num_items = problem.split.interactions.num_items
+  relations.check(tuple(config.memory.relations), num_items)
+  made = make_networks(config, num_items, repeats=problem.repeats)
+  return made._replace(evidence=functools.cache(lambda: sharding.put_replicated(
+    make_evidence(config.memory, problem.split), made.layout
+  )))
+
+
+def make_evidence(options: ConfigDict, split: splits.Split) -> plugins.Evidence:
+  """What the `memory` section asks for.
+
+  Raises:
+    InputError: for a bad option, or too many items for a relation.
+  """
+  counting = {
+    key: options[key] for key in ("window", "decay", "neighbours")
+  }
+  related = relations.relate(
+    split, tuple(options.relations), shrink=options.shrink,
+    popularity_power=options.popularity_power, ridge=options.ridge, **counting,
+  )
+  return plugins.make_evidence(
+    split, relations=related, channels=tuple(options.channels), **counting
   )
 
 
@@ -500,15 +528,8 @@ class Trainer:
 
   def _evidence(self, plugin: str) -> plugins.Evidence | None:
     """What a kind of plugin reads besides, None where that is nothing."""
-    return self._whole_evidence if self._networks.plugins[plugin].mix else None
-
-  @functools.cached_property
-  def _whole_evidence(self) -> plugins.Evidence:
-    options = self._config.memory.to_dict()
-    for key in plugins.Consultation._fields:
-      del options[key]
-    evidence = plugins.make_evidence(self._problem.split, **options)
-    return sharding.put_replicated(evidence, self._layout)
+    mixes = self._networks.plugins[plugin].mix is not None
+    return self._networks.evidence() if mixes else None
 
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best

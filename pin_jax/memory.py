@@ -107,10 +107,10 @@ def build(
   shape = (data.num_items + 1,) * 2
   tables = [_count(items, starts, one, shape) for one in kernel]
   union = sum(table / max(table.max(), 1) for table in tables).tocsr()
-  kept = _largest(union, neighbours)
+  kept = largest(union, neighbours)
   rows = np.arange(shape[0])[:, None]
   counts = [
-    np.where(kept > 0, _entries(table, rows, kept), 0) for table in tables
+    np.where(kept > 0, entries(table, rows, kept), 0) for table in tables
   ]
   as_float = lambda x: jnp.asarray(x, jnp.float32)
   as_int = lambda x: jnp.asarray(x, jnp.int32)
@@ -161,6 +161,23 @@ def distinct_sequences(
   return data.items[kept], starts, place
 
 
+def around(
+  items: np.ndarray, starts: np.ndarray, num_items: int, *, window: int,
+  decay: float,
+) -> scipy.sparse.csr_array:
+  """C(a, b) of the channel 'around', of all users; [V+1, V+1].
+
+  Args:
+    items: [T] of `distinct_sequences`.
+    starts: [U+1] likewise.
+    num_items: V.
+    window: places that count.
+    decay: weight of each further place.
+  """
+  kernel = _kernels(window, decay)["around"]
+  return _count(items, starts, kernel, (num_items + 1,) * 2)
+
+
 def _count(
   items: np.ndarray, starts: np.ndarray, kernel: np.ndarray, shape: tuple
 ) -> scipy.sparse.csr_array:
@@ -180,7 +197,7 @@ def _count(
   return total.tocsr()
 
 
-def _largest(table: scipy.sparse.csr_array, count: int) -> np.ndarray:
+def largest(table: scipy.sparse.csr_array, count: int) -> np.ndarray:
   """[V+1, count] columns of the largest entries of each row, 0 = none.
 
   Of equal entries those of the smaller column.
@@ -196,7 +213,7 @@ def _largest(table: scipy.sparse.csr_array, count: int) -> np.ndarray:
   return kept
 
 
-def _entries(
+def entries(
   table: scipy.sparse.csr_array, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
   """table[rows, columns], by a search in the sorted entries."""

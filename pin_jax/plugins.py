@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pin_jax import memory
+from pin_jax import relations as related
 from pin_jax.memory import Memory
 from pin_jax.splits import Split
 from pin_jax.types import Backbone, InputError, Plugin, PyTree, Reading
@@ -26,18 +27,23 @@ class Evidence(NamedTuple):
     memory: the transitions.
     activeness: [U] float32, log activeness, standardised over users.
     popularity: [V+1] float32, log(1 + training count), standardised over items.
+    relations: of the items, or None.
   """
 
   memory: Memory
   activeness: jax.Array
   popularity: jax.Array
+  relations: related.Relations | None = None
 
 
-def make_evidence(split: Split, **options: Any) -> Evidence:
+def make_evidence(
+  split: Split, *, relations: related.Relations | None = None, **options: Any
+) -> Evidence:
   """Builds the evidence of a split.
 
   Args:
     split: whose training prefix counts.
+    relations: of its items, see `relations.relate`; None = none.
     **options: of `memory.build`.
 
   Raises:
@@ -48,7 +54,7 @@ def make_evidence(split: Split, **options: Any) -> Evidence:
   popularity = np.log1p(counts)
   return Evidence(
     built, jnp.asarray(known_activeness(split.activeness, split.activeness)),
-    jnp.asarray(_standardized(popularity, popularity)),
+    jnp.asarray(_standardized(popularity, popularity)), relations,
   )
 
 
@@ -235,12 +241,12 @@ def adapter(like: PyTree, *, width: int, hidden: int) -> Plugin:
 
 
 def memory_mix(num_channels: int, consultation: Consultation) -> Plugin:
-  """Adds the transition memory to the logits.
+  """Adds the transition memory, and relations of items, to the logits.
 
     logit'(v) = logit(v) + sum_k w_k log(1 + m_k(v) / e), w = 0 at the start
 
   Args:
-    num_channels: K of the memory.
+    num_channels: K, channels of the memory and relations together.
     consultation: how the memory is asked.
   """
 
@@ -249,8 +255,7 @@ def memory_mix(num_channels: int, consultation: Consultation) -> Plugin:
     reading: Reading, logits: jax.Array, candidates: jax.Array | None,
   ) -> jax.Array:
     del representation
-    sparse = _consult(evidence, reading, consultation)
-    known = _known(evidence, sparse, candidates)
+    known = _consult(evidence, reading, consultation).known(candidates)
     return logits + jnp.einsum("k,kmc->mc", params, known)
 
   init = lambda key: jnp.zeros(num_channels)
@@ -258,7 +263,9 @@ def memory_mix(num_channels: int, consultation: Consultation) -> Plugin:
 
 
 def memory_alone(consultation: Consultation) -> Plugin:
-  """The memory without the backbone, b log(1 + sum_k m_k(v) / e), b = 1.
+  """The memory without the backbone, and the relations of items.
+
+    logit(v) = b (log(1 + sum_k m_k(v) / e) + sum_k log(1 + r_k(v) / e)), b = 1
 
   No job trains b, which orders no items.
   """
@@ -268,9 +275,10 @@ def memory_alone(consultation: Consultation) -> Plugin:
     reading: Reading, logits: jax.Array, candidates: jax.Array | None,
   ) -> jax.Array:
     del representation, logits
-    sparse = _consult(evidence, reading, consultation)
-    sparse = sparse._replace(scores=sparse.scores.sum(0, keepdims=True))
-    return params * _known(evidence, sparse, candidates)[0]
+    found = _consult(evidence, reading, consultation)
+    channels = found.memory.scores.sum(0, keepdims=True)
+    whole = found._replace(memory=found.memory._replace(scores=channels))
+    return params * whole.known(candidates).sum(0)
 
   return Plugin(lambda key: jnp.ones(()), mix=mix, recent=consultation.recent)
 
@@ -302,7 +310,8 @@ def gated(
     logit'(v) = (1 + w_0) logit(v) + sum_k w_k log(1 + m_k(v) / e)
                 + w_(K+1) pop(v),   w = W2 tanh(W1 f + b1) + b2
 
-  with W2 = b2 = 0 at the start, and f of activeness, what each channel knows
+  with W2 = b2 = 0 at the start, m_k the memory's channels and then the
+  relations of items, and f of activeness, what each of these knows
   (log of its whole score), the share of the window that is filled and the
   normalised representation. With `repeats` one more expert, ahead of
   popularity, is the user's own history, w log(1 + r(v) / e) with r of
@@ -311,7 +320,7 @@ def gated(
 
   Args:
     width: D.
-    num_channels: K of the memory.
+    num_channels: K, channels of the memory and relations together.
     consultation: how the memory is asked.
     hidden: width of the gate.
     reads_state: whether f holds the representation.
@@ -330,12 +339,12 @@ def gated(
 
   def features(
     evidence: Evidence, representation: jax.Array, reading: Reading,
-    sparse: memory.Sparse,
+    found: _Found,
   ) -> jax.Array:
     parts = [
       evidence.activeness[reading.users][:, None],
       (reading.items > 0).mean(-1, keepdims=True),
-      memory.evidence(sparse.scores.sum(-1)).T / 5,
+      memory.evidence(found.totals()).T / 5,
     ]
     if reads_state:
       x = representation.astype(jnp.float32)
@@ -346,13 +355,14 @@ def gated(
     params: PyTree, evidence: Evidence, representation: jax.Array,
     reading: Reading, logits: jax.Array, candidates: jax.Array | None,
   ) -> jax.Array:
-    sparse = _consult(evidence, reading, consultation)
-    seen = features(evidence, representation, reading, sparse)
+    found = _consult(evidence, reading, consultation)
+    seen = features(evidence, representation, reading, found)
     weights = gate.apply({"params": params}, seen)
-    known = _known(evidence, sparse, candidates)
+    known = found.known(candidates)
     if repeats:
       own = memory.repeats(reading, consultation.history_decay)
-      known = jnp.concatenate([known, _known(evidence, own, candidates)])
+      own = memory.dense(own, candidates, found.num_items)
+      known = jnp.concatenate([known, memory.evidence(own)])
     popularity = evidence.popularity
     if candidates is not None:
       popularity = popularity[candidates]
@@ -366,20 +376,40 @@ def gated(
   return Plugin(init, mix=mix, recent=consultation.recent)
 
 
+class _Found(NamedTuple):
+  """What the evidence says of M positions, K = channels and relations."""
+
+  memory: memory.Sparse
+  related: memory.Sparse | None
+  num_items: int
+
+  def totals(self) -> jax.Array:
+    """Whole score of each, [K, M]."""
+    parts = [self.memory.scores.sum(-1)]
+    if self.related is not None:
+      parts.append(self.related.scores[:, 0].sum(-1))
+    return jnp.concatenate(parts)
+
+  def known(self, candidates: jax.Array | None) -> jax.Array:
+    """What each says of the candidates, [K, M, C]."""
+    parts = [memory.dense(self.memory, candidates, self.num_items)]
+    if self.related is not None:
+      parts.append(related.dense(self.related, candidates, self.num_items))
+    return memory.evidence(jnp.concatenate(parts))
+
+
 def _consult(
   evidence: Evidence, reading: Reading, consultation: Consultation
-) -> memory.Sparse:
+) -> _Found:
   options = consultation._asdict()
   del options["recent"]
-  return memory.consult(evidence.memory, reading, **options)
-
-
-def _known(
-  evidence: Evidence, sparse: memory.Sparse, candidates: jax.Array | None
-) -> jax.Array:
-  """What each channel says of the candidates, [K, M, C]."""
-  num_items = len(evidence.popularity) - 1
-  return memory.evidence(memory.dense(sparse, candidates, num_items))
+  sparse = memory.consult(evidence.memory, reading, **options)
+  others = evidence.relations
+  if others is not None:
+    others = related.consult(
+      others, reading, history_decay=consultation.history_decay
+    )
+  return _Found(sparse, others, len(evidence.popularity) - 1)
 
 
 def _check_size(name: str, value: int) -> None:

@@ -27,6 +27,7 @@ from etils import epath
 from pin_jax import archives, evaluation, plugins
 from pin_jax.backbones import conditioned
 from pin_jax.memory import Memory
+from pin_jax.relations import Relations
 from pin_jax.splits import Split, training_counts
 from pin_jax.types import InputError, PyTree, Reading
 
@@ -180,7 +181,7 @@ def _attends(model: evaluation.Model, length: int) -> bool:
   return jax.eval_shape(represented, jax.random.key(0)).shape[1] == 2
 
 
-def tables_of(evidence: plugins.Evidence | None) -> dict[str, jax.Array] | None:
+def tables_of(evidence: plugins.Evidence | None) -> dict[str, PyTree] | None:
   """What a plugin's evidence holds of items, without that of users."""
   if evidence is None:
     return None
@@ -189,11 +190,13 @@ def tables_of(evidence: plugins.Evidence | None) -> dict[str, jax.Array] | None:
     "neighbours": built.neighbours, "counts": built.counts,
     "totals": built.totals, "kernel": built.kernel,
     "interactions": built.popularity, "popularity": evidence.popularity,
+    # A plain tuple, which a program can be saved with.
+    "relations": evidence.relations and tuple(evidence.relations),
   }
 
 
 def _read(
-  tables: dict[str, jax.Array] | None, given: Inputs
+  tables: dict[str, PyTree] | None, given: Inputs
 ) -> tuple[plugins.Evidence | None, Reading | None]:
   """The evidence and reading of the B users, who are numbered 0..B-1."""
   if tables is None:
@@ -204,7 +207,10 @@ def _read(
     tables["interactions"], given.own, given.starts, given.place.reshape(-1),
     tables["kernel"],
   )
-  evidence = plugins.Evidence(built, given.activeness, tables["popularity"])
+  related = tables["relations"] and Relations(*tables["relations"])
+  evidence = plugins.Evidence(
+    built, given.activeness, tables["popularity"], related
+  )
   place = jnp.arange(rows * recent).reshape(rows, recent)
   return evidence, Reading(jnp.arange(rows), given.recent, place)
 

@@ -241,6 +241,7 @@ def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
   config = _config()
   config.plugin.name, config.pin.plugin_draw = plugin, "validation"
   config.memory.recent, config.loss.name = 3, loss
+  config.memory.relations = ("cosine", "two_step", "linear")
   config.loss.negatives = 10
   config.optimizer.plugin_learning_rate = 0.05
   config.methods = ("memory_alone", "joint_shared", "joint_plugins")
@@ -251,6 +252,17 @@ def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
   assert (rows.filter(model="memory alone")["rank"] < 15).mean() > 0.5
   for name in ("joint + shared plugin", "joint + plugins"):
     assert (ranks[name] != ranks["memory alone"]).any()
+
+
+def test_relations_need_targets_that_they_do_not_hold(tmp_path):
+  config = _config()
+  config.plugin.name, config.memory.relations = "gated", ("cosine",)
+  config.memory.recent = 3
+  with pytest.raises(
+    InputError, match="relations.*'cosine'.*plugin_draw='validation'"
+  ):
+    _run(config, tmp_path / "w")
+  assert not (tmp_path / "w").exists()
 
 
 def test_joint_stages_may_read_more_windows(finished, tmp_path):

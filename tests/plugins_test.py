@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pin_jax import memory
+from pin_jax import memory, relations
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.batches import make_sequences, read_back
 from pin_jax.interactions import from_columns
@@ -245,20 +245,43 @@ def test_the_memory_mix_equals_its_formula():
       jnp.asarray(weights), evidence, STATES, reading, LOGITS[:, few], few
     ), want[:, few], rtol=1e-4, atol=1e-5,
   )
+
+
+@pytest.mark.parametrize("names", [(), ("two_step", "linear")])
+def test_the_memory_alone_equals_its_formula(names):
+  evidence, reading, split = _world()
+  related = relations.relate(split, names, neighbours=4)
+  evidence = evidence._replace(relations=related)
+  scores = memory.dense(memory.consult(
+    evidence.memory, reading, history_decay=0.8, shrink=2.0,
+    popularity_power=0.25,
+  ), None, 5)
+  want = np.log1p(np.asarray(scores, np.float64).sum(0) / 1e-3)
+  for k in range(len(names)):
+    added = np.zeros_like(want)
+    for user, row in enumerate(np.asarray(reading.items)):
+      for age, item in enumerate(row):
+        for b, score in zip(
+          np.asarray(related.neighbours[k, item]),
+          np.asarray(related.scores[k, item]), strict=True,
+        ):
+          added[user, b] += 0.8**age * score
+    want += np.log1p(added / 1e-3)
   alone = memory_alone(ASKED).mix(
     1.0, evidence, STATES, reading, LOGITS, None
   )
-  np.testing.assert_allclose(
-    alone, np.log1p(scores.sum(0) / 1e-3), rtol=1e-4, atol=1e-5
-  )
+  np.testing.assert_allclose(alone, want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("repeats", [False, True])
-def test_the_gate_equals_its_formula(repeats):
+@pytest.mark.parametrize("repeats, names", [
+  (False, ()), (True, ()), (True, ("linear", "cosine")),
+])
+def test_the_gate_equals_its_formula(repeats, names):
   evidence, reading, split = _world(recent=5)
-  evidence = evidence._replace(memory=_three_channels())
+  related = relations.relate(split, names, neighbours=4)
+  evidence = evidence._replace(memory=_three_channels(), relations=related)
   plugin = gated(
-    WIDTH, 3, Consultation(recent=5), hidden=4, repeats=repeats
+    WIDTH, 3 + len(names), Consultation(recent=5), hidden=4, repeats=repeats
   )
   params = _noisy(plugin.init)
   sparse = memory.consult(
@@ -266,6 +289,18 @@ def test_the_gate_equals_its_formula(repeats):
     popularity_power=0.25,
   )
   scores = np.asarray(memory.dense(sparse, None, 5), np.float64)
+  for k in range(len(names)):
+    table, added = np.zeros((6, 6)), np.zeros((1, 3, 6))
+    for a in range(6):
+      for b, score in zip(
+        related.neighbours[k, a], related.scores[k, a], strict=True
+      ):
+        table[a, b] += score
+    for user, row in enumerate([[1, 2, 3, 4, 1], [2, 3, 5, 1], [3, 1, 2]]):
+      for age, item in enumerate(reversed(row)):
+        added[0, user] += 0.8**age * table[item]
+    assert added.any()
+    scores = np.concatenate([scores, added])
   known = np.log1p(scores / 1e-3)
   activeness = np.log(split.activeness)
   activeness = (activeness - activeness.mean()) / activeness.std()
@@ -276,6 +311,7 @@ def test_the_gate_equals_its_formula(repeats):
       counts[item] += 1
   popular = np.log1p(counts)
   popular = (popular - popular.mean()) / popular.std()
+  features_of = np.log1p(scores.sum(-1).T / 1e-3) / 5
   if repeats:
     own = np.zeros((1, 3, 6))
     for user, row in enumerate([[1, 2, 3, 4, 1], [2, 3, 5, 1], [3, 1, 2]]):
@@ -289,7 +325,7 @@ def test_the_gate_equals_its_formula(repeats):
   features = np.concatenate([
     activeness[:, None],
     (np.asarray(reading.items) > 0).mean(1, keepdims=True),
-    np.log1p(scores.sum(-1).T / 1e-3) / 5, state,
+    features_of, state,
   ], 1)
   dense = [
     (np.asarray(params[n]["kernel"]), np.asarray(params[n]["bias"]))

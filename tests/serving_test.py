@@ -24,6 +24,7 @@ from pin_jax import (
   batches,
   evaluation,
   plugins,
+  relations,
   serving,
   splits,
 )
@@ -69,12 +70,19 @@ def make_model(case):
     "bottleneck": lambda: plugins.bottleneck(D),
     "memory": lambda: plugins.memory_mix(2, asked),
     "lora": lambda: plugins.low_rank(params, rank=2),
-    "gated": lambda: plugins.gated(D, 2, asked, hidden=3, repeats=True),
+    "gated": lambda: plugins.gated(D, 4, asked, hidden=3, repeats=True),
   }[plugin]()
   stacked = noisy(lambda key: plugins.init_stacked(made, key, 2), seed=1)
-  evidence = plugins.make_evidence(SPLIT, neighbours=5) if made.mix else None
+  evidence = make_evidence(SPLIT, plugin) if made.mix else None
   model = evaluation.Model(backbone, made)
   return model, evaluation.Weights(params, stacked, evidence)
+
+
+def make_evidence(split, plugin):
+  names = ("linear", "cosine") if plugin == "gated" else ()
+  return plugins.make_evidence(
+    split, neighbours=5, relations=relations.relate(split, names, neighbours=5)
+  )
 
 
 SPLIT = make_split()
@@ -259,7 +267,7 @@ def test_somebody_new_is_scored_as_a_user_that_was_never_counted(made, case):
   split = splits.dataclasses.replace(split, train_end=ends)
   logs = np.log(SPLIT.train_end)
   own = (np.log(len(history)) - logs.mean()) / logs.std()
-  evidence = plugins.make_evidence(split, neighbours=5)._replace(
+  evidence = make_evidence(split, case.split()[1])._replace(
     activeness=jnp.append(weights.evidence.activeness, np.float32(own))
   )
   expected = evaluation.make_log_probabilities(model, num_items=V, length=L)(

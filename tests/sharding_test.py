@@ -20,7 +20,14 @@ from experiments import logs, settings, trainer
 from experiments.configs import base
 from experiments.methods import stages_of
 from experiments.problem import make_problem, requests_for
-from pin_jax import aggregation, catalogue, evaluation, plugins, sharding
+from pin_jax import (
+  aggregation,
+  catalogue,
+  evaluation,
+  plugins,
+  relations,
+  sharding,
+)
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.types import InputError
 
@@ -131,7 +138,10 @@ def compute_ranks(cases, nearly=False, **changes):
   evidence = None
   if plugin.mix:
     evidence = plugins.make_evidence(
-      problem.split, neighbours=8, window=3, decay=0.6, channels=("after",)
+      problem.split, neighbours=8, window=3, decay=0.6, channels=("after",),
+      relations=relations.relate(
+        problem.split, tuple(made.memory.relations), neighbours=8
+      ),
     )
   users = np.flatnonzero(problem.split.test >= 0)[:70]
   requests = requests_for(problem, "test", users)
@@ -337,6 +347,7 @@ if __name__ == "__main__":
   train = {"quick": compute_training, "slow": compute_weightings}[what]
   mixed = {
     "plugin.name": "gated", "memory.channels": ("after",), "memory.recent": 5,
+    "memory.relations": ("cosine",), "pin.plugin_draw": "validation",
     "backbone.reads_activeness": True,
   }
   print(json.dumps({
