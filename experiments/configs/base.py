@@ -240,10 +240,11 @@ def files_section(path: str, **columns: str) -> ConfigDict:
 
 
 def gated(config: ConfigDict) -> None:
-  """Sets a gate over the transition memory as plugin, and its ablation."""
+  """Sets a gate over memory and relations as plugin, and its ablation."""
   # The gate's few parameters learn from the validation targets of half of the
   # users: on training targets the backbone knows the answers.
   config.plugin.update(name="gated", hidden=16, reads_state=False)
+  config.memory.relations = ("cosine", "two_step", "linear")
   config.pin.plugin_draw = "validation"
   config.optimizer.plugin_learning_rate = 2e-2
   config.methods = (
@@ -259,9 +260,11 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config.data = files_section(values["path"])
   config.backbone.update(length=32, width=128, dropout=0.5, pack_rows=8)
   config.loss.update(name="sampled_softmax", negatives=2048)
-  config.optimizer.learning_rate = 1.5e-3
+  config.optimizer.learning_rate = 3e-3
   config.batch_size, config.validation.every = 460, 250
   config.backbone_steps, config.plugin_steps = 1250, 250
+  # From the joint gradient's weights to P(d), over the whole of stage 1.
+  config.pin.weighting = "annealed_backdoor:steps=1250"
   gated(config)
   return config
 

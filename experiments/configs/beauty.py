@@ -36,6 +36,7 @@ def sweep() -> list[dict[str, Any]]:
   """Lists one change at a time of what PIN divides users by and weighs with."""
   common = {
     "backbone.width": 64, "optimizer.learning_rate": 2e-3,
+    "memory.relations": (), "pin.weighting": "backdoor",
     "methods": ("pin_backbone", "pin"),
   }
   # Groups of as many users make P(d) of users uniform, whatever its exponent;
