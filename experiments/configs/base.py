@@ -240,11 +240,10 @@ def files_section(path: str, **columns: str) -> ConfigDict:
 
 
 def gated(config: ConfigDict) -> None:
-  """Sets a gate over memory and relations as plugin, and its ablation."""
+  """Sets a gate over the transition memory as plugin, and its ablation."""
   # The gate's few parameters learn from the validation targets of half of the
   # users: on training targets the backbone knows the answers.
   config.plugin.update(name="gated", hidden=16, reads_state=False)
-  config.memory.relations = ("cosine", "two_step", "linear")
   config.pin.plugin_draw = "validation"
   config.optimizer.plugin_learning_rate = 2e-2
   config.methods = (
@@ -266,6 +265,7 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   # From the joint gradient's weights to P(d), over the whole of stage 1.
   config.pin.weighting = "annealed_backdoor:steps=1250"
   gated(config)
+  config.memory.relations = ("cosine", "two_step", "linear")
   return config
 
 

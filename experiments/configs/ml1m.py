@@ -43,7 +43,6 @@ def sweep() -> list[dict[str, Any]]:
     {
       "backbone.length": length, "batch_size": batch_size,
       "backbone.pack_rows": pack_rows, "memory.recent": min(length, 10),
-      "memory.relations": (),
       "methods": ("base", "joint_shared", "pin_backbone", "pin"),
     }
     for length, batch_size, pack_rows in (
