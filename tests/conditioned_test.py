@@ -306,7 +306,7 @@ def tiny(**changes):
 
 def trained(made, workdir):
   problem = make_problem(made)
-  networks = trainer.make_networks(made, problem.split.interactions.num_items)
+  networks = trainer.networks_of(made, problem)
   progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
   out = trainer.Trainer(
     made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress

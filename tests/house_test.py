@@ -23,6 +23,7 @@ LEVELS = {
   "pin_jax.activeness": 1,
   "pin_jax.splits": 1,
   "pin_jax.memory": 1,
+  "pin_jax.relations": 1,
   "pin_jax.plugins": 1,
   "pin_jax.packing": 1,
   "pin_jax.sharding": 1,

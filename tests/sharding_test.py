@@ -118,8 +118,8 @@ def compute_ranks(cases, nearly=False, **changes):
   evaluation.tile_for = catalogue.tile_for = lambda *_: TILE
   made = config(**changes)
   problem = make_problem(made)
-  backbone, made_plugins, _ = trainer.make_networks(made, ITEMS)
-  plugin = made_plugins["own"]
+  networks = trainer.make_networks(made, ITEMS)
+  backbone, plugin = networks.backbone, networks.plugins["own"]
   params = backbone.init(jax.random.key(0))
   half = params["items"][1 : 1 + ITEMS // 2]
   params["items"] = jnp.concatenate([half[:1], half, half])  # ties
