@@ -5,7 +5,7 @@
 
 Some 13 minutes on one CPU core (base 210 CPU-seconds). Expect, history masked,
 over three seeds a base of NDCG@10 .0561 (tail .051, head .078), PIN at +11 %
-[+8, +14] for tail and +5 % [+1, +10] for head users, and a joint backbone with
+[+8, +15] for tail and +5 % [+1, +10] for head users, and a joint backbone with
 one gate for all users at +14 % [+11, +17] and +6 % [+2, +10].
 
 A base of width 256 (`--config.backbone.width=256
@@ -17,7 +17,7 @@ and with the transition memory alone:
   python -m experiments.sweep --config=experiments/configs/beauty.py \
     --workdir=runs/axes
 Of these `pin.weighting=annealed_backdoor:steps=1250` has the best backbone on
-validation, and is the default here and on Toys.
+validation, and is the default here.
 """
 
 from typing import Any
