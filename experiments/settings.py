@@ -52,6 +52,7 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
     {"hidden", "reads_state"}, lambda like, d, k, c, o: gated(d, k, c, **o)
   ),
 }
+_MIXING = ("memory", "gated")  # plugins that read the memory
 PROPOSALS = ("uniform", "popularity", "in_batch")
 _OF_ANY_BACKBONE = {"name", "pack_rows", "compute", "reads_activeness"}
 
@@ -159,8 +160,7 @@ _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
   "optimizer.classifier_learning_rate", "optimizer.clip",
   "pin.clip_importance", "memory.decay", "memory.history_decay",
-  "memory.ridge",
-  "claims.power", "claims.assumed_ndcg",
+  "memory.ridge", "claims.power", "claims.assumed_ndcg",
 )
 _SHARES = (
   "groups.head_share", "split.validation", "split.test", "backbone.dropout",
@@ -307,22 +307,21 @@ def _check_plugin(config: ConfigDict) -> None:
     tuple(options.channels), options.window, options.decay, options.neighbours
   )
   relations.check(tuple(options.relations))
-  if config.plugin.name in ("memory", "gated") and options.relations:
-    if config.pin.plugin_draw != "validation":
-      raise _bad(
-        "memory.relations", tuple(options.relations),
-        "they hold what users did in training, so that plugins need "
-        "pin.plugin_draw='validation'; set that, or no relations"
-      )
+  mixes = config.plugin.name in _MIXING
+  if mixes and options.relations and config.pin.plugin_draw != "validation":
+    raise _bad(
+      "memory.relations", tuple(options.relations),
+      "they hold what users did in training, so that plugins need "
+      "pin.plugin_draw='validation'; set that, or no relations"
+    )
   if options.history_decay > 1:
     raise _bad("memory.history_decay", options.history_decay, "give at most 1")
-  if config.memory.recent > config.backbone.length:
-    if config.plugin.name in ("memory", "gated"):
-      raise _bad(
-        "memory.recent", config.memory.recent,
-        f"give at most backbone.length={config.backbone.length}, what the "
-        "model reads",
-      )
+  if mixes and config.memory.recent > config.backbone.length:
+    raise _bad(
+      "memory.recent", config.memory.recent,
+      f"give at most backbone.length={config.backbone.length}, what the model "
+      "reads",
+    )
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -386,7 +385,7 @@ def _check_mesh(config: ConfigDict) -> None:
   """What does not go together with more than one device."""
   data, devices = config.mesh.data, config.mesh.data * config.mesh.model
   kinds = _kinds_of_plugins(config)
-  mixed = kinds and config.plugin.name in ("memory", "gated")
+  mixed = kinds and config.plugin.name in _MIXING
   for wrong, key, value, remedy in (
     (devices > 1 and config.num_seeds > 1, "num_seeds", config.num_seeds,
      "several devices train one seed at a time; set 1"),
@@ -441,7 +440,7 @@ def _check_stream(config: ConfigDict) -> None:
     return
   kinds = _kinds_of_plugins(config)
   names = method_names(config.methods, config.pin.weighting)
-  mixed = kinds and config.plugin.name in ("memory", "gated")
+  mixed = kinds and config.plugin.name in _MIXING
   for wrong, key, value, remedy in (
     (config.num_seeds > 1, "num_seeds", config.num_seeds, "set 1"),
     (config.split.protocol != "leave_one_out", "split.protocol",

@@ -9,9 +9,8 @@ import pytest
 
 from pin_jax import memory
 from pin_jax.batches import make_sequences, read_back
-from pin_jax.interactions import from_columns
-from pin_jax.splits import leave_one_out
 from pin_jax.types import InputError
+from tests.toys import split_of, training_rows
 
 ITEMS, WINDOW, DECAY = 12, 3, 0.6
 OPTIONS = {"history_decay": 0.8, "shrink": 2.0, "popularity_power": 0.25}
@@ -22,21 +21,12 @@ def _split(seed=0, users=9):
   rng = np.random.default_rng(seed)
   rows = [rng.integers(1, ITEMS + 1, rng.integers(3, 14)) for _ in range(users)]
   rows.append(np.arange(1, ITEMS + 1))  # every item occurs
-  return leave_one_out(from_columns(
-    [u for u, row in enumerate(rows) for _ in row],
-    [int(i) for row in rows for i in row],
-    times=[t for row in rows for t in range(len(row))],
-  ))
+  return split_of(rows)
 
 
 def _training(split):
   """Each user's training items, first occurrences only."""
-  data = split.interactions
-  rows = [
-    data.items[first : first + end]
-    for first, end in zip(data.offsets[:-1], split.train_end, strict=True)
-  ]
-  return [list(dict.fromkeys(row.tolist())) for row in rows]
+  return [list(dict.fromkeys(row)) for row in training_rows(split)]
 
 
 def _weight(channel, gap):
@@ -65,12 +55,9 @@ def _score(split, user, position, channel, recent=4):
   rows = _training(split)
   counts = _counts(rows[:user] + rows[user + 1 :], channel)
   data = split.interactions
-  training = [
-    i
-    for first, end in zip(data.offsets[:-1], split.train_end, strict=True)
-    for i in data.items[first : first + end].tolist()
-  ]
-  popularity = collections.Counter(training)
+  popularity = collections.Counter(
+    i for row in training_rows(split) for i in row
+  )
   first = data.offsets[user]
   history = data.items[first : first + position][::-1][:recent]
   out = np.zeros(ITEMS + 1)
@@ -163,11 +150,7 @@ def test_own_repeats_equal_a_loop_over_the_history(recent):
 
 
 def test_only_the_training_prefix_is_asked_for_repeats():
-  split = lambda *rows: leave_one_out(from_columns(
-    [u for u, row in enumerate(rows) for _ in row],
-    [item for row in rows for item in row],
-    times=[t for row in rows for t, _ in enumerate(row)],
-  ))
+  split = lambda *rows: split_of(rows)
   distinct = [1, 2, 3, 4, 5]
   assert not memory.holds_repeats(split(distinct, [4, 2, 3, 2, 3]))
   assert not memory.holds_repeats(split(distinct, distinct))
@@ -182,9 +165,7 @@ def test_a_users_own_sequence_leaves_no_trace():
   split = _split()
   built = memory.build(split, channels=("after",), neighbours=ITEMS)
   rows = _training(split)
-  alone = leave_one_out(from_columns(
-    [0] * 5, [1, 2, 3, 4, 5], times=list(range(5))
-  ))
+  alone = split_of([[1, 2, 3, 4, 5]])
   single = memory.build(alone, channels=("after",), neighbours=4)
   reading = read_back(
     make_sequences(alone), jnp.zeros(1, jnp.int32), jnp.asarray([2]), 3

@@ -8,7 +8,6 @@ import pytest
 from pin_jax import memory, relations
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.batches import make_sequences, read_back
-from pin_jax.interactions import from_columns
 from pin_jax.layers import Block
 from pin_jax.plugins import (
   Consultation,
@@ -22,8 +21,8 @@ from pin_jax.plugins import (
   memory_mix,
   translation,
 )
-from pin_jax.splits import leave_one_out
 from pin_jax.types import InputError
+from tests.toys import split_of
 
 WIDTH, SEGMENTS = 6, 3
 
@@ -180,12 +179,7 @@ def test_inner_plugins_refuse_what_does_not_suit_them(make, message):
 
 def _world(recent=3):
   """(evidence, reading of the last position, split) of three users."""
-  rows = [[1, 2, 3, 4, 1, 1], [2, 3, 5, 1, 1], [3, 1, 2, 2]]
-  split = leave_one_out(from_columns(
-    [u for u, row in enumerate(rows) for _ in row],
-    [i for row in rows for i in row],
-    times=[t for row in rows for t, _ in enumerate(row)],
-  ))
+  split = split_of([[1, 2, 3, 4, 1, 1], [2, 3, 5, 1, 1], [3, 1, 2, 2]])
   evidence = make_evidence(split, window=2, neighbours=4)
   users = jnp.arange(3)
   reading = read_back(

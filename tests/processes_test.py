@@ -151,7 +151,9 @@ try:
 except processes.Lost as error:
   print("said:", error)
 """
-ABORTED = "another process of the job is lost (no sign of life); start all of"
+ABORTED = (
+  "another process of the job is lost (no sign of life); start all of them"
+)
 
 
 @pytest.mark.parametrize("run, code, said, written", [

@@ -6,9 +6,8 @@ import pytest
 
 from pin_jax import relations
 from pin_jax.batches import make_sequences, read_back
-from pin_jax.interactions import from_columns
-from pin_jax.splits import leave_one_out
 from pin_jax.types import InputError
+from tests.toys import split_of, training_rows
 
 ITEMS, WINDOW, DECAY, SHRINK, POWER = 12, 3, 0.6, 2.0, 0.25
 OPTIONS = {
@@ -22,19 +21,7 @@ def _split(users=14):
   rng = np.random.default_rng(0)
   rows = [rng.integers(1, ITEMS + 1, rng.integers(3, 9)) for _ in range(users)]
   rows.append(np.arange(1, ITEMS + 1))
-  return leave_one_out(from_columns(
-    [u for u, row in enumerate(rows) for _ in row],
-    [int(i) for row in rows for i in row],
-    times=[t for row in rows for t in range(len(row))],
-  ))
-
-
-def _training(split):
-  data = split.interactions
-  return [
-    data.items[first : first + end].tolist()
-    for first, end in zip(data.offsets[:-1], split.train_end, strict=True)
-  ]
+  return split_of(rows)
 
 
 def _cosine(rows):
@@ -84,7 +71,7 @@ LOOPS = {"cosine": _cosine, "two_step": _two_step, "linear": _linear}
 def test_the_scores_equal_the_definition(name):
   split = _split()
   built = relations.relate(split, (name,), **OPTIONS)
-  want = LOOPS[name](_training(split))
+  want = LOOPS[name](training_rows(split))
   got = np.zeros((ITEMS + 1, ITEMS + 1))
   for a in range(ITEMS + 1):
     for b, score in zip(
@@ -103,7 +90,7 @@ def test_the_scores_equal_the_definition(name):
 def test_a_row_keeps_its_largest_scores(name):
   split = _split()
   few = relations.relate(split, (name,), **OPTIONS | {"neighbours": 3})
-  want = LOOPS[name](_training(split))
+  want = LOOPS[name](training_rows(split))
   for a in range(1, ITEMS + 1):
     row = [max(want(a, b), 0) for b in range(1, ITEMS + 1) if b != a]
     np.testing.assert_allclose(
@@ -126,7 +113,7 @@ def test_histories_add_up_their_items_scores():
   few = jnp.asarray([3, 7, 7])
   some = relations.dense(sparse, few, ITEMS)
   own = relations.dense(sparse, jnp.tile(few, (len(users), 1)), ITEMS)
-  data, rows = split.interactions, _training(split)
+  data, rows = split.interactions, training_rows(split)
   for k, name in enumerate(names):
     score = LOOPS[name](rows)
     for user in users:
@@ -142,11 +129,7 @@ def test_histories_add_up_their_items_scores():
 
 
 def test_items_after_the_training_prefix_relate_nothing():
-  rows = [[1, 2, 3, 4], [2, 1, 4, 3]]  # trained: 1, 2
-  split = leave_one_out(from_columns(
-    [u for u, row in enumerate(rows) for _ in row],
-    [i for row in rows for i in row], times=[0, 1, 2, 3] * 2,
-  ))
+  split = split_of([[1, 2, 3, 4], [2, 1, 4, 3]])  # trained: 1, 2
   built = relations.relate(split, relations.RELATIONS, neighbours=4)
   ids = dict(enumerate(split.interactions.item_ids.tolist(), 1))
   near = {

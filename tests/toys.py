@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import aggregation, weightings
+from pin_jax import aggregation, splits, weightings
+from pin_jax.interactions import from_columns
 from pin_jax.types import Backbone
 
 # name -> (prior -> Weighting), the prior in the order of the groups.
@@ -58,6 +59,24 @@ def bigram(num_items, *, init=jax.random.normal, dropout=0.0):
     represent=lambda params, states, candidates: states[:, None],
     score=score,
   )
+
+
+def split_of(rows):
+  """The leave-one-out split of users' items, oldest first."""
+  return splits.leave_one_out(from_columns(
+    [user for user, row in enumerate(rows) for _ in row],
+    [int(item) for row in rows for item in row],
+    times=[time for row in rows for time, _ in enumerate(row)],
+  ))
+
+
+def training_rows(split):
+  """Each user's training items, oldest first."""
+  data = split.interactions
+  return [
+    data.items[first : first + end].tolist()
+    for first, end in zip(data.offsets[:-1], split.train_end, strict=True)
+  ]
 
 
 def noisy(init, seed=0, scale=0.5):

@@ -262,8 +262,6 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config.optimizer.learning_rate = 3e-3
   config.batch_size, config.validation.every = 460, 250
   config.backbone_steps, config.plugin_steps = 1250, 250
-  # From the joint gradient's weights to P(d), over the whole of stage 1.
-  config.pin.weighting = "annealed_backdoor:steps=1250"
   gated(config)
   config.memory.relations = ("cosine", "two_step", "linear")
   return config

@@ -29,7 +29,10 @@ from experiments.configs import base
 
 def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
-  return base.amazon(argument, "amazon_beauty_s3rec.parquet")
+  config = base.amazon(argument, "amazon_beauty_s3rec.parquet")
+  # From the joint gradient's weights to P(d), over the whole of stage 1.
+  config.pin.weighting = "annealed_backdoor:steps=1250"
+  return config
 
 
 def sweep() -> list[dict[str, Any]]:

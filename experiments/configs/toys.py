@@ -24,6 +24,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
   config = base.amazon(argument, "amazon_toys_s3rec.parquet")
   config.optimizer.learning_rate = 1.5e-3
-  config.pin.weighting = "backdoor"
   config.memory.relations = ()
   return config

@@ -24,7 +24,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
   config = base.amazon(argument, "yelp_llmesr.parquet")
   config.batch_size = 255
-  config.pin.weighting = "backdoor"
   config.prior.update(kind="interactions", exponent=0.5)
   config.groups.update(rule="thresholds", thresholds=(3, 5, 9, 20))
   return config
