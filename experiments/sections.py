@@ -230,6 +230,7 @@ def _section(job: Job, anchor: str) -> Section:
     *_adjustment(results),
     *_closeness(results),
     *_cost(results),
+    *_trials(results),
     Fold("Data, protocol and settings", _protocol(results)),
     *_origin(results),
   ]
@@ -485,6 +486,35 @@ def _cost(results: Results) -> list[Block]:
   )]  # fmt: skip
 
 
+def _trials(results: Results) -> list[Block]:
+  """What was chosen on validation for each model, where anything was."""
+  if not results.trials:
+    return []
+  tried = results.trials["settings"]
+  names = [
+    ", ".join(f"{key} {value}" for key, value in chosen.items())
+    for chosen in tried
+  ]
+  seeds = sorted({s for own in results.trials["models"] for s in own["seeds"]})
+  return [Table(
+    "Settings tried, by validation NDCG@10",
+    ("model", *names),
+    [
+      (
+        own["model"],
+        *(
+          _level(value) + " (chosen)" * (i == own["chosen"])
+          for i, value in enumerate(own["validation"])
+        ),
+      )
+      for own in results.trials["models"]
+    ],
+    note=f"Seeds {', '.join(map(str, seeds))}. Values of different models may "
+    "be of different users: models of one segment, and those whose plugins "
+    "learn from validation targets.",
+  )]  # fmt: skip
+
+
 def _protocol(results: Results) -> list[Block]:
   blocks: list[Block] = [Text(f"Protocol: {results.protocol}.")]
   summary = results.summary
@@ -561,7 +591,7 @@ def _families(jobs: Sequence[Job]) -> Iterable[list[Job]]:
   families: dict[str, dict[int, Job]] = {}
   for job in jobs:
     config = job.results.config
-    if not config:
+    if not config or job.results.trials:
       continue
     backbone = {**config["backbone"]}
     length = backbone.pop("length")

@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +66,9 @@ class Results(NamedTuple):
     adjustment: of each exactly adjusted backbone its `run`, the fit of its
       stratum classifier at the chosen step, and `effective_share`, [G], the
       effective number of a group's examples over their number, mean over steps.
+    trials: of what `experiments.trials` chose: `settings`, and of each of
+      `models` its `validation` in each setting, over which `seeds`, and the
+      index of the `chosen` one; {} elsewhere.
   """
 
   name: str
@@ -75,6 +79,7 @@ class Results(NamedTuple):
   config: dict[str, Any]
   gradients: dict[str, list[dict[str, Any]]]
   adjustment: Sequence[dict[str, Any]] = ()
+  trials: Mapping[str, Any] = MappingProxyType({})
 
 
 def read(path: epath.PathLike) -> Results:
@@ -217,6 +222,7 @@ def write(results: Results, output: epath.PathLike) -> None:
       {key: _rounded(value) for key, value in of_run.items()}
       for of_run in results.adjustment
     ],
+    **({"trials": results.trials} if results.trials else {}),
   }
   text = json.dumps(content, ensure_ascii=False)
   (output / "job.json").write_text(text + "\n")

@@ -33,7 +33,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, settings, summaries
+from experiments import commands, settings, summaries, trials
 from experiments.methods import METHODS
 from experiments.tables import change_text, user_ids
 from pin_jax import metrics, statistics
@@ -95,6 +95,52 @@ def make_jobs(config: str, root: epath.PathLike) -> list[Job]:
     seen[name] = number
     jobs.append(_job(config, epath.Path(root) / name, chosen))
   return jobs
+
+
+def more_jobs(
+  config: str, root: epath.PathLike, seeds: Sequence[int]
+) -> list[Job]:
+  """Jobs that give the models at their chosen settings more seeds.
+
+  Args:
+    config: path of the config file, with arguments after a colon.
+    root: directory of the sweep.
+    seeds: that no job has had.
+
+  Returns:
+    One job for every setting that a model does best with on validation.
+
+  Raises:
+    InputError: if a job of the sweep is not done, or has one of the seeds.
+  """
+  jobs = make_jobs(config, root)
+  for job in jobs:
+    if not job.done:
+      raise InputError(
+        f"job {job.workdir} is not done, and more seeds are for what is chosen "
+        "among all; finish the sweep first"
+      )
+  found = trials.read([job.workdir for job in jobs])
+  chosen = trials.choose(found)
+  had = sorted(set(seeds) & {seed for own in chosen for seed in own.seeds})
+  if had:
+    raise InputError(f"seed {had[0]} is in the sweep already; give others")
+  path, _, argument = config.partition(":")
+  module = _load(path)
+  more = []
+  for index, of_setting in enumerate(found.jobs):
+    methods = tuple(own.method for own in chosen if own.chosen == index)
+    if not methods:
+      continue
+    names = {results.name for results in of_setting}
+    first = next(job for job in jobs if job.workdir.name in names)
+    wanted = {
+      **first.settings, "seeds": tuple(seeds), "methods": methods
+    }
+    _check(module, argument, wanted, len(jobs) + len(more))
+    name = job_name(config, wanted)
+    more.append(_job(config, epath.Path(root) / name, wanted))
+  return more
 
 
 def _load(path: str) -> dict[str, Any]:
@@ -290,13 +336,7 @@ def table(
     InputError: if no job has finished, the base is nowhere, or the jobs to be
       compared with `beside` have other users, targets, segments or seeds.
   """
-  found = {
-    path.name: summaries.read(path)
-    for path in sorted(epath.Path(root).iterdir())
-    if (path / "done").exists()
-  }
-  if not found:
-    raise InputError(f"{root} holds no finished job; run the sweep first")
+  found = {path.name: summaries.read(path) for path in trials.finished(root)}
   flat = {
     name: {"data": r.summary["data"], **dict(settings.flatten(r.config))}
     for name, r in found.items()
@@ -463,7 +503,14 @@ def _main(argv: Sequence[str]) -> int:
     return 0
   if values.config is None:
     raise InputError("--config is missing; name a config file with a sweep()")
-  jobs = make_jobs(values.config, values.workdir)
+  if values.more_seeds:
+    wrong = [seed for seed in values.more_seeds if not seed.isdigit()]
+    if wrong:
+      raise InputError(f"--more_seeds has {wrong[0]!r}; give whole numbers")
+    seeds = [int(seed) for seed in values.more_seeds]
+    jobs = more_jobs(values.config, values.workdir, seeds)
+  else:
+    jobs = make_jobs(values.config, values.workdir)
   jobs = _selected(jobs, values.index)
   if values.dry_run:
     for job in jobs:
@@ -484,6 +531,9 @@ def launch() -> None:
   flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
   flags.DEFINE_integer("parallel", 1, "jobs at a time")
   flags.DEFINE_integer("index", None, "run this job alone, from 0")
+  flags.DEFINE_list(
+    "more_seeds", [], "more seeds for every model at its chosen setting"
+  )
   flags.DEFINE_bool("dry_run", False, "print the commands")
   flags.DEFINE_bool("table", False, "print the table of finished jobs")
   flags.DEFINE_string("base", None, "model that the table compares with")
