@@ -240,12 +240,13 @@ def files_section(path: str, **columns: str) -> ConfigDict:
 
 
 def gated(config: ConfigDict) -> None:
-  """Sets a gate over the transition memory as plugin, and its ablation."""
+  """Sets a gate over what other users did as plugin, and its ablation."""
   # The gate's few parameters learn from the validation targets of half of the
   # users: on training targets the backbone knows the answers.
   config.plugin.update(name="gated", hidden=16, reads_state=False)
   config.pin.plugin_draw = "validation"
   config.optimizer.plugin_learning_rate = 2e-2
+  config.memory.relations = ("cosine", "two_step", "linear")
   config.methods = (
     "base", "memory_alone", "joint_shared", "joint_plugins", "pin_backbone",
     "pin",
@@ -263,7 +264,6 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   config.batch_size, config.validation.every = 460, 250
   config.backbone_steps, config.plugin_steps = 1250, 250
   gated(config)
-  config.memory.relations = ("cosine", "two_step", "linear")
   return config
 
 

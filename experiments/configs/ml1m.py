@@ -33,16 +33,21 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.backbone_steps, config.plugin_steps = 3000, 300
   config.optimizer.learning_rate = 1.5e-3
   config.validation.every = 500
+  config.prior.update(kind="interactions", exponent=0.5)
   base.gated(config)
   return config
 
 
 def sweep() -> list[dict[str, Any]]:
-  """Lists the window lengths, with as many behaviours a step."""
+  """Lists the window lengths, with as many behaviours a step.
+
+  The gates read the transition memory alone, and P(d) is that of users.
+  """
   return [
     {
       "backbone.length": length, "batch_size": batch_size,
       "backbone.pack_rows": pack_rows, "memory.recent": min(length, 10),
+      "memory.relations": (), "prior.kind": "users", "prior.exponent": 1.0,
       "methods": ("base", "joint_shared", "pin_backbone", "pin"),
     }
     for length, batch_size, pack_rows in (
