@@ -338,10 +338,13 @@ def table(
   """
   found = {path.name: summaries.read(path) for path in trials.finished(root)}
   flat = {
-    name: {"data": r.summary["data"], **dict(settings.flatten(r.config))}
+    name: {
+      "data": r.summary["data"],
+      **{k: v for k, v in settings.flatten(r.config) if k != "methods"},
+    }
     for name, r in found.items()
   }
-  differing = _differing(flat)
+  differing = trials.differing_keys(flat)
   other = None
   if beside is not None:
     if not (epath.Path(beside) / "summary.json").exists():
@@ -372,16 +375,6 @@ def table(
       raise InputError(f"--base={base}: no job of {root} has that model")
     out = out.drop("tail %", "head %")
   return out
-
-
-def _differing(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  """Keys whose values are not the same in all jobs."""
-  keys = dict.fromkeys(key for own in flat.values() for key in own)
-  return [
-    key for key in keys
-    if key != "methods"
-    and len({json.dumps(own.get(key)) for own in flat.values()}) > 1
-  ]
 
 
 def _base_of(results: summaries.Results) -> str:

@@ -89,11 +89,7 @@ def read(workdirs: Sequence[epath.PathLike]) -> Sweep:
     name = json.dumps(own, sort_keys=True)
     together.setdefault(name, []).append(results)
     flat[name] = own
-  keys = sorted({key for own in flat.values() for key in own})
-  differing = [
-    key for key in keys
-    if len({json.dumps(own.get(key)) for own in flat.values()}) > 1
-  ]
+  differing = differing_keys(flat)
   chosen = {
     name: {key: own.get(key) for key in differing}
     for name, own in flat.items()
@@ -102,6 +98,15 @@ def read(workdirs: Sequence[epath.PathLike]) -> Sweep:
   return Sweep(
     [chosen[name] for name in order], [together[name] for name in order]
   )
+
+
+def differing_keys(flat: Mapping[str, Mapping[str, Any]]) -> list[str]:
+  """Dotted keys whose values are not the same in all jobs."""
+  keys = dict.fromkeys(key for own in flat.values() for key in own)
+  return [
+    key for key in keys
+    if len({json.dumps(own.get(key)) for own in flat.values()}) > 1
+  ]
 
 
 def _sortable(chosen: Mapping[str, Any]) -> list[tuple[str, float | str]]:
@@ -126,21 +131,21 @@ def choose(sweep: Sweep) -> list[Trials]:
   Raises:
     InputError: if a model has no seed in common over the settings.
   """
-  found = {
-    method.title: (name, [_of_seeds(method, jobs) for jobs in sweep.jobs])
-    for name, method in METHODS.items()
-  }
+  methods = {method.title: name for name, method in METHODS.items()}
   models = dict.fromkeys(
     model for jobs in sweep.jobs for results in jobs
     for model in results.rows["model"].unique(maintain_order=True)
   )
   trials = []
   for model in models:
-    name, of_settings = found[model]
-    tried = [own for own in of_settings if own]
-    seeds = sorted(set.intersection(*(set(own) for own in tried))) if (
-      tried
-    ) else []
+    if model not in methods:
+      raise InputError(
+        f"model {model!r} is no method of experiments/methods.py, so that its "
+        "validation is not known; leave its job out"
+      )
+    name = methods[model]
+    of_settings = [_of_seeds(METHODS[name], jobs) for jobs in sweep.jobs]
+    seeds = sorted(set.intersection(*(set(own) for own in of_settings if own)))
     if not seeds:
       raise InputError(
         f"model {model!r} has no training seed in all of its settings; run "
