@@ -129,7 +129,8 @@ def choose(sweep: Sweep) -> list[Trials]:
     The trials, in the order of the models in the first job.
 
   Raises:
-    InputError: if a model has no seed in common over the settings.
+    InputError: if a model is none of METHODS, or has no seed in all of its
+      settings.
   """
   methods = {method.title: name for name, method in METHODS.items()}
   models = dict.fromkeys(
