@@ -160,7 +160,7 @@ _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
   "optimizer.classifier_learning_rate", "optimizer.clip",
   "pin.clip_importance", "memory.decay", "memory.history_decay",
-  "memory.ridge", "claims.power", "claims.assumed_ndcg",
+  "memory.ridge", "memory.next_ridge", "claims.power", "claims.assumed_ndcg",
 )
 _SHARES = (
   "groups.head_share", "split.validation", "split.test", "backbone.dropout",

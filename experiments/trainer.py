@@ -127,9 +127,14 @@ def make_evidence(options: ConfigDict, split: splits.Split) -> plugins.Evidence:
   counting = {
     key: options[key] for key in ("window", "decay", "neighbours")
   }
+  fitting = {
+    key: options[key] for key in (
+      "shrink", "popularity_power", "ridge", "next_ridge", "recent",
+      "history_decay",
+    )
+  }
   related = relations.relate(
-    split, tuple(options.relations), shrink=options.shrink,
-    popularity_power=options.popularity_power, ridge=options.ridge, **counting,
+    split, tuple(options.relations), **fitting, **counting
   )
   return plugins.make_evidence(
     split, relations=related, channels=tuple(options.channels), **counting

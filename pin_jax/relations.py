@@ -16,6 +16,10 @@ and their row sums, and p(v) the item's training count, B(a, b) is
                users; over places of a sequence it is ours)
     linear     -Q(a, b) / Q(b, b) with Q = (X'X + l I)^-1, the least squares
                of X = X B with a zero diagonal (EASE: Steck, WWW 2019)
+    next       ((S'S + m I)^-1 S'T)(a, b), the least squares of T = S B, with a
+               row for every place of a sequence but its first, T its item and
+               S the items before it, S[., x_(p-1-h)] = decay^h for h < H
+               (SLIT: Choi et al., WWW 2021; their T holds all later items)
 
 and 0 for b = a. They reach items that never stood near one of the history,
 which the transitions cannot. Unlike these they hold what the user itself did,
@@ -37,8 +41,9 @@ from pin_jax import memory
 from pin_jax.splits import Split, training_counts
 from pin_jax.types import InputError, Reading
 
-RELATIONS = ("cosine", "two_step", "linear")
-MOST_ITEMS = 50_000  # of 'linear', whose matrix is dense
+RELATIONS = ("cosine", "two_step", "linear", "next")
+DENSE = ("linear", "next")
+MOST_ITEMS = 50_000  # of DENSE ones
 _BLOCK = 1024  # rows
 
 
@@ -64,10 +69,13 @@ def relate(
   shrink: float = 2.0,
   popularity_power: float = 0.25,
   ridge: float = 100.0,
+  next_ridge: float = 100.0,
+  recent: int = 10,
+  history_decay: float = 0.8,
 ) -> Relations | None:
   """Fits relations to the training prefixes.
 
-  'linear' inverts a dense matrix of all items, some V^3 operations.
+  'linear' and 'next' solve dense systems of all items, some V^3 operations.
 
   Args:
     split: whose training interactions count.
@@ -78,18 +86,22 @@ def relate(
     shrink: s.
     popularity_power: q.
     ridge: l, of 'linear'.
+    next_ridge: m, of 'next'.
+    recent: H, of 'next'.
+    history_decay: of 'next', weight of each older item.
 
   Returns:
     The relations; None without names.
 
   Raises:
     InputError: for an unknown name, an option out of range, or a catalogue of
-      more than MOST_ITEMS for 'linear'.
+      more than MOST_ITEMS for those of DENSE.
   """
   count = split.interactions.num_items
   check(names, count)
-  if ridge <= 0:
-    raise InputError(f"memory.ridge={ridge}: give a positive number")
+  for key, value in (("ridge", ridge), ("next_ridge", next_ridge)):
+    if value <= 0:
+      raise InputError(f"memory.{key}={value}: give a positive number")
   if not names:
     return None
   items, starts, _ = memory.distinct_sequences(split)
@@ -105,6 +117,9 @@ def relate(
       np.maximum(training_counts(split), 1) ** -popularity_power,
     ),
     "linear": lambda: _linear(both, ridge),
+    "next": lambda: _next(
+      *_before(items, starts, count, recent, history_decay), next_ridge
+    ),
   }
   tables = [
     scipy.sparse.vstack([_thinned(block, neighbours) for block in rows])
@@ -135,9 +150,10 @@ def check(names: tuple[str, ...], num_items: int = 0) -> None:
       f"memory.relations={tuple(names)}: give some of {list(RELATIONS)}, each "
       "once, or none"
     )
-  if "linear" in names and num_items > MOST_ITEMS:
+  dense = [name for name in names if name in DENSE]
+  if dense and num_items > MOST_ITEMS:
     raise InputError(
-      f"memory.relations={tuple(names)}: 'linear' inverts a matrix of "
+      f"memory.relations={tuple(names)}: {dense[0]!r} solves a system of "
       f"{num_items:,} x {num_items:,} items, over {MOST_ITEMS:,} each way; "
       "leave it out, or drop rare items with data.k_core"
     )
@@ -170,6 +186,39 @@ def _linear(
   scale = -1 / np.diag(inverse)
   yield from _blocks(
     inverse, lambda rows: scipy.sparse.csr_array(np.maximum(rows * scale, 0))
+  )
+
+
+def _before(
+  items: np.ndarray, starts: np.ndarray, num_items: int, recent: int,
+  decay: float,
+) -> tuple[scipy.sparse.csr_array, scipy.sparse.csr_array]:
+  """(S, T) of 'next', a row for every place."""
+  places = np.arange(len(items))
+  depth = places - np.repeat(starts[:-1], np.diff(starts))  # items before it
+  rows, ages = np.nonzero(np.arange(recent) < depth[:, None])
+  shape = (len(items), num_items + 1)
+  before = scipy.sparse.csr_array(
+    (decay**ages, (rows, items[rows - 1 - ages])), shape
+  )
+  later = places[depth > 0]
+  own = scipy.sparse.csr_array(
+    (np.ones(len(later)), (later, items[later])), shape
+  )
+  return before, own
+
+
+def _next(
+  before: scipy.sparse.csr_array, own: scipy.sparse.csr_array, ridge: float
+) -> Iterator[scipy.sparse.csr_array]:
+  gram = (before.T @ before).toarray().astype(np.float32)
+  gram[np.diag_indices_from(gram)] += ridge
+  solved = scipy.linalg.solve(
+    gram, (before.T @ own).toarray().astype(np.float32), overwrite_a=True,
+    overwrite_b=True, check_finite=False, assume_a="pos",
+  )
+  yield from _blocks(
+    solved, lambda rows: scipy.sparse.csr_array(np.maximum(rows, 0))
   )
 
 

@@ -10,9 +10,11 @@ from pin_jax.types import InputError
 from tests.toys import split_of, training_rows
 
 ITEMS, WINDOW, DECAY, SHRINK, POWER = 12, 3, 0.6, 2.0, 0.25
+RECENT, HISTORY_DECAY = 3, 0.7
 OPTIONS = {
   "window": WINDOW, "decay": DECAY, "shrink": SHRINK,
   "popularity_power": POWER, "neighbours": ITEMS, "ridge": 1.5,
+  "next_ridge": 0.8, "recent": RECENT, "history_decay": HISTORY_DECAY,
 }
 
 
@@ -64,7 +66,26 @@ def _linear(rows):
   return lambda a, b: table[a, b]
 
 
-LOOPS = {"cosine": _cosine, "two_step": _two_step, "linear": _linear}
+def _next(rows):
+  """Ridge regression of each next item on those before it, by lstsq."""
+  x, y = [], []
+  for row in rows:
+    distinct = list(dict.fromkeys(row))
+    for place in range(1, len(distinct)):
+      before = np.zeros(ITEMS + 1)
+      for age in range(min(RECENT, place)):
+        before[distinct[place - 1 - age]] += HISTORY_DECAY**age
+      x.append(before)
+      y.append(np.eye(ITEMS + 1)[distinct[place]])
+  ridge = np.sqrt(OPTIONS["next_ridge"]) * np.eye(ITEMS + 1)
+  y.extend(np.zeros((ITEMS + 1, ITEMS + 1)))
+  table = np.linalg.lstsq(np.concatenate([x, ridge]), np.asarray(y))[0]
+  return lambda a, b: table[a, b]
+
+
+LOOPS = {
+  "cosine": _cosine, "two_step": _two_step, "linear": _linear, "next": _next
+}
 
 
 @pytest.mark.parametrize("name", relations.RELATIONS)

@@ -75,11 +75,12 @@ def default() -> ConfigDict:
       "history_decay": 0.8,  # weight of each older one
       "shrink": 2.0,  # added to the row sums
       "popularity_power": 0.25,  # scores are divided by popularity^power
-      # Of 'cosine', 'two_step' and 'linear': reach items that never stood near
-      # one of the history. They hold the user's own items too, so that plugins
-      # need `pin.plugin_draw` 'validation'.
+      # Of 'cosine', 'two_step', 'linear' and 'next': reach items that never
+      # stood near one of the history. They hold the user's own items too, so
+      # that plugins need `pin.plugin_draw` 'validation'.
       "relations": (),
       "ridge": 100.0,  # of 'linear'
+      "next_ridge": 100.0,  # of 'next'
     },
     # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
     # (positions) or 'users' (rows). plugin_draw may also be 'validation': stage
