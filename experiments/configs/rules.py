@@ -3,8 +3,9 @@
   python -m experiments.sweep --config=experiments/configs/rules.py \
     --workdir=runs/rules --parallel=2
 
-A small SASRec (width 64), so that all of them can be tried: each at three
-learning rates. What the rules have of their own stays as published.
+A small SASRec (width 64), so that all of them can be tried: each at two
+learning rates. At 2e-3 every one of them was worse on validation than at 4e-3.
+What the rules have of their own stays as published.
 """
 
 from typing import Any
@@ -28,4 +29,4 @@ def get_config(argument: str | None = None) -> ConfigDict:
 
 def sweep() -> list[dict[str, Any]]:
   """Lists the trials."""
-  return [{"optimizer.learning_rate": rate} for rate in (4e-3, 2e-3, 8e-3)]
+  return [{"optimizer.learning_rate": rate} for rate in (4e-3, 8e-3)]
