@@ -509,7 +509,8 @@ def _trials(results: Results) -> list[Block]:
       )
       for own in results.trials["models"]
     ],
-    note=f"Seeds {', '.join(map(str, seeds))}. Values of different models may "
+    note=f"Mean over seed{'s' * (len(seeds) > 1)} "
+    f"{', '.join(map(str, seeds))}. Values of different models may "
     "be of different users: models of one segment, and those whose plugins "
     "learn from validation targets.",
   )]  # fmt: skip
