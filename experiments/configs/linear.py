@@ -41,6 +41,6 @@ def sweep() -> list[dict[str, Any]]:
     {"memory.relations": ("linear", "next")},
     *(
       {"memory.relations": ("next",), "memory.next_ridge": ridge}
-      for ridge in (100.0, 30.0, 300.0)
+      for ridge in (100.0, 30.0)
     ),
   ]
