@@ -19,7 +19,7 @@ reads either.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -359,12 +359,13 @@ def _main(argv: Sequence[str]) -> None:
     print(f"{path}: {path.stat().length:,} bytes")
 
 
-def _launch() -> None:
+def launch(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs the main function of a command that writes a summary to --output."""
   flags.DEFINE_string(
     "output", None, "directory of the summary", required=True
   )
-  commands.launch(_main)
+  commands.launch(main)
 
 
 if __name__ == "__main__":
-  _launch()
+  launch(_main)

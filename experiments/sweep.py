@@ -76,13 +76,22 @@ def make_jobs(config: str, root: epath.PathLike) -> list[Job]:
   Raises:
     InputError: if the file or `sweep()` is missing, or a setting is wrong.
   """
-  path, _, argument = config.partition(":")
+  path = config.partition(":")[0]
   module = _load(path)
   listed = module["sweep"]()
   if not isinstance(listed, list | tuple) or not listed:
     raise InputError(
       f"sweep() of {path} returns {listed!r}; return a list of dictionaries"
     )
+  return _jobs_of(config, module, root, listed)
+
+
+def _jobs_of(
+  config: str, module: Mapping[str, Any], root: epath.PathLike,
+  listed: Sequence[Any],
+) -> list[Job]:
+  """A job for each of the listed settings, checked."""
+  argument = config.partition(":")[2]
   jobs, seen = [], {}
   for number, chosen in enumerate(listed):
     _check(module, argument, chosen, number)
@@ -125,8 +134,6 @@ def more_jobs(
   had = sorted(set(seeds) & {seed for own in chosen for seed in own.seeds})
   if had:
     raise InputError(f"seed {had[0]} is in the sweep already; give others")
-  path, _, argument = config.partition(":")
-  module = _load(path)
   more = []
   for index, of_setting in enumerate(found.jobs):
     methods = tuple(own.method for own in chosen if own.chosen == index)
@@ -134,13 +141,10 @@ def more_jobs(
       continue
     names = {results.name for results in of_setting}
     first = next(job for job in jobs if job.workdir.name in names)
-    wanted = {
+    more.append({
       **first.settings, "seeds": tuple(seeds), "methods": methods
-    }
-    _check(module, argument, wanted, len(jobs) + len(more))
-    name = job_name(config, wanted)
-    more.append(_job(config, epath.Path(root) / name, wanted))
-  return more
+    })
+  return _jobs_of(config, _load(config.partition(":")[0]), root, more)
 
 
 def _load(path: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import polars as pl
 from absl import flags
 from etils import epath
 
-from experiments import commands, settings, summaries
+from experiments import settings, summaries
 from experiments.methods import METHODS, Method
 from pin_jax.types import InputError
 
@@ -271,12 +271,5 @@ def _main(argv: Sequence[str]) -> None:
   print(output)
 
 
-def _launch() -> None:
-  flags.DEFINE_string(
-    "output", None, "directory of the summary", required=True
-  )
-  commands.launch(_main)
-
-
 if __name__ == "__main__":
-  _launch()
+  summaries.launch(_main)

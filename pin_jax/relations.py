@@ -178,15 +178,20 @@ def _two_step(
 def _linear(
   both: scipy.sparse.csr_array, ridge: float
 ) -> Iterator[scipy.sparse.csr_array]:
-  gram = both.toarray().astype(np.float32)
-  gram[np.diag_indices_from(gram)] += ridge
   inverse = scipy.linalg.inv(
-    gram, overwrite_a=True, check_finite=False, assume_a="pos"
+    _ridged(both, ridge), overwrite_a=True, check_finite=False, assume_a="pos"
   )
   scale = -1 / np.diag(inverse)
   yield from _blocks(
     inverse, lambda rows: scipy.sparse.csr_array(np.maximum(rows * scale, 0))
   )
+
+
+def _ridged(gram: scipy.sparse.csr_array, ridge: float) -> np.ndarray:
+  """The Gram matrix, dense, with the ridge on its diagonal."""
+  dense = gram.toarray().astype(np.float32)
+  dense[np.diag_indices_from(dense)] += ridge
+  return dense
 
 
 def _before(
@@ -211,10 +216,9 @@ def _before(
 def _next(
   before: scipy.sparse.csr_array, own: scipy.sparse.csr_array, ridge: float
 ) -> Iterator[scipy.sparse.csr_array]:
-  gram = (before.T @ before).toarray().astype(np.float32)
-  gram[np.diag_indices_from(gram)] += ridge
   solved = scipy.linalg.solve(
-    gram, (before.T @ own).toarray().astype(np.float32), overwrite_a=True,
+    _ridged(before.T @ before, ridge),
+    (before.T @ own).toarray().astype(np.float32), overwrite_a=True,
     overwrite_b=True, check_finite=False, assume_a="pos",
   )
   yield from _blocks(
