@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments import logs
 from experiments.configs import beauty
-from experiments.methods import stages_of
+from experiments.methods import METHODS
 from experiments.problem import Problem, make_problem, requests_for
 from experiments.trainer import Run, Trainer, make_networks, num_steps
 from pin_jax import evaluation, training
@@ -36,7 +36,7 @@ def prepare(
 ) -> tuple[Trainer, Run, training.Operands]:
   """The stage 'base' as the main job trains it; logs go to the folder."""
   networks = make_networks(config, data.split.interactions.num_items)
-  stage = stages_of(("base",))[0]
+  stage = METHODS["base"].stages[0]
   steps, workdir = num_steps(config, stage), epath.Path(folder)
   silent = rich.console.Console(file=io.StringIO())
   trainer = Trainer(

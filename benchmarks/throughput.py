@@ -53,7 +53,7 @@ from typing import Any
 
 from benchmarks.joint_base import full_softmax
 from experiments.configs import beauty
-from experiments.methods import stages_of
+from experiments.methods import METHODS
 from experiments.problem import make_problem
 from experiments.trainer import num_steps
 from third_party import driver
@@ -143,7 +143,7 @@ def write_inputs(path: str, folder: str, args: argparse.Namespace) -> dict:
     "seed": args.seed,
     "eval_users": args.eval_users,
     "batch_size": config.batch_size,
-    "num_steps": num_steps(config, stages_of(("base",))[0]),
+    "num_steps": num_steps(config, METHODS["base"].stages[0]),
     "optimizer": config.optimizer.to_dict(),
     **sizes,
   }

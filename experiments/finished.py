@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from experiments import settings
 from experiments.configs.base import default
 from experiments.job import of_results
-from experiments.methods import METHODS, Method, method_names
+from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
 from experiments.trainer import Trainer, networks_of, routed
 from pin_jax import checkpoints, evaluation, serving
@@ -47,9 +47,10 @@ def recommender(
       f"{fingerprint(problem)}; put back what it was trained on"
     )
   trainer = _trainer(directory, config, problem, seed)
-  for stage in METHODS[name].stages:
+  chosen = selected(config)[name]
+  for stage in chosen.stages:
     trainer.read(stage)
-  return _made(METHODS[name], seed, problem, trainer, {
+  return _made(chosen, seed, problem, trainer, {
     "method": name, "seed": seed, "data": data,
     "config": of_results(config),
   })
@@ -85,9 +86,8 @@ def _filled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def _chosen(
   directory: epath.Path, config: ConfigDict, method: str, seed: int
 ) -> str:
-  """The method's name in METHODS."""
-  there = method_names(config.methods, config.pin.weighting)
-  name = method_names((method,), config.pin.weighting)[0]
+  """The method's name among those of the job."""
+  there, name = selected(config), exact_form(method, config)
   if name not in there:
     raise InputError(
       f"method {method!r} is not in workdir {directory}; use one of "
@@ -143,6 +143,7 @@ def _made(
     trainer.model(stage and stage.plugin), slots, problem.split,
     segments=problem.segments, served_by=served_by, newcomers=newcomers,
     length=trainer.length, origin=origin,
+    remembered=trainer.remembered.train_end,
   )
 
 

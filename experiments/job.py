@@ -34,11 +34,11 @@ from experiments import (
 )
 from experiments.configs.base import default
 from experiments.methods import (
-  METHODS,
   Method,
   Stage,
   compared,
-  method_names,
+  information,
+  selected,
   stages_of,
 )
 from experiments.problem import (
@@ -75,20 +75,20 @@ _TYPES = {  # of what a ranker returns
 
 
 def method_rows(
-  name: str, seed: int, problem: Problem, trainer: Trainer
+  method: Method, seed: int, problem: Problem, trainer: Trainer
 ) -> pl.DataFrame:
   """Ranks the test targets with a method's models; one row a user."""
   users = np.flatnonzero(problem.split.test >= 0)
   columns = {}
-  for serve, chosen in _by_model(METHODS[name].serve, problem, users):
-    stage, requests = _served(METHODS[name], serve, problem, users[chosen])
+  for serve, chosen in _by_model(method.serve, problem, users):
+    stage, requests = _served(method, serve, problem, users[chosen])
     ranks = trainer.ranker(stage and stage.plugin)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
     for key, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
       columns.setdefault(key, np.zeros(shape, values.dtype))[chosen] = values
-  return result_rows(METHODS[name].title, seed, problem, users, columns)
+  return result_rows(method.title, seed, problem, users, columns)
 
 
 def result_rows(
@@ -155,12 +155,13 @@ def _log_probabilities(
 
 
 def model_log_probabilities(
-  name: str, seed: int, problem: Problem, trainer: Trainer, users: np.ndarray
+  method: Method, seed: int, problem: Problem, trainer: Trainer,
+  users: np.ndarray,
 ) -> np.ndarray:
   """log P(y|x) of a method's models at users' test events; [n, V]."""
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
-  for serve, chosen in _by_model(METHODS[name].serve, problem, users):
-    stage, requests = _served(METHODS[name], serve, problem, users[chosen])
+  for serve, chosen in _by_model(method.serve, problem, users):
+    stage, requests = _served(method, serve, problem, users[chosen])
     compute = halving.smaller_where_full(
       functools.partial(
         _log_probabilities, trainer.model(stage and stage.plugin),
@@ -348,6 +349,9 @@ def _compute(
       + ", ".join(f"{key}={value!r}" for key, value in changed),
       markup=False, soft_wrap=True,
     )
+  learnt = information(selected(config), config)
+  if learnt:
+    options.console.print(learnt, markup=False, soft_wrap=True)
   for line in _power(config, problem):
     options.console.print(line, markup=False)
   rows, closeness, cost = _train_all(
@@ -373,8 +377,8 @@ def _train_all(
   directory: epath.Path,
   options: Options,
 ) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
-  names = method_names(config.methods, config.pin.weighting)
-  stages = stages_of(names)
+  methods = selected(config)
+  stages = stages_of(methods)
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   progress = logs.JobProgress(total, options.console)
@@ -392,11 +396,11 @@ def _train_all(
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
-        for name in names:
+        for method in methods.values():
           options.check()
-          rows.append(method_rows(name, seed, problem, trainer))
+          rows.append(method_rows(method, seed, problem, trainer))
         if problem.world is not None and config.loss.name in settings.PROPER:
-          closeness.append(_closeness(names, seed, problem, trainer))
+          closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
     log.close()
     progress.close()
@@ -425,7 +429,7 @@ def _store(
 
 
 def _closeness(
-  names: tuple[str, ...], seed: int, problem: Problem, trainer: Trainer
+  methods: Mapping[str, Method], seed: int, problem: Problem, trainer: Trainer
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
@@ -435,11 +439,11 @@ def _closeness(
   )
   data = problem.split.interactions
   models = {
-    METHODS[name].title: model_log_probabilities(
-      name, seed, problem, trainer, users
+    method.title: model_log_probabilities(
+      method, seed, problem, trainer, users
     )
-    for name in names
-    if not any(stage.focal for stage in METHODS[name].stages)
+    for method in methods.values()
+    if not any(stage.focal for stage in method.stages)
   }
   target = data.items[data.offsets[users] + requests.positions]
   return truth.closeness(problem.world, np.asarray(history), target, models)
@@ -489,12 +493,13 @@ def _summary(
   config: ConfigDict, problem: Problem, closeness: list[dict[str, Any]]
 ) -> dict[str, Any]:
   """What the tables need besides the rows."""
-  names = method_names(config.methods, config.pin.weighting)
-  base, other = (METHODS[name].title for name in compared(names))
-  return {
-    **about_data(problem), "base": base, "other": other,
-    "closeness": closeness,
-  }
+  methods = selected(config)
+  base, other = (methods[name].title for name in compared([*methods]))
+  about = about_data(problem)
+  learnt = information(methods, config)
+  if learnt:
+    about["protocol"] += f"; {learnt}"
+  return {**about, "base": base, "other": other, "closeness": closeness}
 
 
 def about_data(problem: Problem) -> dict[str, Any]:

@@ -3,14 +3,30 @@
 Every method is a configuration of the same two steps; none has a trainer of
 its own. All serve a user after the same number of steps, `backbone_steps` +
 `plugin_steps`, but for the ablations `pin_backbone` and `pin_exact_backbone`,
-which stop before stage 2, and `memory_alone`, which trains nothing.
+which stop before stage 2, and `memory_alone`, which trains nothing. With
+`refit`, so many steps more.
+
+Rows of one table must have learnt from the same interactions. Where plugins
+learn from validation targets, `base_validation` does too and is what the rows
+are compared with; with `refit` every row learns from all validation targets in
+the end.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from ml_collections import ConfigDict
+
 Users = Literal["all", "tail", "head"]
+# Whose validation targets are among the training targets; 'half': those of the
+# users that plugins learn from, where their draw is 'validation'.
+Learnt = Literal["none", "half", "all"]
+_LEARNT = {
+  "none": "training targets",
+  "half": "training targets and half of the users' validation targets",
+  "all": "training targets and all validation targets",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +36,7 @@ class Stage:
   Attributes:
     name: unique; the checkpoints' directory.
     kind: what is trained: 'backbone', 'plugin' or 'classifier'.
-    phase: whose steps it takes, 'backbone', 'plugin' or 'both'.
+    phase: whose steps it takes, 'backbone', 'plugin', 'both' or 'refit'.
     users: whom it learns from and is validated on.
     grouped: one gradient an activeness group (else one for all).
     exact: importance weights from this classifier stage.
@@ -36,11 +52,14 @@ class Stage:
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
     reads_activeness: whether the backbone that it trains from the start is
       `conditioned`, whatever `backbone.reads_activeness` says.
+    learns: whose validation targets its backbone learns from besides. With
+      'half' it is selected on the others', with 'all' not at all: it keeps its
+      last step.
   """
 
   name: str
   kind: Literal["backbone", "plugin", "classifier"]
-  phase: Literal["backbone", "plugin", "both", "classifier", "none"]
+  phase: Literal["backbone", "plugin", "both", "classifier", "refit", "none"]
   users: Users = "all"
   grouped: bool = False
   exact: str | None = None
@@ -51,6 +70,7 @@ class Stage:
   rule: str | None = None
   focal: bool = False
   reads_activeness: bool = False
+  learns: Learnt = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +145,10 @@ def _by_rule(name: str) -> Method:
 
 METHODS: dict[str, Method] = {
   "base": _single("base", _BASE),
+  "base_validation": _single(
+    "base + validation",
+    dataclasses.replace(_BASE, name="base-validation", learns="half"),
+  ),
   "pin": _personalized("pin", _PIN, _PIN_PLUGINS),
   "pin_backbone": _single("pin backbone", _PIN),
   "pin_exact": _personalized(
@@ -189,20 +213,76 @@ METHODS: dict[str, Method] = {
 }
 
 
-def stages_of(names: tuple[str, ...]) -> tuple[Stage, ...]:
-  """The stages that the named methods need, each once, in order."""
-  stages = [stage for name in names for stage in METHODS[name].stages]
+def stages_of(methods: Mapping[str, Method]) -> tuple[Stage, ...]:
+  """The stages that the methods need, each once, in order."""
+  stages = [stage for m in methods.values() for stage in m.stages]
   return tuple(dict.fromkeys(stages))
 
 
 _EXACT_FORM = {"pin": "pin_exact", "pin_backbone": "pin_exact_backbone"}
 
 
-def method_names(names: Iterable[str], weighting: str) -> tuple[str, ...]:
-  """The methods to run: with 'exact_backdoor', PIN in its exact form."""
-  if weighting.split(":")[0] != "exact_backdoor":
-    return tuple(names)
-  return tuple(dict.fromkeys(_EXACT_FORM.get(name, name) for name in names))
+def exact_form(name: str, config: ConfigDict) -> str:
+  """The method that is meant: with 'exact_backdoor', PIN in its exact form."""
+  exact = config.pin.weighting.split(":")[0] == "exact_backdoor"
+  return _EXACT_FORM.get(name, name) if exact else name
+
+
+def selected(config: ConfigDict) -> dict[str, Method]:
+  """The methods that a job trains, by name; the first is compared with.
+
+  Where a method learns from validation targets and the first of `methods` does
+  not, 'base_validation' comes first, asked for or not; not so with `refit`.
+  """
+  names = [exact_form(name, config) for name in config.methods]
+  learnt = {name: learns(METHODS[name], config) for name in names}
+  others = {learnt[name] for name in names if name != "base_validation"}
+  if not config.refit and others - {learnt[names[0]]} == {"half"}:
+    names = ["base_validation", *names]
+  methods = {name: METHODS[name] for name in names}
+  if not config.refit:
+    return methods
+  return {name: _refitted(method) for name, method in methods.items()}
+
+
+def _refitted(method: Method) -> Method:
+  """The method with a last phase for each backbone that it serves by."""
+  served = dict.fromkeys(backbone for backbone, _ in method.serve)
+  more = {
+    name: dataclasses.replace(
+      method.stage(name), name=f"{name}/refit", phase="refit", start=name,
+      learns="all",
+    ) for name in served
+  }
+  return dataclasses.replace(
+    method, stages=(*method.stages, *more.values()),
+    serve=tuple((more[name].name, plugin) for name, plugin in method.serve),
+  )
+
+
+def learns(method: Method, config: ConfigDict) -> Learnt:
+  """Whose validation targets a method has learnt from."""
+  found = {stage.learns for stage in method.stages}
+  if config.pin.plugin_draw == "validation" and any(
+    stage.kind == "plugin" and stage.phase != "none" for stage in method.stages
+  ):
+    found.add("half")
+  return next(x for x in ("all", "half", "none") if x in found)
+
+
+def information(methods: Mapping[str, Method], config: ConfigDict) -> str:
+  """What the rows have learnt from, in words; '' where it is training alone."""
+  titles: dict[str, list[str]] = {}
+  for method in methods.values():
+    titles.setdefault(learns(method, config), []).append(method.title)
+  if titles.keys() <= {"none"}:
+    return ""
+  if len(titles) == 1:
+    return f"all rows have learnt from {_LEARNT[next(iter(titles))]}"
+  return "; ".join(
+    f"{', '.join(titles[which])} learnt from {_LEARNT[which]}"
+    for which in titles
+  ) + "; compare a row only with those that learnt from the same"
 
 
 def compared(names: Sequence[str]) -> tuple[str, str]:

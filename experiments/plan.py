@@ -177,7 +177,7 @@ def train_program(
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   pool = batches.Pool(
-    _flat(sizes.users, layout),
+    *[_flat(sizes.users, layout)] * 2,
     jax.ShapeDtypeStruct((groups + 1,), jnp.int32),
     _flat(sizes.users + 1, layout),
   )

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments import commands, logs, settings, workdir
 from experiments.configs.base import default
-from experiments.methods import Stage, method_names, stages_of
+from experiments.methods import Stage, selected, stages_of
 from experiments.problem import make_problem
 from experiments.trainer import Trainer, networks_of
 from pin_jax import checkpoints
@@ -72,14 +72,13 @@ def _stage_of(
   problem = make_problem(config)
   networks = networks_of(config, problem)
   silent = rich.console.Console(file=io.StringIO())
-  names = method_names(config.methods, config.pin.weighting)
   for first in range(0, len(config.seeds), config.num_seeds):
     trainer = Trainer(
       config, problem, networks, directory,
       tuple(config.seeds[first : first + config.num_seeds]),
       logs.RunLog(scratch), logs.JobProgress(1, silent),
     )
-    for stage in stages_of(names):
+    for stage in stages_of(selected(config)):
       if (dumps / trainer.directory(stage)).exists():
         return stage, trainer
       trainer.train(stage)

@@ -11,7 +11,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments.configs.base import default
-from experiments.methods import METHODS, method_names, stages_of
+from experiments.methods import METHODS, selected, stages_of
 from pin_jax import (
   aggregation,
   batches,
@@ -130,6 +130,7 @@ _AT_LEAST = {
   "backbone.pack_rows": 0,
   "backbone_steps": 1,
   "plugin_steps": 1,
+  "refit": 0,
   "plugin.hidden": 1,
   "plugin.rank": 1,
   "memory.window": 1,
@@ -338,8 +339,7 @@ def _check_together(config: ConfigDict) -> None:
       "num_seeds", config.num_seeds,
       f"the number of seeds, {len(config.seeds)}, must be a multiple of it",
     )
-  names = method_names(config.methods, config.pin.weighting)
-  exact = any(s.kind == "classifier" for s in stages_of(names))
+  exact = any(s.kind == "classifier" for s in stages_of(selected(config)))
   if config.backbone.reads_activeness and exact:
     raise _bad(
       "backbone.reads_activeness", True,
@@ -412,8 +412,8 @@ def _check_mesh(config: ConfigDict) -> None:
 
 def _kinds_of_plugins(config: ConfigDict) -> set[str]:
   """`Stage.plugin` of the stages that train plugins."""
-  names = method_names(config.methods, config.pin.weighting)
-  return {s.plugin for s in stages_of(names) if s.kind == "plugin"}
+  stages = stages_of(selected(config))
+  return {s.plugin for s in stages if s.kind == "plugin"}
 
 
 def _check_sparse(config: ConfigDict) -> None:
@@ -439,7 +439,6 @@ def _check_stream(config: ConfigDict) -> None:
   if config.data.source != "stored" or not config.data.stream:
     return
   kinds = _kinds_of_plugins(config)
-  names = method_names(config.methods, config.pin.weighting)
   mixed = kinds and config.plugin.name in _MIXING
   for wrong, key, value, remedy in (
     (config.num_seeds > 1, "num_seeds", config.num_seeds, "set 1"),
@@ -449,7 +448,8 @@ def _check_stream(config: ConfigDict) -> None:
      "the memory is made of all interactions; use another"),
     ("memory_alone" in kinds, "methods", tuple(config.methods),
      "the memory is made of all interactions; leave 'memory_alone' out"),
-    (any(s.kind == "classifier" for s in stages_of(names)), "methods",
+    (any(s.kind == "classifier" for s in stages_of(selected(config))),
+     "methods",
      tuple(config.methods), "exact adjustment needs them on the device; leave "
      "it out"),
     (config.loss.name != "softmax"

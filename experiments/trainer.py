@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs
-from experiments.methods import Method, Stage, method_names, stages_of
+from experiments.methods import Learnt, Method, Stage, selected, stages_of
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
@@ -62,13 +63,14 @@ class Networks(NamedTuple):
     backbone: the model.
     plugins: by `Stage.plugin`.
     layout: of the mesh.
-    evidence: makes what plugins read besides, the first time it is called.
+    evidence: (refit) -> what plugins read besides, of the training prefix or
+      of the prefix that `refit` learns from; made once.
   """
 
   backbone: Backbone
   plugins: dict[str, Plugin]
   layout: sharding.Layout = sharding.LOCAL
-  evidence: Callable[[], plugins.Evidence] | None = None
+  evidence: Callable[[bool], plugins.Evidence] | None = None
 
 
 def make_networks(
@@ -113,13 +115,26 @@ def networks_of(config: ConfigDict, problem: Problem) -> Networks:
   num_items = problem.split.interactions.num_items
   relations.check(tuple(config.memory.relations), num_items)
   made = make_networks(config, num_items, repeats=problem.repeats)
-  return made._replace(evidence=functools.cache(lambda: sharding.put_replicated(
-    make_evidence(config.memory, problem.split), made.layout
-  )))
+
+  @functools.cache
+  def evidence(refit: bool) -> plugins.Evidence:
+    split = learnt_split(problem, "all" if refit else "none")
+    return sharding.put_replicated(
+      make_evidence(config.memory, split, problem.split), made.layout
+    )
+
+  return made._replace(evidence=evidence)
 
 
-def make_evidence(options: ConfigDict, split: splits.Split) -> plugins.Evidence:
+def make_evidence(
+  options: ConfigDict, split: splits.Split, first: splits.Split
+) -> plugins.Evidence:
   """What the `memory` section asks for.
+
+  Args:
+    options: the section.
+    split: whose training prefix is remembered.
+    first: whose activeness is read, as when the plugins were fitted.
 
   Raises:
     InputError: for a bad option, or too many items for a relation.
@@ -136,9 +151,11 @@ def make_evidence(options: ConfigDict, split: splits.Split) -> plugins.Evidence:
   related = relations.relate(
     split, tuple(options.relations), **fitting, **counting
   )
-  return plugins.make_evidence(
+  made = plugins.make_evidence(
     split, relations=related, channels=tuple(options.channels), **counting
   )
+  known = plugins.known_activeness(first.activeness, first.activeness)
+  return made._replace(activeness=jnp.asarray(known))
 
 
 def make_weighting(
@@ -262,7 +279,7 @@ def _block_of(leaf: str, patterns: Iterable[str]) -> str:
 
 def make_criterion(
   config: ConfigDict,
-  problem: Problem,
+  split: splits.Split,
   groups: np.ndarray,
   *,
   num_groups: int,
@@ -272,12 +289,12 @@ def make_criterion(
 
   Args:
     config: the whole configuration.
-    problem: its training counts are the proposals'.
+    split: whose training counts are the proposals'.
     groups: [U], whose batches a user is in; -1 = nobody's.
     num_groups: G.
     draw: how the batches are drawn.
   """
-  options, split = config.loss, problem.split
+  options = config.loss
   if options.name == "softmax":
     return criteria.SOFTMAX
   num_items = split.interactions.num_items
@@ -428,7 +445,8 @@ class Run(NamedTuple):
     start: seed -> state before step 0.
     frozen: seed -> params that stay as they are.
     evaluator: seed -> (params -> validation values by name).
-    criteria: names of those that select, the others are only logged.
+    criteria: names of those that select, the others are only logged; none
+      where the last step is kept.
   """
 
   step: training.Step
@@ -497,6 +515,11 @@ class Trainer:
     return self._networks.backbone.tables if one else ()
 
   @property
+  def remembered(self) -> splits.Split:
+    """The split whose training prefix the memory holds when test users come."""
+    return learnt_split(self._problem, "all" if self._config.refit else "none")
+
+  @property
   def streams(self) -> bool:
     """Whether the interactions stay on disk."""
     return isinstance(self._problem.split.interactions, Stored)
@@ -528,13 +551,15 @@ class Trainer:
       return evaluation.Weights(self._best(backbone, seed), None)
     return evaluation.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
-      self._evidence(plugin.plugin),
+      self._evidence(plugin.plugin, refit=bool(self._config.refit)),
     )
 
-  def _evidence(self, plugin: str) -> plugins.Evidence | None:
+  def _evidence(
+    self, plugin: str, *, refit: bool = False
+  ) -> plugins.Evidence | None:
     """What a kind of plugin reads besides, None where that is nothing."""
     mixes = self._networks.plugins[plugin].mix is not None
-    return self._networks.evidence() if mixes else None
+    return self._networks.evidence(refit) if mixes else None
 
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
@@ -582,12 +607,14 @@ class Trainer:
         self.step(run), self.start(run), operands,
         names=runs,
         num_steps=steps,
-        evaluate=evaluate,
+        evaluate=evaluate if run.criteria else None,
         evaluate_every=self._config.validation.every,
         dispatch=self._config.dispatch,
         patience=self._config.validation.patience,
         stacked=stage.kind == "plugin",
-        evaluate_first=stage.kind == "plugin" or stage.start is not None,
+        evaluate_first=bool(
+          run.criteria and (stage.kind == "plugin" or stage.start)
+        ),
         checkpoints=store,
         on_steps=on_steps,
         on_evaluation=on_evaluation,
@@ -600,7 +627,7 @@ class Trainer:
       self.cost[runs[k]] = {
         "steps": result.last_step,
         "best_steps": result.best_steps,
-        "validation": result.best_values,
+        "validation": result.best_values if run.criteria else [],
         **self._log.skipped(runs[k]),
       }
       self.cpu_seconds[runs[k]] = round(result.cpu_seconds, 1)
@@ -667,7 +694,7 @@ class Trainer:
     """The batches of a stage, of the one seed that is trained at a time."""
     sequences = self._problem.sequences
     return streaming.Stream(
-      sequences, run.windows, (sequences.targets, run.pool),
+      sequences, run.windows, (run.pool,),
       key=_stage_key(self._seeds[0], stage.name), num_steps=steps,
       dispatch=self._config.dispatch, length=self.length, layout=self._layout,
     )
@@ -687,9 +714,11 @@ class Trainer:
   def _optimizer(self, steps: int, prefix: str = "") -> tuple:
     return make_optimizer(self._config, steps, prefix)
 
-  def _pool(self, groups: np.ndarray, num_groups: int) -> batches.Pool:
+  def _pool(
+    self, split: splits.Split, groups: np.ndarray, num_groups: int
+  ) -> batches.Pool:
     pool = batches.make_pool(
-      self._problem.targets, groups, num_groups=num_groups,
+      batches.training_targets(split), groups, num_groups=num_groups,
       length=self.length,
     )
     if self.streams:
@@ -711,7 +740,8 @@ class Trainer:
   def backbone_run(self, stage: Stage, steps: int) -> Run:
     """What stage 1 is fitted with."""
     config, problem = self._config, self._problem
-    shares = target_shares(problem, config.groups.num_groups)
+    split = learnt_split(problem, stage.learns)
+    shares = target_shares(problem, config.groups.num_groups, split)
     groups, pools = drawn_from(config, problem, stage)
     if stage.grouped:
       adjustment = stage_adjustment(
@@ -726,7 +756,7 @@ class Trainer:
         self._networks.backbone, clip=config.pin.clip_importance
       )
     criterion = make_criterion(
-      config, problem, groups, num_groups=pools, draw=draw
+      config, split, groups, num_groups=pools, draw=draw
     )
     if stage.focal:
       criterion = criterion._replace(focusing=config.loss.focusing)
@@ -761,7 +791,8 @@ class Trainer:
         ),
       }
 
-    rank, requests = self.ranker(None), self._validation(stage.users)
+    rank = self.ranker(None)
+    requests = self._validation(stage.users, stage.learns == "half")
     segments = problem.segments[requests.users]
 
     def evaluate(params: PyTree) -> dict[str, float]:
@@ -776,12 +807,12 @@ class Trainer:
       "batch_size": windows_of_step(config, grouped=stage.grouped),
       "length": self.length, "draw": draw,
     }
-    windows = lambda key, t, targets, pool: batches.draw_windows(
-      training.backbone_keys(key, t)[0], targets, pool, **sizes
+    windows = lambda key, t, pool: batches.draw_windows(
+      training.backbone_keys(key, t)[0], pool, **sizes
     )
     return Run(
-      step, windows, self._pool(groups, pools), start, frozen,
-      lambda seed: evaluate, (stage.users,),
+      step, windows, self._pool(split, groups, pools), start, frozen,
+      lambda seed: evaluate, () if stage.learns == "all" else (stage.users,),
     )
 
   def _plugin_run(self, stage: Stage, steps: int) -> Run:
@@ -796,7 +827,7 @@ class Trainer:
       batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
       criterion=make_criterion(
-        config, problem, segments, num_groups=count, draw=criterion_draw
+        config, problem.split, segments, num_groups=count, draw=criterion_draw
       ),
       layout=self._layout,
     )
@@ -809,18 +840,15 @@ class Trainer:
         params, optimizer, stacked=True, layout=self._layout
       )
 
-    requests = self._validation("all")
+    requests = self._validation("all", draw == "validation")
     pool = None
     if draw == "validation":
-      fitted = _fitted_users(len(segments))
       pool = batches.make_held_out(
-        problem.split.validation, np.where(fitted, segments, -1),
-        num_groups=count,
+        problem.split.validation,
+        np.where(_fitted_users(len(segments)), segments, -1), num_groups=count,
       )
       if not self.streams:
         pool = sharding.put_replicated(pool, self._layout)
-      left = ~fitted[requests.users]
-      requests = evaluation.Requests(*(x[left] for x in requests))
     requests = requests._replace(
       segments=segments[requests.users].astype(np.int32)
     )
@@ -842,16 +870,14 @@ class Trainer:
 
     sizes = {"batch_size": config.batch_size // count, "length": self.length}
 
-    def windows(
-      key: jax.Array, t: jax.Array, targets: jax.Array, pool: Any
-    ) -> batches.Windows:
+    def windows(key: jax.Array, t: jax.Array, pool: Any) -> batches.Windows:
       key = jax.random.fold_in(key, t)
       if draw == "validation":
         return batches.draw_held_out_windows(key, pool, **sizes)
-      return batches.draw_windows(key, targets, pool, draw=draw, **sizes)
+      return batches.draw_windows(key, pool, draw=draw, **sizes)
 
     return Run(
-      step, windows, pool or self._pool(segments, count), start,
+      step, windows, pool or self._pool(problem.split, segments, count), start,
       lambda seed: self._best(stage.start, seed),
       lambda seed: functools.partial(evaluate, seed),
       parts if count > 1 else ("all",),
@@ -868,7 +894,7 @@ class Trainer:
     groups = sharding.put_replicated(
       problem.groups.astype(np.int32), self._layout
     )
-    pool = self._pool(np.zeros_like(problem.groups), 1)
+    pool = self._pool(problem.split, np.zeros_like(problem.groups), 1)
 
     def start(seed: int) -> training.TrainState:
       params = propensity.init_classifier(
@@ -900,7 +926,8 @@ class Trainer:
       ("log_likelihood",),
     )
 
-  def _validation(self, users: str) -> evaluation.Requests:
+  def _validation(self, users: str, half: bool) -> evaluation.Requests:
+    """Requests to rank the targets that select; not those learnt from."""
     problem = self._problem
     chosen = np.flatnonzero(
       in_segment(problem, users) & (problem.split.validation >= 0)
@@ -914,6 +941,8 @@ class Trainer:
     if 0 < limit < len(chosen):
       rng = np.random.default_rng(0)
       chosen = np.sort(rng.choice(chosen, limit, replace=False))
+    if half:
+      chosen = chosen[~_fitted_users(len(problem.segments))[chosen]]
     return requests_for(problem, "validation", chosen)
 
 
@@ -955,9 +984,21 @@ def _stage_key(seed: int, name: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def target_shares(problem: Problem, num_groups: int) -> np.ndarray:
-  """[G] share of the training targets in each group."""
-  counts = np.bincount(problem.groups, problem.targets, num_groups)
+def learnt_split(problem: Problem, learns: Learnt) -> splits.Split:
+  """The split with the validation targets that are learnt from."""
+  if learns == "none":
+    return problem.split
+  everybody = np.ones(len(problem.segments), bool)
+  users = everybody if learns == "all" else _fitted_users(len(everybody))
+  return splits.with_validation(problem.split, users)
+
+
+def target_shares(
+  problem: Problem, num_groups: int, split: splits.Split
+) -> np.ndarray:
+  """[G] share of a split's training targets in each group."""
+  targets = batches.training_targets(split)
+  counts = np.bincount(problem.groups, targets, num_groups)
   return counts / counts.sum()
 
 
@@ -978,11 +1019,12 @@ def drawn_from(
 
 def check_pools(config: ConfigDict, problem: Problem) -> None:
   """Raises InputError where a stage 1 has a group without training targets."""
-  for stage in stages_of(method_names(config.methods, config.pin.weighting)):
+  for stage in stages_of(selected(config)):
     if stage.kind == "backbone":
       groups, count = drawn_from(config, problem, stage)
+      split = learnt_split(problem, stage.learns)
       batches.make_pool(
-        problem.targets, groups, num_groups=count,
+        batches.training_targets(split), groups, num_groups=count,
         length=config.backbone.length,
       )
 
@@ -1003,7 +1045,7 @@ def check_adjustment(
   config: ConfigDict, problem: Problem, networks: Networks
 ) -> None:
   """Raises InputError where PIN's or a rule's settings are contradictory."""
-  shares = target_shares(problem, config.groups.num_groups)
+  shares = target_shares(problem, config.groups.num_groups, problem.split)
   for rule in config.rules:
     stage_adjustment(config, rule, problem.prior, shares)
   rules, blocks = make_adjustment(config.pin, problem.prior, shares)
@@ -1028,5 +1070,6 @@ def num_steps(config: ConfigDict, stage: Stage) -> int:
     "plugin": second,
     "both": first + second,
     "none": 0,
+    "refit": config.refit,
     "classifier": config.classifier_steps,
   }[stage.phase]

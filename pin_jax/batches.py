@@ -38,11 +38,13 @@ class Pool(NamedTuple):
 
   Attributes:
     users: [P] int32.
+    targets: [P] int32, how many targets each of them has.
     group_starts: [G+1] int32, borders of the groups in `users`.
     window_starts: [P+1] int32, windows before each user of the pool.
   """
 
   users: jax.Array
+  targets: jax.Array
   group_starts: jax.Array
   window_starts: jax.Array
 
@@ -113,10 +115,10 @@ def make_pool(
     np.where(targets > 0, groups, -1), num_groups, "two training interactions; "
     "lower groups.num_groups or change groups.rule",
   )
-  windows = -(-targets[users] // length)
-  starts = np.concatenate([[0], np.cumsum(windows)])
-  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
-  return Pool(as_int32(users), as_int32(borders), as_int32(starts))
+  counts = targets[users]
+  starts = np.concatenate([[0], np.cumsum(-(-counts // length))])
+  arrays = users, counts, borders, starts
+  return Pool(*(jnp.asarray(x, jnp.int32) for x in arrays))
 
 
 def _by_group(
@@ -177,15 +179,13 @@ def draw_batch(
     Batch with leading axes [G, B].
   """
   windows = draw_windows(
-    key, sequences.targets, pool, batch_size=batch_size, length=length,
-    draw=draw,
+    key, pool, batch_size=batch_size, length=length, draw=draw
   )
   return cut_windows(sequences, *windows[:3], length=length)
 
 
 def draw_windows(
   key: jax.Array,
-  targets: jax.Array,
   pool: Pool,
   *,
   batch_size: int,
@@ -201,7 +201,6 @@ def draw_windows(
 
   Args:
     key: the step's key; the windows are a function of it.
-    targets: [U], see `Sequences`.
     pool: the users of the G groups.
     batch_size: B, windows a group.
     length: L.
@@ -226,8 +225,7 @@ def draw_windows(
     window = jax.random.randint(pick_key, shape, low, high)
     find = lambda x: jnp.searchsorted(pool.window_starts, x, side="right") - 1
     index = find(window)
-  users = pool.users[index]
-  count = targets[users]
+  users, count = pool.users[index], pool.targets[index]
   slack = -count % length
   offset = jax.random.randint(offset_key, shape, 0, slack + 1)
   if draw == "users":

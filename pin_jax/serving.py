@@ -32,6 +32,7 @@ from pin_jax.splits import Split, training_counts
 from pin_jax.types import InputError, PyTree, Reading
 
 PREFIXES = ("all", "validation", "train")
+_REMEMBERED = "remembered"  # a prefix too; older files have "train" alone
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, SCHEMA = "pin_jax recommender", 1  # of the portable file
 _MOST_SCORES = 2**24  # of a chunk of users
@@ -225,6 +226,7 @@ def make(
   newcomers: Sequence[int],
   length: int,
   origin: Mapping[str, Any],
+  remembered: np.ndarray | None = None,
 ) -> Recommender:
   """A recommender from trained parameters.
 
@@ -238,6 +240,8 @@ def make(
     newcomers: the slot of somebody new, by segment.
     length: L.
     origin: where the parameters come from, as JSON.
+    remembered: [U], how much of each user's history the slots' evidence holds;
+      None = the training prefix.
 
   Returns:
     The recommender.
@@ -245,7 +249,8 @@ def make(
   data = split.interactions
   test = np.where(split.test >= 0, split.test, data.lengths)
   ends = {
-    "all": data.lengths, "validation": test, "train": split.train_end
+    "all": data.lengths, "validation": test, "train": split.train_end,
+    _REMEMBERED: split.train_end if remembered is None else remembered,
   }
   users = Users(
     data.user_ids, np.asarray(data.items, np.int32), data.offsets,
@@ -525,6 +530,7 @@ def _inputs(
   users = recommender.users
   known = requests.users[index]
   trained = users.ends["train"]
+  remembered = users.ends.get(_REMEMBERED, trained)
   lengths = (requests.ends - requests.starts)[index]
   behaviours = np.where(known >= 0, trained[known], lengths)
   if conditioned.reads(recommender.slots[0].backbone):
@@ -538,7 +544,7 @@ def _inputs(
     items = ()
     if user >= 0:
       start = users.offsets[user]
-      items = users.items[start : start + trained[user]].tolist()
+      items = users.items[start : start + remembered[user]].tolist()
     at = {item: len(own) + n for n, item in enumerate(dict.fromkeys(items))}
     place[k] = [at.get(item, -1) for item in newest[k].tolist()]
     own.extend(at)
@@ -633,7 +639,7 @@ def save(
   users = recommender.users
   arrays["histories/items"] = users.items
   arrays["histories/offsets"] = users.offsets
-  ends = {f"end_{key}": users.ends[key] for key in PREFIXES}
+  ends = {f"end_{key}": value for key, value in users.ends.items()}
   tables = {
     "users.parquet": {
       "user": users.ids.tolist(), "segment": users.segments,
@@ -789,7 +795,10 @@ def _from_members(
     _slots(manifest["slots"], arrays, exported),
     Users(
       _ids(users["user"]), arrays["histories/items"], offsets,
-      {key: users[f"end_{key}"].to_numpy() for key in PREFIXES},
+      {
+        key: users[f"end_{key}"].to_numpy() for key in (*PREFIXES, _REMEMBERED)
+        if key in PREFIXES or f"end_{key}" in users
+      },
       users["segment"].to_numpy(), users["slot"].to_numpy(),
     ),
     _ids(items["item"]),

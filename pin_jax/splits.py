@@ -203,6 +203,22 @@ def _split(
   )
 
 
+def with_validation(split: Split, users: np.ndarray) -> Split:
+  """The split with some users' validation targets in the training prefix.
+
+  The test targets stay what they are. A validation target follows the prefix
+  directly, so that the longer prefix has no gap.
+
+  Args:
+    split: whose `validation` keeps its positions.
+    users: [U] bool, whose prefix grows; those without a target keep theirs.
+  """
+  grown = np.asarray(users, bool) & (split.validation >= 0)
+  return dataclasses.replace(
+    split, train_end=split.train_end + grown.astype(np.int32)
+  )
+
+
 def is_training(split: Split, *, skip: int = 0) -> np.ndarray:
   """[I] bool, the interactions of the training prefix.
 

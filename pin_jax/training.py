@@ -561,7 +561,7 @@ def fit_many(
   *,
   names: Sequence[str],
   num_steps: int,
-  evaluate: Callable[[int, PyTree], np.ndarray],
+  evaluate: Callable[[int, PyTree], np.ndarray] | None,
   evaluate_every: int,
   dispatch: int = 10,
   patience: int = 0,
@@ -593,7 +593,7 @@ def fit_many(
     names: [N], the runs' names in errors.
     num_steps: steps of a run.
     evaluate: (run k, its params) -> validation values, higher is better: [1],
-      or [S] where each segment keeps its own best.
+      or [S] where each segment keeps its own best; None = the last is kept.
     evaluate_every: steps between validations (and checkpoints).
     dispatch: steps a dispatch, a divisor of `evaluate_every`.
     patience: stop after so many validations without improvement; 0 = never.
@@ -653,9 +653,12 @@ def fit_many(
     for k in running:
       finite.check_params(of_run(state.params, k), names[k], k, t)
     for k in running:
-      params = of_run(served(state), k)
-      values = np.asarray(evaluate(k, params), np.float64).reshape(-1)
-      on_evaluation(k, t, values)
+      if evaluate is None:
+        values = np.array([float(t)])
+      else:
+        params = of_run(served(state), k)
+        values = np.asarray(evaluate(k, params), np.float64).reshape(-1)
+        on_evaluation(k, t, values)
       progress[k], better[k] = _compare(progress[k], t, values)
     now = time.process_time()
     share, clock = (now - clock) / len(running), now

@@ -266,7 +266,9 @@ def test_pool_sorts_users_by_group_and_counts_windows():
   targets = np.asarray([5, 0, 1, 8, 9, 4])
   groups = np.asarray([1, 0, 0, -1, 1, 0])
   got = make_pool(targets, groups, num_groups=2, length=4)
-  want = Pool([2, 5, 0, 4], [0, 2, 4], [0, 1, 2, 4, 7])
+  want = Pool(
+    [2, 5, 0, 4], [1, 4, 5, 9], [0, 2, 4], [0, 1, 2, 4, 7]
+  )
   for a, b in zip(got, want, strict=True):
     np.testing.assert_array_equal(a, b)
 

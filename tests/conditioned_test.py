@@ -16,7 +16,7 @@ from toys import assert_trees_close, noisy
 
 from experiments import logs, settings, trainer
 from experiments.configs import base
-from experiments.methods import METHODS, stages_of
+from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
 from pin_jax import (
   aggregation,
@@ -311,7 +311,7 @@ def trained(made, workdir):
   out = trainer.Trainer(
     made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress
   )
-  for stage in stages_of(tuple(made.methods)):
+  for stage in stages_of(selected(made)):
     out.train(stage)
   return {name: found[0].best for name, found in out.trained.items()}
 

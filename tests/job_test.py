@@ -212,7 +212,9 @@ def test_a_rule_has_its_own_weighting():
 
 
 def test_shared_stages_are_trained_once():
-  names = [stage.name for stage in stages_of(("pin", "pin_backbone", "base"))]
+  names = [stage.name for stage in stages_of({
+    name: METHODS[name] for name in ("pin", "pin_backbone", "base")
+  })]
   assert names == ["pin/backbone", "pin/plugins", "base"]
 
 

@@ -18,7 +18,7 @@ from toys import RULES
 
 from experiments import logs, settings, trainer
 from experiments.configs import base
-from experiments.methods import stages_of
+from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
 from pin_jax import (
   aggregation,
@@ -37,7 +37,7 @@ CASES = {  # data, model
   "quick": ((4, 2),), "slow": ((8, 1), (1, 4)),
 }
 TILE = evaluation.Tile(8, 12)  # one device goes by four, two by two pieces
-STAGES = {stage.name: stage for stage in stages_of(("pin",))}
+STAGES = {stage.name: stage for stage in METHODS["pin"].stages}
 
 
 def config(data=1, model=1, **changes):

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from experiments import settings, trainer
 from experiments.configs import base
 from experiments.logs import JobProgress, NoLog
-from experiments.methods import stages_of
+from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
 from pin_jax import batches, evaluation, sharding, streaming
 from pin_jax.backbones.gru4rec import gru4rec
@@ -118,9 +118,9 @@ def _drawn(split, draw):
     batches.training_targets(split), groups, num_groups=2, length=LENGTH
   )
   return (
-    lambda key, t, targets, pool: batches.draw_windows(
-      jax.random.fold_in(key, t), targets, pool, draw=draw, **sizes
-    ), (on_device.targets, pool),
+    lambda key, t, pool: batches.draw_windows(
+      jax.random.fold_in(key, t), pool, draw=draw, **sizes
+    ), (pool,),
     lambda key: batches.draw_batch(key, on_device, pool, draw=draw, **sizes),
   )
 
@@ -195,7 +195,7 @@ def _trained(config, workdir):
   out = trainer.Trainer(
     config, problem, networks, epath.Path(workdir), (0,), NoLog(), progress
   )
-  for stage in stages_of(("pin",)):
+  for stage in METHODS["pin"].stages:
     out.train(stage)
   return fingerprint(problem), out
 

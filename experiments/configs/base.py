@@ -139,6 +139,10 @@ def default() -> ConfigDict:
     "backbone_steps": 1500,
     "plugin_steps": 300,
     "classifier_steps": 300,
+    # Steps of a last phase of every row, once all choices are made: its
+    # backbone trains on with all validation targets among its training targets,
+    # the memory counts them, plugins stay as fitted. 0 = off.
+    "refit": 0,
     "optimizer": {
       "learning_rate": 2e-3,
       "plugin_learning_rate": 1e-3,
@@ -249,8 +253,8 @@ def gated(config: ConfigDict) -> None:
   config.optimizer.plugin_learning_rate = 2e-2
   config.memory.relations = ("cosine", "two_step", "linear")
   config.methods = (
-    "base", "memory_alone", "joint_shared", "joint_plugins", "pin_backbone",
-    "pin",
+    "base_validation", "base", "memory_alone", "joint_shared", "joint_plugins",
+    "pin_backbone", "pin",
   )
 
 
