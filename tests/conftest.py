@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import gc
 import os
 import pathlib
 
@@ -9,11 +10,24 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
-  """Compiles each program once a session, however many tests build it."""
-  jax.config.update(
-    "jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache"))
-  )
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  """Compiles each program once, for all workers and the programs they start."""
+  root = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  for name, value in (
+    ("jax_compilation_cache_dir", str(root / "cache")),
+    ("jax_persistent_cache_min_compile_time_secs", 0.0),
+  ):
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+  """Lets go of a module's programs: a worker's memory stays bounded."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(scope="module")
