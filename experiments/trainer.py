@@ -275,7 +275,7 @@ def make_criterion(
     problem: its training counts are the proposals'.
     groups: [U], whose batches a user is in; -1 = nobody's.
     num_groups: G.
-    draw: how the batches are drawn.
+    draw: how the batches are drawn, see `negatives.batch_counts`.
   """
   options, split = config.loss, problem.split
   if options.name == "softmax":
@@ -790,13 +790,16 @@ class Trainer:
     segments, count = assigned(problem, stage)
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
-    criterion_draw = "users" if draw == "validation" else draw
+    learnt = segments
+    if draw == "validation":
+      fitted = _fitted_users(len(segments))
+      learnt = np.where(fitted, segments, -1)
     step = training.plugin_step(
       self._networks.backbone, plugin, optimizer, schedule,
       batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
       criterion=make_criterion(
-        config, problem, segments, num_groups=count, draw=criterion_draw
+        config, problem, learnt, num_groups=count, draw=draw
       ),
       layout=self._layout,
     )
@@ -812,10 +815,8 @@ class Trainer:
     requests = self._validation("all")
     pool = None
     if draw == "validation":
-      fitted = _fitted_users(len(segments))
       pool = batches.make_held_out(
-        problem.split.validation, np.where(fitted, segments, -1),
-        num_groups=count,
+        problem.split.validation, learnt, num_groups=count
       )
       if not self.streams:
         pool = sharding.put_replicated(pool, self._layout)
