@@ -292,7 +292,7 @@ def make_criterion(
     split: whose training counts are the proposals'.
     groups: [U], whose batches a user is in; -1 = nobody's.
     num_groups: G.
-    draw: how the batches are drawn.
+    draw: how the batches are drawn, see `negatives.batch_counts`.
   """
   options = config.loss
   if options.name == "softmax":
@@ -821,13 +821,15 @@ class Trainer:
     segments, count = assigned(problem, stage)
     optimizer, schedule = self._optimizer(steps, "plugin_")
     draw, mean = self._sampling(stage)
-    criterion_draw = "users" if draw == "validation" else draw
+    learnt = segments
+    if draw == "validation":
+      learnt = np.where(_fitted_users(len(segments)), segments, -1)
     step = training.plugin_step(
       self._networks.backbone, plugin, optimizer, schedule,
       batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
       criterion=make_criterion(
-        config, problem.split, segments, num_groups=count, draw=criterion_draw
+        config, problem.split, learnt, num_groups=count, draw=draw
       ),
       layout=self._layout,
     )
@@ -844,8 +846,7 @@ class Trainer:
     pool = None
     if draw == "validation":
       pool = batches.make_held_out(
-        problem.split.validation,
-        np.where(_fitted_users(len(segments)), segments, -1), num_groups=count,
+        problem.split.validation, learnt, num_groups=count
       )
       if not self.streams:
         pool = sharding.put_replicated(pool, self._layout)

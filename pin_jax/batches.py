@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pin_jax.datasets.stored import Stored
-from pin_jax.splits import Split
+from pin_jax.splits import Split, is_training
 from pin_jax.types import Batch, InputError, Reading, at_least
 
 DRAWS = ("interactions", "users")
@@ -234,6 +234,44 @@ def draw_windows(
   else:
     tile = window - pool.window_starts[index]
   return Windows(users, tile * length - offset, count, jnp.zeros(shape, bool))
+
+
+def target_chances(
+  split: Split, *, length: int, draw: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """How often each training target is expected in a window of `draw_batch`.
+
+  Windows by 'interactions' hold every target alike. The window of a uniform
+  target of a user's n, drawn by 'users', holds target i = 0 .. n-1 with the
+  chance E[size of the window around i] / n. With the slack s and
+  T(m) = 1 + .. + m that size is
+
+    L - (T(min(s, L-1-i)) + T(min(s, L-1-(n-1-i)))) / (s + 1)
+
+  since an offset below s + 1 cuts what the first and the last window lose.
+
+  Args:
+    split: holds the targets.
+    length: L.
+    draw: 'interactions' or 'users'.
+
+  Returns:
+    of all training targets, [T] each: their index into the interactions, their
+    user, and the chance, in a unit that is the same for all.
+  """
+  rows = np.flatnonzero(is_training(split, skip=1))
+  starts = split.interactions.offsets[:-1]
+  users = np.searchsorted(starts, rows, side="right") - 1
+  if draw == "interactions":
+    return rows, users, np.ones(len(rows))
+  count = training_targets(split)[users]
+  slack = -count % length
+  lost = 0
+  before = rows - starts[users] - 1
+  for place in (before, count - 1 - before):
+    most = np.clip(length - 1 - place, 0, slack)
+    lost = lost + most * (most + 1) / 2
+  return rows, users, (length - lost / (slack + 1)) / count
 
 
 def cut_windows(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pin_jax.splits import Split, training_counts
+from pin_jax.batches import target_chances
+from pin_jax.splits import Split
 from pin_jax.types import Batch, InputError
 
 
@@ -93,20 +94,13 @@ def popularity(counts: ArrayLike, exponent: float = 1.0) -> Proposal:
     The proposal.
 
   Raises:
-    InputError: if the exponent is negative or not finite, or no item occurs.
+    InputError: as `unit_widths`.
   """
-  if not 0 <= exponent < math.inf:
-    raise InputError(
-      f"loss.exponent={exponent} is no finite number of at least 0; give a "
-      "power of the items' counts such as 0.75"
-    )
-  counts = np.asarray(counts, np.float64)[1:]
-  if not counts.sum() > 0:
-    raise InputError("counts of all items are 0; count the training data")
-  mass = (counts / counts.max()) ** exponent
-  widths = np.maximum(np.rint(mass / mass.sum() * 2**32), mass > 0)
-  widths[np.argmax(widths)] -= widths.sum() - 2**32
-  borders = jnp.asarray(np.cumsum(widths)[:-1].astype(np.uint32))
+  widths = unit_widths(counts, exponent)
+  ends = np.cumsum(widths)
+  last = int(np.flatnonzero(widths)[-1])
+  # An end of 2^32 is one unit too low here; `last` makes up for it.
+  ends = jnp.asarray(np.minimum(ends, 2**32 - 1).astype(np.uint32))
   with np.errstate(divide="ignore"):
     logs = np.log(np.concatenate([[0], widths]) / 2**32)
   log_q = jnp.asarray(logs, jnp.float32)
@@ -115,12 +109,51 @@ def popularity(counts: ArrayLike, exponent: float = 1.0) -> Proposal:
     key: jax.Array, batch: Batch, shape: tuple[int, ...]
   ) -> jax.Array:
     bits = jax.random.bits(key, shape, jnp.uint32)
-    return 1 + jnp.searchsorted(borders, bits, side="right").astype(jnp.int32)
+    index = jnp.searchsorted(ends, bits, side="right").astype(jnp.int32)
+    return 1 + jnp.minimum(index, last)
 
   def log_counts(items: jax.Array, batch: Batch, count: int) -> jax.Array:
     return math.log(count) + log_q[items]
 
   return Proposal(sample, log_counts)
+
+
+def unit_widths(counts: ArrayLike, exponent: float = 1.0) -> np.ndarray:
+  """Shares of the items in units of 2^-32: whole numbers that sum to 2^32.
+
+  An item with a count has one unit, and of the rest in proportion to
+  max(count^a - one unit, 0), to within one unit.
+
+  Args:
+    counts: [V+1], the first is ignored.
+    exponent: a >= 0.
+
+  Returns:
+    [V] int64, 0 for an item that is never drawn.
+
+  Raises:
+    InputError: if the exponent or a count is negative or not finite, or no
+      item occurs.
+  """
+  if not 0 <= exponent < math.inf:
+    raise InputError(
+      f"exponent={exponent} is no finite number of at least 0; give a power of "
+      "the items' counts such as 0.75"
+    )
+  counts = np.asarray(counts, np.float64)[1:]
+  bad = np.flatnonzero(~(np.isfinite(counts) & (counts >= 0)))
+  if len(bad):
+    raise InputError(
+      f"counts[{bad[0] + 1}] = {counts[bad[0]]}; give finite numbers >= 0"
+    )
+  if not counts.any():
+    raise InputError("counts of all items are 0; count the training data")
+  mass = (counts / counts.max()) ** exponent
+  one = (counts > 0) | (mass > 0)
+  more = np.maximum(mass * (2**32 / mass.sum()) - 1, 0)
+  whole = np.cumsum(more)  # divided first, so that the end is exact
+  whole = np.floor(whole / whole[-1] * (2**32 - one.sum()))
+  return np.diff(whole, prepend=0).astype(np.int64) + one
 
 
 def in_batch(counts: ArrayLike, groups: ArrayLike) -> Proposal:
@@ -231,25 +264,26 @@ def batch_counts(
 ) -> np.ndarray:
   """How often an item is expected among the targets of each group's batches.
 
-  Draws by 'interactions' take every training target alike. Draws by 'users'
-  take each of a user's n targets with its window, in proportion to the
-  window's size over n: 1 for n <= L, about L / n above (windows at the ends of
-  a long history are shorter, which is neglected).
-
   Args:
-    split: counts its training targets.
+    split: holds the targets.
     groups: [U] group of each user; -1 leaves the user out.
     num_groups: G.
     length: L, targets a window.
-    draw: as given to `batches.draw_batch`.
+    draw: as given to `batches.draw_batch`, or 'validation' for batches of
+      `batches.draw_held_out`: the validation targets, all alike.
 
   Returns:
-    [G, V+1] float64.
+    [G, V+1] float64, in any unit.
   """
-  weights = np.ones(len(groups))
-  if draw == "users":
-    weights = np.minimum(length / np.maximum(split.train_end - 1, 1), 1)
+  data = split.interactions
+  if draw == "validation":
+    users = np.flatnonzero((split.validation >= 0) & (groups >= 0))
+    rows = data.offsets[:-1][users] + split.validation[users]
+    chances = np.ones(len(rows))
+  else:
+    rows, users, chances = target_chances(split, length=length, draw=draw)
+  items, groups = np.asarray(data.items[rows]), np.asarray(groups)[users]
   return np.stack([
-    training_counts(split, weights * (groups == g), skip=1)
-    for g in range(num_groups)
+    np.bincount(items[own], chances[own], data.num_items + 1)
+    for own in (groups == g for g in range(num_groups))
   ])

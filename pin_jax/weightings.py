@@ -41,6 +41,7 @@ _RIDGE = 1e-6
 _INTERIOR_STEPS = 40
 _NEWTON_STEPS = 50
 _DINKELBACH_STEPS = 8
+_JACOBI_SWEEPS = 8
 
 
 def tempered(prior: Sequence[float], exponent: float) -> np.ndarray:
@@ -630,21 +631,31 @@ def aligned_mtl() -> Weighting:
   G = V diag(s) V^T; w = sqrt(min s) V diag(s)^-1/2 V^T 1 / G over s > 0: the
   mean of the nearest orthogonal gradients. Homogeneous of degree 1 in the
   gradients; not non-conflicting. Equal weights if all gradients are zero.
-  Eigenvalues below 10 G eps max s count as 0 (eps of float32); where gradients
-  become dependent, d jumps, as in the paper.
+  As many s count as 0 as eigenvalues of C lie below 10 G eps (eps of float32)
+  of its largest: what depends on others is told by unit gradients, however
+  unequal the norms. Where gradients become dependent, d jumps, as in the paper.
+
+  The s and V are found as singular values and vectors of C^1/2 D, by rotations
+  of its columns, which keeps small ones as exact as large ones.
 
   Reference: Senushkin et al., "Independent component alignment for multi-task
-    learning", CVPR 2023, algorithm 1.
+    learning", CVPR 2023, algorithm 1; Demmel & Veselic, "Jacobi's method is
+    more accurate than QR", SIAM J. Matrix Anal. Appl. 1992.
   """
 
   def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
-    size, trace = len(gramian), jnp.trace(gramian)
-    values, vectors = jnp.linalg.eigh(_divide(gramian, trace))
-    floor = 10 * size * jnp.finfo(jnp.float32).eps * values.max()
-    real = values > floor
-    least = jnp.min(jnp.where(real, values, jnp.inf))
-    scale = jnp.sqrt(_divide(least, jnp.where(real, values, 0)))
-    mean = vectors @ (scale * vectors.mean(0))
+    norms, _, cosine = _unit(gramian)
+    size = len(norms)
+    squares, vectors = jnp.linalg.eigh(cosine)
+    floor = 10 * size * jnp.finfo(jnp.float32).eps * squares.max()
+    independent = squares > floor
+    root = jnp.sqrt(jnp.where(independent, squares, 0))[:, None] * vectors.T
+    sizes, vectors = _singular(root * _divide(norms, norms.max()))
+    rank = independent.sum() - (norms == 0).sum()
+    real = (sizes > 0) & (jnp.argsort(jnp.argsort(-sizes)) < rank)
+    least = jnp.min(jnp.where(real, sizes, jnp.inf))
+    scale = _divide(least, jnp.where(real, sizes, 0))
+    mean = (vectors * (scale * vectors.mean(0))).sum(1)
     return jnp.where(real.any(), mean, 1 / size)
 
   return _stateless(weights)
@@ -799,6 +810,31 @@ def _nonnegative(matrix: jax.Array, linear: jax.Array) -> jax.Array:
   ones = jnp.ones_like(linear)
   x, _ = jax.lax.fori_loop(0, _INTERIOR_STEPS, body, (ones, ones))
   return largest * x
+
+
+def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(singular values [G], right singular vectors [G, G]) of a matrix [G, G].
+
+  One-sided Jacobi: pairs of columns are rotated until all are orthogonal.
+  """
+  size = len(matrix)
+  pairs = jnp.stack(jnp.triu_indices(size, 1), -1)
+
+  def rotate(stacked: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
+    x, y = stacked[:, pair].T
+    a, b, c = (jnp.sum((u * v)[:size]) for u, v in ((x, x), (y, y), (x, y)))
+    slope = (b - a) / jnp.where(c != 0, 2 * c, 1)
+    tangent = 1 / (jnp.abs(slope) + jnp.hypot(1, slope))
+    tangent = jnp.where(c != 0, jnp.where(slope < 0, -tangent, tangent), 0)
+    cosine = 1 / jnp.hypot(1, tangent)
+    sine = cosine * tangent
+    turned = jnp.stack([cosine * x - sine * y, sine * x + cosine * y], -1)
+    return stacked.at[:, pair].set(turned), None
+
+  stacked = jnp.concatenate([matrix, jnp.eye(size)])
+  order = jnp.tile(pairs, (_JACOBI_SWEEPS, 1))
+  stacked, _ = jax.lax.scan(rotate, stacked, order)
+  return jnp.linalg.norm(stacked[:size], axis=0), stacked[size:]
 
 
 # Published for each parameter tensor by itself.

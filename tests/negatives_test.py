@@ -105,6 +105,47 @@ def test_rare_items_of_a_large_catalogue_are_drawn():
   assert drawn.min() >= 1 and drawn.max() <= 1000
 
 
+MASSES = {
+  "the last is 0": [1, 5, 2, 0],
+  "only zeros around": [0, 0, 3, 0, 1, 0, 0],
+  "one item": [0, 7, 0],
+  "all of the float range": [1e300, 1e-300, 0, 1e300],
+  "flat": np.ones(100_003),
+  "flat, every other": np.arange(200_000) % 2,
+  "a long tail": 1 / np.arange(1.0, 150_001),
+}
+
+
+@pytest.mark.parametrize("name", MASSES)
+def test_shares_drawn_are_shares_counted(name, monkeypatch):
+  """Every 2^14th of the 2^32 bit patterns, and the last."""
+  mass = np.asarray(MASSES[name], float)
+  grid = np.arange(2**14 - 1, 2**32, 2**14, dtype=np.uint32)
+  monkeypatch.setattr(jax.random, "bits", lambda *_: jnp.asarray(grid))
+  proposal = negatives.popularity([9, *mass])
+  drawn = np.bincount(proposal.sample(None, BATCH, (1,)))[1:]
+  drawn = np.pad(drawn, (0, len(mass) - len(drawn)))
+  share = mass / mass.max() / (mass / mass.max()).sum()
+  assert np.abs(drawn - len(grid) * share).max() < 1.01
+  assert not drawn[mass == 0].any()
+  logs = proposal.log_counts(jnp.arange(1, len(mass) + 1), BATCH, 1)
+  chances = np.exp(np.asarray(logs, np.float64))
+  assert ((chances > 0) == (mass > 0)).all()
+  np.testing.assert_allclose(chances.sum(), 1, rtol=1e-6)
+  np.testing.assert_allclose(chances, share, rtol=1e-3, atol=2**-31)
+
+
+def test_ten_million_items_are_drawn_alike():
+  size = 10**7
+  proposal = negatives.popularity(np.ones(size + 1))
+  drawn = proposal.sample(jax.random.key(0), BATCH, (200_000,))
+  parts = np.bincount((np.asarray(drawn) - 1) * 100 // size, minlength=100)
+  assert scipy.stats.chisquare(parts).pvalue > 1e-3
+  widths = negatives.unit_widths(np.ones(size + 1))
+  assert widths.sum() == 2**32
+  assert set(np.unique(widths)) <= {429, 430, 431}  # 429.5 each
+
+
 def test_the_key_decides_and_rows_differ():
   proposal = negatives.uniform(1000)
   run = lambda seed, shared: np.asarray(negatives.draw_negatives(
@@ -140,6 +181,8 @@ def test_mixture_rounds_to_the_number_of_draws():
     (lambda: negatives.popularity(COUNTS, math.nan), "exponent=nan"),
     (lambda: negatives.popularity(COUNTS, -1.0), "exponent=-1"),
     (lambda: negatives.popularity([3, 0, 0]), "counts of all items are 0"),
+    (lambda: negatives.popularity([0, 1, -1]), r"counts\[2\] = -1"),
+    (lambda: negatives.popularity([0, math.nan]), r"counts\[1\] = nan"),
     (lambda: negatives.mixture([]), r"shares \[\]"),
     (lambda: negatives.mixture([(0.0, None)]), r"shares \[0.0\]"),
   ],
@@ -240,34 +283,54 @@ def test_training_counts_leave_out_what_is_held_out(skip):
   assert plain.sum() == split.train_end.sum()
 
 
-@pytest.mark.parametrize("draw", batches.DRAWS)
-def test_batch_counts_are_what_batches_hold(draw):
-  """Against the targets of many batches, of histories up to one window."""
-  split, length = _split(), 12
-  groups = np.arange(12) % 3 - 1
-  targets = batches.training_targets(split)
-  pool = batches.make_pool(targets, groups, num_groups=2, length=length)
-  drawn = batches.draw_batch(
-    jax.random.key(0), batches.make_sequences(split), pool, batch_size=6000,
-    length=length, draw=draw,
-  )
+@pytest.mark.parametrize("length", [3, 12])
+@pytest.mark.parametrize("draw", [*batches.DRAWS, "validation"])
+def test_batch_counts_are_what_batches_hold(draw, length):
+  """Against the targets of many batches; histories of 1 to 12 targets."""
+  split = _split()
+  groups, sequences = np.arange(12) % 3 - 1, batches.make_sequences(split)
+  sizes = {"batch_size": 6000, "length": length}
+  if draw == "validation":
+    pool = batches.make_held_out(split.validation, groups, num_groups=2)
+    drawn = batches.draw_held_out(jax.random.key(0), sequences, pool, **sizes)
+  else:
+    targets = batches.training_targets(split)
+    pool = batches.make_pool(targets, groups, num_groups=2, length=length)
+    drawn = batches.draw_batch(
+      jax.random.key(0), sequences, pool, draw=draw, **sizes
+    )
   counts = negatives.batch_counts(
     split, groups, num_groups=2, length=length, draw=draw
   )
+  proposal = negatives.in_batch(counts, groups)
   for group in range(2):
-    held = np.asarray(drawn.targets[group])
+    batch = jax.tree.map(lambda x, g=group: x[g], drawn)
+    held = np.asarray(batch.targets)
     observed = np.bincount(held[held > 0], minlength=counts.shape[1])
     shares = counts[group] / counts[group].sum()
     np.testing.assert_allclose(
       observed / observed.sum(), shares, atol=0.01
     )
+    own = proposal.sample(jax.random.key(1), batch, (2000,))
+    assert np.isfinite(proposal.log_counts(own, batch, 9)).all()
 
 
-def test_batch_counts_by_users_weigh_long_histories_less():
-  users = np.repeat([0, 1], [4, 43])  # 1 and 40 training targets
-  items = np.where(users == 0, 0, 1)
-  split = splits.leave_one_out(from_columns(users, items))
-  counts = negatives.batch_counts(
-    split, np.zeros(2), num_groups=1, length=10, draw="users"
+@pytest.mark.parametrize("length", [1, 4, 10])
+@pytest.mark.parametrize("count", [1, 4, 7, 10, 23])
+def test_target_chances_by_users_against_every_draw(count, length):
+  """All n targets and all offsets, one after another."""
+  users = np.repeat([0, 1], [count + 3, 4])
+  split = splits.leave_one_out(from_columns(users, np.arange(len(users))))
+  rows, owners, chances = batches.target_chances(
+    split, length=length, draw="users"
   )
-  np.testing.assert_allclose(counts, [[0, 1, 40 * 10 / 40]])
+  slack = -count % length
+  want = np.zeros(count)
+  for target in range(count):
+    for offset in range(slack + 1):
+      first = (target + offset) // length * length - offset
+      held = slice(max(first, 0), first + length)
+      want[held] += 1 / (slack + 1) / count
+  assert rows.tolist() == [*range(1, count + 1), count + 4]
+  assert owners.tolist() == [0] * count + [1]
+  np.testing.assert_allclose(chances, [*want, 1])

@@ -3,6 +3,7 @@
 import collections
 import csv
 import io
+import math
 import tempfile
 
 import hypothesis
@@ -10,9 +11,10 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 
-from pin_jax import batches, metrics, splits, statistics
+from pin_jax import batches, metrics, negatives, splits, statistics
 from pin_jax.datasets import files
 from pin_jax.interactions import from_columns
 from pin_jax.types import InputError
@@ -194,6 +196,25 @@ def test_windows_are_consecutive_training_items(lengths, seed, draw):
       pairs = [tuple(own[i : i + real.sum() + 1]) for i in range(len(own))]
       assert (*history[real], target[real][-1]) in pairs
       np.testing.assert_array_equal(history[real][1:], target[real][:-1])
+
+
+MASS = st.one_of(st.just(0.0), st.floats(0, 1e300), st.integers(0, 10**15))
+
+
+@hypothesis.given(
+  st.lists(MASS, min_size=1, max_size=12).filter(any),
+  st.sampled_from([0.0, 0.25, 1.0, 3.0]),
+)
+def test_shares_of_items_are_those_of_their_counts(counts, exponent):
+  widths = negatives.unit_widths([0, *counts], exponent)
+  assert widths.sum() == 2**32
+  logs = [
+    exponent * math.log(c) if c else (-math.inf if exponent else 0.0)
+    for c in counts
+  ]
+  share = scipy.special.softmax(logs)
+  assert np.abs(widths - share * 2**32).max() <= 2 + len(counts)
+  assert ((widths > 0) == ((np.array(counts) > 0) | (exponent == 0))).all()
 
 
 # Metrics.
