@@ -27,6 +27,7 @@ from experiments import (
   logs,
   processes,
   report,
+  schema,
   sections,
   settings,
   truth,
@@ -195,6 +196,7 @@ def claim_workdir(
     _write_claim(path, mine)
     return
   theirs = settings.read_json(path)
+  theirs["config"] = of_results(ConfigDict(theirs["config"]))
   defaults = {"config": of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
@@ -222,10 +224,10 @@ def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
 
 def of_results(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON, without the keys on which no result depends."""
-  whole = config.to_dict()
-  del whole["mesh"]
+  whole = schema.canonical(config.to_dict())
+  whole.pop("mesh", None)
   whole["data"].pop("stream", None)
-  return json.loads(json.dumps(whole))
+  return whole
 
 
 class Options(NamedTuple):

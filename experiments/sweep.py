@@ -33,7 +33,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, settings, summaries, trials
+from experiments import commands, schema, settings, summaries, trials
 from experiments.methods import METHODS
 from experiments.tables import change_text, user_ids
 from pin_jax import metrics, statistics
@@ -344,7 +344,7 @@ def table(
   flat = {
     name: {
       "data": r.summary["data"],
-      **{k: v for k, v in settings.flatten(r.config) if k != "methods"},
+      **{k: v for k, v in schema.flatten(r.config) if k != "methods"},
     }
     for name, r in found.items()
   }

@@ -19,10 +19,13 @@ from experiments.methods import Method, Stage, method_names, stages_of
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
+  OTHERS,
   backbone_options,
   consultation,
   make_plugin,
+  named_blocks,
   proposal_shares,
+  weighting_options,
 )
 from pin_jax import (
   aggregation,
@@ -142,39 +145,32 @@ def make_evidence(options: ConfigDict, split: splits.Split) -> plugins.Evidence:
 
 
 def make_weighting(
-  spec: str, prior: np.ndarray, shares: np.ndarray
+  key: str, spec: str, prior: np.ndarray, shares: np.ndarray
 ) -> aggregation.Weighting:
-  """Builds the weighting that `pin.weighting` names.
+  """Builds a weighting that a config key names.
 
   A rule that takes no prior of its own is preceded by it.
 
   Args:
-    spec: 'name' or 'name:option=number,…'.
+    key: of the config, for the errors.
+    spec: its value, see `settings.weighting_options`.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
 
   Raises:
     InputError: for an unknown name or option, or a bad number.
   """
-  name, _, options = spec.partition(":")
-  if name not in WEIGHTINGS:
-    raise InputError(
-      f"config key pin.weighting={spec!r}: use one of {list(WEIGHTINGS)}"
-    )
-  known = inspect.signature(WEIGHTINGS[name]).parameters
+  name, options = weighting_options(key, spec)
   given = {"prior": prior, "shares": shares, "num_groups": len(prior)}
   given |= {"start": shares, "end": prior}  # annealed: joint to adjusted
-  arguments = {key: given[key] for key in known if key in given}
+  known = inspect.signature(WEIGHTINGS[name]).parameters
+  arguments = {name: given[name] for name in known if name in given}
   try:
-    for item in filter(None, options.split(",")):
-      key, _, value = item.partition("=")
-      number = float(value)
-      arguments[key] = int(number) if number.is_integer() else number
-    weighting = WEIGHTINGS[name](**arguments)
+    weighting = WEIGHTINGS[name](**arguments, **options)
   except (TypeError, ValueError) as error:
-    free = [key for key in known if key not in given]
+    free = [name for name in known if name not in given]
     raise InputError(
-      f"config key pin.weighting={spec!r}: {error}; options are {free}"
+      f"config key {key}={spec!r}: {error}; options are {free}"
     ) from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)
@@ -188,7 +184,8 @@ class Adjustment(NamedTuple):
 
 
 def make_adjustment(
-  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
+  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray,
+  key: str = "pin.weighting",
 ) -> Adjustment:
   """Builds what `pin.weighting`, `pin.granularity` and `pin.blocks` say.
 
@@ -196,12 +193,13 @@ def make_adjustment(
     pin: the config's section.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
+    key: of the config, whose value `pin.weighting` is.
 
   Raises:
     InputError: for an unknown or contradictory setting.
   """
-  weighting = make_weighting(pin.weighting, prior, shares)
-  named = dict(_named_block(item) for item in pin.blocks)
+  weighting = make_weighting(key, pin.weighting, prior, shares)
+  named = named_blocks(pin.blocks)
   if named and pin.granularity == "tensor":
     raise InputError(
       f"config key pin.blocks={tuple(pin.blocks)}: pin.granularity='tensor' "
@@ -209,11 +207,11 @@ def make_adjustment(
     )
   if named:
     rules = {
-      pattern: make_weighting(spec, prior, shares)
+      pattern: make_weighting("pin.blocks", spec, prior, shares)
       for pattern, spec in named.items()
     }
     return Adjustment(
-      {**rules, "others": weighting}, lambda leaf: _block_of(leaf, named)
+      {**rules, OTHERS: weighting}, lambda leaf: _block_of(leaf, named)
     )
   by_tensor = pin.granularity == "tensor" or (
     pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
@@ -233,31 +231,11 @@ def stage_adjustment(
     return make_adjustment(config.pin, prior, shares)
   pin = config.pin.copy_and_resolve_references()
   pin.weighting, pin.blocks = config.rules[rule], ()
-  try:
-    return make_adjustment(pin, prior, shares)
-  except InputError as error:
-    line = str(error).replace("pin.weighting", f"rules.{rule}")
-    raise InputError(line) from error
-
-
-def _named_block(item: str) -> tuple[str, str]:
-  pattern, _, spec = item.partition("=")
-  try:
-    re.compile(pattern)
-  except re.error as error:
-    raise InputError(
-      f"config key pin.blocks: {pattern!r} is no regular expression ({error})"
-    ) from error
-  if not (pattern and spec):
-    raise InputError(
-      f"config key pin.blocks: {item!r} must be pattern=weighting, such as "
-      "'items|bias=joint'"
-    )
-  return pattern, spec
+  return make_adjustment(pin, prior, shares, f"rules.{rule}")
 
 
 def _block_of(leaf: str, patterns: Iterable[str]) -> str:
-  return next((p for p in patterns if re.search(p, leaf)), "others")
+  return next((p for p in patterns if re.search(p, leaf)), OTHERS)
 
 
 def make_criterion(
