@@ -195,7 +195,7 @@ KEYS = {
     "channels": _several(
       ("around", "after", "next"), _text(NEEDED, "around", "after", "next"), 1
     ),
-    "window": _whole(5, most=_SIZE),  # places that count as a transition
+    "window": _whole(5, most=1024),  # places that count as a transition
     "decay": _positive(0.7, 1),  # weight of each further place
     "neighbours": _whole(50, most=_SIZE),  # kept an item
     # Items of a history that are looked up, at most `length`.
@@ -341,7 +341,7 @@ _FILTERS = {
 SOURCES = {
   "simulator": {
     "seed": _whole(0, 0),
-    "num_users": _whole(4000, most=10**8),
+    "num_users": _whole(4000, most=10**7),
     "num_items": _whole(300, 2, 10_000),  # squared, for every stratum
     "borders": _several(
       (5, 8, 12, 20, 40, 151), _whole(NEEDED, 3, 100_000), 2

@@ -50,7 +50,7 @@ from pin_jax import (
 from pin_jax.backbones.conditioned import conditioned
 from pin_jax.backbones.precision import computed_in
 from pin_jax.datasets.stored import Stored
-from pin_jax.types import Backbone, InputError, Plugin, PyTree
+from pin_jax.types import Backbone, InputError, Plugin, PyTree, TrainingError
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
 CUTOFF = 10
@@ -529,6 +529,7 @@ class Trainer:
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
+    skips: list[np.ndarray] = [np.zeros(0)] * len(seeds)  # since a validation
     validations: list[dict[str, float]] = [{} for _ in seeds]
 
     def evaluate(k: int, params: PyTree) -> np.ndarray:
@@ -551,9 +552,17 @@ class Trainer:
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
       advance(k, len(log["loss"]))
+      skips[k] = np.append(skips[k], log.get(finite.SKIPPED, ()))
 
     def on_evaluation(k: int, t: int, values: np.ndarray) -> None:
       self._log.evaluation(runs[k], t, validations[k])
+      since, skips[k] = skips[k], np.zeros(0)
+      if 2 * since.sum() > len(since):
+        raise TrainingError(
+          f"{runs[k]}: {since.sum():.0f} of the {len(since)} steps before step "
+          f"{t} were not finite and skipped; lower optimizer.learning_rate or "
+          "optimizer.clip"
+        )
 
     with contextlib.closing(store):
       results = training.fit_many(

@@ -19,9 +19,19 @@ import jax
 import numpy as np
 import rich.console
 import tensorflow_datasets
-from absl import flags
+from absl import app, flags
 
-from experiments import export, finished, job, main, recommend, replay, report
+from experiments import (
+  commands,
+  export,
+  finished,
+  job,
+  main,
+  processes,
+  recommend,
+  replay,
+  report,
+)
 from pin_jax import (
   activeness,
   batches,
@@ -473,7 +483,7 @@ def _flags(name, *words, **workdir):
     flags.FLAGS.unparse_flags()
     with _arguments(["experiments.main", *arguments]):
       with contextlib.suppress(SystemExit):
-        main.app.run(main.main, flags_parser=main._parse)
+        app.run(main.main, flags_parser=main._parse)
 
   ROWS[f"flags: {name}"] = (action, words)
 
@@ -687,7 +697,7 @@ def answer(name, folder):
   tensorflow_datasets.disable_progress_bar()
   said = io.StringIO()
   with contextlib.redirect_stderr(said):
-    code = main.exit_code(lambda: action(pathlib.Path(folder)))
+    code = commands.exit_code(lambda: action(pathlib.Path(folder)))
   return code, said.getvalue()
 
 
