@@ -1,53 +1,161 @@
-"""Launching programs, and writing down how they were launched."""
+"""Launching programs: flags, exit codes, how they were launched."""
 
+import os
+import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import rich.console
 from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
 
-from pin_jax.types import InputError
+from experiments import processes
+from pin_jax.types import InputError, Interrupted, TrainingError
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells count
+CODES = {
+  InputError: 2, TrainingError: 3, OSError: 3, MemoryError: 3,
+  jax.errors.JaxRuntimeError: 3, processes.Lost: processes.LOST,
+  Interrupted: 75,
+}
+_FULL = "RESOURCE_EXHAUSTED"  # what JAX says where memory is
+_PLACE = re.compile(r"\b([a-z][a-z0-9+.-]*)://[^,\s]*")
+
+
+class Console(rich.console.Console):
+  """Prints text as it is: no markup, no emoji, no colours by content."""
+
+  def __init__(self, **options: Any) -> None:
+    """Standard output, unless the options say otherwise."""
+    plain = {"markup": False, "emoji": False, "highlight": False}
+    super().__init__(**{"soft_wrap": True, **plain, **options})
+
+  def on_broken_pipe(self) -> None:
+    """Leaves a closed pipe to the launcher."""
+    raise BrokenPipeError
+
+
+class _OrNone(flags.ArgumentParser):
+  """Reads None, or what another parser does; of several flags the last."""
+
+  def __init__(self, parser: flags.ArgumentParser) -> None:
+    self._parser = parser
+
+  def parse(self, argument: Any) -> Any:
+    """The value."""
+    return None if argument == "None" else self._parser.parse(argument)
+
+  def flag_type(self) -> str:
+    """For --help."""
+    return self._parser.flag_type()
+
+
+for _kind, _parser in (
+  (int, flags.IntegerParser()), (float, flags.FloatParser()),
+  (str, flags.ArgumentParser()), (bool, flags.BooleanParser()),
+  (tuple, config_flags.tuple_parser.TupleParser()),
+):
+  config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
 
 
 def launch(
   main: Callable[[Sequence[str]], int | None],
   config: flags.FlagHolder | None = None,
+  *,
+  words: bool = False,
+  parse: Callable[[Sequence[str]], list[str]] | None = None,
 ) -> None:
-  """Parses flags and runs a program; bad input, or Ctrl-C, is one line.
+  """Parses flags and runs a program; every bad end is one line and its code.
 
   Args:
-    main: function of the arguments that are no flags; returns the exit code,
-      where it is not 2 for bad input or `INTERRUPTED` for Ctrl-C.
+    main: function of the program's name and its words; returns the exit code.
     config: the flag of a configuration file, where there is one.
+    words: whether the program takes arguments that are no flags.
+    parse: command line -> program's name and words; by default `parse_with`.
   """
-  parse = _parse if config is None else lambda argv: parse_with(argv, config)
+  parse = parse or (lambda argv: parse_with(argv, config))
+
+  def checked(argv: Sequence[str]) -> int | None:
+    if len(argv) > 1 and not words:
+      raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
+    return main(argv)
+
+  if hasattr(sys.stdout, "reconfigure"):  # a name may be beyond its encoding
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
-    app.run(main, flags_parser=parse)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(exit_code(lambda: app.run(checked, flags_parser=parse)))
   except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
+    print("interrupted; the same command starts it again", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def exit_code(
+  action: Callable[[], None], passed: tuple[type[Exception], ...] = ()
+) -> int:
+  """Runs an action; an error it may meet becomes one line and its code.
+
+  Args:
+    action: what to run.
+    passed: errors that are the caller's business.
+
+  Returns:
+    0 finished, 2 bad input, 3 training or writing failed, or memory was full,
+    4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving
+    (after either of these two the same command continues).
+  """
   try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    text = " ".join(str(error).split())
-    raise InputError(f"flags: {text}; see --help") from error
+    try:
+      action()
+    finally:
+      if sys.stdout:
+        sys.stdout.flush()
+  except tuple(CODES) as error:
+    text = " ".join(str(error).splitlines())
+    full = isinstance(error, MemoryError) or _FULL in text
+    if isinstance(error, jax.errors.JaxRuntimeError) and not full:
+      raise
+    if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
+      traceback.print_exc()
+    if isinstance(error, passed):
+      raise
+    if full:
+      text = (
+        f"memory is full ({text[:200]}); lower batch_size, loss.negatives, "
+        "num_seeds or backbone.width"
+      )
+    if isinstance(error, BrokenPipeError):
+      text = "standard output was closed before all was written to it"
+    code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
+    again = "; the same command continues" * (code == 75)
+    print(f"error: {text}{again}", file=sys.stderr)
+    _forget_output()
+    return code
+  return 0
 
 
-def parse_with(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
-  """Parses flags of which one is a configuration.
+def _forget_output() -> None:
+  """What cannot be written to standard output is no second error."""
+  try:
+    if sys.stdout:
+      sys.stdout.flush()
+  except OSError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse_with(
+  argv: Sequence[str], config: flags.FlagHolder | None = None
+) -> list[str]:
+  """Parses flags of which one may be a configuration.
 
   Args:
     argv: the command line.
-    config: as ml_collections.config_flags defines it.
+    config: as ml_collections.config_flags defines it, or None.
 
   Returns:
     The arguments that are no flags.
@@ -55,17 +163,38 @@ def parse_with(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
   Raises:
     InputError: for whatever is wrong with them, or with the configuration.
   """
+  for argument in argv[1:]:
+    _check_argument(argument)
   try:
     rest = flags.FLAGS(argv)
-    config.value.keys()  # a file that cannot be loaded fails on access
+    if config is not None:
+      config.value.keys()  # a file that cannot be loaded fails on access
     return rest
   except (
-    flags.Error, AttributeError, ImportError, KeyError, OSError, TypeError,
-    ValueError,
+    flags.Error, AttributeError, ImportError, KeyError, OSError, SyntaxError,
+    TypeError, ValueError,
   ) as error:
     unknown = isinstance(error, AttributeError | KeyError)
     kind = "unknown config key" if unknown else "flags:"
     raise InputError(f"{kind} {_in_one_line(str(error))}") from error
+
+
+def _check_argument(argument: str) -> None:
+  """Raises InputError for nothing, or for a place that cannot be reached."""
+  if re.fullmatch(r"(--?[\w.]+=)?", argument):
+    raise InputError(
+      f"argument {argument!r} is empty, as an unset shell variable is; give a "
+      "value or leave it out"
+    )
+  place = _PLACE.search(argument)
+  if place:
+    try:
+      epath.Path(place[0]).exists()
+    except (ImportError, KeyError) as error:
+      raise InputError(
+        f"{argument}: {place[1]}:// cannot be reached ({error}); give a local "
+        "path"
+      ) from error
 
 
 def _in_one_line(message: str) -> str:
@@ -78,12 +207,6 @@ def _in_one_line(message: str) -> str:
     lines = [lines[0], lines[-1]]
   text = " ".join(filter(None, lines)).replace("\\'", "'").replace("\\n", " ")
   return f"{text}; see --help"
-
-
-def check_no_arguments(argv: Sequence[str]) -> None:
-  """Raises InputError for words on the command line that are no flags."""
-  if len(argv) > 1:
-    raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -53,13 +53,12 @@ def export(
   )
 
 
-def _main(argv: Sequence[str]) -> None:
+def _main(_: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   values = flags.FLAGS
-  commands.check_no_arguments(argv)
   export(
     values.workdir, values.output, method=values.method, seed=values.seed,
-    console=rich.console.Console(highlight=False),
+    console=commands.Console(),
   )
 
 

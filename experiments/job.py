@@ -24,9 +24,11 @@ from ml_collections import ConfigDict
 
 from experiments import (
   claims,
+  commands,
   logs,
   processes,
   report,
+  schema,
   sections,
   settings,
   truth,
@@ -196,6 +198,7 @@ def claim_workdir(
     _write_claim(path, mine)
     return
   theirs = settings.read_json(path)
+  theirs["config"] = of_results(ConfigDict(theirs["config"]))
   defaults = {"config": of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
@@ -223,10 +226,10 @@ def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
 
 def of_results(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON, without the keys on which no result depends."""
-  whole = config.to_dict()
-  del whole["mesh"]
+  whole = schema.canonical(config.to_dict())
+  whole.pop("mesh", None)
   whole["data"].pop("stream", None)
-  return json.loads(json.dumps(whole))
+  return whole
 
 
 class Options(NamedTuple):
@@ -277,18 +280,23 @@ def run(
     TrainingError: if a loss is not finite, or a checkpoint cannot be written.
     Interrupted: where `interrupted` says so; the next run continues.
   """
-  console = console or rich.console.Console(highlight=False, soft_wrap=True)
+  console = console or commands.Console()
   if not processes.is_first():
     console = rich.console.Console(quiet=True)
   options = Options(
     console, command, other_versions, processes.any_of(interrupted)
   )
   directory = epath.Path(directory)
+  processes.together(lambda: settings.check(config))
+  for key in ("mesh", "data"):  # a mesh is no part of what a workdir claims
+    processes.agree(f"config.{key}", json.dumps(config[key].to_dict()))
   problem, networks = processes.together(lambda: _prepare(config))
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
     if _finished(directory):
-      console.print(f"{directory} is finished; reprinting its tables")
+      console.print(
+        f"{directory} is finished; reprinting its tables", markup=False
+      )
     else:
       _compute(config, problem, networks, directory, options)
     options.check()
@@ -298,8 +306,8 @@ def run(
 
 
 def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
-  """Checks the config and reads the data, before anything is written."""
-  settings.check(config)
+  """Reads the data and checks the config by them, before anything is written.
+  """
   problem = make_problem(config)
   networks = networks_of(config, problem)
   check_adjustment(config, problem, networks)
@@ -451,23 +459,24 @@ def _closeness(
 
 def _describe(problem: Problem, console: rich.console.Console) -> None:
   data = problem.split.interactions
-  console.print(
+  say = functools.partial(console.print, markup=False, emoji=False)
+  say(
     f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, "
     f"{data.num_interactions:,} interactions; fingerprint "
     f"{fingerprint(problem)}"
   )
   for title, notes in (("read", data.notes), ("split", problem.split.notes)):
     facts = ", ".join(f"{key} {value}" for key, value in notes.items())
-    console.print(f"{title}: {facts}")
+    say(f"{title}: {facts}")
   found = _distribution(problem)
-  console.print(
+  say(
     f"activeness: median {found['median']:g}, mean {found['mean']:.1f}, "
     f"largest {found['max']:,}, Gini {found['gini']:.2f}; the "
     f"{found['head_users']:.0%} head users have "
     f"{found['head_interactions']:.0%} of the training interactions"
   )
   for line in found["groups"]:
-    console.print(
+    say(
       f"  group {line['group']}: {line['users']:,} users with "
       f"{number_range(line['min'], line['max'])} interactions, P(d) "
       f"{problem.prior[line['group']]:.3f}"

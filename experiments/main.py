@@ -14,21 +14,18 @@ a TPU pod says who they are, else
   … --config.mesh.data=16 --coordinator=10.0.0.1:1234 --num_processes=2 \
     --process_id=0
 
-Exit codes: 0 finished, 2 bad input, 3 training or writing failed, 4 another
-process lost, 75 interrupted by SIGTERM or Ctrl-C after saving. After 4 and 75
-the same command continues.
+Exit codes: 0 finished, 2 bad input, 3 training or writing failed, or memory was
+full, 4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving.
+After 4 and 75 the same command continues.
 """
 
 import re
 import sys
-import traceback
-from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from experiments import commands, processes
-from pin_jax.types import InputError, Interrupted, TrainingError
 
 _DEFAULT = "experiments/configs/quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file(
@@ -85,7 +82,7 @@ def main(_: list[str]) -> None:
       _run()
 
   sys.exit(processes.supervised(
-    lambda: exit_code(run_with_others, passed=(processes.Lost,))
+    lambda: commands.exit_code(run_with_others, passed=(processes.Lost,))
   ))
 
 
@@ -109,47 +106,9 @@ def _parse(argv: list[str]) -> list[str]:
   return commands.parse_with(argv, _CONFIG)
 
 
-CODES = {
-  InputError: 2, TrainingError: 3, OSError: 3, processes.Lost: processes.LOST,
-  Interrupted: 75,
-}
-
-
-def exit_code(
-  action: Callable[[], None], passed: tuple[type[Exception], ...] = ()
-) -> int:
-  """Runs an action; an error it may meet becomes one line and its code.
-
-  Args:
-    action: what to run.
-    passed: errors that are the caller's business.
-
-  Returns:
-    0 finished, 2 bad input, 3 training or writing failed, 4 another process
-    lost, 75 interrupted by SIGTERM or Ctrl-C after saving (after either of
-    these two the same command continues).
-  """
-  try:
-    action()
-  except tuple(CODES) as error:
-    if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
-      traceback.print_exc()
-    if isinstance(error, passed):
-      raise
-    code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
-    again = "; the same command continues" * (code == 75)
-    print(f"error: {error}{again}", file=sys.stderr)
-    return code
-  return 0
-
-
 def launch() -> None:
   """Entry point; every exit but a finished job's is one line."""
-  try:
-    sys.exit(exit_code(lambda: app.run(main, flags_parser=_parse)))
-  except KeyboardInterrupt:  # before the job, which saves
-    print("interrupted; the same command starts it again", file=sys.stderr)
-    sys.exit(commands.INTERRUPTED)
+  commands.launch(main, parse=_parse)
 
 
 if __name__ == "__main__":

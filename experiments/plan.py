@@ -20,7 +20,6 @@ collectives, as if nothing overlapped: an estimate, not a measurement.
 
 import json
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -28,12 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from experiments import hlo, settings, trainer
+from experiments import commands, hlo, settings, trainer
 from experiments.problem import make_problem
 from pin_jax import (
   batches,
@@ -312,7 +311,7 @@ def show(plans: list[Plan], title: str, chip: Chip) -> None:
     lines.append((kind, lambda p, of=of: f"{of(p)[0]:.0f}, {gb(of(p)[1])}"))
   for label, value in lines:
     table.add_row(label, *map(value, plans))
-  rich.console.Console(soft_wrap=True).print(table)
+  commands.Console().print(table)
 
 
 def describe(topology: str) -> list[jax.Device]:
@@ -332,7 +331,7 @@ def describe(topology: str) -> list[jax.Device]:
   return list(found.devices)
 
 
-def main(_: list[str]) -> None:
+def main(_: list[str]) -> int:
   """Plans, prints, and says by the exit code whether it fits."""
   logging.set_verbosity(logging.ERROR)
   config = _CONFIG.value
@@ -357,18 +356,13 @@ def main(_: list[str]) -> None:
   else:
     mesh = f"{config.mesh.data} x {config.mesh.model} of {_TOPOLOGY.value}"
     show(plans, mesh, CHIPS[devices[0].device_kind])
-  if not all(plan.fits for plan in plans):
-    sys.exit(1)
+  return 0 if all(plan.fits for plan in plans) else 1
 
 
 def launch() -> None:
   """Entry point: exit code 1 where it does not fit, 2 for bad input."""
   flags.mark_flag_as_required("config")
-  try:
-    app.run(main)
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+  commands.launch(main, _CONFIG)
 
 
 if __name__ == "__main__":

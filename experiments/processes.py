@@ -23,6 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pin_jax.types import InputError
 
 LOST = 4  # exit code
+_MOST_PROCESSES = 2**16
+_MOST_SECONDS = 10**6
 _WORDS = 1000  # bytes of a message that goes to the other processes
 _TOLD = 512  # bytes that a pipe takes at once
 # How the runtime's own log lines of lost processes begin.
@@ -66,19 +68,29 @@ def check_place(place: Place) -> None:
     (any(x is not None for x in given) and None in given, "coordinator",
      place.coordinator, "give --coordinator, --num_processes and --process_id "
      "together, or --distributed alone"),
-    (place.coordinator and not re.fullmatch(r".+:\d+", place.coordinator),
-     "coordinator", place.coordinator, "give host:port"),
-    (place.num_processes is not None and place.num_processes < 1,
-     "num_processes", place.num_processes, "give at least 1"),
+    (place.coordinator is not None and not _has_port(place.coordinator),
+     "coordinator", place.coordinator, "give host:port, the port from 1 to "
+     "65535"),
+    (place.num_processes is not None
+     and not 1 <= place.num_processes <= _MOST_PROCESSES,
+     "num_processes", place.num_processes, f"give 1 to {_MOST_PROCESSES}"),
     (place.process_id is not None
      and not 0 <= place.process_id < (place.num_processes or 1),
      "process_id", place.process_id,
      "give 0 to num_processes - 1, another one to each process"),
-    (place.heartbeat < 1, "heartbeat", place.heartbeat, "give at least 1"),
-    (place.patience < 1, "patience", place.patience, "give at least 1"),
+    *((not 1 <= seconds <= _MOST_SECONDS, flag, seconds,
+       f"give 1 to {_MOST_SECONDS} seconds")
+      for flag, seconds in (
+        ("heartbeat", place.heartbeat), ("patience", place.patience),
+      )),
   ):
     if wrong:
       raise InputError(f"flag --{flag}={value}: {remedy}")
+
+
+def _has_port(place: str) -> bool:
+  found = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", place)
+  return found is not None and 1 <= int(found[1]) <= 65_535
 
 
 @contextlib.contextmanager

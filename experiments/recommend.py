@@ -256,16 +256,15 @@ def _print(table: pl.DataFrame, console: rich.console.Console) -> None:
   console.print(out)
 
 
-def _main(argv: Sequence[str]) -> None:
+def _main(_: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   values = flags.FLAGS
-  commands.check_no_arguments(argv)
   recommend(
     Source(values.workdir, values.model, values.method, values.seed),
     Whom(values.users, values.history, values.all_users, values.prefix),
     k=values.k, allow=values.allow, deny=values.deny,
     mask_history=values.mask_history, output=values.output,
-    console=rich.console.Console(highlight=False),
+    console=commands.Console(),
   )
 
 

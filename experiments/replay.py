@@ -8,7 +8,6 @@ the parameters that are not finite after it.
 """
 
 import io
-import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -25,7 +24,7 @@ from experiments.methods import Stage, selected, stages_of
 from experiments.problem import make_problem
 from experiments.trainer import Trainer, networks_of
 from pin_jax import checkpoints
-from pin_jax.types import InputError, PyTree, TrainingError
+from pin_jax.types import InputError, PyTree
 
 
 def replay(directory: epath.PathLike, console: rich.console.Console) -> None:
@@ -103,15 +102,9 @@ def _print_params(params: PyTree, console: rich.console.Console) -> None:
       console.print(f"  {name}: {bad:,} of {leaf.size:,} are not finite")
 
 
-def _main(argv: Sequence[str]) -> None:
-  commands.check_no_arguments(argv)
+def _main(_: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
-  console = rich.console.Console(highlight=False, soft_wrap=True)
-  try:
-    replay(flags.FLAGS.workdir, console)
-  except TrainingError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(3)
+  replay(flags.FLAGS.workdir, commands.Console())
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def write_report(
     InputError: if rows.parquet is absent or does not allow the comparison.
   """
   workdir = epath.Path(workdir)
-  console = console or rich.console.Console(highlight=False)
+  console = console or commands.Console()
   rows, suffix = summaries.read_rows(workdir)
   summary = {}
   if (workdir / "summary.json").exists():
@@ -123,7 +123,7 @@ def write_report(
   )
   written = [path for path in sorted(workdir.iterdir()) if path.is_file()]
   written += sorted((workdir / "plots").iterdir())
-  console.print(f"written to {workdir}:", soft_wrap=True)
+  console.print(f"written to {workdir}:", soft_wrap=True, markup=False)
   for path in written:
     console.print(f"  {path}", soft_wrap=True, markup=False)
   return models if table is None else table
@@ -173,11 +173,10 @@ def _write_plots(
   if not (workdir / "log.jsonl").exists():
     return
   records = read_log(workdir)
-  runs = dict.fromkeys(
-    r["run"] for r in records if len(r.get("norms", ())) > 1
-  )
-  for run in [run for run in runs if run.endswith("backbone")]:
-    name = "gradients" + "".join(f"-{x}" for x in run.split("/")[:-1])
+  runs = dict.fromkeys(r["run"] for r in records if summaries.is_grouped(r))
+  for run in runs:
+    of_run = run.removesuffix("/backbone").replace("/", "-")
+    name = f"gradients-{of_run}"
     try:
       plot_gradients(records, run, plots / f"{name}.png")
     except InputError as error:
@@ -261,7 +260,7 @@ def _launch() -> None:
   flags.DEFINE_string("output", None, "directory of the report")
   flags.DEFINE_string("markdown", None, "file to write only the Markdown to")
   flags.DEFINE_string("figures", None, "directory for the figures, as SVG")
-  commands.launch(_main)
+  commands.launch(_main, words=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from experiments import claims, figures, settings
+from experiments import claims, figures, schema, settings
 from experiments.claims import interval_text, p_text, percent
 from experiments.configs.base import default
 from experiments.render import (
@@ -537,7 +537,7 @@ def _protocol(results: Results) -> list[Block]:
 
 def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   """Keys of a configuration whose value is not the default."""
-  known = json.loads(json.dumps(default().to_dict()))
+  known = schema.canonical(default().to_dict())
   return {
     key: mine
     for key, mine, theirs in settings.differences(config, known, known)

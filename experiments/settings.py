@@ -4,26 +4,19 @@ import difflib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from experiments import schema
 from experiments.configs.base import default
-from experiments.methods import METHODS, selected, stages_of
-from pin_jax import (
-  aggregation,
-  batches,
-  criteria,
-  memory,
-  objectives,
-  relations,
-)
+from experiments.methods import selected, stages_of
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.precision import COMPUTE
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.datasets import files, simulator, stored
 from pin_jax.interactions import Interactions
@@ -37,6 +30,7 @@ from pin_jax.plugins import (
   translation,
 )
 from pin_jax.types import InputError, Plugin, PyTree
+from pin_jax.weightings import WEIGHTINGS
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 # name -> (keys of the `plugin` section that it takes, builder from what is
@@ -55,12 +49,6 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
 _MIXING = ("memory", "gated")  # plugins that read the memory
 PROPOSALS = ("uniform", "popularity", "in_batch")
 _OF_ANY_BACKBONE = {"name", "pack_rows", "compute", "reads_activeness"}
-
-_FILTERS = {"duplicates", "k_core", "min_length", "max_history"}
-_WORLD = {
-  "num_items", "borders", "length_exponent", "prior_decay", "confounding",
-  "scale", "rank", "popularity_exponent", "popularity_tilt",
-}
 
 
 def _load_simulator(
@@ -81,100 +69,28 @@ def _load_tfds(*, name: str, **options: Any) -> tuple[Interactions, None]:
   return tfds.read_tfds(name, **options), None
 
 
-def _load_stored(*, path: str, stream: bool) -> tuple[Interactions, None]:
+def _load_stored(
+  *, path: str, stream: bool = False
+) -> tuple[Interactions, None]:
   return stored.read(path, stream=stream), None
 
 
-_SOURCES: dict[str, tuple[Callable[..., tuple], set[str], set[str]]] = {
-  # source: (loader, keys it needs, keys it may have)
-  "simulator": (_load_simulator, set(), {"seed", "num_users"} | _WORLD),
-  "files": (
-    _load_file, {"path"}, {"user", "item", "time", "separator"} | _FILTERS
-  ),
-  "stored": (_load_stored, {"path", "stream"}, set()),
-  "tfds": (_load_tfds, {"name"}, {"data_dir", "manual_dir"} | _FILTERS),
+_SOURCES: dict[str, Callable[..., tuple]] = {
+  "simulator": _load_simulator,
+  "files": _load_file,
+  "stored": _load_stored,
+  "tfds": _load_tfds,
 }
 
-_CHOICES = {
-  "split.protocol": ("leave_one_out", "temporal"),
-  "groups.rule": ("users", "interactions", "thresholds", "head_share"),
-  "prior.kind": ("users", "uniform", "interactions", "custom"),
-  "backbone.name": tuple(BACKBONES),
-  "backbone.compute": COMPUTE,
-  "plugin.name": tuple(PLUGINS),
-  "joint.draw": batches.DRAWS,
-  "joint.mean": objectives.MEANS,
-  "pin.draw": batches.DRAWS,
-  "pin.mean": objectives.MEANS,
-  "pin.plugin_draw": (*batches.DRAWS, "validation"),
-  "pin.plugin_mean": objectives.MEANS,
-  "pin.path": ("auto", *aggregation.PATHS),
-  "pin.granularity": ("rule", "whole", "tensor"),
-  "loss.name": ("softmax", *criteria.SAMPLED_LOSSES),
-  "loss.candidates": ("shared", "own"),
-  "evaluation.protocol": ("full", "sampled"),
-  "optimizer.tables": ("dense", "row_sparse"),
-  "non_finite": ("stop", "skip"),
-}
 # What these minimise makes the softmax of the logits an estimate of P(y|x).
 PROPER = ("softmax", "sampled_softmax")
-_AT_LEAST = {
-  "num_seeds": 1,
-  "groups.num_groups": 1,
-  "backbone.length": 1,
-  "backbone.blocks": 1,
-  "backbone.expansion": 1,
-  "backbone.layers": 1,
-  "backbone.attention_hidden": 1,
-  "backbone.hidden": 1,
-  "backbone.pack_rows": 0,
-  "backbone_steps": 1,
-  "plugin_steps": 1,
-  "refit": 0,
-  "plugin.hidden": 1,
-  "plugin.rank": 1,
-  "memory.window": 1,
-  "memory.neighbours": 1,
-  "memory.recent": 1,
-  "memory.shrink": 0,
-  "memory.popularity_power": 0,
-  "classifier_steps": 1,
-  "loss.negatives": 1,
-  "loss.focusing": 0,
-  "batch_size": 2,
-  "joint.batch_size": 0,
-  "dispatch": 1,
-  "pin.diagnose_every": 0,
-  "optimizer.warmup": 0,
-  "optimizer.weight_decay": 0,
-  "validation.every": 1,
-  "validation.users": 0,
-  "validation.patience": 0,
-  "evaluation.negatives": 1,
-  "evaluation.seed": 0,
-  "evaluation.user_chunk": 1,
-  "evaluation.item_chunk": 1,
-  "mesh.data": 1,
-  "mesh.model": 1,
-}
-_POSITIVE = (
-  "optimizer.learning_rate", "optimizer.plugin_learning_rate",
-  "optimizer.classifier_learning_rate", "optimizer.clip",
-  "pin.clip_importance", "memory.decay", "memory.history_decay",
-  "memory.ridge", "memory.next_ridge", "claims.power", "claims.assumed_ndcg",
-)
-_SHARES = (
-  "groups.head_share", "split.validation", "split.test", "backbone.dropout",
-  "optimizer.average", "optimizer.b2", "optimizer.final",
-  "claims.non_inferiority_margin", "claims.power",
-  "claims.assumed_correlation", "claims.assumed_seed_spread",
-)
+OTHERS = "others"  # the block of the parameters that no pattern matches
 
 
 def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
   """Loads the interactions, and the simulator's world where there is one."""
   options = {k: v for k, v in data.items() if v is not None}
-  return _SOURCES[options.pop("source")][0](**options)
+  return _SOURCES[options.pop("source")](**options)
 
 
 def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
@@ -225,28 +141,7 @@ def check(config: ConfigDict) -> None:
     InputError: for the first key or value that is wrong.
   """
   _check_keys(config)
-  _check_data(config.data)
-  flat = dict(flatten(config.to_dict()))
-  for key, choices in _CHOICES.items():
-    if flat[key] not in choices:
-      raise _bad(key, flat[key], f"use one of {list(choices)}")
-  for key, least in _AT_LEAST.items():
-    if flat[key] < least:
-      raise _bad(key, flat[key], f"give at least {least}")
-  for key in _POSITIVE:
-    if not flat[key] > 0:
-      raise _bad(key, flat[key], "give a positive number")
-  for key in _SHARES:
-    if not 0 <= flat[key] < 1:
-      raise _bad(key, flat[key], "give a share from 0 to below 1")
-  if not 0 <= flat["loss.exponent"] < math.inf:
-    raise _bad("loss.exponent", flat["loss.exponent"], "give a finite number")
-  if not 0 <= flat["loss.calibration"] <= 1:
-    raise _bad("loss.calibration", flat["loss.calibration"], "give 0 to 1")
-  if flat["claims.assumed_ndcg"] > 0.5:
-    raise _bad(
-      "claims.assumed_ndcg", flat["claims.assumed_ndcg"], "give at most 0.5"
-    )
+  _check_weightings(config)
   _check_backbone(config.backbone)
   _check_plugin(config)
   _check_together(config)
@@ -289,6 +184,11 @@ def _check_backbone(backbone: ConfigDict) -> None:
       f"{backbone.name!r} does not take it; leave it at {default_value!r} or "
       f"set one of {sorted(taken)}",
     )
+  if "heads" in taken and backbone.width % backbone.heads:
+    raise _bad(
+      "backbone.width", backbone.width,
+      f"give a multiple of backbone.heads={backbone.heads}",
+    )
 
 
 def _check_plugin(config: ConfigDict) -> None:
@@ -304,10 +204,6 @@ def _check_plugin(config: ConfigDict) -> None:
         f"{default_value!r} or set one of {sorted(taken)}",
       )
   options = config.memory
-  memory.check_options(
-    tuple(options.channels), options.window, options.decay, options.neighbours
-  )
-  relations.check(tuple(options.relations))
   mixes = config.plugin.name in _MIXING
   if mixes and options.relations and config.pin.plugin_draw != "validation":
     raise _bad(
@@ -315,8 +211,6 @@ def _check_plugin(config: ConfigDict) -> None:
       "they hold what users did in training, so that plugins need "
       "pin.plugin_draw='validation'; set that, or no relations"
     )
-  if options.history_decay > 1:
-    raise _bad("memory.history_decay", options.history_decay, "give at most 1")
   if mixes and config.memory.recent > config.backbone.length:
     raise _bad(
       "memory.recent", config.memory.recent,
@@ -326,14 +220,6 @@ def _check_plugin(config: ConfigDict) -> None:
 
 
 def _check_together(config: ConfigDict) -> None:
-  unknown = [name for name in config.methods if name not in METHODS]
-  if unknown or len(config.methods) < 1:
-    raise _bad(
-      "methods", tuple(config.methods),
-      f"give one or more of {list(METHODS)}, first the one compared with",
-    )
-  if not config.seeds or len(set(config.seeds)) < len(config.seeds):
-    raise _bad("seeds", tuple(config.seeds), "give one or more, each once")
   if len(config.seeds) % config.num_seeds:
     raise _bad(
       "num_seeds", config.num_seeds,
@@ -361,6 +247,13 @@ def _check_together(config: ConfigDict) -> None:
     raise _bad(
       "batch_size", config.batch_size,
       f"give at least groups.num_groups={config.groups.num_groups}",
+    )
+  windows = max(config.batch_size, config.joint.batch_size)
+  if windows * config.backbone.length > schema.MOST:
+    raise _bad(
+      "batch_size", windows,
+      f"a step would read backbone.length={config.backbone.length} times as "
+      f"many positions, over {schema.MOST}; lower one of the two",
     )
   if config.validation.every % config.dispatch:
     raise _bad(
@@ -465,48 +358,112 @@ def _check_stream(config: ConfigDict) -> None:
 
 
 def _check_keys(config: ConfigDict) -> None:
-  known = dict(flatten(default().to_dict()))
-  given = {
-    k: v for k, v in flatten(config.to_dict()) if not k.startswith("data.")
+  """Checks every key by the schema."""
+  given = dict(schema.flatten(config.to_dict()))
+  source = given.get("data.source")
+  if not schema.KEYS["data"]["source"].accepts(source):
+    raise _bad("data.source", source, schema.KEYS["data"]["source"].remedy)
+  keys = schema.keys_of(source)
+  for name, value in given.items():
+    if name not in keys and not (name.startswith("data.") and value is None):
+      unknown = "unknown key"
+      if name.startswith("data."):
+        unknown = f"source {source!r} does not use it"
+      raise _bad(name, value, f"{unknown}; {_nearest(name, keys)}")
+  for name, key in keys.items():
+    value, needed = given.get(name), key.default is schema.NEEDED
+    if name not in given or (needed and value is None):
+      if needed or not name.startswith("data."):
+        raise InputError(
+          f"config key {name} is missing; source {source!r} needs it" if needed
+          else f"config key {name} is missing; its default is {key.default!r}"
+        )
+    elif not key.accepts(value):
+      raise _bad(name, value, key.remedy)
+
+
+def _check_weightings(config: ConfigDict) -> None:
+  """Names and options of all weightings."""
+  weighting_options("pin.weighting", config.pin.weighting)
+  for rule, spec in config.rules.items():
+    weighting_options(f"rules.{rule}", spec)
+  named_blocks(config.pin.blocks)
+
+
+def weighting_options(key: str, spec: str) -> tuple[str, dict[str, float]]:
+  """Reads a weighting, 'name' or 'name:option=number,…'.
+
+  Args:
+    key: of the config, for the errors.
+    spec: its value.
+
+  Returns:
+    The name, one of WEIGHTINGS, and the options by name.
+
+  Raises:
+    InputError: for an unknown name, for an option that is unknown, repeated or
+      not the user's to set, or a bad number.
+  """
+  name, colon, text = spec.partition(":")
+  if name not in WEIGHTINGS:
+    raise _bad(key, spec, f"use one of {list(WEIGHTINGS)}")
+  parameters = inspect.signature(WEIGHTINGS[name]).parameters.values()
+  known = {
+    parameter.name: schema.Key(None, parameter.annotation)
+    for parameter in parameters
+    if parameter.annotation in (int, float) and parameter.name != "num_groups"
   }
-  known = {k: v for k, v in known.items() if not k.startswith("data.")}
-  for key, value in given.items():
-    if key not in known:
-      raise _bad(key, value, f"unknown key; {_nearest(key, known)}")
-  for key, value in known.items():
-    if key not in given:
-      raise InputError(f"config key {key} is missing; its default is {value!r}")
-    _check_type(key, given[key], value)
+  given: dict[str, float] = {}
+  for item in text.split(",") if colon else ():
+    option, _, written = item.partition("=")
+    if option not in known or option in given:
+      raise _bad(
+        key, spec,
+        f"{item!r} is no option, or repeated; options are {list(known)}, each "
+        "as option=number"
+      )
+    try:
+      number = float(written)
+    except ValueError:
+      number = math.nan
+    if number.is_integer():
+      number = int(number)
+    if not known[option].accepts(number):
+      raise _bad(key, spec, f"{item!r}: {known[option].remedy}")
+    given[option] = number
+  return name, given
 
 
-def _check_type(key: str, value: Any, like: Any) -> None:
-  kinds = {
-    int: (int,), float: (int, float), str: (str,), tuple: (tuple, list),
-    bool: (bool,),
-  }
-  wanted = kinds[type(like)]
-  is_bool = isinstance(value, bool) and not isinstance(like, bool)
-  if not isinstance(value, wanted) or is_bool:
-    raise _bad(key, value, f"give a value of type {wanted[-1].__name__}")
-  if key == "seeds" and not all(isinstance(v, int) for v in value):
-    raise _bad(key, value, "give whole numbers")
+def named_blocks(blocks: Iterable[str]) -> dict[str, str]:
+  """Reads `pin.blocks`: pattern -> weighting.
 
-
-def _check_data(data: ConfigDict) -> None:
-  source = data.get("source")
-  if source not in _SOURCES:
-    raise _bad("data.source", source, f"use one of {list(_SOURCES)}")
-  _, needed, optional = _SOURCES[source]
-  given = {k for k, v in data.items() if v is not None} - {"source"}
-  for key in sorted(given - needed - optional):
-    raise _bad(
-      f"data.{key}", data[key],
-      f"source {source!r} does not use it; {_nearest(key, needed | optional)}",
-    )
-  for key in sorted(needed - given):
-    raise InputError(
-      f"config key data.{key} is missing; source {source!r} needs it"
-    )
+  Raises:
+    InputError: for what is no pattern=weighting, or repeated.
+  """
+  named: dict[str, str] = {}
+  for item in blocks:
+    pattern, _, spec = item.partition("=")
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise _bad(
+        "pin.blocks", tuple(blocks),
+        f"{pattern!r} is no regular expression ({error})",
+      ) from error
+    if not (pattern and spec):
+      raise _bad(
+        "pin.blocks", tuple(blocks),
+        f"{item!r} must be pattern=weighting, such as 'items|bias=joint'",
+      )
+    if pattern in (*named, OTHERS):
+      raise _bad(
+        "pin.blocks", tuple(blocks),
+        f"{pattern!r} is repeated, or the name of what no pattern matches, "
+        "which has pin.weighting; give each pattern once",
+      )
+    weighting_options("pin.blocks", spec)
+    named[pattern] = spec
+  return named
 
 
 def _bad(key: str, value: Any, remedy: str) -> InputError:
@@ -518,15 +475,6 @@ def _nearest(key: str, known: Any) -> str:
   return f"did you mean {near[0]}?" if near else f"known: {sorted(known)}"
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple]:
-  """Yields ('a.b', value) for every leaf of nested dictionaries."""
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      yield from flatten(value, f"{prefix}{key}.")
-    else:
-      yield prefix + key, value
-
-
 def differences(
   mine: dict, theirs: dict, defaults: dict
 ) -> Iterator[tuple[str, Any, Any]]:
@@ -534,8 +482,8 @@ def differences(
 
   What `theirs` lacks is taken from `defaults`.
   """
-  mine = dict(flatten(mine))
-  theirs = {**dict(flatten(defaults)), **dict(flatten(theirs))}
+  mine = dict(schema.flatten(mine))
+  theirs = {**dict(schema.flatten(defaults)), **dict(schema.flatten(theirs))}
   for key in sorted(mine.keys() | theirs.keys()):
     if mine.get(key) != theirs.get(key):
       yield key, mine.get(key), theirs.get(key)

@@ -158,11 +158,15 @@ def _gradient_records(
   """Records with a whole Gramian of several groups, by run."""
   found: dict[str, list[dict[str, Any]]] = {}
   for record in records:
-    whole = record.get("conflict_rate") is not None
-    if whole and len(record.get("norms", ())) > 1:
+    if is_grouped(record) and record["conflict_rate"] is not None:
       kept = {key: record[key] for key in ("run", *_GRADIENTS)}
       found.setdefault(record["run"], []).append(kept)
-  return {run: own for run, own in found.items() if run.endswith("backbone")}
+  return found
+
+
+def is_grouped(record: Mapping[str, Any]) -> bool:
+  """Whether a step's record is of a stage that combines groups' gradients."""
+  return "conflict_rate" in record and len(record.get("norms", ())) > 1
 
 
 def _adjustment(
@@ -364,7 +368,7 @@ def launch(main: Callable[[Sequence[str]], None]) -> None:
   flags.DEFINE_string(
     "output", None, "directory of the summary", required=True
   )
-  commands.launch(main)
+  commands.launch(main, words=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     --workdir=runs/windows --parallel=2
 
 `sweep()` returns a list of settings, dictionaries of dotted key -> value, such
-as {"backbone.length": 5, "seeds": (0, 1, 2)}. A job's directory is the hash of
-the config file's name and its settings; a file `done` marks it as finished. A
+as {"backbone.length": 5, "seeds": (0, 1, 2)}. A job's directory is the hash
+of the whole configuration, so that another one never finds its results; a file
+`done` marks it as finished on the data that it names. A
 killed sweep continues where it was, the jobs too. On a cluster every task runs
 one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints the commands, --table
 only the table of what is finished, from the result files alone. It compares
@@ -33,7 +34,8 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, settings, summaries, trials
+from experiments import commands, schema, settings, summaries, trials
+from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.tables import change_text, user_ids
 from pin_jax import metrics, statistics
@@ -51,16 +53,19 @@ class Job(NamedTuple):
     workdir: its directory.
     settings: dotted key -> value.
     command: as arguments.
+    data: what is on disk of the data, as of `_data_files`.
   """
 
   workdir: epath.Path
   settings: Mapping[str, Any]
   command: Sequence[str]
+  data: str = ""
 
   @property
   def done(self) -> bool:
-    """Whether it has finished."""
-    return (self.workdir / "done").exists()
+    """Whether it has finished, on the data that are there."""
+    path = self.workdir / "done"
+    return path.exists() and self.data in path.read_text()
 
 
 def make_jobs(config: str, root: epath.PathLike) -> list[Job]:
@@ -94,15 +99,18 @@ def _jobs_of(
   argument = config.partition(":")[2]
   jobs, seen = [], {}
   for number, chosen in enumerate(listed):
-    _check(module, argument, chosen, number)
-    name = job_name(config, chosen)
+    resolved = _resolved(module, argument, chosen, number)
+    name = job_name(resolved)
     if name in seen:
       raise InputError(
         f"settings {number} of the sweep repeat settings {seen[name]}: "
         f"{chosen}; list each once"
       )
     seen[name] = number
-    jobs.append(_job(config, epath.Path(root) / name, chosen))
+    command = _command(config, epath.Path(root) / name, chosen)
+    jobs.append(Job(
+      epath.Path(root) / name, chosen, command, _data_files(resolved.data)
+    ))
   return jobs
 
 
@@ -161,9 +169,10 @@ def _load(path: str) -> dict[str, Any]:
   return module
 
 
-def _check(
+def _resolved(
   module: Mapping[str, Any], argument: str, chosen: Any, number: int
-) -> None:
+) -> ConfigDict:
+  """The configuration with settings, checked."""
   if not isinstance(chosen, dict):
     raise InputError(
       f"settings {number} of the sweep are {chosen!r}; give a dictionary of "
@@ -181,23 +190,33 @@ def _check(
     settings.check(config)
   except InputError as error:
     raise InputError(f"settings {number} of the sweep: {error}") from error
+  return config
 
 
-def job_name(config: str, chosen: Mapping[str, Any]) -> str:
-  """Hash of a config file's name, its argument and settings in any order."""
-  path, _, argument = config.partition(":")
-  content = [epath.Path(path).stem, argument, dict(chosen)]
-  text = json.dumps(content, sort_keys=True)
+def job_name(config: ConfigDict) -> str:
+  """Hash of all of a configuration on which results depend."""
+  text = json.dumps(of_results(config), sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _job(config: str, workdir: epath.Path, chosen: Mapping[str, Any]) -> Job:
-  command = [
+def _data_files(data: ConfigDict) -> str:
+  """Names, sizes and times of the files that are read, '' for none."""
+  if data.get("path") is None:
+    return ""
+  path = epath.Path(data.path).expanduser()
+  files = sorted(path.iterdir()) if path.is_dir() else [path]
+  stats = [(x.name, x.stat()) for x in files if x.exists()]
+  return repr([(name, stat.length, stat.mtime) for name, stat in stats])
+
+
+def _command(
+  config: str, workdir: epath.Path, chosen: Mapping[str, Any]
+) -> list[str]:
+  return [
     sys.executable, "-m", "experiments.main", f"--config={config}",
     f"--workdir={workdir}",
     *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
   ]
-  return Job(workdir, chosen, command)
 
 
 def _written(value: Any) -> str:
@@ -291,7 +310,7 @@ def _last_line(job: Job) -> str:
 def _finish(job: Job, code: int, console: rich.console.Console) -> list[Job]:
   """Marks a job as done, or says why it is not; returns it in that case."""
   if code == 0:
-    (job.workdir / "done").write_text(printed(job) + "\n")
+    (job.workdir / "done").write_text(f"{printed(job)}\n{job.data}\n")
     return []
   lines = (job.workdir / "output.log").read_text().splitlines()
   console.print(
@@ -316,6 +335,7 @@ def _print_progress(
 def table(
   root: epath.PathLike, *, base: str | None = None,
   beside: epath.PathLike | None = None, cutoff: int = 10,
+  jobs: Sequence[Job] | None = None,
 ) -> pl.DataFrame:
   """One line a job and model, from the result files of a sweep alone.
 
@@ -326,6 +346,8 @@ def table(
     beside: workdir of a finished job, whose base is compared with where a job
       has none of that name.
     cutoff: K of NDCG, first list of candidates.
+    jobs: to read those that are done of; None = all that are in the directory,
+      of whatever configuration.
 
   Returns:
     job, a column for every setting in which the jobs differ (but `methods`,
@@ -340,11 +362,17 @@ def table(
     InputError: if no job has finished, the base is nowhere, or the jobs to be
       compared with `beside` have other users, targets, segments or seeds.
   """
-  found = {path.name: summaries.read(path) for path in trials.finished(root)}
+  done = [job.workdir.name for job in jobs or () if job.done]
+  found = {
+    path.name: summaries.read(path) for path in trials.finished(root)
+    if jobs is None or path.name in done
+  }
+  if not found:
+    raise InputError(f"{root} holds no finished job of this configuration")
   flat = {
     name: {
       "data": r.summary["data"],
-      **{k: v for k, v in settings.flatten(r.config) if k != "methods"},
+      **{k: v for k, v in schema.flatten(r.config) if k != "methods"},
     }
     for name, r in found.items()
   }
@@ -484,30 +512,33 @@ def _selected(jobs: Sequence[Job], index: int | None) -> Sequence[Job]:
   return [jobs[index]]
 
 
-def _table_by_flags() -> pl.DataFrame:
+def _table_by_flags(jobs: Sequence[Job] | None = None) -> pl.DataFrame:
   values = flags.FLAGS
-  return table(values.workdir, base=values.base, beside=values.beside)
+  return table(
+    values.workdir, base=values.base, beside=values.beside, jobs=jobs
+  )
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(_: Sequence[str]) -> int:
   values = flags.FLAGS
-  console = rich.console.Console(highlight=False, soft_wrap=True)
-  commands.check_no_arguments(argv)
+  console = commands.Console()
   if values.parallel < 1:
     raise InputError(f"--parallel={values.parallel}: give at least 1")
-  if values.table:
-    print_table(_table_by_flags(), console)
-    return 0
-  if values.config is None:
+  if values.config is None and not values.table:
     raise InputError("--config is missing; name a config file with a sweep()")
+  listed = values.config and make_jobs(values.config, values.workdir)
+  if values.table:
+    print_table(_table_by_flags(listed), console)
+    return 0
   if values.more_seeds:
     wrong = [seed for seed in values.more_seeds if not seed.isdigit()]
     if wrong:
       raise InputError(f"--more_seeds has {wrong[0]!r}; give whole numbers")
     seeds = [int(seed) for seed in values.more_seeds]
     jobs = more_jobs(values.config, values.workdir, seeds)
+    listed = [*listed, *jobs]
   else:
-    jobs = make_jobs(values.config, values.workdir)
+    jobs = listed
   jobs = _selected(jobs, values.index)
   if values.dry_run:
     for job in jobs:
@@ -515,7 +546,7 @@ def _main(argv: Sequence[str]) -> int:
     return 0
   failed = run(jobs, parallel=values.parallel, console=console)
   if any(job.done for job in jobs):
-    print_table(_table_by_flags(), console)
+    print_table(_table_by_flags(listed), console)
   if failed:
     names = ", ".join(job.workdir.name for job in failed)
     print(f"error: {len(failed)} jobs failed: {names}", file=sys.stderr)

@@ -20,10 +20,13 @@ from experiments.methods import Learnt, Method, Stage, selected, stages_of
 from experiments.problem import SEGMENTS, Problem, in_segment, requests_for
 from experiments.settings import (
   BACKBONES,
+  OTHERS,
   backbone_options,
   consultation,
   make_plugin,
+  named_blocks,
   proposal_shares,
+  weighting_options,
 )
 from pin_jax import (
   aggregation,
@@ -48,7 +51,7 @@ from pin_jax import (
 from pin_jax.backbones.conditioned import conditioned
 from pin_jax.backbones.precision import computed_in
 from pin_jax.datasets.stored import Stored
-from pin_jax.types import Backbone, InputError, Plugin, PyTree
+from pin_jax.types import Backbone, InputError, Plugin, PyTree, TrainingError
 from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 
 CUTOFF = 10
@@ -159,39 +162,32 @@ def make_evidence(
 
 
 def make_weighting(
-  spec: str, prior: np.ndarray, shares: np.ndarray
+  key: str, spec: str, prior: np.ndarray, shares: np.ndarray
 ) -> aggregation.Weighting:
-  """Builds the weighting that `pin.weighting` names.
+  """Builds a weighting that a config key names.
 
   A rule that takes no prior of its own is preceded by it.
 
   Args:
-    spec: 'name' or 'name:option=number,…'.
+    key: of the config, for the errors.
+    spec: its value, see `settings.weighting_options`.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
 
   Raises:
     InputError: for an unknown name or option, or a bad number.
   """
-  name, _, options = spec.partition(":")
-  if name not in WEIGHTINGS:
-    raise InputError(
-      f"config key pin.weighting={spec!r}: use one of {list(WEIGHTINGS)}"
-    )
-  known = inspect.signature(WEIGHTINGS[name]).parameters
+  name, options = weighting_options(key, spec)
   given = {"prior": prior, "shares": shares, "num_groups": len(prior)}
   given |= {"start": shares, "end": prior}  # annealed: joint to adjusted
-  arguments = {key: given[key] for key in known if key in given}
+  known = inspect.signature(WEIGHTINGS[name]).parameters
+  arguments = {name: given[name] for name in known if name in given}
   try:
-    for item in filter(None, options.split(",")):
-      key, _, value = item.partition("=")
-      number = float(value)
-      arguments[key] = int(number) if number.is_integer() else number
-    weighting = WEIGHTINGS[name](**arguments)
+    weighting = WEIGHTINGS[name](**arguments, **options)
   except (TypeError, ValueError) as error:
-    free = [key for key in known if key not in given]
+    free = [name for name in known if name not in given]
     raise InputError(
-      f"config key pin.weighting={spec!r}: {error}; options are {free}"
+      f"config key {key}={spec!r}: {error}; options are {free}"
     ) from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)
@@ -205,7 +201,8 @@ class Adjustment(NamedTuple):
 
 
 def make_adjustment(
-  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
+  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray,
+  key: str = "pin.weighting",
 ) -> Adjustment:
   """Builds what `pin.weighting`, `pin.granularity` and `pin.blocks` say.
 
@@ -213,12 +210,13 @@ def make_adjustment(
     pin: the config's section.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
+    key: of the config, whose value `pin.weighting` is.
 
   Raises:
     InputError: for an unknown or contradictory setting.
   """
-  weighting = make_weighting(pin.weighting, prior, shares)
-  named = dict(_named_block(item) for item in pin.blocks)
+  weighting = make_weighting(key, pin.weighting, prior, shares)
+  named = named_blocks(pin.blocks)
   if named and pin.granularity == "tensor":
     raise InputError(
       f"config key pin.blocks={tuple(pin.blocks)}: pin.granularity='tensor' "
@@ -226,11 +224,11 @@ def make_adjustment(
     )
   if named:
     rules = {
-      pattern: make_weighting(spec, prior, shares)
+      pattern: make_weighting("pin.blocks", spec, prior, shares)
       for pattern, spec in named.items()
     }
     return Adjustment(
-      {**rules, "others": weighting}, lambda leaf: _block_of(leaf, named)
+      {**rules, OTHERS: weighting}, lambda leaf: _block_of(leaf, named)
     )
   by_tensor = pin.granularity == "tensor" or (
     pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
@@ -250,31 +248,11 @@ def stage_adjustment(
     return make_adjustment(config.pin, prior, shares)
   pin = config.pin.copy_and_resolve_references()
   pin.weighting, pin.blocks = config.rules[rule], ()
-  try:
-    return make_adjustment(pin, prior, shares)
-  except InputError as error:
-    line = str(error).replace("pin.weighting", f"rules.{rule}")
-    raise InputError(line) from error
-
-
-def _named_block(item: str) -> tuple[str, str]:
-  pattern, _, spec = item.partition("=")
-  try:
-    re.compile(pattern)
-  except re.error as error:
-    raise InputError(
-      f"config key pin.blocks: {pattern!r} is no regular expression ({error})"
-    ) from error
-  if not (pattern and spec):
-    raise InputError(
-      f"config key pin.blocks: {item!r} must be pattern=weighting, such as "
-      "'items|bias=joint'"
-    )
-  return pattern, spec
+  return make_adjustment(pin, prior, shares, f"rules.{rule}")
 
 
 def _block_of(leaf: str, patterns: Iterable[str]) -> str:
-  return next((p for p in patterns if re.search(p, leaf)), "others")
+  return next((p for p in patterns if re.search(p, leaf)), OTHERS)
 
 
 def make_criterion(
@@ -576,6 +554,7 @@ class Trainer:
     operands = self.operands(stage, run)
     evaluators = [run.evaluator(seed) for seed in seeds]
     counted = [0] * len(seeds)
+    skips: list[np.ndarray] = [np.zeros(0)] * len(seeds)  # since a validation
     validations: list[dict[str, float]] = [{} for _ in seeds]
 
     def evaluate(k: int, params: PyTree) -> np.ndarray:
@@ -598,9 +577,17 @@ class Trainer:
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
       advance(k, len(log["loss"]))
+      skips[k] = np.append(skips[k], log.get(finite.SKIPPED, ()))
 
     def on_evaluation(k: int, t: int, values: np.ndarray) -> None:
       self._log.evaluation(runs[k], t, validations[k])
+      since, skips[k] = skips[k], np.zeros(0)
+      if 2 * since.sum() > len(since):
+        raise TrainingError(
+          f"{runs[k]}: {since.sum():.0f} of the {len(since)} steps before step "
+          f"{t} were not finite and skipped; lower optimizer.learning_rate or "
+          "optimizer.clip"
+        )
 
     with contextlib.closing(store):
       results = training.fit_many(

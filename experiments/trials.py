@@ -19,7 +19,7 @@ import polars as pl
 from absl import flags
 from etils import epath
 
-from experiments import settings, summaries
+from experiments import schema, summaries
 from experiments.methods import METHODS, Method
 from pin_jax.types import InputError
 
@@ -84,7 +84,7 @@ def read(workdirs: Sequence[epath.PathLike]) -> Sweep:
   together: dict[str, list[summaries.Results]] = {}
   flat = {}
   for results in found:
-    own = dict(settings.flatten(results.config))
+    own = dict(schema.flatten(results.config))
     own = {key: own[key] for key in own if key not in _FREE}
     name = json.dumps(own, sort_keys=True)
     together.setdefault(name, []).append(results)

@@ -19,9 +19,19 @@ import jax
 import numpy as np
 import rich.console
 import tensorflow_datasets
-from absl import flags
+from absl import app, flags
 
-from experiments import export, finished, job, main, recommend, replay, report
+from experiments import (
+  commands,
+  export,
+  finished,
+  job,
+  main,
+  processes,
+  recommend,
+  replay,
+  report,
+)
 from pin_jax import (
   activeness,
   batches,
@@ -406,22 +416,63 @@ def _config(key, value, *words):
 
 
 _config("widht", 3, "widht=3", "unknown key")
-_config("batch_size", "many", "batch_size='many'", "type int")
-_config("backbone.dropout", 1.5, "backbone.dropout=1.5", "share")
+NAN, INF = float("nan"), float("inf")
+_config("batch_size", "many", "batch_size='many'", "whole number from 2")
+_config("batch_size", 10**12, "batch_size=1000000000000", "to 16777216")
+_config("batch_size", True, "batch_size=True", "whole number")
+_config("backbone.length", 10.0, "backbone.length=10.0", "whole number")
+_config("backbone.width", 0, "backbone.width=0", "from 1 to")
+_config("backbone.width", -8, "backbone.width=-8", "from 1 to")
+_config("backbone.width", 7, "backbone.width=7", "multiple of backbone.heads=2")
+_config("backbone.dropout", 1.5, "backbone.dropout=1.5", "below 1")
 _config("backbone.name", "bert", "'bert'", "use one of")
-_config("optimizer.learning_rate", -1.0, "learning_rate=-1.0", "positive")
+_config("backbone.reads_activeness", 1, "reads_activeness=1", "True or False")
+_config("memory.neighbours", 2**63, "memory.neighbours=9223", "to 65536")
+_config("memory.shrink", NAN, "memory.shrink=nan", "number from 0")
+_config("memory.decay", INF, "memory.decay=inf", "number from 1e-09 to 1")
+_config("memory.channels", ("after", "after"), "'after')", "each once")
+_config("memory.relations", ("likeness",), "'likeness'", "use one of")
+_config("memory.ridge", 0.0, "memory.ridge=0.0", "number from 1e-09")
+_config("optimizer.learning_rate", -1.0, "learning_rate=-1.0", "number from")
+_config("optimizer.learning_rate", NAN, "learning_rate=nan", "number from")
+_config("optimizer.weight_decay", INF, "weight_decay=inf", "number from 0")
+_config("optimizer.warmup", None, "warmup=None", "whole number from 0")
+_config("prior.exponent", -1.0, "prior.exponent=-1.0", "number from 0")
+_config("prior.values", (0.5, "1"), "prior.values=(0.5, '1')", "number from 0")
 _config("groups.rule", "age", "groups.rule='age'", "use one of")
+_config("groups.thresholds", (2, NAN), "(2, nan)", "whole number from 0")
 _config("pin.weighting", "best", "pin.weighting='best'", "use one of")
+for _spec, *_words in (
+  ("annealed_backdoor:steps=2.5", "'steps=2.5'", "whole number"),
+  ("pcgrad:seed=0.5", "'seed=0.5'", "whole number"),
+  ("gradvac:num_groups=7", "'num_groups=7'", "options are ['beta', 'seed']"),
+  ("gradvac:beta=nan", "'beta=nan'", "number from 0"),
+  ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
+  ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
+  ("cvar:", "'' is no option", "options are ['alpha']"),
+):
+  _config("pin.weighting", _spec, f"pin.weighting={_spec!r}", *_words)
+_config("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'")
+_config("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern")
+_config("pin.blocks", ("others=joint",), "'others' is", "pin.weighting")
 _config("rules.cvar", "cvar:beta=1", "rules.cvar='cvar:beta=1'", "alpha")
-_config("loss.focusing", -1.0, "loss.focusing=-1.0", "at least 0")
-_config("methods", ("best",), "methods=('best',)", "give one or more of")
-_config("seeds", (), "seeds=()", "give one or more")
-_config("memory.relations", ("likeness",), "'likeness'", "give some of")
-_config("memory.ridge", 0.0, "memory.ridge=0.0", "positive")
+_config("rules.pcgrad", "pcgrad:seed=inf", "rules.pcgrad=", "whole number")
+_config("loss.focusing", -1.0, "loss.focusing=-1.0", "number from 0")
+_config("loss.focusing", NAN, "loss.focusing=nan", "number from 0")
+_config("methods", ("best",), "methods=('best',)", "use one of")
+_config("methods", ("base", "base"), "('base', 'base')", "each once")
+_config("seeds", (), "seeds=()", "at least 1 of")
+_config("seeds", (0.0,), "seeds=(0.0,)", "whole number from 0")
+_config("seeds", (2**31,), "seeds=(2147483648,)", "to 2147483647")
+_config("seeds", (-1,), "seeds=(-1,)", "whole number from 0")
 _config("non_finite", "ignore", "non_finite='ignore'", "use one of")
 _config("validation.every", 7, "validation.every=7", "multiple of dispatch")
 _config("data.source", "web", "data.source='web'", "use one of")
 _config("data.path", "x.csv", "data.path='x.csv'", "does not use it")
+_config("data.num_items", 10**6, "num_items=1000000", "from 2 to 10000")
+_config("data.confounding", NAN, "confounding=nan", "number from 0 to 1")
+_config("data.borders", (4, 6.5), "borders=(4, 6.5)", "whole number from 3")
+_config("data.seed", None, "data.seed=None", "whole number from 0")
 
 
 def _flags(name, *words, **workdir):
@@ -432,7 +483,7 @@ def _flags(name, *words, **workdir):
     flags.FLAGS.unparse_flags()
     with _arguments(["experiments.main", *arguments]):
       with contextlib.suppress(SystemExit):
-        main.app.run(main.main, flags_parser=main._parse)
+        app.run(main.main, flags_parser=main._parse)
 
   ROWS[f"flags: {name}"] = (action, words)
 
@@ -646,7 +697,7 @@ def answer(name, folder):
   tensorflow_datasets.disable_progress_bar()
   said = io.StringIO()
   with contextlib.redirect_stderr(said):
-    code = main.exit_code(lambda: action(pathlib.Path(folder)))
+    code = commands.exit_code(lambda: action(pathlib.Path(folder)))
   return code, said.getvalue()
 
 

@@ -11,8 +11,7 @@ import sys
 
 import pytest
 
-from experiments import settings
-from experiments.configs import base
+from experiments import schema
 from pin_jax import aggregation
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,11 +23,7 @@ SOURCES = [
   p for d in ("pin_jax", "experiments", "third_party", "benchmarks")
   for p in sorted((ROOT / d).rglob("*.py"))
 ]
-KEYS = set(dict(settings.flatten(base.default().to_dict())))
-KEYS |= {
-  f"data.{key}" for _, *keys in settings._SOURCES.values()
-  for key in set().union(*keys)
-}
+KEYS = {key for source in schema.SOURCES for key in schema.keys_of(source)}
 
 by_page = pytest.mark.parametrize("page", WRITTEN, ids=lambda p: p.name)
 

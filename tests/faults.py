@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from experiments import interruption, logs, main, workdir
+from experiments import commands, interruption, logs, workdir
 from experiments.events import read_events
 from pin_jax import finite, halving, training
 from pin_jax.checkpoints import Checkpoints
@@ -404,7 +404,9 @@ def answer(name, folder):
   lines, error = [], io.StringIO()
   pathlib.Path(folder).chmod(0o755)
   with contextlib.redirect_stderr(error):
-    code = main.exit_code(lambda: action(pathlib.Path(folder), lines.append))
+    code = commands.exit_code(
+      lambda: action(pathlib.Path(folder), lines.append)
+    )
   return code, "\n".join([*lines, error.getvalue().strip()]).strip()
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from etils import epath
 
-from experiments import interruption, job, main, settings, workdir
+from experiments import commands, interruption, job, settings, workdir
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
 
@@ -29,7 +29,7 @@ def test_an_error_is_one_line_and_a_code(
   error, code, debug, monkeypatch, capsys
 ):
   monkeypatch.setattr(sys, "argv", ["main"] + ["--debug"] * debug)
-  assert main.exit_code(_raising(error)) == code
+  assert commands.exit_code(_raising(error)) == code
   text = capsys.readouterr().err
   assert ("Traceback" in text) == debug
   assert text.splitlines()[-1].startswith(f"error: {error}")
@@ -38,7 +38,7 @@ def test_an_error_is_one_line_and_a_code(
 
 def test_an_error_of_the_code_is_no_users_error():
   with pytest.raises(KeyError):
-    main.exit_code(_raising(KeyError("bug")))
+    commands.exit_code(_raising(KeyError("bug")))
 
 
 _BUSY = """

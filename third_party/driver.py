@@ -526,9 +526,8 @@ def launch(peer: Peer) -> None:
   flags.DEFINE_string("beside", None, "workdir of results to compare with")
   flags.mark_flag_as_required("config")
 
-  def main(argv: Sequence[str]) -> None:
+  def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    commands.check_no_arguments(argv)
     values = flags.FLAGS
     seeds = config.value.seeds
     if values.seeds is not None:
