@@ -29,6 +29,7 @@ from experiments import (
   report,
   sections,
   settings,
+  sizes,
   truth,
   workdir,
 )
@@ -45,7 +46,7 @@ from experiments.problem import (
   SEGMENTS,
   Problem,
   fingerprint,
-  make_problem,
+  prepare,
   requests_for,
 )
 from experiments.tables import SUFFIXES, number_range
@@ -261,7 +262,8 @@ def run(
   """Runs the main job, or what is left of it, and prints its tables.
 
   Args:
-    config: as from `experiments.configs.base.default`.
+    config: as from `experiments.configs.base.default`; its sizes that are None
+      are fitted to the data.
     directory: the job's workdir.
     console: see `Options`.
     command: how the job was launched, for its summary.
@@ -283,7 +285,10 @@ def run(
     console, command, other_versions, processes.any_of(interrupted)
   )
   directory = epath.Path(directory)
-  problem, networks = processes.together(lambda: _prepare(config))
+  fitted, problem, networks = processes.together(lambda: _prepare(config))
+  if line := sizes.told(config, fitted):
+    console.print(line, markup=False)
+  config = fitted
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
     if _finished(directory):
@@ -296,16 +301,15 @@ def run(
     return report.write_report(directory, console=console)
 
 
-def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
+def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Checks the config and reads the data, before anything is written."""
-  settings.check(config)
-  problem = make_problem(config)
+  config, problem = prepare(config)
   networks = networks_of(config, problem)
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)
   check_pools(config, problem)
-  return problem, networks
+  return config, problem, networks
 
 
 def _claim(

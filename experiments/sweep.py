@@ -33,7 +33,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, settings, summaries, trials
+from experiments import commands, settings, sizes, summaries, trials
 from experiments.methods import METHODS
 from experiments.tables import change_text, user_ids
 from pin_jax import metrics, statistics
@@ -178,7 +178,7 @@ def _check(
       f"settings {number} of the sweep, {chosen}: {reason}"
     ) from error
   try:
-    settings.check(config)
+    settings.check(sizes.for_any_data(config))
   except InputError as error:
     raise InputError(f"settings {number} of the sweep: {error}") from error
 

@@ -9,7 +9,10 @@ from pin_jax.types import InputError
 
 
 def default() -> ConfigDict:
-  """Every key that an experiment may set, with its default."""
+  """Every key that an experiment may set, with its default.
+
+  A size of `experiments.sizes.KEYS` that is None is fitted to the data.
+  """
   return ConfigDict({
     # Rows of the tables; see experiments/methods.py.
     "methods": ("base", "pin_backbone", "pin"),
