@@ -16,11 +16,12 @@ def launch(
   main: Callable[[Sequence[str]], int | None],
   config: flags.FlagHolder | None = None,
 ) -> None:
-  """Parses flags and runs a program; bad input, or Ctrl-C, is one line.
+  """Parses flags and runs a program; what ends it early is one line.
 
   Args:
     main: function of the arguments that are no flags; returns the exit code,
-      where it is not 2 for bad input or `INTERRUPTED` for Ctrl-C.
+      where it is not 2 for bad input, 3 where writing failed or `INTERRUPTED`
+      for Ctrl-C.
     config: the flag of a configuration file, where there is one.
   """
   parse = _parse if config is None else lambda argv: parse_with(argv, config)
@@ -29,6 +30,9 @@ def launch(
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except OSError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(3)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(INTERRUPTED)

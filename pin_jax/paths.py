@@ -40,6 +40,14 @@ def _open_directory(path: epath.Path) -> int:
   return os.open(os.fspath(path), flags)
 
 
+def check_new(path: epath.PathLike) -> pathlib.Path:
+  """The path of a directory to make; raises InputError where it exists."""
+  path = pathlib.Path(local(path, "directory"))
+  if os.path.lexists(path):
+    raise InputError(f"{path} exists; delete it or give another directory")
+  return path
+
+
 @contextlib.contextmanager
 def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """Makes a directory as a whole: a kill leaves none, and a rerun mends.
@@ -57,10 +65,7 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
     InputError: if it exists, or another process is writing it.
     OSError: if it cannot be written; nothing is left then.
   """
-  path = pathlib.Path(local(path, "directory"))
-  exists = f"{path} exists; delete it or give another directory"
-  if path.exists():
-    raise InputError(exists)
+  path = check_new(path)
   partial = path.with_name(f".{path.name}.partial")
   partial.parent.mkdir(parents=True, exist_ok=True)
   with contextlib.suppress(FileExistsError):
@@ -68,8 +73,7 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
   handle = _open_directory(partial)
   try:
     _hold(handle, f"{path} is being written by another process; wait for it")
-    if path.exists():
-      raise InputError(exists)
+    check_new(path)
     for left in partial.iterdir():
       left.unlink()
     try:
