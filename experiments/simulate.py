@@ -8,6 +8,7 @@ form that jobs read from disk. A chunk follows from the seed and its number
 alone, and memory from the chunk's size and the number of users.
 """
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -61,8 +62,9 @@ def write_parquet(drawn: crowd.Crowd, path: str) -> None:
         "user_id": np.repeat(chunk.users.astype(np.int32), chunk.lengths),
         "item_id": chunk.items, "timestamp": chunk.times,
       })
-      with (directory / f"part-{index:05}.parquet").open("wb") as file:
-        table.write_parquet(file)
+      buffer = io.BytesIO()  # polars has errors of its own for a full disk
+      table.write_parquet(buffer)
+      (directory / f"part-{index:05}.parquet").write_bytes(buffer.getvalue())
 
 
 def write_stored(drawn: crowd.Crowd, path: str) -> None:

@@ -67,23 +67,26 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """
   path = check_new(path)
   partial = path.with_name(f".{path.name}.partial")
-  partial.parent.mkdir(parents=True, exist_ok=True)
-  with contextlib.suppress(FileExistsError):
-    partial.mkdir()
-  handle = _open_directory(partial)
-  try:
-    _hold(handle, f"{path} is being written by another process; wait for it")
-    check_new(path)
-    for left in partial.iterdir():
-      left.unlink()
+  with contextlib.ExitStack() as stack:
     try:
+      partial.parent.mkdir(parents=True, exist_ok=True)
+      with contextlib.suppress(FileExistsError):
+        partial.mkdir()
+      handle = _open_directory(partial)
+      stack.callback(os.close, handle)
+      _hold(handle, f"{path} is being written by another process; wait for it")
+      check_new(path)
+      stack.callback(shutil.rmtree, partial, ignore_errors=True)
+      for left in partial.iterdir():
+        left.unlink()
       yield partial
       partial.rename(path)
-    except BaseException:
-      shutil.rmtree(partial, ignore_errors=True)
-      raise
-  finally:
-    os.close(handle)
+    except OSError as error:
+      why = error.strerror or error
+      raise OSError(
+        f"{path} cannot be written ({why}); free space there, make it writable "
+        "or give another directory"
+      ) from error
 
 
 def _hold(handle: int, held: str) -> None:

@@ -233,21 +233,14 @@ def _write_items(
     os.fspath(file), "group_size:1"
   )
   written = 0
-  try:
-    for block in _blocks(pieces):
-      writer.write(block.astype("<i4").tobytes())
-      written += len(block)
-  finally:
-    _closed(writer)
-  return written
-
-
-def _closed(writer: array_record_module.ArrayRecordWriter) -> None:
-  """Closes a writer; what it could not write is an OSError."""
+  for block in _blocks(pieces):
+    writer.write(block.astype("<i4").tobytes())
+    written += len(block)
   try:
     writer.close()
-  except (RuntimeError, ValueError) as error:
-    raise OSError(f"items cannot be written ({str(error)[:200]})") from error
+  except (RuntimeError, ValueError) as error:  # what it could not write
+    raise OSError(str(error).partition(";")[0]) from error
+  return written
 
 
 def _guarded(path: epath.PathLike, step: Callable[[], Any]) -> Any:
