@@ -31,6 +31,7 @@ from experiments import (
   schema,
   sections,
   settings,
+  sizes,
   truth,
   workdir,
 )
@@ -47,7 +48,7 @@ from experiments.problem import (
   SEGMENTS,
   Problem,
   fingerprint,
-  make_problem,
+  prepare,
   requests_for,
 )
 from experiments.tables import SUFFIXES, number_range
@@ -265,7 +266,8 @@ def run(
   """Runs the main job, or what is left of it, and prints its tables.
 
   Args:
-    config: as from `experiments.configs.base.default`.
+    config: as from `experiments.configs.base.default`; its sizes that are None
+      are fitted to the data.
     directory: the job's workdir.
     console: see `Options`.
     command: how the job was launched, for its summary.
@@ -287,10 +289,13 @@ def run(
     console, command, other_versions, processes.any_of(interrupted)
   )
   directory = epath.Path(directory)
-  processes.together(lambda: settings.check(config))
+  processes.together(lambda: settings.check(sizes.for_any_data(config)))
   for key in ("mesh", "data"):  # a mesh is no part of what a workdir claims
     processes.agree(f"config.{key}", json.dumps(config[key].to_dict()))
-  problem, networks = processes.together(lambda: _prepare(config))
+  fitted, problem, networks = processes.together(lambda: _prepare(config))
+  if line := sizes.told(config, fitted):
+    console.print(line, markup=False)
+  config = fitted
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
     if _finished(directory):
@@ -305,16 +310,16 @@ def run(
     return report.write_report(directory, console=console)
 
 
-def _prepare(config: ConfigDict) -> tuple[Problem, Networks]:
+def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them, before anything is written.
   """
-  problem = make_problem(config)
+  config, problem = prepare(config)
   networks = networks_of(config, problem)
   check_adjustment(config, problem, networks)
   check_loss(config, problem)
   check_candidates(config, problem)
   check_pools(config, problem)
-  return problem, networks
+  return config, problem, networks
 
 
 def _claim(

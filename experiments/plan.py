@@ -32,8 +32,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from experiments import commands, hlo, settings, trainer
-from experiments.problem import make_problem
+from experiments import commands, hlo, settings, sizes, trainer
+from experiments.problem import prepare
 from pin_jax import (
   batches,
   catalogue,
@@ -337,11 +337,13 @@ def main(_: list[str]) -> int:
   config = _CONFIG.value
   given = {name: flag.value for name, flag in _SIZES.items()}
   if not all(given.values()):
-    data = make_problem(config).split.interactions
+    config, problem = prepare(config)
+    data = problem.split.interactions
     given = {
       "items": data.num_items, "users": data.num_users,
       "interactions": data.num_interactions,
     }
+  config = sizes.for_any_data(config, **given)
   devices = describe(_TOPOLOGY.value)
   plans = make_plans(config, Sizes(**given), devices)
   for plan in plans:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import settings
+from experiments import settings, sizes
 from pin_jax import (
   activeness,
   batches,
@@ -16,6 +16,7 @@ from pin_jax import (
   weightings,
 )
 from pin_jax.datasets.stored import Stored
+from pin_jax.types import InputError
 
 SEGMENTS = ("tail", "head")
 
@@ -46,7 +47,23 @@ class Problem(NamedTuple):
 
 
 def make_problem(config: ConfigDict) -> Problem:
-  """Loads the data, splits it and derives groups, segments and the prior."""
+  """The data of a config whose sizes are known; see `prepare`."""
+  return prepare(config)[1]
+
+
+def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
+  """Loads the data, splits it and derives groups, segments and the prior.
+
+  Args:
+    config: as it is once every override is known.
+
+  Returns:
+    The config with its sizes fitted to the data, and the problem.
+
+  Raises:
+    InputError: for a bad config, before the data are read, or bad data.
+  """
+  settings.check(sizes.for_any_data(config))
   interactions, world = settings.load_data(config.data)
   if config.split.protocol == "leave_one_out":
     split = splits.leave_one_out(interactions)
@@ -56,6 +73,17 @@ def make_problem(config: ConfigDict) -> Problem:
       validation=config.split.validation,
       test=config.split.test,
     )
+  kept = split.interactions
+  config = sizes.fitted(config, kept.lengths, split.activeness, kept.num_items)
+  settings.check(config)
+  targets = batches.training_targets(split)
+  if not targets.any():
+    raise InputError(
+      f"no user of {interactions.name!r} has two training interactions (the "
+      f"longest history: {interactions.lengths.max()}), so that there is "
+      "nothing to learn; leave-one-out holds two of them out, so give longer "
+      "histories"
+    )
   rule = config.groups
   groups = activeness.assign_groups(
     split.activeness,
@@ -64,7 +92,6 @@ def make_problem(config: ConfigDict) -> Problem:
     thresholds=tuple(rule.thresholds) or None,
     head_share=rule.head_share,
   )
-  targets = batches.training_targets(split)
   prior = activeness.prior(
     config.prior.kind, groups, targets, rule.num_groups,
     tuple(config.prior.get("values")) or None,
@@ -77,7 +104,7 @@ def make_problem(config: ConfigDict) -> Problem:
   asked = config.plugin.name == "gated" and not isinstance(
     interactions, Stored
   )
-  return Problem(
+  return config, Problem(
     split, targets, groups, segments, prior, sequences, world,
     asked and memory.holds_repeats(split),
   )

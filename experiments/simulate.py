@@ -8,20 +8,22 @@ form that jobs read from disk. A chunk follows from the seed and its number
 alone, and memory from the chunk's size and the number of users.
 """
 
-import pathlib
+import io
 from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 from absl import flags
 
-from experiments.commands import launch
+from experiments.commands import check_no_arguments, launch
+from pin_jax import paths
 from pin_jax.datasets import crowd, stored
 from pin_jax.types import InputError
 
 
-def main(_: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
   """Draws and writes."""
+  check_no_arguments(argv)
   values = flags.FLAGS
   drawn = crowd.Crowd(
     num_users=_number("users"), num_items=_number("items"),
@@ -51,17 +53,18 @@ def write_parquet(drawn: crowd.Crowd, path: str) -> None:
 
   Raises:
     InputError: if the directory exists.
+    OSError: if it cannot be written; nothing is left then.
   """
-  directory = pathlib.Path(path).expanduser()
-  if directory.exists():
-    raise InputError(f"{directory} exists; delete it or give another directory")
-  directory.mkdir(parents=True)
-  for index in range(drawn.num_chunks):
-    chunk = drawn.chunk(index)
-    pl.DataFrame({
-      "user_id": np.repeat(chunk.users.astype(np.int32), chunk.lengths),
-      "item_id": chunk.items, "timestamp": chunk.times,
-    }).write_parquet(directory / f"part-{index:05}.parquet")
+  with paths.new_directory(path) as directory:
+    for index in range(drawn.num_chunks):
+      chunk = drawn.chunk(index)
+      table = pl.DataFrame({
+        "user_id": np.repeat(chunk.users.astype(np.int32), chunk.lengths),
+        "item_id": chunk.items, "timestamp": chunk.times,
+      })
+      buffer = io.BytesIO()  # polars has errors of its own for a full disk
+      table.write_parquet(buffer)
+      (directory / f"part-{index:05}.parquet").write_bytes(buffer.getvalue())
 
 
 def write_stored(drawn: crowd.Crowd, path: str) -> None:

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.commands import launch
+from experiments.commands import check_no_arguments, launch
+from pin_jax import paths
 from pin_jax.datasets import files, stored
 
 _ROLES = "user", "item", "time"
 
 
-def main(_: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
   """Reads, sorts and stores."""
+  check_no_arguments(argv)
   values = flags.FLAGS
+  paths.check_new(values.output)
   data = files.read(
     values.input, min_length=values.min_length, k_core=values.k_core,
     **{role: values[role].value for role in _ROLES},

@@ -34,7 +34,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, summaries, trials
+from experiments import commands, schema, settings, sizes, summaries, trials
 from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.tables import change_text, user_ids
@@ -187,7 +187,7 @@ def _resolved(
       f"settings {number} of the sweep, {chosen}: {reason}"
     ) from error
   try:
-    settings.check(config)
+    settings.check(sizes.for_any_data(config))
   except InputError as error:
     raise InputError(f"settings {number} of the sweep: {error}") from error
   return config

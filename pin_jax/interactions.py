@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from pin_jax.types import InputError
+from pin_jax.types import InputError, at_least
 
 Column = np.ndarray | pl.Series | Sequence
 DUPLICATES = ("keep", "exact", "first", "last")
 _CHUNK = 2**22  # elements at a time
+_UNITS = {"ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
 _NO_TIMES_NOTE = "row order (the source has no times)"
 
 
@@ -30,6 +31,7 @@ class Interactions:
     items: [N] int32 in 1..V (0 is padding); equal times keep the row order.
     offsets: [U+1] int64; user u owns items[offsets[u]:offsets[u+1]].
     times: [N] int64 or float64 as in the source, or None where it has none.
+      They never merge what the source tells apart.
     user_ids: [U] original ids, ascending: int64, or object array of str.
     item_ids: [V] original id of item v is item_ids[v-1]; same types.
     notes: What reading and filtering did: rows_read, duplicates_dropped,
@@ -127,8 +129,9 @@ def from_columns(
   Args:
     users: [N] integers or strings.
     items: [N] integers or strings.
-    times: [N] numbers or dates (converted to Unix seconds, UTC); None keeps the
-      row order.
+    times: [N] numbers, or dates, which become Unix seconds (UTC), or stay in
+      their own unit where float64 seconds would merge some; None keeps the row
+      order.
     name: What to call the data.
     duplicates: 'keep'; 'exact' drops repeats of (user, item, time); 'first' and
       'last' keep one interaction per (user, item).
@@ -140,8 +143,9 @@ def from_columns(
     The interactions, with counts of what was dropped in `notes`.
 
   Raises:
-    InputError: for empty or mismatched columns, null or unusable ids, times
-      that are not finite numbers, unknown options, or no user left.
+    InputError: for empty or mismatched columns, null, empty or merged ids,
+      times that are not finite or whose type merges them, unknown options, or
+      no user left.
   """
   _check_options(duplicates, k_core, min_length, max_history)
   users, items = _series(users, "users"), _series(items, "items")
@@ -169,7 +173,7 @@ def from_columns(
     )
   filtered = len(users)
   if max_history is not None:
-    keep = _positions_from_end(users) < max_history
+    keep = _positions_from_end(users) < min(max_history, len(users))
     users, items, times = _take(keep, users, items, times)
   users, user_ids = _compact(users, user_ids)
   items, item_ids = _compact(items, item_ids)
@@ -198,17 +202,10 @@ def _check_options(
     raise InputError(
       f"duplicates={duplicates!r} is unknown; use one of {DUPLICATES}"
     )
-  for option, value, least in (
-    ("k_core", k_core, 0),
-    ("min_length", min_length, 1),
-    ("max_history", max_history, 1),
-  ):
-    if value is None and option == "max_history":
-      continue
-    if not isinstance(value, (int, np.integer)) or value < least:
-      raise InputError(
-        f"{option}={value!r} is invalid; give an integer of at least {least}"
-      )
+  at_least(0, k_core=k_core)
+  at_least(1, min_length=min_length)
+  if max_history is not None:
+    at_least(1, max_history=max_history)
 
 
 def _series(values: Column, axis: str) -> pl.Series:
@@ -233,10 +230,13 @@ def _series(values: Column, axis: str) -> pl.Series:
 def _ids(values: pl.Series) -> pl.Series:
   """Returns ids as Int32, Int64 or String."""
   axis, kind = values.name, values.dtype
-  if kind in (pl.String, pl.Int32):
-    return values
   if kind in (pl.Categorical, pl.Enum):
-    return values.cast(pl.String)
+    values = values.cast(pl.String)
+  if values.dtype == pl.String:
+    if (values == "").any():
+      row = (values == "").arg_max()
+      raise InputError(f"{axis}[{row}] = '' is empty; drop or fill such rows")
+    return values
   if kind.is_float():
     whole = values.is_finite() & (values.floor() == values)
     if not whole.all():
@@ -244,46 +244,72 @@ def _ids(values: pl.Series) -> pl.Series:
       raise InputError(
         f"{axis}[{row}] = {values[row]} is no id; give integers or strings"
       )
+    _check_exact(values, "ids", "give integers or strings")
   elif not kind.is_integer():
     raise InputError(f"{axis} are {kind}; give integers or strings")
+  return _as_int64(values, "give them as strings")
+
+
+def _check_exact(values: pl.Series, what: str, remedy: str) -> None:
+  """Raises InputError for floats so large that whole numbers have merged."""
+  digits = 53 if values.dtype == pl.Float64 else 24
+  if values.dtype == pl.Float16:
+    digits = 11
+  row = values.abs().arg_max()
+  if len(values) and abs(values[row]) >= 2**digits:
+    raise InputError(
+      f"{values.name}[{row}] = {values[row]} is a {values.dtype} at or beyond "
+      f"2^{digits}, where different {what} are merged; {remedy}"
+    )
+
+
+def _as_int64(values: pl.Series, remedy: str) -> pl.Series:
+  """Returns whole numbers as they are where they are Int32, else as Int64."""
+  if values.dtype == pl.Int32:
+    return values
   try:
     return values.cast(pl.Int64)
   except pl.exceptions.PolarsError:
     raise InputError(
-      f"{axis} go up to {values.max()}, beyond int64; give them as strings"
+      f"{values.name} span {values.min()} to {values.max()}, beyond int64; "
+      f"{remedy}"
     ) from None
 
 
 def _numbers(values: pl.Series) -> np.ndarray:
   """Returns times as int64 or float64; dates become Unix seconds."""
   if values.dtype.is_temporal():
-    values = _unix_seconds(values)
+    return _unix_seconds(values)
   if values.dtype.is_integer():
-    if values.dtype == pl.UInt64 and len(values) and values.max() >= 2**63:
-      raise InputError(
-        f"times go up to {values.max()}, beyond int64; use a coarser unit"
-      )
-    return values.cast(pl.Int64).to_numpy()
+    whole = _as_int64(values, "use a coarser unit")
+    return whole.cast(pl.Int64).to_numpy()
   if not values.dtype.is_float():
     raise InputError(
       f"times are {values.dtype}; give numbers, or dates as datetimes"
     )
-  times = values.cast(pl.Float64).to_numpy()
-  finite = np.isfinite(times)
+  finite = values.is_finite()
   if not finite.all():
-    row = int(finite.argmin())
-    raise InputError(f"times[{row}] = {times[row]} is not finite; drop the row")
-  return times
+    row = finite.arg_min()
+    raise InputError(
+      f"times[{row}] = {values[row]} is not finite; drop the row"
+    )
+  _check_exact(values, "times", "give integers, or use a coarser unit")
+  return values.cast(pl.Float64).to_numpy()
 
 
-def _unix_seconds(values: pl.Series) -> pl.Series:
-  """Returns dates as seconds: Int64 if all are whole, else Float64."""
+def _unix_seconds(values: pl.Series) -> np.ndarray:
+  """Returns dates as int64 or float64 seconds, or in their unit; see above."""
   if values.dtype in (pl.Time, pl.Duration):
     raise InputError(f"times are {values.dtype}; give dates or numbers")
-  micros = values.cast(pl.Datetime("us")).to_physical()
-  if (micros % 1_000_000 == 0).all():
-    return micros // 1_000_000
-  return micros / 1e6
+  if values.dtype == pl.Date:
+    return values.to_physical().cast(pl.Int64).to_numpy() * 86_400
+  unit = _UNITS[values.dtype.time_unit]
+  ticks = values.to_physical().to_numpy()
+  if not (ticks % unit).any():
+    return ticks // unit
+  distinct = np.unique(ticks)
+  merged = (np.diff(distinct / unit) <= 0).any()
+  return ticks.copy() if merged else ticks / unit
 
 
 def _check_lengths(

@@ -325,7 +325,7 @@ def of_users(
   if ids is None:
     index = np.arange(len(users.ids))
   else:
-    index = _known(ids, users.ids, "user", "give its history, as --history")
+    index = _known(ids, users.ids, "user", "give its history")
   starts = users.offsets[:-1][index]
   return Requests(
     users.ids[index].tolist(), index, users.items, starts,
@@ -369,19 +369,31 @@ def of_histories(
 
 
 def _as_ids(values: Sequence[Any], like: np.ndarray, what: str) -> np.ndarray:
-  """Original ids in the type of the known ones."""
-  if like.dtype.kind == "O":
-    out = np.empty(len(values), object)
-    out[:] = [str(value) for value in values]
-    return out
-  for value in values:
-    text = str(value).strip()
-    if not text.removeprefix("-").isdecimal() or abs(int(text)) >= 2**63:
+  """Original ids in the type of the known ones, never spelled anew."""
+  text = like.dtype.kind == "O"
+  out = np.empty(len(values), object if text else np.int64)
+  for place, value in enumerate(values):
+    good = _is_whole(value) or (
+      isinstance(value, str) and (text or _is_number(value))
+    )
+    if not good or not (text or -(2**63) <= int(value) < 2**63):
       raise InputError(
-        f"{what} {value!r} is no whole number, as the ids of the model's "
-        f"{what}s are; give one"
+        f"{what} {value!r} is no {'text' if text else 'integer'}, as the ids "
+        f"of the model's {what}s are; give one"
       )
-  return np.array([int(value) for value in values], np.int64)
+    out[place] = str(value) if text else int(value)
+  return out
+
+
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_number(text: str) -> bool:
+  """Whether a text is an int64's own spelling."""
+  digits = text.removeprefix("-")
+  short = digits.isascii() and digits.isdigit() and len(digits) < 20
+  return short and str(int(text)) == text
 
 
 def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Splits: which of a user's interactions train, validate and test."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -94,7 +95,7 @@ def temporal(
       training interactions, or if no user has a target in one of the periods.
   """
   _check_times(interactions)
-  if not validation_time < test_time:
+  if not -math.inf < validation_time < test_time < math.inf:
     raise InputError(
       f"validation_time={validation_time} is not before test_time={test_time}; "
       "give ascending times"
@@ -166,6 +167,8 @@ def _check_times(interactions: Interactions) -> None:
 
 def _count_before(interactions: Interactions, time: float) -> np.ndarray:
   """Returns [U] int32 numbers of interactions before a time."""
+  if interactions.times.dtype.kind == "i":
+    time = math.ceil(time)  # whole numbers compare exactly, floats merge some
   before = np.concatenate([[0], np.cumsum(interactions.times < time)])
   return np.diff(before[interactions.offsets]).astype(np.int32)
 

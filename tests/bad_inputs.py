@@ -27,7 +27,6 @@ from experiments import (
   finished,
   job,
   main,
-  processes,
   recommend,
   replay,
   report,
@@ -97,7 +96,7 @@ _file("a.csv", GOOD, "separator=',,'", "give one character", separator=",,",
       row_name="file: separator")
 _file("a.csv", GOOD, "duplicates='all'", "use one of", duplicates="all",
       row_name="file: duplicates")
-_file("a.csv", GOOD, "k_core=-1", "integer of at least 0", k_core=-1,
+_file("a.csv", GOOD, "k_core=-1", "whole number of at least 0", k_core=-1,
       row_name="file: k_core")
 _file("a.csv", GOOD, "min_length=0", "at least 1", min_length=0,
       row_name="file: min_length")
@@ -567,7 +566,7 @@ def _(folder):
   serving.of_histories(_recommender(), [[], []], ["ann"])
 
 
-@row("serving: id of another type", "item 'a' is no whole number", "give one")
+@row("serving: id of another type", "item 'a' is no integer", "give one")
 def _(folder):
   known = _recommender()._replace(item_ids=np.arange(6))
   serving.of_histories(known, [["a"]])

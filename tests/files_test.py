@@ -233,7 +233,7 @@ class TestBadFiles:
     ("a.inter", "user_id:token\titem_id:token\n", "no rows"),
     ("a.csv", "\n\n", "a.csv"),
     ("a.csv", "user,thing\n1,2\n", r"no item column, only \['user', 'thing'\]"),
-    ("a.csv", "user;item\n1;2\n", "no user column, only .*user;item"),
+    ("a.csv", "user;item\n1;2\n", "'user;item'.*give separator=';'"),
     ("a.csv", "user,item\n1,2\n,3\n", "line 3: user column 'user' is empty"),
     ("a.csv", "user,item\n1,2\n3\n", "line 3: item column 'item' is empty"),
     ("a.csv", "user,item\n1,2\n\n3,4\n", "line 3: user"),

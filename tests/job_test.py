@@ -24,7 +24,7 @@ from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
 from experiments.methods import METHODS, compared, stages_of
-from pin_jax import activeness, aggregation, serving, training
+from pin_jax import aggregation, serving, training
 from pin_jax.types import InputError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -550,46 +550,6 @@ def test_string_ids_come_back(tmp_path):
   assert out["user"].unique().sort().to_list() == sorted({r[0] for r in rows})
   last = {u: item for u, item, _ in sorted(rows, key=lambda r: (r[0], r[2]))}
   assert dict(zip(out["user"], out["target"], strict=True)) == last
-
-
-def test_sizes_follow_from_the_data(tmp_path):
-  """90 users with 5 interactions, 10 with 61: a window of 8 holds nine of ten.
-
-  A window reads (90 * 5 + 10 * 8) / 100 = 5.3 items, so 4000 / 5.3 / 5 windows
-  a group are over the limit of 100; 90 + 10 * 8 windows in batches of 500.
-  """
-  lines = [
-    f"{u},{i},{i}" for u in range(100) for i in range(61 if u < 10 else 5)
-  ]
-  path = tmp_path / "a.csv"
-  path.write_text("user,item,time\n" + "\n".join(lines) + "\n")
-  config = files.get_config(f"path={path}")
-  assert config.backbone.length == config.memory.recent == 8
-  assert config.backbone.dropout == 0.4 and config.backbone.pack_rows == 0
-  assert config.batch_size == 500 and config.loss.name == "softmax"
-  assert (config.backbone_steps, config.plugin_steps) == (400, 100)
-  settings.check(config)
-  lines += [f"x{u},{i},{i}" for u in range(300) for i in range(u, u + 70)]
-  path.write_text("user,item,time\n" + "\n".join(lines) + "\n")
-  config = files.get_config(f"path={path}")
-  assert config.backbone.length == 72  # 70, up to a multiple of 8
-  assert config.batch_size == 5 * (4000 * 400 // (300 * 70 + 450 + 610) // 5)
-  settings.check(config)
-
-
-@pytest.mark.parametrize(("short", "rule"), [
-  (29, "interactions"), (9, "users"),
-])
-def test_groups_have_targets_whatever_the_data(short, rule):
-  """Five groups of 100 users, of whom many have one training interaction."""
-  counts = np.repeat([3, 6, 20], [short, 60 - short, 40])
-  config = base.default()
-  files.fit_sizes(config, counts, 30)
-  assert config.groups.rule == rule
-  groups = activeness.assign_groups(
-    counts - 2, num_groups=5, rule=config.groups.rule
-  )
-  assert [(counts[groups == g] > 3).any() for g in range(5)] == [True] * 5
 
 
 def test_nan_loss_stops_with_one_line(tmp_path):

@@ -2,7 +2,9 @@
 
 import collections
 import csv
+import decimal
 import io
+import itertools
 import math
 import tempfile
 
@@ -10,12 +12,20 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import polars as pl
 import pytest
 import scipy.special
 import scipy.stats
 
-from pin_jax import batches, metrics, negatives, splits, statistics
-from pin_jax.datasets import files
+from pin_jax import (
+  batches,
+  metrics,
+  negatives,
+  serving,
+  splits,
+  statistics,
+)
+from pin_jax.datasets import files, stored
 from pin_jax.interactions import from_columns
 from pin_jax.types import InputError
 
@@ -101,6 +111,94 @@ def test_a_csv_file_gives_back_its_ids(pairs):
     for item in _of(data, index)
   ]
   assert collections.Counter(got) == collections.Counter(pairs)
+
+
+ANY_IDS = st.one_of(
+  st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=9),
+  st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=9),
+)
+
+
+@hypothesis.given(ANY_IDS, st.booleans())
+def test_ids_are_stored_and_found_as_they_are(ids, on_disk):
+  """From Parquet, through the store, and by what a command line can say."""
+  frame = pl.DataFrame({"user": ids, "item": ids})
+  with tempfile.TemporaryDirectory() as folder:
+    frame.write_parquet(f"{folder}/a.parquet")
+    data = files.read(f"{folder}/a.parquet")
+    if on_disk and any(str(x).endswith("\0") for x in ids):
+      with pytest.raises(InputError, match="NUL"):
+        stored.write(data, f"{folder}/s")
+      return
+    if on_disk:
+      stored.write(data, f"{folder}/s")
+      data = stored.read(f"{folder}/s")
+    want = sorted(set(ids))
+    assert data.user_ids.tolist() == data.item_ids.tolist() == want
+    users = serving.Users(data.user_ids, *[np.arange(len(want) + 1)] * 2,
+                          {"all": np.zeros(len(want), int)}, None, None)
+    known = serving.Recommender(None, (), users, *[None] * 7)
+    for form in (lambda x: x, str):
+      found = serving.of_users(known, [form(x) for x in ids])
+      assert found.names == ids
+    spelled = [f" {ids[0]}", f"{ids[0]} ", f"+{ids[0]}", f"0{ids[0]}"]
+    for other in set(spelled) - set(map(str, ids)):
+      with pytest.raises(InputError, match="unknown|no integer"):
+        serving.of_users(known, [other])
+
+
+def _digits(most):
+  return st.integers(0, 10**most - 1).map(lambda x: f"{x:0{most}}")
+
+
+NUMBERS = st.one_of(
+  st.integers(-(2**70), 2**70).map(str),
+  st.integers(17 * 10**17, 17 * 10**17 + 9).map(str),
+  st.builds("{}.{}".format, st.integers(0, 17 * 10**8), _digits(3)),
+  st.builds("1700000000.{}".format, _digits(9)),
+)
+DATES = st.builds(
+  "2023-11-14T22:13:2{}.{}".format, st.integers(0, 9),
+  st.one_of(_digits(3), _digits(6), _digits(9)),
+)
+
+
+@hypothesis.given(st.one_of(
+  *(st.lists(kind, min_size=2, max_size=9) for kind in (NUMBERS, DATES))
+))
+def test_order_in_time_is_kept_or_refused(times):
+  """Against exact decimals; equal times keep the order of the rows."""
+  exact = [
+    decimal.Decimal(text.rpartition("T22:13:2")[2]) for text in times
+  ]
+  want = sorted(range(len(times)), key=lambda row: exact[row])
+  text = "user,item,time\n" + "".join(
+    f"1,{row},{time}\n" for row, time in enumerate(times)
+  )
+  with tempfile.NamedTemporaryFile(suffix=".csv") as file:
+    file.write(text.encode())
+    file.flush()
+    try:
+      data = files.read(file.name)
+    except InputError as error:
+      assert "coarser unit" in str(error) and "\n" not in str(error)
+      assert max(map(len, times)) > 12  # what is coarse is read
+    else:
+      assert _of(data, 0) == want
+
+
+@hypothesis.given(
+  st.lists(st.integers(-(2**62), 2**62), min_size=2, max_size=9),
+  st.sampled_from(["ms", "us", "ns"]), st.integers(0, 9),
+)
+def test_order_of_datetimes_is_kept(ticks, unit, power):
+  ticks = [tick // 10 ** (2 * power) for tick in ticks]
+  times = pl.Series(ticks).cast(pl.Datetime(unit))
+  data = from_columns([1] * len(ticks), range(len(ticks)), times)
+  assert _of(data, 0) == sorted(range(len(ticks)), key=lambda n: ticks[n])
+  assert (np.diff(data.times) == 0).tolist() == [
+    a == b for a, b in itertools.pairwise(sorted(ticks))
+  ]
 
 
 @hypothesis.given(st.binary(max_size=80), st.sampled_from(list(files.READERS)))

@@ -44,7 +44,7 @@ from experiments import (
   summaries,
   workdir,
 )
-from experiments.problem import Problem, fingerprint, make_problem
+from experiments.problem import Problem, fingerprint, prepare
 from pin_jax.splits import Split
 from pin_jax.types import InputError
 from third_party.peers import protocol
@@ -148,10 +148,9 @@ def run(
       process fails.
   """
   console = console or rich.console.Console(highlight=False, soft_wrap=True)
-  settings.check(config)
   check_plan(config, plan)
   found = versions(peer, plan.python)
-  problem = make_problem(config)
+  config, problem = prepare(config)
   title = f"{peer.name} {plan.model}"
   other = None
   if beside is not None:

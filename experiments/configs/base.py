@@ -10,7 +10,10 @@ from pin_jax.types import InputError
 
 
 def default() -> ConfigDict:
-  """Every key that an experiment may set, with its default."""
+  """Every key that an experiment may set, with its default.
+
+  A size of `experiments.sizes.KEYS` that is None is fitted to the data.
+  """
   return ConfigDict(schema.defaults())
 
 

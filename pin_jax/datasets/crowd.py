@@ -66,6 +66,10 @@ class Crowd:
     at_least(1, num_users=num_users, users_a_chunk=users_a_chunk)
     at_least(2, num_items=num_items)
     at_least(0, seed=seed)
+    for name, count in (("num_users", num_users), ("num_items", num_items)):
+      if count >= 2**31:
+        raise InputError(f"{name}={count} is invalid; give less than 2^31")
+    at_least(1, num_interactions=num_interactions)
     if not 6 * num_users <= num_interactions <= 500 * num_users:
       raise InputError(
         f"num_interactions={num_interactions} is invalid; give 6 to 500 times "

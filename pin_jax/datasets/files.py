@@ -6,6 +6,7 @@ survives the round trip, so '007' remains '007'.
 """
 
 import dataclasses
+import decimal
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import polars as pl
 from etils import epath
 
+from pin_jax import paths
 from pin_jax.interactions import Interactions, from_columns
 from pin_jax.types import InputError
 
@@ -31,6 +33,9 @@ TIME_COLUMNS = (
   "date", "event_time", "created_at",
 )
 _ISO_DATE = r"^\d{4}-\d{2}-\d{2}"
+_NANOSECONDS = r"\.\d{7}"  # seconds with more digits than microseconds
+_FINER = r"\.\d{10}"
+_SEPARATORS = "\t;|, "
 
 
 def read_csv(
@@ -98,8 +103,10 @@ def read_parquet(
   Arguments and errors are those of `read_csv`; ids keep their stored type. A
   directory is read as its .parquet files one after another, by name.
   """
-  path = epath.Path(path).expanduser()
-  files = sorted(path.glob("*.parquet")) if path.is_dir() else []
+  path = paths.local(path)
+  files = [path]
+  if path.is_dir():  # not by glob, to which the path itself is a pattern
+    files = sorted(x for x in path.iterdir() if x.name.endswith(".parquet"))
   files = [os.fspath(_check_file(file)) for file in files or [path]]
   source = _guarded(path, lambda: pl.scan_parquet(files, glob=False))
   names = _guarded(path, lambda: source.collect_schema().names())
@@ -128,9 +135,8 @@ def read(path: epath.PathLike, **options: Any) -> Interactions:
   Raises:
     InputError: for an unknown suffix, and as the reader does.
   """
-  suffix = epath.Path(path).suffix.lower()
-  if epath.Path(path).expanduser().is_dir():
-    suffix = ".parquet"
+  path = paths.local(path)
+  suffix = ".parquet" if path.is_dir() else path.suffix.lower()
   if suffix not in READERS:
     raise InputError(
       f"{os.fspath(path)} has the unknown suffix {suffix!r}; "
@@ -156,7 +162,7 @@ def _read_text(
   options: Mapping[str, Any],
 ) -> Interactions:
   """Reads every column as text, then decides on types."""
-  if len(separator.encode()) != 1:
+  if not _is_separator(separator):
     raise InputError(f"separator={separator!r} is invalid; give one character")
   source = _guarded(path, lambda: pl.scan_csv(
     os.fspath(path), separator=separator, quote_char=quote,
@@ -169,6 +175,7 @@ def _read_text(
       "read_csv(separator='\\t')"
     )
   columns = {name.split(":")[0] if typed else name: name for name in names}
+  _check_separator(path, names, separator)
   chosen = _resolve(path, columns, asked)
   frame = _collect(path, source, chosen)
 
@@ -183,9 +190,29 @@ def _read_text(
   return _build(path, frame, chosen, place, options)
 
 
+def _is_separator(value: Any) -> bool:
+  """Whether it is one byte that neither ends a line nor quotes."""
+  return (
+    isinstance(value, str) and len(value.encode()) == 1
+    and value not in "\r\n\"\0"
+  )
+
+
+def _check_separator(
+  path: epath.Path, names: Sequence[str], separator: str
+) -> None:
+  """Raises InputError for a header of one column that another would cut."""
+  seems = [x for x in _SEPARATORS if x in names[0] and x != separator]
+  if len(names) == 1 and seems:
+    raise InputError(
+      f"{path} has no {separator!r} in its header {names[0]!r}; the separator "
+      f"seems to be {seems[0]!r}, so give separator={seems[0]!r}"
+    )
+
+
 def _check_file(path: epath.PathLike) -> epath.Path:
   """Returns the path of a file that exists and has contents."""
-  path = epath.Path(path).expanduser()
+  path = paths.local(path)
   if not path.exists():
     raise InputError(f"{path} does not exist; check the path")
   if path.is_dir():
@@ -199,7 +226,7 @@ def _guarded(path: epath.Path, step: Callable[[], Any]) -> Any:
   """Runs a step of polars; its errors become one line with the path."""
   try:
     return step()
-  except pl.exceptions.PolarsError as error:
+  except (pl.exceptions.PolarsError, OSError) as error:
     reason = str(error).strip().split("\n")[0]
     raise InputError(
       f"{path} cannot be read ({reason}); check its format and separator"
@@ -250,10 +277,13 @@ def _check_nulls(
   chosen: Mapping[str, str | None],
   place: Callable[[int], str],
 ) -> None:
-  """Raises InputError for the first empty cell."""
+  """Raises InputError for the first empty cell, quoted or not."""
   for role in frame.columns:
-    if frame[role].null_count():
-      row = frame[role].is_null().arg_max()
+    empty = frame[role].is_null()
+    if frame.schema[role] == pl.String:
+      empty |= (frame[role] == "").fill_null(True)
+    if empty.any():
+      row = empty.arg_max()
       raise InputError(
         f"{place(row)}: {role} column {chosen[role]!r} is empty; "
         "fill or remove such rows"
@@ -273,11 +303,12 @@ def _parse_times(texts: pl.Series, place: Callable[[int], str]) -> pl.Series:
   for kind in (pl.Int64, pl.Float64):
     times = texts.cast(kind, strict=False)
     if times.null_count() == texts.null_count():
+      _check_numbers(texts, times, place)
       return times
   dated = texts.str.contains(_ISO_DATE)
   if dated.drop_nulls().first():
     try:
-      dates = texts.str.to_datetime(time_unit="us", strict=False)
+      dates = _parse_dates(texts, place)
       bad = dates.is_null() | ~dated
     except pl.exceptions.PolarsError:
       bad = dated
@@ -290,6 +321,44 @@ def _parse_times(texts: pl.Series, place: Callable[[int], str]) -> pl.Series:
     f"{place(row)}: time {texts[row]!r} is neither a number nor an ISO date "
     "like the others; correct it"
   )
+
+
+def _check_numbers(
+  texts: pl.Series, times: pl.Series, place: Callable[[int], str]
+) -> None:
+  """Raises InputError where floats merge numbers that differ as written."""
+  if not times.dtype.is_float():
+    return
+  spellings = pl.DataFrame({"text": texts, "time": times}).unique()
+  spellings = spellings.filter(pl.col("time").is_finite())
+  for _, own in spellings.filter(pl.col("time").is_duplicated()).group_by(
+    "time"
+  ):
+    written = {decimal.Decimal(text): text for text in own["text"]}
+    if len(written) > 1:
+      one, two = sorted(written.values())[:2]
+      raise InputError(
+        f"{place((texts == two).arg_max())}: times {one} and {two} are one as "
+        "float64, since not all are integers of 64 bits; use a coarser unit"
+      )
+
+
+def _parse_dates(texts: pl.Series, place: Callable[[int], str]) -> pl.Series:
+  """Returns ISO dates in microseconds, or nanoseconds where they have them."""
+  parse = lambda unit: texts.str.to_datetime(time_unit=unit, strict=False)
+  dates = parse("us")
+  if not texts.str.contains(_NANOSECONDS).any():
+    return dates
+  finer = parse("ns")  # wraps round outside the years 1678 to 2261
+  wrapped = (finer.dt.cast_time_unit("us") != dates).fill_null(False)
+  bad = texts.str.contains(_FINER) | wrapped
+  if bad.any():
+    row = bad.arg_max()
+    raise InputError(
+      f"{place(row)}: time {texts[row]!r} does not fit nanoseconds of 64 bits, "
+      "which others need; use a coarser unit"
+    )
+  return finer
 
 
 def _build(

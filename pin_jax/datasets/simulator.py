@@ -32,6 +32,8 @@ from pin_jax import interactions as interactions_lib
 from pin_jax import types
 
 Event = Literal["training", "test"]
+_LONGEST = 10**6  # lengths of histories
+_LARGEST = 2**28  # elements of an array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +115,18 @@ def make_world(
   Raises:
     InputError: a parameter is outside its range.
   """
-  _check_world(num_items, borders, prior_decay, confounding, rank)
+  _check_world(seed, num_items, borders, rank)
+  for name, value, low, high in (
+    ("length_exponent", length_exponent, -50, 50),
+    ("prior_decay", prior_decay, 1e-3, 1e3),
+    ("confounding", confounding, 0, 1),
+    ("scale", scale, -50, 50),
+    ("popularity_exponent", popularity_exponent, -50, 50),
+    ("popularity_tilt", popularity_tilt, -50, 50),
+  ):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and low <= value <= high):
+      raise types.InputError(f"{name}={value!r}: give {low:g} to {high:g}")
   num_strata = len(borders) - 1
   rng = np.random.default_rng(seed)
   log_popularity = -np.log(1.0 + rng.permutation(num_items))
@@ -129,12 +142,20 @@ def make_world(
   transition = np.exp(logits - logits.max(-1, keepdims=True))
   transition /= transition.sum(-1, keepdims=True)
   prior = float(prior_decay) ** np.arange(num_strata)
-  return World(
+  world = World(
     prior=prior / prior.sum(),
     initial=np.stack([_stationary(t) for t in transition]),
     transition=transition,
     length_pmf=_length_pmf(borders, length_exponent),
   )
+  sums = [x.sum(-1) for x in (world.prior, world.initial, world.length_pmf)]
+  if not all(np.allclose(x, 1) for x in sums) or (world.initial < -1e-9).any():
+    raise types.InputError(
+      f"scale={scale}, popularity_exponent={popularity_exponent}, prior_decay="
+      f"{prior_decay}, length_exponent={length_exponent}: some distribution "
+      "has all of its mass in too few places; give values nearer to 1"
+    )
+  return world
 
 
 def simulate(
@@ -155,10 +176,17 @@ def simulate(
     The interactions, and the stratum of each user [U] int32.
 
   Raises:
-    InputError: `num_users` is not positive.
+    InputError: `num_users` is not positive, or so many users are expected to
+      have more interactions than int32 offsets reach.
   """
-  if num_users < 1:
-    raise types.InputError(f"num_users={num_users}: give at least 1")
+  types.at_least(1, num_users=num_users)
+  types.at_least(0, seed=seed)
+  mean = world.prior @ world.length_pmf @ np.arange(world.length_pmf.shape[1])
+  if num_users * mean >= 2**31:
+    raise types.InputError(
+      f"num_users={num_users}: about {mean:.0f} interactions each exceed int32 "
+      "offsets; give fewer"
+    )
   rng = np.random.default_rng(seed)
   strata = _draw(world.prior[None], np.zeros(num_users, np.int64), rng)
   lengths = _draw(world.length_pmf, strata, rng)
@@ -367,7 +395,10 @@ def _stationary(transition: np.ndarray) -> np.ndarray:
   """The pi [V] with pi T = pi and sum(pi) = 1, as a linear system."""
   system = transition.T - np.eye(len(transition))
   system[-1] = 1.0
-  return np.linalg.solve(system, np.eye(len(transition))[-1])
+  try:
+    return np.linalg.solve(system, np.eye(len(transition))[-1])
+  except np.linalg.LinAlgError:  # there is more than one
+    return np.full(len(transition), np.nan)
 
 
 def _length_pmf(borders: Sequence[int], exponent: float) -> np.ndarray:
@@ -407,22 +438,22 @@ def _draw(
 
 
 def _check_world(
-  num_items: int,
-  borders: Sequence[int],
-  prior_decay: float,
-  confounding: float,
-  rank: int,
+  seed: int, num_items: int, borders: Sequence[int], rank: int
 ) -> None:
-  """Raises InputError where a parameter of `make_world` is out of range."""
-  if num_items < 2:
-    raise types.InputError(f"num_items={num_items}: give at least 2")
-  if len(borders) < 2 or borders[0] < 3 or (np.diff(borders) < 1).any():
+  """Raises InputError where a size of `make_world` is out of range."""
+  types.at_least(0, seed=seed)
+  types.at_least(2, num_items=num_items, rank=rank)
+  whole = isinstance(borders, list | tuple) and all(
+    isinstance(x, int | np.integer) and 3 <= x < _LONGEST for x in borders
+  )
+  if not whole or len(borders) < 2 or (np.diff(borders) < 1).any():
     raise types.InputError(
-      f"borders={tuple(borders)}: give two or more ascending lengths from 3 up"
+      f"borders={borders!r}: give two or more ascending lengths from 3 to "
+      f"{_LONGEST - 1}"
     )
-  if not 0 < prior_decay < np.inf:
-    raise types.InputError(f"prior_decay={prior_decay}: give a positive number")
-  if not 0 <= confounding <= 1:
-    raise types.InputError(f"confounding={confounding}: give 0 to 1")
-  if rank < 2:
-    raise types.InputError(f"rank={rank}: give at least 2")
+  size = (len(borders) - 1) * num_items * max(num_items, rank)
+  if size > _LARGEST:
+    raise types.InputError(
+      f"num_items={num_items}, rank={rank} with {len(borders) - 1} strata are "
+      f"{size} probabilities or tastes; give sizes with at most {_LARGEST}"
+    )

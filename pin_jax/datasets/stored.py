@@ -2,13 +2,13 @@
 
 A directory holds the users' items as one flat array, cut into records of an
 ArrayRecord file, which grain reads in any order, and what there is of every
-user and item as arrays. Times are not kept: the order of a user's items is.
+user and item as arrays. Times are not kept: the order of a user's items is. It
+is written as a whole, and what was changed since is refused.
 """
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -16,6 +16,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
+from pin_jax import paths
 from pin_jax.interactions import Interactions
 from pin_jax.types import InputError
 
@@ -36,10 +37,11 @@ class Items:
   dtype = np.dtype(np.int32)
   ndim = 1
 
-  def __init__(self, path: epath.PathLike, size: int) -> None:
-    """Opens the file; N = `size`."""
+  def __init__(self, path: epath.PathLike) -> None:
+    """Opens the file."""
     self._source = grain.sources.ArrayRecordDataSource([os.fspath(path)])
-    self.shape = (size,)
+    last = len(self._source) - 1
+    self.shape = (last * _BLOCK + len(self._read([last])),)
 
   def __len__(self) -> int:
     return self.shape[0]
@@ -95,20 +97,8 @@ class Slices(NamedTuple):
     return out
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Stored(Interactions):
-  """Interactions whose `items` are an `Items`.
-
-  Attributes:
-    digest: the fingerprint of the same in memory.
-  """
-
-  digest: str = ""
-
-  @property
-  def fingerprint(self) -> str:
-    """As `Interactions.fingerprint`, computed when they were written."""
-    return self.digest
+  """Interactions whose `items` are an `Items`."""
 
   def select_users(self, mask_or_indices: Any) -> Interactions:
     """Refused: what is on disk stays as it is."""
@@ -119,7 +109,7 @@ class Stored(Interactions):
 
 
 def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
-  """Opens what `write` has written.
+  """Opens what `write` has written, and reads it once to see that it is that.
 
   Args:
     path: the directory.
@@ -129,34 +119,35 @@ def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
     The interactions.
 
   Raises:
-    InputError: if the directory is not of this form or not complete.
+    InputError: if the directory is not of this form, not complete, or not what
+      was written.
   """
-  directory = epath.Path(path).expanduser()
+  directory = paths.local(path)
   try:
     about = json.loads((directory / _ABOUT).read_text())
-    arrays = {key: _load(directory / name) for key, name in _FILES.items()}
-    offsets = np.concatenate([[0], np.cumsum(arrays.pop("lengths"), dtype=int)])
-    items = Items(directory / _ITEMS, int(offsets[-1]))
-    whole = items[:] if not stream else items
-    items[max(len(items) - 1, 0) :]  # the file is as long as it should be
-  except (KeyError, OSError, RuntimeError, ValueError) as error:
+    if about["schema"] != _SCHEMA:
+      raise ValueError(f"schema {about['schema']} instead of {_SCHEMA}")
+    mapped = {key: _mapped(directory / name) for key, name in _FILES.items()}
+    total, items = _total(**mapped), Items(directory / _ITEMS)
+    if len(items) != total:
+      raise ValueError(f"{len(items)} items for {total} interactions")
+    made = (Stored if stream else Interactions)(
+      name=str(about["name"]), items=items if stream else items[:],
+      offsets=_offsets(mapped["lengths"]), times=None,
+      user_ids=_ids(mapped["user_ids"]), item_ids=_ids(mapped["item_ids"]),
+      notes=dict(about["notes"]),
+    )
+    if made.fingerprint != about["fingerprint"]:
+      raise ValueError("its contents do not match its fingerprint")
+  except (
+    AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError,
+    ValueError,
+  ) as error:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise InputError(
-      f"{directory} holds no stored interactions ({reason}); write them with "
-      "python -m experiments.store"
+      f"{directory} holds no stored interactions ({reason}); store them anew"
     ) from error
-  if about["schema"] != _SCHEMA:
-    raise InputError(
-      f"{directory} is of schema {about['schema']}, not {_SCHEMA}; store it "
-      "anew"
-    )
-  made = {
-    "name": about["name"], "items": whole, "offsets": offsets, "times": None,
-    "notes": about["notes"], **arrays,
-  }
-  if not stream:
-    return Interactions(**made)
-  return Stored(**made, digest=about["fingerprint"])
+  return made
 
 
 def write(data: Interactions, path: epath.PathLike) -> None:
@@ -185,53 +176,112 @@ def write_chunks(
   """Writes interactions that come in pieces.
 
   Args:
-    path: the directory, which is made; complete once about.json is there.
+    path: the directory, which is made, as a whole or not at all.
     lengths: [U], of each user's history.
-    items: pieces of [N] int32 in 1..V, users one after another.
-    user_ids: [U].
-    item_ids: [V].
+    items: pieces of [N] integers in 1..V, users one after another.
+    user_ids: [U] int64, or text.
+    item_ids: [V], likewise.
     name: of the data set.
     notes: see `Interactions`.
 
   Raises:
-    InputError: if the directory exists, or the pieces are not N items.
+    InputError: if the directory exists, or the arrays do not fit each other.
+    OSError: if it cannot be written.
   """
-  directory = epath.Path(path).expanduser()
-  if directory.exists():
-    raise InputError(f"{directory} exists; delete it or give another directory")
-  directory.mkdir(parents=True)
-  arrays = {"lengths": lengths, "user_ids": user_ids, "item_ids": item_ids}
-  for key, values in arrays.items():
-    with (directory / _FILES[key]).open("wb") as file:
-      np.save(file, _plain(np.asarray(values)), allow_pickle=False)
+  arrays = {
+    "lengths": np.asarray(lengths), "user_ids": np.asarray(user_ids),
+    "item_ids": np.asarray(item_ids),
+  }
+  total = _guarded(path, lambda: _total(**arrays))
+  with paths.new_directory(path) as directory:
+    for key, values in arrays.items():
+      with (directory / _FILES[key]).open("wb") as file:
+        plain = _guarded(path, lambda values=values: _plain(values))
+        np.save(file, plain, allow_pickle=False)
+    written = _write_items(directory / _ITEMS, items, len(item_ids), path)
+    if written != total:
+      raise InputError(f"{path}: {written} items for {total} interactions")
+    whole = Interactions(
+      name, Items(directory / _ITEMS), _offsets(arrays["lengths"]), None,
+      arrays["user_ids"], arrays["item_ids"],
+    )
+    about = {
+      "schema": _SCHEMA, "name": name, "notes": notes,
+      "fingerprint": whole.fingerprint,
+    }
+    (directory / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def _write_items(
+  file: os.PathLike, pieces: Iterable[np.ndarray], num_items: int,
+  path: epath.PathLike,
+) -> int:
+  """Writes the pieces, each checked; returns how many items they hold."""
+
+  def checked(piece: np.ndarray) -> np.ndarray:
+    piece = np.asarray(piece)
+    if piece.dtype.kind not in "iu" or piece.ndim != 1:
+      raise ValueError(f"items are {piece.dtype} of shape {piece.shape}")
+    if piece.size and not 1 <= piece.min() <= piece.max() <= num_items:
+      raise ValueError(
+        f"items span {piece.min()} to {piece.max()}, not 1 to {num_items}"
+      )
+    return piece.astype(np.int32)
+
+  pieces = (_guarded(path, lambda p=piece: checked(p)) for piece in pieces)
   writer = array_record_module.ArrayRecordWriter(
-    os.fspath(directory / _ITEMS), "group_size:1"
+    os.fspath(file), "group_size:1"
   )
   written = 0
-  for block in _blocks(items):
+  for block in _blocks(pieces):
     writer.write(block.astype("<i4").tobytes())
     written += len(block)
-  writer.close()
-  total = int(np.sum(lengths, dtype=np.int64))
-  if written != total:
-    raise InputError(f"{directory}: {written} items for {total} interactions")
-  whole = Interactions(
-    name, Items(directory / _ITEMS, total),
-    np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), None,
-    np.asarray(user_ids), np.asarray(item_ids),
-  )
-  about = {
-    "schema": _SCHEMA, "name": name, "notes": notes,
-    "fingerprint": whole.fingerprint,
-  }
-  (directory / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+  try:
+    writer.close()
+  except (RuntimeError, ValueError) as error:  # what it could not write
+    raise OSError(str(error).partition(";")[0]) from error
+  return written
+
+
+def _guarded(path: epath.PathLike, step: Callable[[], Any]) -> Any:
+  """A ValueError of the step becomes an InputError with the path."""
+  try:
+    return step()
+  except ValueError as error:
+    raise InputError(f"{path} cannot be stored: {error}") from error
+
+
+def _total(
+  lengths: np.ndarray, user_ids: np.ndarray, item_ids: np.ndarray
+) -> int:
+  """N; raises ValueError for arrays that do not fit each other."""
+  for name, values, kinds in (
+    ("lengths", lengths, "iu"), ("user_ids", user_ids, "iOU"),
+    ("item_ids", item_ids, "iOU"),
+  ):
+    if values.ndim != 1 or values.dtype.kind not in kinds or not len(values):
+      raise ValueError(
+        f"{name} are {values.dtype} of shape {values.shape}, not one "
+        f"{'whole number' if kinds == 'iu' else 'integer or text'} of each"
+      )
+  if len(user_ids) != len(lengths):
+    raise ValueError(f"{len(user_ids)} user_ids for {len(lengths)} lengths")
+  if len(item_ids) >= 2**31:
+    raise ValueError(f"{len(item_ids)} item_ids exceed int32")
+  if lengths.min() < 0 or lengths.sum(dtype=np.float64) >= 2**62:
+    raise ValueError(f"lengths span {lengths.min()} to {lengths.max()}")
+  return int(lengths.sum(dtype=np.int64))
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+  return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
   """The same items in pieces of `_BLOCK`, the last but shorter."""
   left = np.zeros(0, np.int32)
   for piece in pieces:
-    left = np.concatenate([left, np.asarray(piece, np.int32)])
+    left = np.concatenate([left, piece])
     whole = len(left) // _BLOCK * _BLOCK
     yield from left[:whole].reshape(-1, _BLOCK)
     left = left[whole:]
@@ -241,10 +291,19 @@ def _blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
 
 def _plain(values: np.ndarray) -> np.ndarray:
   """Text ids as fixed-width text, which numpy stores without objects."""
-  return values.astype(np.str_) if values.dtype == object else values
+  if values.dtype != object:
+    return values
+  plain = values.astype(np.str_)
+  if (plain != values).any():
+    bad = values[np.argmax(plain != values)]
+    raise ValueError(f"the id {bad!r} ends with NUL or is no text; rename it")
+  return plain
 
 
-def _load(path: epath.Path) -> np.ndarray:
-  with path.open("rb") as file:
-    values = np.load(file, allow_pickle=False)
-  return values.astype(object) if values.dtype.kind == "U" else values
+def _mapped(path: epath.Path) -> np.ndarray:
+  """An array on disk: nothing is allocated for what its header promises."""
+  return np.load(os.fspath(path), mmap_mode="r", allow_pickle=False)
+
+
+def _ids(values: np.ndarray) -> np.ndarray:
+  return values.astype(object if values.dtype.kind == "U" else np.int64)
