@@ -16,19 +16,21 @@ def launch(
   main: Callable[[Sequence[str]], int | None],
   config: flags.FlagHolder | None = None,
 ) -> None:
-  """Parses flags and runs a program; bad input, or Ctrl-C, is one line.
+  """Parses flags and runs a program; what stops it is one line.
 
   Args:
     main: function of the arguments that are no flags; returns the exit code,
-      where it is not 2 for bad input or `INTERRUPTED` for Ctrl-C.
+      where it is not 2 for bad input, 3 where the system refuses to write, or
+      `INTERRUPTED` for Ctrl-C. A termination takes temporary files along.
     config: the flag of a configuration file, where there is one.
   """
   parse = _parse if config is None else lambda argv: parse_with(argv, config)
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   try:
     app.run(main, flags_parser=parse)
-  except InputError as error:
+  except (InputError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(2 if isinstance(error, InputError) else 3)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(INTERRUPTED)

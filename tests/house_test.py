@@ -14,6 +14,7 @@ LEVELS = {
   "pin_jax.types": 0,
   "pin_jax.interactions": 0,
   "pin_jax.archives": 0,
+  "pin_jax.disk": 0,
   "pin_jax.layers": 0,
   "pin_jax.losses": 0,
   "pin_jax.aggregation": 0,
