@@ -75,6 +75,7 @@ def launch(
 
   Args:
     main: function of the program's name and its words; returns the exit code.
+      A termination takes temporary files along.
     config: the flag of a configuration file, where there is one.
     words: whether the program takes arguments that are no flags.
     parse: command line -> program's name and words; by default `parse_with`.
@@ -86,6 +87,7 @@ def launch(
       raise InputError(f"unexpected arguments: {argv[1:]}; see --help")
     return main(argv)
 
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   if hasattr(sys.stdout, "reconfigure"):  # a name may be beyond its encoding
     sys.stdout.reconfigure(errors="backslashreplace")
   try:

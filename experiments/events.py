@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter, masked_crc32c
 from tensorboardX.summary import scalar
 
-from experiments import workdir
+from pin_jax import disk
 
 _NAME = "events.out.tfevents.run"
 _VERSION = "brain.Event:2"
@@ -37,7 +37,7 @@ class EventFile:
     data = self._path.read_bytes() if self._path.exists() else b""
     end = 0 if after is None else _end_of(data, after)
     if end < len(data):
-      workdir.write(self._path, data[:end])
+      disk.write({self._path: data[:end]})
     if not end:
       self._write(Event(wall_time=time.time(), file_version=_VERSION))
       self.flush()

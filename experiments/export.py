@@ -13,7 +13,7 @@ from absl import flags, logging
 from etils import epath
 
 from experiments import commands, finished
-from pin_jax import serving
+from pin_jax import disk, serving
 from pin_jax.types import InputError
 
 
@@ -35,10 +35,10 @@ def export(
     console: where to print.
 
   Raises:
-    InputError: if the job is not finished or has no such method or seed, or
-      the file cannot be written.
+    InputError: if the job is not finished or has no such method or seed.
+    WriteError: if the file cannot be written; it is then as it was.
   """
-  output = epath.Path(output)
+  output = disk.place("output", output)
   if not output.parent.is_dir() or output.is_dir():
     raise InputError(
       f"--output={output} is no file in a directory that exists; make its "

@@ -14,7 +14,7 @@ from experiments.job import of_results
 from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
 from experiments.trainer import Trainer, networks_of, routed
-from pin_jax import checkpoints, evaluation, serving
+from pin_jax import checkpoints, disk, evaluation, serving
 from pin_jax.types import InputError
 
 
@@ -37,7 +37,8 @@ def recommender(
     InputError: if the job is not finished or has no such method or seed, or
       if its data or checkpoints are not what they were.
   """
-  directory = epath.Path(directory)
+  directory = disk.place("workdir", directory)
+  checkpoints.check_directory(directory)
   config, data = _config(directory)
   name = _chosen(directory, config, method, seed)
   problem = make_problem(config)
@@ -64,11 +65,13 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
       f"workdir {directory} holds no finished job; run it to its end with "
       "experiments.main, or check the path"
     )
-  stored = settings.read_json(directory / "config.json")
-  defaults = default().to_dict()
-  defaults["data"] = stored["config"]["data"]
-  config = ConfigDict(_filled(defaults, stored["config"]))  # on one device
-  settings.check(config)
+  path = directory / "config.json"
+  stored = settings.read_json(path, config={}, data="")
+  with disk.reading(path, "restore it from a copy, or run the job again"):
+    defaults = default().to_dict()
+    defaults["data"] = stored["config"]["data"]
+    config = ConfigDict(_filled(defaults, stored["config"]))  # on one device
+    settings.check(config)
   return config, stored["data"]
 
 

@@ -63,7 +63,7 @@ from experiments.trainer import (
   num_steps,
   routed,
 )
-from pin_jax import activeness, checkpoints, evaluation, halving
+from pin_jax import activeness, checkpoints, disk, evaluation, halving
 from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
@@ -185,8 +185,8 @@ def claim_workdir(
   A key that the config of an older version lacks has its default there.
 
   Raises:
-    InputError: if it belongs to another configuration or data set, or cannot
-      be written.
+    InputError: if it belongs to another configuration or data set.
+    WriteError: if it cannot be written.
   """
   mine = {"config": of_results(config), "data": data_fingerprint}
   path = directory / "config.json"
@@ -198,7 +198,7 @@ def claim_workdir(
       )
     _write_claim(path, mine)
     return
-  theirs = settings.read_json(path)
+  theirs = settings.read_json(path, config={}, data="")
   theirs["config"] = of_results(ConfigDict(theirs["config"]))
   defaults = {"config": of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
@@ -215,14 +215,7 @@ def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
       f"workdir {directory} does not hold what process 0 wrote there; use one "
       "that all processes see"
     )
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    workdir.write(path, (json.dumps(mine, indent=2) + "\n").encode())
-  except OSError as error:
-    raise InputError(
-      f"workdir {directory} cannot be written ({error.strerror}); free "
-      "space there, make it writable or use another --workdir"
-    ) from error
+  disk.write({path: json.dumps(mine, indent=2) + "\n"})
 
 
 def of_results(config: ConfigDict) -> dict[str, Any]:
@@ -281,6 +274,7 @@ def run(
     InputError: for any bad input, before training starts.
     TrainingError: if a loss is not finite, or a checkpoint cannot be written.
     Interrupted: where `interrupted` says so; the next run continues.
+    WriteError: if the disk is full or read-only.
   """
   console = console or commands.Console()
   if not processes.is_first():
@@ -288,7 +282,8 @@ def run(
   options = Options(
     console, command, other_versions, processes.any_of(interrupted)
   )
-  directory = epath.Path(directory)
+  directory = disk.place("workdir", directory)
+  checkpoints.check_directory(directory)
   processes.together(lambda: settings.check(sizes.for_any_data(config)))
   for key in ("mesh", "data"):  # a mesh is no part of what a workdir claims
     processes.agree(f"config.{key}", json.dumps(config[key].to_dict()))
@@ -329,15 +324,15 @@ def _claim(
   """Makes the workdir this job's and no other's until the stack unwinds."""
   digest, first = fingerprint(problem), processes.is_first()
   processes.agree("data set (fingerprint)", digest)
+  processes.together(
+    lambda: first and stack.enter_context(workdir.held(directory))
+  )
   for turn in (True, False):  # the first process makes what the others check
     processes.together(
       lambda turn=turn: first == turn and claim_workdir(
         directory, config, digest
       )
     )
-  processes.together(
-    lambda: first and stack.enter_context(workdir.held(directory))
-  )
 
 
 def _finished(directory: epath.Path) -> bool:
@@ -378,9 +373,9 @@ def _compute(
     **_summary(config, problem, closeness), "cost": cost,
     "command": options.command, "versions": logs.versions(),
   }
-  workdir.write(
-    directory / "summary.json", (json.dumps(summary, indent=2) + "\n").encode()
-  )
+  disk.write({
+    directory / "summary.json": json.dumps(summary, indent=2) + "\n"
+  })
 
 
 def _train_all(
@@ -420,7 +415,7 @@ def _train_all(
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():
-    workdir.write(directory / "cpu_seconds.json", text.encode())
+    disk.write({directory / "cpu_seconds.json": text})
   return pl.concat(rows), truth.average(closeness), cost
 
 

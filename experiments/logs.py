@@ -1,5 +1,6 @@
 """Logs of a job: JSON lines, TensorBoard event files, progress with ETA."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -18,10 +19,9 @@ import rich.progress
 import scipy
 from etils import epath
 
-from experiments import workdir
 from experiments.events import EventFile
+from pin_jax import disk
 from pin_jax.finite import SKIPPED
-from pin_jax.types import InputError
 
 
 class RunLog:
@@ -37,7 +37,8 @@ class RunLog:
     self._path = directory / "log.jsonl"
     self._directory = directory / "events"
     self._events: dict[str, EventFile] = {}
-    self._file = self._path.open("a")
+    with disk.writing(self._path):
+      self._file = self._path.open("a")
 
   def rewind(self, run: str, step: int) -> None:
     """Drops what `run` logged after its checkpoint of `step`; -1 = all."""
@@ -45,13 +46,14 @@ class RunLog:
     text = self._path.read_bytes().decode(errors="replace")
     lines = [x for x in text.splitlines() if not _is_later(x, run, step)]
     kept = "".join(line + "\n" for line in lines)
-    if kept != text:
-      self._file.close()
-      workdir.write(self._path, kept.encode())
-      self._file = self._path.open("a")
-    self._events[run] = EventFile(
-      self._directory / run, after=step if step >= 0 else None
-    )
+    with disk.writing(self._path):
+      if kept != text:
+        self._file.close()
+        disk.write({self._path: kept})
+        self._file = self._path.open("a")
+      self._events[run] = EventFile(
+        self._directory / run, after=step if step >= 0 else None
+      )
 
   def steps(self, run: str, start: int, logs: dict[str, np.ndarray]) -> None:
     """Writes one record for each step of a dispatch."""
@@ -75,26 +77,30 @@ class RunLog:
   def skipped(self, run: str) -> dict[str, int]:
     """How many steps of a run had no effect, where they are counted."""
     self.flush()
-    lines = self._path.read_text().splitlines()
-    marked = [line for line in lines if f'"{SKIPPED}": ' in line]
-    records = [r for r in map(json.loads, marked) if r["run"] == run]
-    if not records:
-      return {}
-    return {SKIPPED: int(sum(record[SKIPPED] for record in records))}
+    counts = [
+      record[SKIPPED] for record in read_log(self._path.parent)
+      if record.get("run") == run and SKIPPED in record
+    ]
+    return {SKIPPED: int(sum(counts))} if counts else {}
 
   def flush(self) -> None:
     """Hands everything to the operating system."""
-    self._file.flush()
-    for events in self._events.values():
-      events.flush()
+    with disk.writing(self._path):
+      self._file.flush()
+      for events in self._events.values():
+        events.flush()
 
   def close(self) -> None:
     """Flushes and closes all files."""
-    self.flush()
-    self._file.close()
+    try:
+      self.flush()
+    finally:  # what could not be written is not tried again
+      with contextlib.suppress(OSError):
+        self._file.close()
 
   def _write(self, record: dict[str, Any]) -> None:
-    self._file.write(json.dumps(record) + "\n")
+    with disk.writing(self._path):
+      self._file.write(json.dumps(record) + "\n")
 
   def _scalars(self, run: str, step: int, values: dict[str, Any]) -> None:
     if run not in self._events:
@@ -136,13 +142,9 @@ def read_log(directory: epath.Path) -> list[dict[str, Any]]:
   """
   path = directory / "log.jsonl"
   records = []
-  for number, line in enumerate(path.read_text().splitlines(), 1):
-    try:
-      records.append(json.loads(line))
-    except ValueError as error:
-      raise InputError(
-        f"{path} line {number} is damaged ({error}); delete that line"
-      ) from error
+  for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    with disk.reading(f"{path} line {number}", "delete that line"):
+      records.append({**json.loads(line)})
   return records
 
 
@@ -189,9 +191,9 @@ def _commit() -> str:
 def _is_later(line: str, run: str, step: int) -> bool:
   try:
     record = json.loads(line)
-  except json.JSONDecodeError:  # the line a kill cut short
+    return record["run"] == run and record["step"] > step
+  except (ValueError, KeyError, TypeError):  # the line a kill cut short
     return True
-  return record["run"] == run and record["step"] > step
 
 
 def _plain(value: Any) -> Any:

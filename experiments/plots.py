@@ -22,7 +22,7 @@ from experiments.tables import (
   slices,
   user_ids,
 )
-from pin_jax import metrics, statistics
+from pin_jax import disk, metrics, statistics
 from pin_jax.types import InputError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -43,7 +43,7 @@ def _figure(width: float, height: float) -> matplotlib.figure.Figure:
 
 
 def _save(figure: matplotlib.figure.Figure, path: epath.PathLike) -> None:
-  with epath.Path(path).open("wb") as file:
+  with disk.replacing(path) as file:
     figure.savefig(file, format="png", dpi=150)
 
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import polars as pl
+import rich.cells
 import rich.console
 import rich.progress
-import rich.table
 from absl import flags, logging
 from etils import epath
 
-from experiments import commands, finished, workdir
-from pin_jax import serving
+from experiments import commands, finished
+from pin_jax import disk, serving
 from pin_jax.types import InputError
 
 MOST_PRINTED = 20  # requests
@@ -76,6 +76,7 @@ def recommend(
 
   Raises:
     InputError: for any bad input, before anything is computed.
+    WriteError: if `output` cannot be written; it is then as it was.
   """
   given = [whom.users is not None, whom.history is not None, whom.all_users]
   if sum(given) != 1:
@@ -87,7 +88,7 @@ def recommend(
       f"--prefix={whom.prefix} cuts histories that are known and not those of "
       "--history; leave it out"
     )
-  write = None if output is None else _writer(epath.Path(output))
+  write = None if output is None else _writer(disk.place("output", output))
   lists = {
     name: None if text is None else read_ids(name, text)
     for name, text in (("allow", allow), ("deny", deny))
@@ -113,9 +114,9 @@ def recommend(
     _print(table, console)
   else:
     write(table)
-    console.print(
+    console.out(
       f"{len(table):,} items for {count:,} requests written to {output}",
-      markup=False,
+      highlight=False,
     )
   return table
 
@@ -198,13 +199,7 @@ def _writer(path: epath.Path) -> Callable[[pl.DataFrame], None]:
   def write(table: pl.DataFrame) -> None:
     buffer = io.BytesIO()
     put(table, buffer)
-    try:
-      workdir.write(path, buffer.getvalue())
-    except OSError as error:
-      raise InputError(
-        f"--output={path} cannot be written ({error.strerror}); free space "
-        "there, make it writable or name another file"
-      ) from error
+    disk.write({path: buffer.getvalue()})
 
   return write
 
@@ -238,22 +233,23 @@ def _progress(
 
 
 def _print(table: pl.DataFrame, console: rich.console.Console) -> None:
-  """A line an item; requests apart."""
-  out = rich.table.Table(box=None)
+  """A line an item, its ids as they are, however long."""
   columns = ["user", "segment", "source", "rank", "item", "score"]
-  for name in columns:
-    numeric = name in ("rank", "score")
-    out.add_column(name, justify="right" if numeric else "left")
-  for _, part in table.group_by("request", maintain_order=True):
-    for row in part.select(columns).iter_rows(named=True):
-      user = "(new)" if row["user"] is None else str(row["user"])
-      segment = ("tail", "head")[row["segment"]]
-      out.add_row(
-        user, segment, row["source"], str(row["rank"]), str(row["item"]),
-        f"{row['score']:.4f}",
-      )
-    out.add_section()
-  console.print(out)
+  lines = [columns]
+  for row in table.iter_rows(named=True):
+    user = "(new)" if row["user"] is None else str(row["user"])
+    segment = ("tail", "head")[row["segment"]]
+    lines.append([
+      user, segment, row["source"], str(row["rank"]), str(row["item"]),
+      f"{row['score']:.4f}",
+    ])
+  sizes = [max(map(rich.cells.cell_len, x)) for x in zip(*lines, strict=True)]
+  for line in lines:
+    cells = []
+    for name, size, cell in zip(columns, sizes, line, strict=True):
+      gap = " " * (size - rich.cells.cell_len(cell))
+      cells.append(gap + cell if name in ("rank", "score") else cell + gap)
+    console.out("  ".join(cells), highlight=False)
 
 
 def _main(_: Sequence[str]) -> None:

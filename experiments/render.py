@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jinja2
 
 from experiments import figures
-from experiments.tables import markdown_table
+from experiments.tables import markdown_table, markdown_text
 
 
 class Text(NamedTuple):
@@ -130,9 +130,9 @@ def _unfolded(blocks: Iterable[Block]) -> Iterable[Block]:
 
 def markdown(report: Report) -> str:
   """The report as Markdown, without its figures."""
-  parts = [f"# {report.title}", report.lead]
+  parts = [f"# {markdown_text(report.title)}", markdown_text(report.lead)]
   for section in report.sections:
-    parts.append(f"## {section.title}")
+    parts.append(f"## {markdown_text(section.title)}")
     parts += filter(None, map(_markdown_block, _unfolded(section.blocks)))
   return "\n\n".join(parts) + "\n"
 
@@ -167,18 +167,21 @@ def _standalone(element: str) -> str:
 
 
 def _markdown_block(block: Block) -> str:
+  plain = markdown_text
   match block:
     case Text(text):
-      return text
+      return plain(text)
     case Code(text):
-      return f"```bash\n{text}\n```"
+      fence = "`" * max(3, *(len(x) + 1 for x in re.findall("`+", text)), 0)
+      return f"{fence}bash\n{text}\n{fence}"
     case Facts(pairs):
-      return "\n".join(f"- {name}: {value}" for name, value in pairs)
+      return "\n".join(f"- {plain(k)}: {plain(v)}" for k, v in pairs)
     case Verdict(outcome, title, text):
-      return f"**{title}: {outcome}.** {text}"
+      return f"**{plain(title)}: {plain(outcome)}.** {plain(text)}"
     case Table(title, headers, lines, left, note):
       table = markdown_table(headers, lines, left=left)
-      return "\n\n".join(filter(None, [f"### {title}", table, note]))
+      title, note = f"### {plain(title)}", plain(note)
+      return "\n\n".join(filter(None, [title, table, note]))
   return ""
 
 

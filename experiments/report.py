@@ -28,7 +28,6 @@ from experiments import (
   commands,
   render,
   sections,
-  settings,
   summaries,
   truth,
 )
@@ -44,6 +43,7 @@ from experiments.tables import (
   protocol_line,
   write_comparison,
 )
+from pin_jax import disk
 from pin_jax.types import InputError
 
 
@@ -74,10 +74,24 @@ def write_report(
     The comparison table; where there is one model, the table of the models.
 
   Raises:
-    InputError: if rows.parquet is absent or does not allow the comparison.
+    InputError: if rows.parquet is absent or does not allow the comparison, or
+      a file is damaged.
+    WriteError: if the disk is full or read-only.
   """
-  workdir = epath.Path(workdir)
+  workdir = disk.place("workdir", workdir)
   console = console or commands.Console()
+  with disk.reading(workdir, summaries.REMEDY):
+    return _write_report(workdir, base, other, cutoff, num_resamples, console)
+
+
+def _write_report(
+  workdir: epath.Path,
+  base: str | None,
+  other: str | None,
+  cutoff: int,
+  num_resamples: int,
+  console: rich.console.Console,
+) -> pl.DataFrame:
   rows, suffix = summaries.read_rows(workdir)
   summary = {}
   if (workdir / "summary.json").exists():
@@ -134,7 +148,7 @@ def _verdicts(
 ) -> dict[str, str]:
   """In words, for every model but the base, whether the claim holds."""
   path = workdir / "config.json"
-  config = settings.read_json(path)["config"] if path.exists() else {}
+  config = summaries.config_of(path) if path.exists() else {}
   found = claims.check_claims(
     rows, base=base, margin=sections.margin_of(config), **options
   )
@@ -164,7 +178,6 @@ def _write_plots(
   **options: int,
 ) -> None:
   plots = workdir / "plots"
-  plots.mkdir(exist_ok=True)
   users = model_rows(rows, base).unique("user", maintain_order=True)
   columns = [users[c].to_numpy() for c in ("activeness", "group", "segment")]
   plot_activeness(*columns, plots / "activeness.png")
@@ -207,6 +220,7 @@ def write_pages(
 
   Raises:
     InputError: if a directory has no rows, or no place to write to is named.
+    WriteError: if the files cannot be written; all are then as they were.
   """
   if output is None and markdown is None and len(workdirs) > 1:
     raise InputError(
@@ -214,11 +228,13 @@ def write_pages(
       "report, as --output=runs/report"
     )
   jobs = [summaries.read(path) for path in workdirs]
-  content = sections.report(jobs, base=base, num_resamples=num_resamples)
+  with disk.reading(", ".join(map(str, workdirs)), summaries.REMEDY):
+    content = sections.report(jobs, base=base, num_resamples=num_resamples)
   if markdown is not None:
-    texts = {epath.Path(markdown): render.markdown(content)}
+    texts = {disk.place("markdown", markdown): render.markdown(content)}
   else:
-    stem = epath.Path(workdirs[0] if output is None else output) / "report"
+    place = workdirs[0] if output is None else output
+    stem = disk.place("output", place) / "report"
     texts = {
       stem.with_suffix(".html"): render.html(content),
       stem.with_suffix(".md"): render.markdown(content),
@@ -226,10 +242,9 @@ def write_pages(
     }
   if drawings is not None:
     made = render.drawings(content)
-    texts |= {epath.Path(drawings) / name: made[name] for name in made}
-  for path, text in texts.items():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    folder = disk.place("figures", drawings)
+    texts |= {folder / name: made[name] for name in made}
+  disk.write(texts)
   return list(texts)
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from experiments import schema
 from experiments.configs.base import default
 from experiments.methods import selected, stages_of
+from pin_jax import disk
 from pin_jax.backbones.din import din
 from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.backbones.hstu import hstu
@@ -489,15 +490,20 @@ def differences(
       yield key, mine.get(key), theirs.get(key)
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
-  """Reads a JSON file of a workdir.
+def read_json(path: epath.Path, **needed: Any) -> dict[str, Any]:
+  """Reads a JSON object of a workdir.
+
+  Args:
+    path: of the file.
+    **needed: key -> any value of the type that the file must have there.
 
   Raises:
     InputError: if it is damaged.
   """
-  try:
-    return json.loads(path.read_text())
-  except ValueError as error:
-    raise InputError(
-      f"{path} is damaged ({error}); delete it or use another workdir"
-    ) from error
+  with disk.reading(path, "delete it or use another workdir"):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key, like in {None: {}, **needed}.items():
+      value = content if key is None else content[key]
+      if not isinstance(value, type(like)):
+        raise TypeError(f"{key or 'it'} is {str(value)[:50]!r}")
+    return content

@@ -16,6 +16,7 @@ their intervals and tests up to the resampling's error; `experiments.report`
 reads either.
 """
 
+import io
 import json
 import math
 import re
@@ -38,10 +39,12 @@ from experiments.tables import (
   model_rows,
   protocol_line,
 )
+from pin_jax import disk
 from pin_jax.types import InputError
 
 CUTOFF = 20  # the largest that a summary keeps
 PATHS = "path", "data_dir", "manual_dir"  # of the config's data section
+REMEDY = "restore it from a copy, or make it again"
 RECORDS = 60  # of a run's group gradients
 _GRADIENTS = (
   "step", "weights", "norms", "cosines", "conflict_rate", "effective_groups"
@@ -94,9 +97,13 @@ def read(path: epath.PathLike) -> Results:
   Raises:
     InputError: if there are no rows, or users or targets of the models differ.
   """
-  path = epath.Path(path)
-  if (path / "ranks.parquet").exists():
-    return _read_summary(path)
+  path = disk.place("workdir", path)
+  with disk.reading(path, REMEDY):
+    whole = (path / "ranks.parquet").exists()
+    return _read_summary(path) if whole else _read_job(path)
+
+
+def _read_job(path: epath.Path) -> Results:
   rows, _ = read_rows(path)
   models = rows["model"].unique(maintain_order=True).to_list()
   check_same_users(rows, models, on=["user"])
@@ -104,7 +111,7 @@ def read(path: epath.PathLike) -> Results:
   if (path / "summary.json").exists():
     summary = _without_paths(job_summary(path))
   if (path / "config.json").exists():
-    config = read_json(path / "config.json")["config"]
+    config = config_of(path / "config.json")
   if (path / "log.jsonl").exists():
     records = read_log(path)
     gradients = _gradient_records(records)
@@ -115,13 +122,19 @@ def read(path: epath.PathLike) -> Results:
   )
 
 
+def config_of(path: epath.Path) -> dict[str, Any]:
+  """The configuration in a job's config.json."""
+  return read_json(path, config={})["config"]
+
+
 def job_summary(workdir: epath.Path) -> dict[str, Any]:
   """summary.json, with each run's processor time of cpu_seconds.json."""
   summary = read_json(workdir / "summary.json")
   path = workdir / "cpu_seconds.json"
   seconds = read_json(path) if path.exists() else {}
-  for run, cost in summary.get("cost", {}).items():
-    cost.setdefault("cpu_seconds", seconds.get(run, math.nan))
+  with disk.reading(workdir / "summary.json", REMEDY):
+    for run, cost in summary.get("cost", {}).items():
+      cost.setdefault("cpu_seconds", seconds.get(run, math.nan))
   return summary
 
 
@@ -145,8 +158,8 @@ def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
   for suffix in SUFFIXES.values():
     path = workdir / f"rows{suffix}.parquet"
     if path.exists():
-      with path.open("rb") as file:
-        return pl.read_parquet(file), suffix
+      with disk.reading(path, REMEDY):
+        return disk.read_parquet(path.read_bytes()), suffix
   raise InputError(
     f"{workdir} has no rows.parquet; name the workdir of a finished run"
   )
@@ -206,13 +219,13 @@ def write(results: Results, output: epath.PathLike) -> None:
 
   Raises:
     InputError: if a rank is no whole or half number.
+    WriteError: if the disk is full or read-only; nothing is then written.
   """
-  output = epath.Path(output)
-  output.mkdir(parents=True, exist_ok=True)
-  with (output / "ranks.parquet").open("wb") as file:
-    _ranks(results).write_parquet(
-      file, compression="zstd", compression_level=19, statistics=False
-    )
+  output = disk.place("output", output)
+  ranks = io.BytesIO()
+  _ranks(results).write_parquet(
+    ranks, compression="zstd", compression_level=19, statistics=False
+  )
   content = {
     "name": results.name,
     "lists": results.lists,
@@ -229,7 +242,9 @@ def write(results: Results, output: epath.PathLike) -> None:
     **({"trials": results.trials} if results.trials else {}),
   }
   text = json.dumps(content, ensure_ascii=False)
-  (output / "job.json").write_text(text + "\n")
+  disk.write({
+    output / "ranks.parquet": ranks.getvalue(), output / "job.json": text + "\n"
+  })
 
 
 def _without_paths(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,8 +333,7 @@ def _rounded(value: Any) -> Any:
 
 def _read_summary(path: epath.Path) -> Results:
   content = read_json(path / "job.json")
-  with (path / "ranks.parquet").open("rb") as file:
-    wide = pl.read_parquet(file)
+  wide = disk.read_parquet((path / "ranks.parquet").read_bytes())
   facts = [name for name in _USER if name in wide.columns]
   users = wide.select(facts).with_row_index("user")
   found: dict[tuple[str, int], dict[str, pl.Series]] = {}

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -569,8 +568,6 @@ def launch() -> None:
     "beside", None, "workdir of a finished job that has the base, for jobs "
     "without",
   )
-  # A terminated sweep takes its jobs along.
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   commands.launch(_main)
 
 

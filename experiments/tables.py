@@ -13,7 +13,7 @@ import rich.table
 import rich.text
 from etils import epath
 
-from pin_jax import metrics, statistics
+from pin_jax import disk, metrics, statistics
 from pin_jax.types import InputError
 
 CONFIDENCE = 0.95
@@ -454,9 +454,9 @@ def print_comparison(
     for header in ("activeness", "users", base, other, "change % [95 %]"):
       out.add_column(rich.text.Text(header), justify="right")
     for metric, lines in _sections(table, masking, cutoff).items():
-      out.add_row(f"[bold]{metric}[/bold]")
+      out.add_row(rich.text.Text(metric, "bold"))
       for line in lines:
-        out.add_row(*line[:-1], rich.text.Text(line[-1]))
+        out.add_row(*map(rich.text.Text, line))
       out.add_section()
     console.print(out)
   console.print(f"Protocol: {protocol}.", markup=False)
@@ -477,11 +477,23 @@ def print_models(
   for masking in _lists(models):
     out = _rich_table(f"All models, {masking}")
     for index, header in enumerate(headers):
-      header = header.replace(" ", "\n")
+      header = rich.text.Text(header.replace(" ", "\n"))
       out.add_column(header, justify="right" if index else "left")
     for line in _model_cells(models, masking):
       out.add_row(*map(rich.text.Text, line))
     console.print(out)
+
+
+_MARKDOWN = str.maketrans({
+  **{character: f"\\{character}" for character in "\\`*_|~"},
+  "<": "&lt;", ">": "&gt;", "&": "&amp;",
+})  # fmt: skip
+
+
+def markdown_text(text: str) -> str:
+  """Text in a line, with what Markdown reads as its own, or HTML, escaped."""
+  text = " ".join(text.splitlines()).translate(_MARKDOWN)
+  return text.replace("](", "]\\(").replace("][", "]\\[")
 
 
 def markdown_table(
@@ -489,10 +501,8 @@ def markdown_table(
 ) -> str:
   """A Markdown table whose first `left` columns are words."""
   rules = [":--" if i < left else "--:" for i in range(len(headers))]
-  cells = [
-    [cell.replace("|", "\\|") for cell in line]
-    for line in [headers, rules, *lines]
-  ]
+  cells = [[markdown_text(cell) for cell in x] for x in [headers, *lines]]
+  cells.insert(1, rules)
   return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
@@ -507,9 +517,11 @@ def _markdown(
   verdicts: Mapping[str, str],
 ) -> str:
   title = base if table is None else f"{other} against {base}"
-  parts = [f"# {title}", f"Protocol: {protocol}."]
+  text = markdown_text
+  parts = [f"# {text(title)}", f"Protocol: {text(protocol)}."]
   if verdicts:
-    parts.append("\n".join(f"- {m}: {said}" for m, said in verdicts.items()))
+    said = [f"- {text(m)}: {text(v)}" for m, v in verdicts.items()]
+    parts.append("\n".join(said))
   for masking in [] if table is None else _lists(table):
     parts.append(f"## {masking.capitalize()}")
     for metric, lines in _sections(table, masking, cutoff).items():
@@ -541,7 +553,7 @@ def write_comparison(
   suffix: str = "",
   verdicts: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes comparison.csv, comparison.md and comparison.json.
+  """Writes comparison.csv, comparison.md and comparison.json, or none.
 
   Args:
     table: as `comparison` returns it; None where there is one model, of which
@@ -560,10 +572,6 @@ def write_comparison(
   lists = {"models": models}
   if table is not None:
     lists = {"comparison": table, **lists}
-  stem.with_suffix(".csv").write_text(next(iter(lists.values())).write_csv())
-  stem.with_suffix(".md").write_text(
-    _markdown(table, models, cutoff=cutoff, verdicts=verdicts or {}, **names)
-  )
   content = names | {"verdicts": {**(verdicts or {})}} | {
     key: [
       {name: _plain(value) for name, value in line.items()}
@@ -571,4 +579,10 @@ def write_comparison(
     ]
     for key, frame in lists.items()
   }
-  stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+  disk.write({
+    stem.with_suffix(".csv"): next(iter(lists.values())).write_csv(),
+    stem.with_suffix(".md"): _markdown(
+      table, models, cutoff=cutoff, verdicts=verdicts or {}, **names
+    ),
+    stem.with_suffix(".json"): json.dumps(content, indent=2) + "\n",
+  })

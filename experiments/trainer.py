@@ -639,7 +639,7 @@ class Trainer:
     with contextlib.closing(self._store(path, tables=self.tables)) as store:
       (_, best), record = store.newest((state, best))
     self.trained[stage.name] = dict(
-      zip(self._seeds, training.results(best, record), strict=True)
+      zip(self._seeds, training.results(best, record, path), strict=True)
     )
 
   def prepare(self, stage: Stage) -> Run:

@@ -21,6 +21,7 @@ from etils import epath
 
 from experiments import schema, summaries
 from experiments.methods import METHODS, Method
+from pin_jax import disk
 from pin_jax.types import InputError
 
 _FREE = "seeds", "methods"  # keys in which jobs of one setting may differ
@@ -263,7 +264,7 @@ def _main(argv: Sequence[str]) -> None:
     raise InputError(f"arguments are {argv[1:]}; name one sweep's directory")
   sweep = read(finished(argv[1]))
   trials = choose(sweep)
-  output = epath.Path(flags.FLAGS.output)
+  output = disk.place("output", flags.FLAGS.output)
   for own in trials:
     values = ", ".join(f"{x:.4f}" for x in own.validation)
     print(f"{own.model}: {sweep.settings[own.chosen]} of {values}")

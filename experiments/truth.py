@@ -92,7 +92,7 @@ def print_closeness(
       f"{line[key]:.4f}"
       for key in ("kl_interventional", "kl_observational", "ndcg")
     ]
-    table.add_row(line["model"], *numbers)
+    table.add_row(rich.text.Text(line["model"]), *numbers)
   console.print(table)
   console.print(
     "KL in nats, lower is closer; NDCG@10 with the history not masked, higher "

@@ -16,6 +16,7 @@ import orbax.checkpoint
 import polars as pl
 from etils import epath
 
+from pin_jax import disk
 from pin_jax.types import InputError
 
 # What may change the last bits of a result.
@@ -24,26 +25,26 @@ _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 def versions() -> dict[str, str]:
-  """What a job runs on: libraries, Python and the kind of device."""
+  """What a job runs on: libraries, Python, kind of device, a CPU's cores.
+
+  XLA shares a sum out among the cores, so that its last bits follow from their
+  number.
+  """
+  device = jax.devices()[0]
+  cores = {"cores": str(len(os.sched_getaffinity(0)))}
   return {
     "python": platform.python_version(),
-    "device": jax.devices()[0].device_kind,
+    "device": device.device_kind,
+    **(cores if device.platform == "cpu" else {}),
     **{library.__name__: library.__version__ for library in _LIBRARIES},
   }
 
 
-def write(path: epath.Path, data: bytes) -> None:
-  """Writes a file as a whole: a kill leaves the old one or the new one."""
-  temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_bytes(data)
-  temporary.replace(path)
-
-
 def write_rows(path: epath.Path, rows: pl.DataFrame) -> None:
-  """Writes a table as Parquet, as `write` does."""
+  """Writes a table as Parquet, as `disk.write` does."""
   buffer = io.BytesIO()
   rows.write_parquet(buffer)
-  write(path, buffer.getvalue())
+  disk.write({path: buffer.getvalue()})
 
 
 @contextlib.contextmanager
@@ -54,20 +55,27 @@ def held(workdir: epath.Path) -> Iterator[None]:
   such as buckets, are not guarded.
 
   Args:
-    workdir: an existing directory.
+    workdir: the directory, made where it is missing.
 
   Raises:
-    InputError: if another process holds it.
+    InputError: if another process holds it, or it cannot be.
+    WriteError: if it cannot be written.
   """
   file = workdir / "checkpoints" / "lock"
-  file.parent.mkdir(parents=True, exist_ok=True)
-  try:
-    handle = os.open(os.fspath(file), os.O_RDWR | os.O_CREAT)
-  except FileNotFoundError:  # a bucket
+  with disk.writing(workdir):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    try:
+      handle = os.open(os.fspath(file), flags)
+    except FileNotFoundError:  # a bucket
+      handle = None
+  if handle is None:
     yield
     return
   try:
     _lock(handle, workdir)
+    with disk.writing(workdir):
+      disk.clear(workdir)
     yield
   finally:
     os.close(handle)

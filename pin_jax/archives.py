@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from etils import epath
 
+from pin_jax import disk
 from pin_jax.types import InputError
 
 MANIFEST = "manifest.json"
@@ -35,15 +36,14 @@ def write(
     members: name -> bytes, or a flat array of them.
 
   Raises:
-    InputError: if it cannot be written.
+    WriteError: if it cannot be written.
   """
-  path = epath.Path(path)
   sums = {
     name: {"bytes": memoryview(data).nbytes, "sha256": _digest(data)}
     for name, data in members.items()
   }
   text = json.dumps({**manifest, "members": sums}, indent=1)
-  with tempfile.TemporaryFile() as file:
+  with disk.writing(path), tempfile.TemporaryFile() as file:
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
       archive.comment = b"0" * _SEAL
       archive.writestr(zipfile.ZipInfo(MANIFEST), text)
@@ -55,16 +55,8 @@ def write(
     file.seek(-_SEAL, io.SEEK_END)
     file.write(seal)
     file.seek(0)
-    try:
-      temporary = path.with_name(f".{path.name}.tmp")
-      with temporary.open("wb") as target:
-        shutil.copyfileobj(file, target, _CHUNK)
-      temporary.replace(path)
-    except OSError as error:
-      raise InputError(
-        f"{path} cannot be written ({error.strerror}); free space there, make "
-        "it writable or name another file"
-      ) from error
+    with disk.replacing(path) as target:
+      shutil.copyfileobj(file, target, _CHUNK)
 
 
 def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -79,7 +71,7 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, bytes]]:
   Raises:
     InputError: if the file is absent, no archive, or damaged.
   """
-  path = epath.Path(path)
+  path = disk.place("path", path)
   if not path.is_file():
     raise InputError(f"{path} does not exist or is no file; check the path")
   with path.open("rb") as file:

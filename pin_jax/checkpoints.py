@@ -15,6 +15,8 @@ import hashlib
 import io
 import itertools
 import json
+import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +32,15 @@ from pin_jax.types import InputError, PyTree, TrainingError, at_least
 SCHEMA = 2  # of the record; another one is not read
 _BLOCK = 2**26  # bytes of a leaf that are gathered from processes at a time
 _MEETING_SECONDS = 3600  # that a process waits for another's disk
+_PARTS = {
+  "schema": int, "about": dict, "leaves": dict, "arrays": str, "record": dict,
+  "seal": str,
+}
+# orbax logs the traceback of whatever it also raises, which is told in a line.
+logging.getLogger("absl").addFilter(
+  lambda record: record.levelno < logging.ERROR
+  or "orbax" not in record.pathname
+)
 _meetings = itertools.count()  # all processes hold them in the same order
 
 
@@ -63,10 +74,11 @@ class Checkpoints:
         than were saved, the padding of another mesh; what is missing is 0.
 
     Raises:
-      InputError: if `keep` is below 1.
+      InputError: if `keep` is below 1, or no checkpoint can be read there.
       TrainingError: if the directory cannot be made.
     """
     at_least(1, keep=keep)
+    check_directory(directory)
     self._directory = epath.Path(directory).absolute()
     self._keep, self._accepted, self._say = keep, accepted, say
     self._tables = tables
@@ -205,6 +217,9 @@ class Checkpoints:
       raise _Damage("its record has no checksum; an older version wrote it")
     if _seal(sealed) != sealed:
       raise _Damage("its record does not match its checksum")
+    for part, kind in _PARTS.items():
+      if not isinstance(sealed.get(part), kind):
+        raise _Damage(f"its record has no {part}")
     self._check(step, sealed, like)
     template = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     stored = sealed["leaves"]
@@ -290,6 +305,16 @@ class Checkpoints:
         f"({_brief(error)}); free space there or make it writable, and run "
         "the same command again: it continues from the last whole checkpoint"
       ) from error
+
+
+def check_directory(directory: epath.PathLike) -> None:
+  """Raises InputError for a path that orbax would read as a pattern."""
+  found = sorted(set(os.fspath(directory)) & set("*?["))
+  if found:
+    raise InputError(
+      f"{os.fspath(directory)!r} has {' '.join(found)} in it, and checkpoints "
+      "there could not be read again; use a directory without * ? ["
+    )
 
 
 class _Damage(Exception):

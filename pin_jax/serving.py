@@ -24,7 +24,7 @@ import numpy as np
 import polars as pl
 from etils import epath
 
-from pin_jax import archives, evaluation, plugins
+from pin_jax import archives, disk, evaluation, plugins
 from pin_jax.backbones import conditioned
 from pin_jax.memory import Memory
 from pin_jax.relations import Relations
@@ -645,7 +645,7 @@ def save(
     platforms: of 'cpu', 'cuda', 'rocm' and 'tpu'.
 
   Raises:
-    InputError: if it cannot be written.
+    WriteError: if it cannot be written; the file is then as it was.
   """
   slots, arrays = _flat(recommender.slots)
   users = recommender.users
@@ -760,19 +760,9 @@ def load(path: epath.PathLike) -> Recommender:
       or by a version that cannot be read.
   """
   manifest, members = archives.read(path)
-  try:
+  with disk.reading(path, f"export the job again with jax {jax.__version__}"):
     _check(path, manifest)
-    return _from_members(manifest, members)
-  except InputError:
-    raise
-  except (
-    AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError,
-    pl.exceptions.PolarsError,
-  ) as error:
-    raise InputError(
-      f"{path} cannot be read by jax {jax.__version__} "
-      f"({' '.join(str(error).split())[:200]}); export the job again"
-    ) from error
+    return _from_members(path, manifest, members)
 
 
 def _check(path: epath.PathLike, manifest: dict[str, Any]) -> None:
@@ -792,7 +782,7 @@ def _check(path: epath.PathLike, manifest: dict[str, Any]) -> None:
 
 
 def _from_members(
-  manifest: dict[str, Any], members: dict[str, bytes]
+  path: epath.PathLike, manifest: dict[str, Any], members: dict[str, bytes]
 ) -> Recommender:
   exported = jax.export.deserialize(bytearray(members["program.jax"]))
   arrays = {
@@ -800,11 +790,26 @@ def _from_members(
     for name, of in manifest["arrays"].items()
   }
   offsets = arrays["histories/offsets"]
-  users = _columns(members["users.parquet"], len(offsets) - 1)
-  items = _columns(members["items.parquet"], exported.out_avals[0].shape[1] - 1)
-  return Recommender(
-    jax.jit(exported.call),
-    _slots(manifest["slots"], arrays, exported),
+  num_items = exported.out_avals[0].shape[1] - 1
+  users = _columns(members["users.parquet"], len(offsets) - 1, _USERS)
+  items = _columns(members["items.parquet"], num_items, _ITEMS)
+  args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+  program = jax.jit(exported.call)
+
+  def scores(*inputs: Any) -> jax.Array:
+    try:
+      return program(*inputs)
+    except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise
+      raise InputError(
+        f"{path} has a program that does not run "
+        f"({' '.join(str(error).split())[:200]}); export the job again"
+      ) from error
+
+  made = Recommender(
+    scores,
+    _slots(manifest["slots"], arrays, args),
     Users(
       _ids(users["user"]), arrays["histories/items"], offsets,
       {
@@ -818,6 +823,56 @@ def _from_members(
     manifest["length"], manifest["recent"], manifest["head_from"],
     tuple(manifest["newcomers"]), manifest["origin"],
   )
+  _check_contents(made, exported.out_avals, args[3])
+  return made
+
+
+def _check_contents(
+  made: Recommender, out: Sequence[Any], inputs: dict[str, Any]
+) -> None:
+  """Raises ValueError for the first thing in which two parts disagree."""
+  users, num_items = made.users, len(made.item_ids)
+  lengths = np.diff(users.offsets)
+  tables = [slot.evidence for slot in made.slots if slot.evidence is not None]
+  related = [t["relations"][0] for t in tables if t["relations"] is not None]
+  within = lambda x, low, high: x.size and low <= x.min() and x.max() <= high
+  asked = {"history"}
+  if conditioned.reads(made.slots[0].backbone):
+    asked |= {"behaviours"}
+  if made.recent:
+    asked |= {"recent", "activeness", "own", "starts", "place"}
+  whole = made.length, made.recent, made.head_from, *made.newcomers
+  for what, holds in {
+    "a number is not whole": all(type(x) is int for x in whole),
+    "the program takes other inputs": inputs.keys() == asked,
+    "the program reads histories of another length": (
+      inputs["history"].shape[1] == made.length > 0
+      and (not made.recent or inputs["recent"].shape[1] == made.recent)
+    ),
+    "the program gives other scores": len(out) == 1
+    and out[0].shape[1:] == (num_items + 1,) and out[0].dtype == np.float32,
+    "offsets do not lay histories end to end": users.offsets.ndim == 1
+    and users.offsets.dtype == np.int64 and users.offsets[0] == 0
+    and lengths.min() >= 0 and users.offsets[-1] == len(users.items),
+    "a history has an unknown item": users.items.dtype == np.int32
+    and within(users.items, 1, num_items),
+    "a prefix ends outside of its history": all(
+      np.all((0 <= end) & (end <= lengths)) for end in users.ends.values()
+    ),
+    "a segment is unknown": within(users.segments, 0, 1),
+    "a slot is unknown": within(users.slots, 0, len(made.slots) - 1)
+    and within(np.array(made.newcomers), 0, len(made.slots) - 1)
+    and len(made.newcomers) == 2,
+    "a neighbour is an unknown item": all(
+      within(x, 0, num_items)
+      for x in [*related, *(t["neighbours"] for t in tables)] if x.size
+    ),
+    "a number is not finite": all(
+      jnp.isfinite(x).all() for x in jax.tree.leaves((made.slots, made.counts))
+    ),
+  }.items():
+    if not holds:
+      raise ValueError(what)
 
 
 def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
@@ -826,12 +881,9 @@ def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
 
 
 def _slots(
-  slots: list[list[int]],
-  arrays: dict[str, np.ndarray],
-  exported: jax.export.Exported,
+  slots: list[list[int]], arrays: dict[str, np.ndarray], args: Sequence[Any]
 ) -> tuple[evaluation.Weights, ...]:
   """The trees of `_flat` again, in the shapes that the program takes."""
-  args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
   likes = evaluation.Weights(*args[:3])
   made = {}
   for numbers in slots:
@@ -856,16 +908,31 @@ def _tree(arrays: dict[str, np.ndarray], prefix: str, like: PyTree) -> PyTree:
   return structure.unflatten([jnp.asarray(arrays[name]) for name in names])
 
 
-def _columns(data: bytes, rows: int) -> pl.DataFrame:
+_ID = (pl.Int64, pl.String)
+_USERS = {
+  "user": _ID, "segment": (pl.Int32,), "slot": (pl.Int32,),
+  **{f"end_{key}": (pl.Int64,) for key in PREFIXES},
+}
+_ITEMS = {"item": _ID, "interactions": (pl.Float32,)}
+
+
+def _columns(
+  data: bytes, rows: int, kinds: Mapping[str, tuple[Any, ...]]
+) -> pl.DataFrame:
   # Parquet may expand without bound; no more is read than is needed.
-  table = pl.read_parquet(io.BytesIO(data), n_rows=rows + 1)
+  table = disk.read_parquet(data, rows + 1)
   if len(table) != rows:
     raise ValueError(f"a table has {len(table)} rows and not {rows}")
+  for name, types in kinds.items():
+    if table[name].dtype not in types or table[name].has_nulls():
+      raise ValueError(f"column {name} is {table[name].dtype}, or has gaps")
   return table
 
 
 def _ids(column: pl.Series) -> np.ndarray:
   """Original ids as `Interactions` has them."""
+  if not (column[1:] > column[:-1]).all():  # before any is copied
+    raise ValueError(f"column {column.name} does not ascend")
   if column.dtype == pl.Int64:
     return column.to_numpy()
   out = np.empty(len(column), object)

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from pin_jax import (
   aggregation,
   criteria,
+  disk,
   finite,
   packing,
   sharding,
@@ -636,7 +638,9 @@ def fit_many(
   progress = [Progress(0, [], [], 0, 0.0)] * len(names)
   saved = checkpoints and checkpoints.restore((state, best))
   if saved:
-    (state, best), progress = saved[0], _from_record(saved[1])
+    (state, best), progress = saved[0], _from_record(
+      saved[1], checkpoints.directory
+    )
   for k, one in enumerate(progress):
     on_resume(k, one.step if saved else -1)
   if checkpoints and not (saved or evaluate_first):
@@ -711,14 +715,20 @@ def fit_many(
   return results(best, _to_record(progress))
 
 
-def results(best: PyTree, record: dict[str, Any]) -> list[FitResult]:
+def results(
+  best: PyTree, record: dict[str, Any], where: epath.PathLike = "a checkpoint"
+) -> list[FitResult]:
   """What `fit_many` returned, from its last checkpoint.
 
   Args:
     best: the selected params, of N > 1 runs leading with [N].
     record: of that checkpoint.
+    where: the checkpoints' directory, for messages.
+
+  Raises:
+    InputError: if the record is not what `fit_many` saves.
   """
-  progress = _from_record(record)
+  progress = _from_record(record, where)
   of_run = _take if len(progress) > 1 else lambda tree, k: tree
   return [
     FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
@@ -741,7 +751,9 @@ def _reproducible(
   if checkpoints is None:
     return error
   (state, best), record = checkpoints.restore(like)
-  start = max(one.step for one in _from_record(record))
+  start = max(
+    one.step for one in _from_record(record, checkpoints.directory)
+  )
   found = finite.locate(
     step, state, lambda t: at(t, 1), start=start, stop=error.step,
     of_run=lambda tree: of_run(tree, error.run),
@@ -766,8 +778,16 @@ def _to_record(progress: list[Progress]) -> dict[str, Any]:
   return {"runs": records} if len(records) > 1 else records[0]
 
 
-def _from_record(record: dict[str, Any]) -> list[Progress]:
-  return [Progress(**one) for one in record.get("runs", [record])]
+def _from_record(
+  record: dict[str, Any], where: epath.PathLike
+) -> list[Progress]:
+  with disk.reading(where, "delete it to train the run again"):
+    found = [Progress(**one) for one in record.get("runs", [record])]
+    for one in found:
+      if min(one.step, one.stale, *one.steps) < 0:
+        raise ValueError("it counts from below 0")
+      np.array([one.values, one.steps], float) + one.cpu_seconds
+  return found
 
 
 def _compare(

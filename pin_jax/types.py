@@ -21,6 +21,10 @@ class TrainingError(RuntimeError):
   """Training cannot go on: names the run, the step, the value, the remedy."""
 
 
+class WriteError(OSError):
+  """A file cannot be written: names it, the reason and the remedy."""
+
+
 class Interrupted(RuntimeError):
   """The process was asked to end; what is saved allows to continue."""
 

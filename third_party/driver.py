@@ -45,6 +45,7 @@ from experiments import (
   workdir,
 )
 from experiments.problem import Problem, fingerprint, prepare
+from pin_jax import disk
 from pin_jax.splits import Split
 from pin_jax.types import InputError
 from third_party.peers import protocol
@@ -280,14 +281,7 @@ def _claim(directory: epath.Path, about: Mapping[str, Any]) -> None:
       f"workdir {directory} belongs to a job; use another --workdir (and "
       f"--beside={directory} to compare with it)"
     )
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    workdir.write(path, (json.dumps(mine, indent=2) + "\n").encode())
-  except OSError as error:
-    raise InputError(
-      f"workdir {directory} cannot be written ({error.strerror}); free space "
-      "there, make it writable or use another --workdir"
-    ) from error
+  disk.write({path: json.dumps(mine, indent=2) + "\n"})
 
 
 def _train(
@@ -466,11 +460,11 @@ def _write(
   if other is not None and other.config is not None:
     # Marked, for a job that comes by must not take the workdir for its own.
     marked = {**other.config, "peer": summary["peer"]["peer"]}
-    workdir.write(config, (json.dumps(marked, indent=2) + "\n").encode())
+    disk.write({config: json.dumps(marked, indent=2) + "\n"})
   workdir.write_rows(directory / "rows.parquet", rows)
   for name, content in (("cpu_seconds", seconds), ("summary", summary)):
     text = json.dumps(content, indent=2) + "\n"
-    workdir.write(directory / f"{name}.json", text.encode())
+    disk.write({directory / f"{name}.json": text})
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:

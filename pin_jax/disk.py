@@ -1,0 +1,168 @@
+"""Our own files: written whole or not at all, read whole or refused.
+
+What goes wrong is one line that names the file: a `WriteError` for a disk that
+is full or read-only, an `InputError` for a path that cannot be and for what is
+damaged.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from typing import IO
+
+import polars as pl
+from etils import epath
+
+from pin_jax.types import InputError, WriteError
+
+_WRONG_PATH = (
+  errno.EEXIST, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+  errno.ENOENT, errno.ENOTDIR,
+)
+
+
+def place(name: str, path: epath.PathLike) -> epath.Path:
+  """A path as it is meant: `~` is the home directory.
+
+  Args:
+    name: of the argument, for the message.
+    path: of a file or directory.
+
+  Raises:
+    InputError: if it is empty.
+  """
+  text = os.fspath(path)
+  if not text.strip() or "\0" in text:
+    raise InputError(f"{name}={text!r} is no path; name a file or directory")
+  return epath.Path(text).expanduser()
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+  """What the system refuses in the block becomes a line that names the path.
+
+  Raises:
+    InputError: if there can be no such file.
+    WriteError: if it cannot be written as things stand.
+  """
+  try:
+    yield
+  except WriteError:
+    raise
+  except OSError as error:
+    kind = InputError if error.errno in _WRONG_PATH else WriteError
+    raise kind(
+      f"{path} cannot be written ({error.strerror or _brief(error)}); free "
+      "space there, make it writable or name another place"
+    ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
+  """Yields a file that takes the place of `path` once it is whole.
+
+  Its directory is made where it is missing. Until the block ends the file has a
+  name that nobody can foresee and that was not there before.
+
+  Raises:
+    InputError, WriteError: as of `writing`.
+  """
+  path = epath.Path(path)
+  temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+  bucket = "://" in os.fspath(path)  # which knows no exclusive creation
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a device, or a directory
+      with path.open("wb") as file:
+        yield file
+      return
+    try:
+      with temporary.open("wb") if bucket else open(temporary, "xb") as file:
+        yield file
+      temporary.replace(path)
+    except BaseException:
+      temporary.unlink(missing_ok=True)
+      raise
+
+
+def clear(directory: epath.Path) -> None:
+  """Deletes what kills of processes that wrote in a directory left there."""
+  for path in directory.iterdir():
+    if re.fullmatch(r"\.[0-9a-f]{16}\.tmp", path.name):
+      path.unlink(missing_ok=True)
+
+
+def write(files: Mapping[epath.PathLike, bytes | str]) -> None:
+  """Writes files, none of them before all are on the disk.
+
+  Args:
+    files: path -> content.
+
+  Raises:
+    InputError, WriteError: as of `writing`; every file is then as it was.
+  """
+  with contextlib.ExitStack() as stack:
+    for path, data in files.items():
+      file = stack.enter_context(replacing(path))
+      file.write(data.encode() if isinstance(data, str) else data)
+      file.flush()
+
+
+@contextlib.contextmanager
+def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
+  """Whatever goes wrong with a file's content becomes a line that names it.
+
+  Args:
+    path: of a file that this package wrote.
+    remedy: what to do about damage.
+
+  Raises:
+    InputError: for every other exception of the block but those of output.
+  """
+  try:
+    yield
+  except (InputError, WriteError, UnicodeEncodeError):
+    raise
+  except Exception as error:  # content can be wrong in any way
+    if isinstance(error, OSError) and error.filename is None:
+      raise  # of what the block writes to
+    raise InputError(
+      f"{path} is damaged or not what it should be ({_brief(error)}); {remedy}"
+    ) from error
+
+
+def read_parquet(data: bytes, most_rows: int | None = None) -> pl.DataFrame:
+  """The table of a Parquet file, of which no more than `most_rows` are read.
+
+  Raises:
+    ValueError: for content at which the reader panics, and all that it raises
+      for other damage; the reader's own cries are not heard.
+  """
+  with _unheard():
+    try:
+      return pl.read_parquet(io.BytesIO(data), n_rows=most_rows)
+    except pl.exceptions.PanicException as error:
+      raise ValueError(_brief(error)) from None
+
+
+@contextlib.contextmanager
+def _unheard() -> Iterator[None]:
+  """The process's standard error goes nowhere while the block runs."""
+  kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, 2)
+  try:
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
+
+
+def _brief(error: BaseException) -> str:
+  """What an exception says, in one line."""
+  text = " ".join(str(error).split())[:200]
+  return f"{type(error).__name__}: {text}" if text else type(error).__name__
