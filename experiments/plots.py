@@ -16,6 +16,7 @@ from experiments.tables import (
   CONFIDENCE,
   NUM_RESAMPLES,
   comparison,
+  few_seeds,
   maskings,
   model_rows,
   number_range,
@@ -259,7 +260,11 @@ def plot_groups(
     _draw_intervals(top, intervals[1], 0.1, _ORANGE, "s")
     top.set_ylim(bottom=0)
     top.set_ylabel(f"NDCG@{cutoff} ({masking})")
-    top.set_title(f"NDCG@{cutoff} by activeness group, 95 % intervals")
+    few = few_seeds(rows["seed"].n_unique())
+    top.set_title(
+      f"NDCG@{cutoff} by activeness group, 95 % intervals"
+      + (few and f" ({few})")
+    )
     last = [estimates[-1] for estimates, _, _ in intervals]
     _label_ends(top, table.height - 0.85, last, names, colors, gap=0.075)
     _draw_changes(bottom, table, base, other)

@@ -25,7 +25,8 @@ def pages(tmp_path_factory):
   """Reports on two windows of one data set: [html, Markdown, LaTeX], jobs."""
   root = tmp_path_factory.mktemp("pages")
   paths = [
-    make_workdir(root / f"w{n}", make_rows(MODELS), length=n) for n in (5, 20)
+    make_workdir(root / f"w{n}", make_rows(MODELS, range(3)), length=n)
+    for n in (5, 20)
   ]
   written = report.write_pages(paths, output=root / "out", **FAST)
   assert [path.name for path in written] == [
