@@ -160,13 +160,12 @@ _POSITIVE = (
   "optimizer.learning_rate", "optimizer.plugin_learning_rate",
   "optimizer.classifier_learning_rate", "optimizer.clip",
   "pin.clip_importance", "memory.decay", "memory.history_decay",
-  "memory.ridge", "memory.next_ridge", "claims.power", "claims.assumed_ndcg",
+  "memory.ridge", "memory.next_ridge", "claims.power",
 )
 _SHARES = (
   "groups.head_share", "split.validation", "split.test", "backbone.dropout",
   "optimizer.average", "optimizer.b2", "optimizer.final",
   "claims.non_inferiority_margin", "claims.power",
-  "claims.assumed_correlation", "claims.assumed_seed_spread",
 )
 
 
@@ -242,10 +241,6 @@ def check(config: ConfigDict) -> None:
     raise _bad("loss.exponent", flat["loss.exponent"], "give a finite number")
   if not 0 <= flat["loss.calibration"] <= 1:
     raise _bad("loss.calibration", flat["loss.calibration"], "give 0 to 1")
-  if flat["claims.assumed_ndcg"] > 0.5:
-    raise _bad(
-      "claims.assumed_ndcg", flat["claims.assumed_ndcg"], "give at most 0.5"
-    )
   _check_backbone(config.backbone)
   _check_plugin(config)
   _check_together(config)

@@ -175,15 +175,9 @@ def default() -> ConfigDict:
     # depend on it, and a job may go on with another mesh.
     "mesh": {"data": 1, "model": 1},
     # What the report tests, declared before training: tail users better, head
-    # users no worse than by the margin, a relative loss of NDCG@10. The power
-    # printed at launch is what that takes under the assumptions.
-    "claims": {
-      "non_inferiority_margin": 0.02,
-      "power": 0.8,
-      "assumed_ndcg": 0.05,  # NDCG@10 of the model compared with
-      "assumed_correlation": 0.5,  # of two models' results of a user
-      "assumed_seed_spread": 0.02,  # std over seeds of a model's mean, relative
-    },
+    # users no worse than by the margin, a relative loss of NDCG@10. `power` is
+    # the probability with which the printed effects are found.
+    "claims": {"non_inferiority_margin": 0.02, "power": 0.8},
     # A loss, gradient or parameter that is not finite: 'stop', and keep the
     # state before that step (experiments/replay.py takes it again), or 'skip'
     # the step and count it.
