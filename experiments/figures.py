@@ -385,7 +385,7 @@ def gradients(
   steps, weights, norms, cosines, conflicts, _ = plots.gradient_series(
     records, run
   )
-  figures = []
+  noise, figures = plots.noise_of(records), []
   with _style():
     for key, title in (
       ("weights", "Group weights"),
@@ -399,8 +399,11 @@ def gradients(
       elif key == "agreement":
         plots.draw_series(axes, steps, plots.cosine_with_mean(norms, cosines))
       elif key == "conflicts":
-        plots.draw_line(axes, steps, 100 * conflicts, title, top=100)
+        plots.draw_line(
+          axes, steps, 100 * conflicts, title, top=100,
+          noise=noise and 100 * noise[0],
+        )
       else:
-        plots.draw_cosines(axes, cosines)
+        plots.draw_cosines(axes, cosines, noise)
       figures.append(_svg(figure, f"{name}-{key}"))
   return figures

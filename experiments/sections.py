@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from experiments import claims, commands, figures, settings
+from experiments import claims, commands, figures, plots, settings
 from experiments.claims import interval_text, p_text
 from experiments.configs.base import default
 from experiments.render import (
@@ -475,11 +475,16 @@ def _gradient_words(records: Sequence[Mapping[str, Any]]) -> str:
   count = len(records[0]["norms"])
   cosines = np.asarray([r["cosines"] for r in records], np.float64)
   others = ~np.eye(count, dtype=bool)
+  noise = plots.noise_of(records)
+  beside = "what noise alone gives was not logged" if noise is None else (
+    f"groups of as many windows dealt at random, which is what noise alone "
+    f"gives, {100 * noise[0]:.1f} % and {noise[1]:.2f}"
+  )
   return (
     f"Over {len(records):,} logged steps, {100 * conflicts:.1f} % of the pairs "
     f"of groups were in conflict (negative cosine), two groups' gradients had "
-    f"a mean cosine of {np.nanmean(cosines[:, others]):.2f}, and the weights "
-    f"counted for {effective:.1f} of {count} groups."
+    f"a mean cosine of {np.nanmean(cosines[:, others]):.2f} ({beside}), and "
+    f"the weights counted for {effective:.1f} of {count} groups."
   )
 
 
