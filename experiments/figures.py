@@ -23,6 +23,7 @@ from experiments.claims import (
   values_by_seed,
   with_the_same_seeds,
 )
+from experiments.tables import few_seeds
 
 # Of the light page -> of the dark one; the first is the comparator's.
 _SERIES = {
@@ -140,8 +141,8 @@ def forest(
   """Changes of tail and head users with intervals, a row a model.
 
   Args:
-    lines: each with model and tail_change, tail_low, tail_high, the same of
-      head; see claims.
+    lines: each with model, seeds and tail_change, tail_low, tail_high, the
+      same of head; see claims.
     margin: of non-inferiority, drawn as a line.
     name: unique on the page.
     title: above the plot.
@@ -165,7 +166,10 @@ def forest(
       ]).T * 100
       _interval_bars(axes, numbers, place + shift, color, mark)
       axes.plot([], [], mark, color=color, label=f"{part} users")
-    axes.set_yticks(place, [_shortened(line["model"]) for line in lines])
+    axes.set_yticks(place, [
+      _shortened(line["model"]) + _marked("\n", line["seeds"])
+      for line in lines
+    ])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_ylim(-0.6, len(lines) - 0.4)
@@ -174,6 +178,12 @@ def forest(
     )
     figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure, name)
+
+
+def _marked(lead: str, num_seeds: int) -> str:
+  """`lead` and that so few seeds prove nothing; '' where they are enough."""
+  few = few_seeds(num_seeds)
+  return few and lead + few
 
 
 def _shortened(text: str, length: int = 26) -> str:
@@ -244,15 +254,16 @@ def curves(
     element where there is one model.
   """
   levels, changes = _curve_numbers(rows, models, column=column, cutoff=cutoff)
+  few = _marked("\n", rows["seed"].n_unique())
   with _style():
-    figure, axes = _begin(f"NDCG@{cutoff} by activeness")
+    figure, axes = _begin(f"NDCG@{cutoff} by activeness{few}")
     _draw_bands(axes, levels, models, COLORS)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"NDCG@{cutoff}, 95 % bands")
     _finish_curves(figure, axes)
     figures = [_svg(figure, f"{name}-levels")]
     if changes:
-      figure, axes = _begin(f"Change against {models[0]}")
+      figure, axes = _begin(f"Change against {models[0]}{few}")
       axes.axhline(0, color="#5a5a5a", linewidth=0.9)
       shown = {m: 100 * np.asarray(v) for m, v in changes.items()}
       for numbers in shown.values():
@@ -374,7 +385,7 @@ def gradients(
   steps, weights, norms, cosines, conflicts, _ = plots.gradient_series(
     records, run
   )
-  figures = []
+  noise, figures = plots.noise_of(records), []
   with _style():
     for key, title in (
       ("weights", "Group weights"),
@@ -388,8 +399,11 @@ def gradients(
       elif key == "agreement":
         plots.draw_series(axes, steps, plots.cosine_with_mean(norms, cosines))
       elif key == "conflicts":
-        plots.draw_line(axes, steps, 100 * conflicts, title, top=100)
+        plots.draw_line(
+          axes, steps, 100 * conflicts, title, top=100,
+          noise=noise and 100 * noise[0],
+        )
       else:
-        plots.draw_cosines(axes, cosines)
+        plots.draw_cosines(axes, cosines, noise)
       figures.append(_svg(figure, f"{name}-{key}"))
   return figures

@@ -76,14 +76,14 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
 
 
 def _filled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-  """The given values; what an older version did not know has its default."""
+  """The given values of what is known; what is not given has its default."""
   nested = lambda x: isinstance(x, dict)
   both = {
     key: _filled(defaults[key], given[key])
     for key in defaults.keys() & given.keys()
     if nested(defaults[key]) and nested(given[key])
   }
-  return {**defaults, **given, **both}
+  return {key: both.get(key, given.get(key, defaults[key])) for key in defaults}
 
 
 def _chosen(

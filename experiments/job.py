@@ -11,6 +11,7 @@ first writes all but the checkpoints.
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,7 +52,12 @@ from experiments.problem import (
   prepare,
   requests_for,
 )
-from experiments.tables import SUFFIXES, number_range
+from experiments.tables import (
+  MIN_SEEDS,
+  SUFFIXES,
+  few_seeds,
+  number_range,
+)
 from experiments.trainer import (
   Networks,
   Trainer,
@@ -360,8 +366,11 @@ def _compute(
   learnt = information(selected(config), config)
   if learnt:
     options.console.print(learnt, markup=False, soft_wrap=True)
-  for line in _power(config, problem):
-    options.console.print(line, markup=False)
+  if len(config.seeds) < MIN_SEEDS:
+    options.console.print(
+      f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
+      "give a verdict", markup=False,
+    )
   rows, closeness, cost = _train_all(
     config, problem, networks, directory, options
   )
@@ -401,6 +410,9 @@ def _train_all(
       )
       for stage in stages:
         trainer.train(stage)
+        if first == 0 and stage == next(iter(methods.values())).stages[-1]:
+          for line in _power(config, problem, trainer, seeds[0]):
+            options.console.print(line, markup=False, soft_wrap=True)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
@@ -489,13 +501,41 @@ def _distribution(problem: Problem) -> dict[str, Any]:
   )
 
 
-def _power(config: ConfigDict, problem: Problem) -> list[str]:
-  """What the design can show, from numbers known before training."""
-  tested = problem.segments[problem.split.test >= 0]
-  users = {
-    name: int((tested == index).sum()) for index, name in enumerate(SEGMENTS)
+def _power(
+  config: ConfigDict, problem: Problem, trainer: Trainer, seed: int
+) -> list[str]:
+  """What the design can show, from the comparator's validation.
+
+  Nothing where the model under test stands on the comparator's backbone, for
+  their results of a user are then far closer than those of two models.
+  """
+  methods = selected(config)
+  base, other = (methods[name] for name in compared([*methods]))
+  roots = lambda method: {
+    method.stage(backbone).start or backbone for backbone, _ in method.serve
   }
-  return claims.power_lines(config.claims, users, len(config.seeds))
+  if len(config.seeds) < MIN_SEEDS or roots(base) & roots(other):
+    return []
+  validation = {
+    name: trainer.prepare(chosen).evaluator(seed)(
+      trainer.trained[chosen.name][seed].best
+    )
+    for name in dict.fromkeys(plugin or stage for stage, plugin in base.serve)
+    for chosen in [_chosen(base, name)]
+  }
+  tested = problem.segments[problem.split.test >= 0]
+  users, levels = {}, {}
+  for index, segment in enumerate(SEGMENTS):
+    served = base.serve[index][1] or base.serve[index][0]
+    users[segment] = int((tested == index).sum())
+    levels[segment] = validation[served].get(segment, math.nan)
+  return claims.power_lines(config.claims, users, levels, len(config.seeds))
+
+
+def _chosen(method: Method, name: str) -> Stage:
+  """A stage, or what it refits: the one that validation has chosen."""
+  stage = method.stage(name)
+  return method.stage(stage.start) if stage.phase == "refit" else stage
 
 
 def _summary(

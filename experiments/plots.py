@@ -16,6 +16,7 @@ from experiments.tables import (
   CONFIDENCE,
   NUM_RESAMPLES,
   comparison,
+  few_seeds,
   maskings,
   model_rows,
   number_range,
@@ -259,7 +260,11 @@ def plot_groups(
     _draw_intervals(top, intervals[1], 0.1, _ORANGE, "s")
     top.set_ylim(bottom=0)
     top.set_ylabel(f"NDCG@{cutoff} ({masking})")
-    top.set_title(f"NDCG@{cutoff} by activeness group, 95 % intervals")
+    few = few_seeds(rows["seed"].n_unique())
+    top.set_title(
+      f"NDCG@{cutoff} by activeness group, 95 % intervals"
+      + (few and f" ({few})")
+    )
     last = [estimates[-1] for estimates, _, _ in intervals]
     _label_ends(top, table.height - 0.85, last, names, colors, gap=0.075)
     _draw_changes(bottom, table, base, other)
@@ -371,6 +376,17 @@ def gradient_series(
   return steps, *series
 
 
+def noise_of(
+  records: Iterable[Mapping[str, Any]],
+) -> tuple[float, float] | None:
+  """Mean conflict rate and cosine of groups dealt at random, where logged."""
+  found = [
+    (r["noise_conflict_rate"], r["noise_cosine"])
+    for r in records if r.get("noise_conflict_rate") is not None
+  ]
+  return tuple(np.mean(found, 0).tolist()) if found else None
+
+
 def cosine_with_mean(norms: np.ndarray, cosines: np.ndarray) -> np.ndarray:
   """Cosine of each group's gradient with the unweighted mean gradient.
 
@@ -411,9 +427,11 @@ def plot_gradients(
   Raises:
     InputError: if the run recorded no group gradients.
   """
+  log_records = list(log_records)
   steps, weights, norms, cosines, conflicts, effective = gradient_series(
     log_records, run
   )
+  noise = noise_of(r for r in log_records if r.get("run") == run)
   with matplotlib.rc_context(STYLE):
     figure = _figure(12, 5.6)
     places = figure.subplot_mosaic(
@@ -428,7 +446,7 @@ def plot_gradients(
     second.set_title("Agreement with the mean gradient")
     second.set_ylabel("cosine of group and mean gradient")
     draw_series(second, steps, cosine_with_mean(norms, cosines))
-    draw_cosines(places["cosines"], cosines)
+    draw_cosines(places["cosines"], cosines, noise)
     draw_line(
       places["effective"], steps, effective, "Effective number of groups",
       top=weights.shape[1],
@@ -436,6 +454,7 @@ def plot_gradients(
     draw_line(
       places["conflicts"], steps, 100 * conflicts,
       "Pairs of groups in conflict (cosine < 0, %)", top=100,
+      noise=noise and 100 * noise[0],
     )
     figure.suptitle(
       f"{run}: group gradients (faint: logged, bold: smoothed)",
@@ -478,8 +497,12 @@ def draw_line(
   title: str,
   *,
   top: float,
+  noise: float | None = None,
 ) -> None:
-  """Draws one series, faint as logged and bold smoothed."""
+  """Draws one series, faint as logged and bold smoothed, and noise beside."""
+  if noise is not None:
+    axes.axhline(noise, color=_GREY, linestyle="--", linewidth=1.3)
+    title += f"\ndashed: noise alone, groups dealt at random, {noise:.0f}"
   axes.plot(steps, series, color=_BLUE, alpha=0.18, linewidth=0.7)
   axes.plot(steps, _smooth(series), color=_BLUE, linewidth=1.8)
   axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
@@ -488,8 +511,12 @@ def draw_line(
   axes.set_xlabel("training step")
 
 
-def draw_cosines(axes: matplotlib.axes.Axes, cosines: np.ndarray) -> None:
-  """Draws the mean cosine of every pair of groups."""
+def draw_cosines(
+  axes: matplotlib.axes.Axes,
+  cosines: np.ndarray,
+  noise: tuple[float, float] | None = None,
+) -> None:
+  """Draws the mean cosine of every pair of groups; `noise` of `noise_of`."""
   mean = np.nanmean(cosines, axis=0)
   num_groups = len(mean)
   np.fill_diagonal(mean, np.nan)
@@ -513,4 +540,7 @@ def draw_cosines(axes: matplotlib.axes.Axes, cosines: np.ndarray) -> None:
   axes.spines[:].set_visible(False)
   axes.set_xlabel("group")
   axes.set_ylabel("group")
-  axes.set_title("Cosine of two groups' gradients,\nmean over training")
+  title = "Cosine of two groups' gradients,\nmean over training"
+  if noise is not None:
+    title += f"; noise alone {noise[1]:.2f}".replace("0.", ".")
+  axes.set_title(title)

@@ -17,6 +17,7 @@ where there is one. `--markdown=FILE` writes only the Markdown, to FILE.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import polars as pl
 import rich.console
@@ -115,7 +116,7 @@ def _write_report(
     protocol += f"; data {summary['data']} {summary['fingerprint']}"
   names = {"base": base, "other": other, "protocol": protocol}
   verdicts = _verdicts(
-    workdir, rows, base, cutoff=cutoff, num_resamples=num_resamples
+    workdir, rows, summary, base, cutoff=cutoff, num_resamples=num_resamples
   )
   _print_cost(summary.get("cost", {}), console)
   print_models(models, console=console)
@@ -144,15 +145,19 @@ def _write_report(
 
 
 def _verdicts(
-  workdir: epath.Path, rows: pl.DataFrame, base: str, **options: int
+  workdir: epath.Path, rows: pl.DataFrame, summary: dict[str, Any], base: str,
+  **options: int,
 ) -> dict[str, str]:
-  """In words, for every model but the base, whether the claim holds."""
+  """In words, for every model but the base, what was shown of it.
+
+  And for every one whether its last stage changed nothing.
+  """
   path = workdir / "config.json"
   config = summaries.config_of(path) if path.exists() else {}
-  found = claims.check_claims(
-    rows, base=base, margin=sections.margin_of(config), **options
-  )
-  return {line["model"]: line["verdict"] for line in found.to_dicts()}
+  found = sections.claim_lines(rows, summary, config, base=base, **options)
+  remarks = claims.unchanged(rows, summary.get("cost", {}))
+  own = {base: f"{remarks[base]}."} if base in remarks else {}
+  return own | {line["model"]: line["verdict"] for line in found}
 
 
 def _print_cost(

@@ -318,15 +318,11 @@ KEYS = {
   # depend on it, and a job may go on with another mesh.
   "mesh": {"data": _whole(1, most=_SIZE), "model": _whole(1, most=_SIZE)},
   # What the report tests, declared before training: tail users better, head
-  # users no worse than by the margin, a relative loss of NDCG@10. The power
-  # printed at launch is what that takes under the assumptions.
+  # users no worse than by the margin, a relative loss of NDCG@10. `power` is
+  # the probability with which the printed effects are found.
   "claims": {
     "non_inferiority_margin": _share(0.02),
     "power": Key(0.8, float, 0.01, 1, below=True),
-    "assumed_ndcg": _positive(0.05, 0.5),  # of the model compared with
-    "assumed_correlation": _share(0.5),  # of two models' results of a user
-    # Std over seeds of a model's mean, relative.
-    "assumed_seed_spread": _share(0.02),
   },
   # A loss, gradient or parameter that is not finite: 'stop', and keep the state
   # before that step (experiments/replay.py takes it again), or 'skip' the step

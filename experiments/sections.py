@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from experiments import claims, figures, schema, settings
-from experiments.claims import interval_text, p_text, percent
+from experiments import claims, commands, figures, plots, schema, settings
+from experiments.claims import interval_text, p_text
 from experiments.configs.base import default
 from experiments.render import (
   Block,
@@ -26,7 +26,14 @@ from experiments.render import (
   Verdict,
 )
 from experiments.summaries import PATHS, Results, without_seed
-from experiments.tables import CONFIDENCE, NUM_RESAMPLES, number_range
+from experiments.tables import (
+  CONFIDENCE,
+  MIN_SEEDS,
+  NUM_RESAMPLES,
+  few_seeds,
+  number_range,
+  percent,
+)
 from pin_jax import metrics
 from pin_jax.types import InputError
 
@@ -35,7 +42,14 @@ _CUTOFFS = 5, 10, 20
 _HOLM = (
   "p is one-sided, doubled, and corrected over the models by Holm's method: "
   "for tail users of the hypothesis that nothing is gained, for head users "
-  "that more than the margin is lost. The claim holds where both are below .05."
+  "that more than the margin is lost. The claim holds where both are below "
+  ".05. It is refuted where p of harm is: the smaller one, corrected over both "
+  "and the models, of the hypotheses that tail users lose nothing and head "
+  "users no more than the margin."
+)
+_UNTESTED = (
+  " Models with fewer than three seeds have no p and no verdict: their figures "
+  "prove nothing."
 )
 
 
@@ -60,6 +74,36 @@ def margin_of(config: Mapping[str, Any]) -> float:
   return declared["non_inferiority_margin"]
 
 
+def claim_lines(
+  rows: pl.DataFrame,
+  summary: Mapping[str, Any],
+  config: Mapping[str, Any],
+  *,
+  base: str,
+  swept: bool = False,
+  **options: Any,
+) -> list[dict[str, Any]]:
+  """What is shown of each model, with all that a job knows besides its rows.
+
+  Args:
+    rows: result rows.
+    summary: content of summary.json, or {}.
+    config: the configuration, or {}.
+    base: the comparator.
+    swept: whether the rows are of a sweep's chosen settings.
+    **options: the others of `claims.check_claims`.
+
+  Returns:
+    The lines of `claims.check_claims`.
+  """
+  seeds = rows["seed"].unique().sort().to_list()
+  more = commands.more_seeds(summary.get("command", ""), seeds, swept=swept)
+  return claims.check_claims(
+    rows, base=base, margin=margin_of(config), more_seeds=more,
+    remarks=claims.unchanged(rows, summary.get("cost", {})), **options,
+  ).to_dicts()
+
+
 class Job:
   """A job's results with the tables that several sections share."""
 
@@ -76,12 +120,16 @@ class Job:
     self.models = results.rows["model"].unique(maintain_order=True).to_list()
     options = {"num_resamples": num_resamples}
     self.claims = {
-      title: claims.check_claims(
-        results.rows, base=self.base, margin=self.margin, column=column,
-        **options,
-      ).to_dicts()
+      title: claim_lines(
+        results.rows, results.summary, results.config, base=self.base,
+        swept=bool(results.trials), column=column, **options,
+      )
       for title, column in results.lists.items()
     }
+    self.remarks = claims.unchanged(
+      results.rows, results.summary.get("cost", {})
+    )
+    self.few = few_seeds(results.rows["seed"].n_unique())
     self.levels = {
       title: claims.levels(results.rows, column=column, **options).to_dicts()
       for title, column in results.lists.items()
@@ -166,12 +214,17 @@ def _overview(jobs: Sequence[Job]) -> Section:
     blocks.append(Text("Every job has one model: there is nothing to compare."))
   elif len(jobs) > 1:
     blocks.append(_all_forest(jobs))
-  holding = sum(line["outcome"] == claims.HOLDS for _, line in tested)
   if len(tested) > 1:
+    outcomes = [line["outcome"] for _, line in tested]
+    untested = outcomes.count(claims.UNTESTED)
     words = (
-      f"Over all jobs and models, the claim held in {holding} of "
-      f"{len(tested)} tests."
+      f"Over all jobs and models, the claim held in "
+      f"{outcomes.count(claims.HOLDS)} of {len(tested) - untested} tests."
     )
+    if untested:
+      words += (
+        f" {untested} models with fewer than three seeds are not tested."
+      )
     blocks.append(Text(words))
   if len(jobs) > 1 and tested:
     blocks.append(Fold("All tests", [_all_claims(tested)]))
@@ -193,7 +246,7 @@ def _all_claims(tested: Sequence[tuple[Job, dict[str, Any]]]) -> Table:
   return Table(
     "All jobs",
     ("job", "data", "model", "against", "tail change %", "p",
-     "head change %", "p", "claim"),
+     "head change %", "p", "p of harm", "claim"),
     [
       (
         job.results.name, _data(job.results), line["model"], job.base,
@@ -201,8 +254,15 @@ def _all_claims(tested: Sequence[tuple[Job, dict[str, Any]]]) -> Table:
       )
       for job, line in tested
     ],
-    left=4, note=f"NDCG@10, first list of candidates of each job. {_HOLM}",
+    left=4, note="NDCG@10, first list of candidates of each job. "
+    + _tests(line for _, line in tested),
   )  # fmt: skip
+
+
+def _tests(lines: Iterable[Mapping[str, Any]]) -> str:
+  """What the p-values of a table are, and which models have none."""
+  few = any(line["seeds"] < MIN_SEEDS for line in lines)
+  return _HOLM + _UNTESTED * few
 
 
 def _tested(line: Mapping[str, Any]) -> list[str]:
@@ -210,6 +270,8 @@ def _tested(line: Mapping[str, Any]) -> list[str]:
     text
     for part in ("tail", "head")
     for text in (interval_text(line, part), p_text(line[f"{part}_adjusted"]))
+  ] + [
+    p_text(np.fmin(line["tail_harm_adjusted"], line["head_harm_adjusted"]))
   ]
 
 
@@ -265,7 +327,8 @@ def _facts(job: Job) -> list[tuple[str, str]]:
       f"{backbone['length']}",
     ))
   return [
-    *pairs, ("seeds", ", ".join(map(str, seeds))),
+    *pairs,
+    ("seeds", ", ".join(map(str, seeds)) + (job.few and f" ({job.few})")),
     ("compared with", job.base),
     ("margin for head users", f"{100 * job.margin:g} %"),
   ]  # fmt: skip
@@ -313,7 +376,7 @@ def _tables(job: Job, title: str) -> list[Block]:
     tables.append(Table(
       f"Change of NDCG@10 against {job.base}, {title}",
       ("model", "claim", "tail change %", "p", "head change %", "p",
-       "overall change %"),
+       "p of harm", "overall change %"),
       [
         (
           line["model"], line["outcome"], *_tested(line),
@@ -321,7 +384,8 @@ def _tables(job: Job, title: str) -> list[Block]:
         )
         for line in tested
       ],
-      left=2, note=f"In brackets {100 * CONFIDENCE:.0f} % intervals. {_HOLM}",
+      left=2, note=f"In brackets {100 * CONFIDENCE:.0f} % intervals. "
+      + _tests(tested) + "".join(f" Note: {x}." for x in job.remarks.values()),
     ))  # fmt: skip
   tables.append(Table(
     f"NDCG@10, {title}",
@@ -336,7 +400,8 @@ def _tables(job: Job, title: str) -> list[Block]:
       )
       for line in levels
     ],
-    note="A positive gap: tail users are served worse.",
+    note="A positive gap: tail users are served worse."
+    + _UNTESTED * any(line["seeds"] < MIN_SEEDS for line in levels),
   ))  # fmt: skip
   return tables
 
@@ -410,11 +475,16 @@ def _gradient_words(records: Sequence[Mapping[str, Any]]) -> str:
   count = len(records[0]["norms"])
   cosines = np.asarray([r["cosines"] for r in records], np.float64)
   others = ~np.eye(count, dtype=bool)
+  noise = plots.noise_of(records)
+  beside = "what noise alone gives was not logged" if noise is None else (
+    f"groups of as many windows dealt at random, which is what noise alone "
+    f"gives, {100 * noise[0]:.1f} % and {noise[1]:.2f}"
+  )
   return (
     f"Over {len(records):,} logged steps, {100 * conflicts:.1f} % of the pairs "
     f"of groups were in conflict (negative cosine), two groups' gradients had "
-    f"a mean cosine of {np.nanmean(cosines[:, others]):.2f}, and the weights "
-    f"counted for {effective:.1f} of {count} groups."
+    f"a mean cosine of {np.nanmean(cosines[:, others]):.2f} ({beside}), and "
+    f"the weights counted for {effective:.1f} of {count} groups."
   )
 
 
@@ -621,8 +691,10 @@ def _window_figures(family: Sequence[Job], name: str) -> list[str]:
     (job, line, "gap", 1) for job in family for line in job.levels[job.main]
   )
   data = f"{_data(first.results)}, {first.main}"
+  few = [job.results.config["backbone"]["length"] for job in family if job.few]
+  mark = few and f"\n(few seeds, nothing proven: {', '.join(map(str, few))})"
   shown = [figures.windows(
-    gaps, colors, f"{name}-gap", title=f"Gap on {data}",
+    gaps, colors, f"{name}-gap", title=f"Gap on {data}{mark or ''}",
     label="NDCG@10 of head − tail users",
   )]  # fmt: skip
   for part in ("tail", "head"):
@@ -633,7 +705,7 @@ def _window_figures(family: Sequence[Job], name: str) -> list[str]:
     if changes:
       shown.append(figures.windows(
         changes, colors, f"{name}-{part}",
-        title=f"Change for {part} users against {first.base}",
+        title=f"Change for {part} users against {first.base}{mark or ''}",
         label="change of NDCG@10 (%)",
       ))  # fmt: skip
   return shown
@@ -674,5 +746,6 @@ def _window_table(family: Sequence[Job]) -> Table:
     f"By window length, {_data(family[0].results)}, {family[0].main}",
     ("model", "window", "windows a step", "tail", "head", "gap, head − tail",
      "tail change %", "head change %"),
-    lines, note=f"NDCG@10; changes against {family[0].base}.",
+    lines, note=f"NDCG@10; changes against {family[0].base}."
+    + _UNTESTED * any(job.few for job in family),
   )  # fmt: skip

@@ -47,7 +47,8 @@ PATHS = "path", "data_dir", "manual_dir"  # of the config's data section
 REMEDY = "restore it from a copy, or make it again"
 RECORDS = 60  # of a run's group gradients
 _GRADIENTS = (
-  "step", "weights", "norms", "cosines", "conflict_rate", "effective_groups"
+  "step", "weights", "norms", "cosines", "conflict_rate", "effective_groups",
+  "noise_conflict_rate", "noise_cosine",
 )
 _WORKDIR = re.compile(r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*")
 _FOLDER = re.compile(r"(?<=[=\"'])/(?:[^\s/,\"']+/)*")
@@ -168,12 +169,20 @@ def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
 def _gradient_records(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """Records with a whole Gramian of several groups, by run."""
+  """Records with a whole Gramian of several groups, by run.
+
+  Where some steps of a run tell what noise alone does, these alone.
+  """
   found: dict[str, list[dict[str, Any]]] = {}
   for record in records:
     if is_grouped(record) and record["conflict_rate"] is not None:
-      kept = {key: record[key] for key in ("run", *_GRADIENTS)}
+      kept = {
+        key: record[key] for key in ("run", *_GRADIENTS) if key in record
+      }
       found.setdefault(record["run"], []).append(kept)
+  for run, own in found.items():
+    looked = [r for r in own if r.get("noise_conflict_rate") is not None]
+    found[run] = looked or own
   return found
 
 

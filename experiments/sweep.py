@@ -36,7 +36,7 @@ from ml_collections import ConfigDict
 from experiments import commands, schema, settings, sizes, summaries, trials
 from experiments.job import of_results
 from experiments.methods import METHODS
-from experiments.tables import change_text, user_ids
+from experiments.tables import MIN_SEEDS, change_text, user_ids
 from pin_jax import metrics, statistics
 from pin_jax.types import InputError
 
@@ -495,6 +495,8 @@ def print_table(lines: pl.DataFrame, console: rich.console.Console) -> None:
   for line in lines.iter_rows():
     out.add_row(*map(_cell, line))
   console.print(out)
+  if lines["seeds"].min() < MIN_SEEDS:
+    console.print("Fewer than three seeds prove nothing: see --more_seeds.")
 
 
 def _cell(value: Any) -> str:

@@ -18,6 +18,7 @@ from pin_jax.types import InputError
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000
+MIN_SEEDS = 3  # fewer err too often for a verdict, see claims
 CUTOFFS = (5, 10, 20)
 MASKINGS = {"history masked": "rank", "history not masked": "rank_unmasked"}
 SEGMENTS = {0: "tail", 1: "head"}
@@ -228,7 +229,7 @@ def _slice_lines(
     }
     | dict(zip(columns, map(float, numbers), strict=True))
     for name, *numbers in zip(
-      names, *_user_means(pair, frame), *change, strict=True
+      names, *_user_means(pair, frame), *change[:4], strict=True
     )
   ]
 
@@ -313,6 +314,7 @@ def protocol_line(
   plural, spread = "seeds", "users crossed with seeds"
   if len(seeds) == 1:
     plural, spread = "seed", "users, without the spread over training seeds"
+  warning = few_seeds(len(seeds))
   ranking = (
     _sampled_ranking(rows) if is_sampled(rows)
     else _full_ranking(rows, num_items)
@@ -321,8 +323,15 @@ def protocol_line(
     f"{split.rstrip('.')}; {ranking}; "
     f"{plural} {', '.join(map(str, seeds))}; intervals: "
     f"{100 * CONFIDENCE:.0f} % percentile bootstrap, {num_resamples:,} "
-    f"resamples, paired, over {spread}"
+    f"resamples, paired, over {spread}{warning and '; ' + warning}"
   )
+
+
+def few_seeds(count: int) -> str:
+  """'one seed: nothing proven', '' from MIN_SEEDS on."""
+  if count >= MIN_SEEDS:
+    return ""
+  return f"{'one seed' if count == 1 else 'two seeds'}: nothing proven"
 
 
 def _full_ranking(rows: pl.DataFrame, num_items: int | None) -> str:
@@ -358,13 +367,16 @@ def _value(value: float) -> str:
   return "n/a" if not math.isfinite(value) else f"{value:.4f}"
 
 
-def _percent(value: float) -> str:
-  return "n/a" if not math.isfinite(value) else f"{100 * value:+.1f}"
+def percent(value: float) -> str:
+  """A signed percentage; 'n/a' where it is not a number."""
+  if not math.isfinite(value):
+    return "n/a"
+  return f"{100 * value:+.1f}".replace("-", "−")
 
 
 def change_text(change: float, low: float, high: float) -> str:
   """Relative change and its interval in percent: '+1.0 [-2.0, +3.0]'."""
-  return f"{_percent(change)} [{_percent(low)}, {_percent(high)}]"
+  return f"{percent(change)} [{percent(low)}, {percent(high)}]"
 
 
 def _change(line: Mapping[str, Any]) -> str:

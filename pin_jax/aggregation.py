@@ -177,10 +177,20 @@ def conflict_rate(cosines: jax.Array) -> jax.Array:
 
   NaN cosines (a path that does not form them) give NaN; one group gives 0.
   """
-  pairs = cosines[jnp.triu_indices(cosines.shape[0], 1)]
+  pairs = _pairs(cosines)
   if not pairs.size:
     return jnp.float32(0)
   return jnp.where(jnp.isnan(pairs).any(), jnp.nan, jnp.mean(pairs < 0))
+
+
+def mean_cosine(cosines: jax.Array) -> jax.Array:
+  """Mean over the pairs of groups; one group gives 0."""
+  pairs = _pairs(cosines)
+  return pairs.mean() if pairs.size else jnp.float32(0)
+
+
+def _pairs(cosines: jax.Array) -> jax.Array:
+  return cosines[jnp.triu_indices(cosines.shape[0], 1)]
 
 
 def effective_groups(weights: jax.Array) -> jax.Array:

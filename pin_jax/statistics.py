@@ -46,12 +46,14 @@ class Change(NamedTuple):
     low: lower end of the interval.
     high: upper end.
     p_value: of the hypothesis that the change is at most -margin.
+    p_harm: of the hypothesis that it is at least -margin.
   """
 
   estimate: np.ndarray
   low: np.ndarray
   high: np.ndarray
   p_value: np.ndarray
+  p_harm: np.ndarray
 
 
 class Worst(NamedTuple):
@@ -170,8 +172,8 @@ def _resample(
     seed: of the resampling.
 
   Returns:
-    Ends and draws; NaN throughout for fewer than two users in a part, ends NaN
-    where a resample is undefined.
+    Ends, see `relative_change`, and draws; NaN throughout for fewer than two
+    users in a part, ends NaN where a resample is undefined.
   """
   series, num_seeds = parts[0].shape[:2]
   sizes = [part.shape[-1] for part in parts]
@@ -202,15 +204,28 @@ def _resample(
       batch=max(1, _BATCH_ELEMENTS // max(sizes)),
       vectorized=True,
       axis=-1,
-      confidence_level=confidence,
       method="percentile",
       rng=np.random.default_rng(seed),
     )
-  interval = result.confidence_interval
-  return _Draws(
-    np.asarray(interval.low), np.asarray(interval.high),
-    np.asarray(result.bootstrap_distribution),
-  )
+  draws = np.sort(np.asarray(result.bootstrap_distribution), -1)
+  unknown = np.isnan(draws[..., -1])  # NaN is last
+  outside = (_p_of(np.arange(num_resamples), num_resamples) < _level(
+    confidence
+  )).sum()
+  ends = np.full((2, *unknown.shape), np.nan)
+  if outside:
+    ends = draws[..., outside - 1], draws[..., num_resamples - outside]
+  return _Draws(*(np.where(unknown, np.nan, end) for end in ends), draws)
+
+
+def _level(confidence: float) -> float:
+  """1 - confidence as one writes it: .05, not .05000000000000004."""
+  return round(1 - confidence, 12)
+
+
+def _p_of(count: ArrayLike, num_resamples: int) -> np.ndarray:
+  """p = 2 (1 + count) / (R + 1), at most 1; of the draws beyond a border."""
+  return np.minimum(1, 2 * (1 + np.asarray(count)) / (num_resamples + 1))
 
 
 def _counts(indices: np.ndarray, size: int) -> np.ndarray:
@@ -280,7 +295,7 @@ def mean_interval(
 
 def _ratio(base: np.ndarray, other: np.ndarray) -> np.ndarray:
   with np.errstate(all="ignore"):
-    return np.where(base == 0, np.nan, other / base - 1)
+    return np.where(base == 0, np.nan, other / base - 1).round(12)
 
 
 def relative_change(
@@ -299,10 +314,16 @@ def relative_change(
   change = mean(other) / mean(base) - 1,  H0: change <= -margin
 
   With margin 0 the test is of superiority, with a positive one of
-  non-inferiority. p = 2 (1 + #{resampled change <= -margin}) / (R + 1), at most
-  1: one-sided at half the level, so that p < .05 says what a 95 % interval
-  above -margin says. A resample takes both models' values of each drawn user
-  and seed. All leading axes share their resamples.
+  non-inferiority. With d the resampled changes,
+
+    p = 2 (1 + #{d <= -margin}) / (R + 1),  p_harm = 2 (1 + #{d >= -margin}) /
+    (R + 1),  at most 1;  low = d_(j), high = d_(R + 1 - j) of the ordered d,
+    j the number of counts k with 2 (1 + k) / (R + 1) < 1 - confidence
+
+  Both tests are one-sided at half the level, and p < .05 if and only if the
+  95 % interval lies above -margin, p_harm < .05 if and only if below. A
+  resample takes both models' values of each drawn user and seed. All leading
+  axes share their resamples. Changes are rounded to 1e-12.
 
   Args:
     base: [..., N], one value a row.
@@ -316,9 +337,11 @@ def relative_change(
     seed: of the resampling.
 
   Returns:
-    Fractions (.1 is +10 %) and p-values, each [...]. Interval and p-value are
+    Fractions (.1 is +10 %) and p-values, each [...]. Interval and p-values are
     NaN for fewer than two users, and where the base mean is zero in a resample,
-    so that the ratio has no bound; all are NaN where the base mean is zero.
+    so that the ratio has no bound; all are NaN where the base mean is zero. The
+    interval is NaN where resamples are too few for the confidence, below 40 for
+    95 %.
 
   Raises:
     InputError: if shapes differ or an option is out of range.
@@ -338,7 +361,7 @@ def relative_change(
   pair = by_seed(np.stack([base, other]), users, seeds)
   shape = pair.shape[1:-2]
   if not pair.shape[-1]:
-    return Change(*np.full((4, *shape), np.nan))
+    return Change(*np.full((5, *shape), np.nan))
   found = _resample(
     [_flat(pair)],
     lambda means: _ratio(*np.split(means[0], 2)),
@@ -346,15 +369,18 @@ def relative_change(
     num_resamples=num_resamples,
     seed=seed,
   )
-  p_value = _p_value(found.draws, -margin)
-  fields = (x.reshape(shape) for x in (found.low, found.high, p_value))
+  border = round(-margin, 12)
+  p_values = (
+    _p_value(beyond, found.draws)
+    for beyond in (found.draws <= border, found.draws >= border)
+  )
+  fields = (x.reshape(shape) for x in (found.low, found.high, *p_values))
   return Change(_ratio(*_mean(pair)), *fields)
 
 
-def _p_value(draws: np.ndarray, bound: float) -> np.ndarray:
-  """Of H0: value <= bound, one-sided at half the level, [..., R] -> [...]."""
-  below = (draws <= bound + 1e-12).sum(-1)  # rounding counts as equal
-  p_value = np.minimum(1, 2 * (1 + below) / (draws.shape[-1] + 1))
+def _p_value(beyond: np.ndarray, draws: np.ndarray) -> np.ndarray:
+  """p of a border from which of the draws are beyond it, [..., R] -> [...]."""
+  p_value = _p_of(beyond.sum(-1), draws.shape[-1])
   return np.where(np.isnan(draws).any(-1), np.nan, p_value)
 
 

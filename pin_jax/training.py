@@ -59,6 +59,7 @@ from pin_jax.types import (
 )
 
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
+_NOISE = "noise_conflict_rate", "noise_cosine"  # of groups dealt at random
 
 
 class TrainState(NamedTuple):
@@ -182,7 +183,8 @@ def backbone_step(
     path: see `aggregation.aggregate`.
     blocks: see `aggregation.aggregate`.
     diagnose_every: steps from one that takes a path with the whole Gramian to
-      the next, for the log; 0 = none but those that the path forms.
+      the next, for the log, and beside it that of `dealt_anew`; 0 = none but
+      those that the path forms.
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
@@ -208,26 +210,41 @@ def backbone_step(
   cheap = aggregator(weighting, path)
   telling = aggregator(aggregation.informed(weighting), "auto")
 
-  def aggregate(t: jax.Array, *args: PyTree) -> aggregation.Aggregate:
+  Told = tuple[aggregation.Aggregate, dict[str, jax.Array]]
+
+  def unlooked(*args: PyTree) -> Told:
+    return cheap(*args), dict.fromkeys(_NOISE, jnp.float32(jnp.nan))
+
+  def diagnosed(
+    params: PyTree, groups: GroupBatch, keys: jax.Array, state: PyTree
+  ) -> Told:
+    out = telling(params, groups, keys, state)
+    key = jax.random.fold_in(keys[0], _NEGATIVES)
+    dealt = telling(params, dealt_anew(key, groups), keys, state)
+    cosines = aggregation.cosines(dealt.gramian)
+    found = aggregation.conflict_rate(cosines), aggregation.mean_cosine(cosines)
+    return out, dict(zip(_NOISE, found, strict=True))
+
+  def aggregate(t: jax.Array, *args: PyTree) -> Told:
     if not diagnose_every:
-      return cheap(*args)
-    return jax.lax.cond(t % diagnose_every == 0, telling, cheap, *args)
+      return cheap(*args), {}
+    return jax.lax.cond(t % diagnose_every == 0, diagnosed, unlooked, *args)
 
   def sparse_update(
     t: jax.Array, state: TrainState, groups: GroupBatch, keys: jax.Array
-  ) -> tuple[aggregation.Aggregate, PyTree, PyTree]:
+  ) -> tuple[Told, PyTree, PyTree]:
     view = sparse.view(
       state.params, groups, keys, criterion=criterion, tables=backbone.tables,
       layout=layout,
     )
-    out = aggregate(t, view.params, view.groups, keys, state.weighting)
+    told = aggregate(t, view.params, view.groups, keys, state.weighting)
     updates, opt_state = optimizer.update(
-      out.gradient, state.optimizer, view.params, rows=view.rows
+      told[0].gradient, state.optimizer, view.params, rows=view.rows
     )
     params = sparse.add_rows(
       state.params, updates, view.rows, backbone.tables
     )
-    return out, params, opt_state
+    return told, params, opt_state
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -247,20 +264,43 @@ def backbone_step(
     keys = jax.random.split(drop_key, batch.users.shape[0])
     groups = GroupBatch(batch, weights)
     if row_sparse:
-      out, params, opt_state = sparse_update(t, state, groups, keys)
+      told, params, opt_state = sparse_update(t, state, groups, keys)
+      out, noise = told
     else:
-      out = aggregate(t, state.params, groups, keys, state.weighting)
+      out, noise = aggregate(t, state.params, groups, keys, state.weighting)
       updates, opt_state = optimizer.update(
         out.gradient, state.optimizer, state.params
       )
       params = optax.apply_updates(state.params, updates)
-    log = {**gradient_log(out), "learning_rate": schedule(t)}
+    log = {**gradient_log(out), **noise, "learning_rate": schedule(t)}
     if weights is not None:
       log["effective_share"] = effective_share(weights, batch.targets > 0)
     moving = _move_average(state.average, params, average)
     return TrainState(params, opt_state, out.state, moving), log
 
   return sharding.kept(step, layout)
+
+
+def dealt_anew(key: jax.Array, groups: GroupBatch) -> GroupBatch:
+  """The windows of G groups dealt to G groups at random: what noise alone does.
+
+  The b-th windows of all groups go to groups in an order that is drawn for each
+  b. Where the groups have one distribution of windows, hence one true gradient,
+  the new groups' gradients are distributed as the old ones'; where not, their
+  true gradients are one, the groups' mean, with the noise of as many windows.
+  Conflicts and cosines of the old groups beyond those of the new ones are the
+  groups' own. Windows have their importance along; negatives stay.
+
+  Args:
+    key: PRNG key.
+    groups: leaves [G, B, ...].
+  """
+  order = jax.random.uniform(key, groups.batch.targets.shape[:2]).argsort(0)
+  deal = lambda x: jnp.take_along_axis(
+    x, order.reshape(order.shape + (1,) * (x.ndim - 2)), 0
+  )
+  batch, importance = jax.tree.map(deal, (groups.batch, groups.importance))
+  return groups._replace(batch=batch, importance=importance)
 
 
 def backbone_keys(key: jax.Array, t: jax.Array) -> jax.Array:

@@ -327,13 +327,44 @@ def test_outputs_and_protocol(finished):
     assert part in text, part
 
 
-def test_power_is_stated_before_training(finished):
-  config, workdir, text = finished
-  rows = pl.read_parquet(workdir / "rows.parquet").unique("user")
+def test_one_seed_is_said_to_prove_nothing(finished):
+  _, _, text = finished
   before = text[: text.index("s left")]
-  for segment, name in enumerate(problem.SEGMENTS):
-    users = rows.filter(segment=segment).height
-    assert f"  {name}, {users} users, 1 seed: " in before
+  assert "one seed: nothing proven; --config.seeds=" in before
+  assert "power" not in text and "No verdict: against base" in text
+
+
+class _Trained:
+  """Stands for the trainer of a base with known validation levels."""
+
+  trained = {"base": {0: training.FitResult("best", [9], [0.1], 9, 0.0)}}
+
+  def prepare(self, stage):
+    assert stage.name == "base"
+    evaluator = lambda seed: {"best": {"tail": 0.1, "head": 0.2}}.get
+    return trainer.Run(None, None, None, None, None, evaluator, ("all",))
+
+
+@pytest.mark.parametrize(("methods", "seeds", "count"), [
+  (("base", "pin"), (0, 1, 2), 3),
+  (("base", "pin"), (0, 1), 0),
+  (("base",), (0, 1, 2), 0),
+  (("pin_backbone", "pin"), (0, 1, 2), 0),
+  (("fine_tuned", "joint_shared"), (0, 1, 2), 0),
+])  # fmt: skip
+def test_power_comes_from_the_trained_base_or_not_at_all(
+  methods, seeds, count
+):
+  config = _config(source="simulator", seed=0, num_users=500, num_items=30)
+  config.methods, config.seeds = methods, seeds
+  made = problem.make_problem(config)
+  lines = job._power(config, made, _Trained(), 0)
+  assert len(lines) == count
+  if lines:
+    assert "tail 0.1000, head 0.2000" in lines[0]
+    for line, index in zip(lines[1:], (0, 1), strict=True):
+      users = (made.segments[made.split.test >= 0] == index).sum()
+      assert f"  {problem.SEGMENTS[index]}, {users} users, 3 seeds: " in line
 
 
 def test_summary_says_how_the_results_came_about(finished):
@@ -650,7 +681,6 @@ def _sets(**values):
     (_set("loss.proposal", "uniform:0,in_batch"), "positive share"),
     (_set("claims.non_inferiority_margin", 2.0), "margin=2.0: give a number"),
     (_set("claims.power", 0.0), "claims.power=0.0: give a number"),
-    (_set("claims.assumed_ndcg", 0.7), "assumed_ndcg=0.7: give a number from"),
     (_set("evaluation.protocol", "quick"), "evaluation.protocol='quick'"),
     (_set("evaluation.negatives", 0), "evaluation.negatives=0"),
     (_sets(evaluation__protocol="sampled"), "evaluation.negatives=99 is more"),

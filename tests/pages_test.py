@@ -1,6 +1,8 @@
 """The report's page, Markdown and LaTeX: complete, sound, self-contained."""
 
 import html.parser
+import io
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import xml.etree.ElementTree
 import numpy as np
 import polars as pl
 import pytest
+import rich.console
 from summaries_test import make_workdir
 from toy_rows import make_rows
 
@@ -25,7 +28,8 @@ def pages(tmp_path_factory):
   """Reports on two windows of one data set: [html, Markdown, LaTeX], jobs."""
   root = tmp_path_factory.mktemp("pages")
   paths = [
-    make_workdir(root / f"w{n}", make_rows(MODELS), length=n) for n in (5, 20)
+    make_workdir(root / f"w{n}", make_rows(MODELS, range(3)), length=n)
+    for n in (5, 20)
   ]
   written = report.write_pages(paths, output=root / "out", **FAST)
   assert [path.name for path in written] == [
@@ -176,6 +180,65 @@ def test_the_gap_is_shown_over_windows(pages):
     gap = levels.filter(model="base")["gap"][0]
     cell = f"{gap:+.4f}".replace("0.", ".").replace("-", "−")
     assert re.search(rf"\| base \| {length} \|.*{re.escape(cell)}", section)
+
+
+def test_conflicts_stand_beside_those_of_noise(pages):
+  (page, markdown, _), _ = pages
+  for text in (page, " ".join(markdown.split())):
+    assert "which is what noise alone gives, 25.0 % and 0.12)" in text
+  assert "dashed: noise alone" in page
+
+
+def test_gradients_of_old_logs_and_of_some_steps(tmp_path):
+  records = [
+    {"run": "backbone", "norms": [1.0, 2.0], "cosines": np.eye(2).tolist(),
+     "step": step, "weights": [0.5, 0.5], "conflict_rate": 0.5,
+     "effective_groups": 2.0}
+    for step in range(4)
+  ]  # fmt: skip
+  found = summaries._gradient_records(records)["backbone"]
+  assert len(found) == 4
+  assert "noise alone gives was not logged" in sections._gradient_words(found)
+  told = {"noise_conflict_rate": 0.375, "noise_cosine": 0.25}
+  records[2] |= told
+  records[0] |= dict.fromkeys(told)  # a step between two looks
+  found = summaries._gradient_records(records)["backbone"]
+  assert [record["step"] for record in found] == [2]
+  assert "gives, 37.5 % and 0.25)" in sections._gradient_words(found)
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_few_seeds_are_marked_everywhere(tmp_path, seeds):
+  rows = make_rows(MODELS, seeds)
+  path = make_workdir(tmp_path / "few", rows, seeds=seeds)
+  summary = json.loads((path / "summary.json").read_text())
+  summary["cost"] = {
+    f"seed{seed}/pin/plugins"[6 * (len(seeds) == 1):]: {
+      "steps": 9, "best_steps": [0, 5], "validation": [0.1, 0.1],
+      "cpu_seconds": 1.0,
+    } for seed in seeds
+  }
+  (path / "summary.json").write_text(json.dumps(summary))
+  report.write_pages([path], **FAST)
+  page, markdown, latex = (
+    " ".join((path / f"report.{kind}").read_text().split())
+    for kind in ("html", "md", "tex")
+  )
+  mark = f"{('one seed', 'two seeds')[len(seeds) - 1]}: nothing proven"
+  assert page.count(mark) > 6  # forest, curves, facts, protocol
+  for text in (page, markdown):
+    assert mark in text and "fewer than three seeds have no p" in text
+    assert "No verdict: against base" in text
+    assert "--workdir=runs/toy-3seeds" in text
+    assert "stage 2 changed nothing for tail users: pin equals" in text
+    assert "holds:" not in text and "refuted:" not in text
+  assert "too few seeds" in latex and "& holds &" not in latex
+  console = rich.console.Console(file=io.StringIO(), width=80)
+  report.write_report(path, console=console, **FAST)
+  for text in (console.file.getvalue(), (path / "comparison.md").read_text()):
+    text = " ".join(text.split())
+    assert mark in text and "No verdict: against base" in text
+    assert "stage 2 changed nothing for tail users: pin equals" in text
 
 
 def test_every_figure_is_drawn_in_a_file_of_its_own(pages, tmp_path):

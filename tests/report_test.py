@@ -331,7 +331,7 @@ def test_plot_gradients_names_the_missing_run(tmp_path):
 
 
 def test_command_recomputes_everything_from_the_workdir(tmp_path):
-  _rows(["base", "pin"]).write_parquet(tmp_path / "rows.parquet")
+  _rows(["base", "pin"], (0, 1, 2)).write_parquet(tmp_path / "rows.parquet")
   log = "".join(json.dumps(record) + "\n" for record in _log())
   (tmp_path / "log.jsonl").write_text(log)
   summary = {"protocol": "leave-one-out", "num_items": NUM_ITEMS}

@@ -278,19 +278,50 @@ def test_p_value_by_hand():
   assert certain.p_value == pytest.approx(2 / 1000)
 
 
-def test_p_value_says_what_the_interval_says():
-  for seed in range(40):
+def test_p_values_say_what_the_interval_says():
+  """p < alpha if and only if the bound excludes the border, ties and all."""
+  kinds, decided = {"none": 0, "gain": 0, "harm": 0}, 0
+  for seed in range(400):
     rng = np.random.default_rng(seed)
-    base = rng.uniform(0, 2, 50)
-    other = 1.1 * base + rng.normal(0, 0.4, 50)
-    for margin in (0.0, 0.05):
-      change = statistics.relative_change(
-        base, other, margin=margin, num_resamples=399
-      )
-      # The 2.5 % quantile lies between neighbouring draws; 1 draw may decide.
-      sure = abs(change.p_value - 0.05) > 2.1 * 2 / 400
-      if sure:
-        assert (change.p_value < 0.05) == (change.low > -margin)
+    users, resamples = rng.integers(2, 30), int(rng.choice([40, 199, 399]))
+    values = [0.0, 0.5, 1.0] if seed % 2 else np.linspace(0, 1, 97)
+    base, other = rng.choice(values, (2, users)) + 0.1
+    if seed % 3 == 0:
+      other = np.where(rng.random(users) < 0.8, base, other)
+    if seed % 7 == 0:
+      other = 0.95 * base  # every draw ties with the border, up to rounding
+    margin = float(rng.choice([0, 0.05, 0.2]))
+    confidence = float(rng.choice([0.8, 0.9, 0.95]))
+    change = statistics.relative_change(
+      base, other, margin=margin, confidence=confidence,
+      num_resamples=resamples, seed=seed,
+    )
+    alpha = {0.8: 0.2, 0.9: 0.1, 0.95: 0.05}[confidence]
+    assert (change.p_value < alpha) == (change.low > -margin), seed
+    assert (change.p_harm < alpha) == (change.high < -margin), seed
+    kind = "gain" if change.p_value < alpha else "none"
+    kinds["harm" if change.p_harm < alpha else kind] += 1
+    decided += min(abs(change.low + margin), abs(change.high + margin)) < 1e-9
+  assert min(kinds.values()) > 20 and decided > 20  # on the border itself
+
+
+def test_ends_by_hand():
+  # Draws are -1, 3 (a quarter each) or 1. With R = 199 and 95 % the ends are
+  # the 4th draws from either side, with 20 % the 79th.
+  for confidence, ends in ((0.95, (-1, 3)), (0.2, (1, 1))):
+    change = statistics.relative_change(
+      [1.0, 1.0], [0.0, 4.0], num_resamples=199, confidence=confidence
+    )
+    assert (change.low, change.high) == ends
+
+
+def test_too_few_resamples_have_no_interval():
+  for resamples, known in ((39, False), (40, True)):
+    change = statistics.relative_change(
+      np.ones(9), np.arange(9.0), num_resamples=resamples
+    )
+    assert np.isfinite([change.low, change.high]).all() == known
+    assert change.p_value >= 0.05 or known
 
 
 def _covers(num_seeds, trials, **spread):

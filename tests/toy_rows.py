@@ -59,6 +59,8 @@ def make_log(run="pin/backbone", steps=60, num_groups=5):
         "conflict_rate": float((cosines < 0).mean()),
         "effective_groups": float(num_groups),
         "cosines": cosines.tolist(),
+        "noise_conflict_rate": 0.25,
+        "noise_cosine": 0.125,
         "learning_rate": 1e-3,
       }
     )
