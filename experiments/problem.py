@@ -57,8 +57,9 @@ def make_problem(config: ConfigDict) -> Problem:
       test=config.split.test,
     )
   rule = config.groups
+  users = split.activeness, split.interactions.user_ids
   groups = activeness.assign_groups(
-    split.activeness,
+    *users,
     num_groups=rule.num_groups,
     rule=rule.rule,
     thresholds=tuple(rule.thresholds) or None,
@@ -70,9 +71,7 @@ def make_problem(config: ConfigDict) -> Problem:
     tuple(config.prior.get("values")) or None,
   )
   prior = weightings.tempered(prior, config.prior.exponent)
-  segments = activeness.assign_segments(
-    split.activeness, head_share=rule.head_share
-  )
+  segments = activeness.assign_segments(*users, head_share=rule.head_share)
   sequences = batches.host_sequences(split)
   asked = config.plugin.name == "gated" and not isinstance(
     interactions, Stored
