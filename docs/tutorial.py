@@ -87,8 +87,9 @@ print(data.user_ids[0], "bought", data.item_ids[data.items[:3] - 1], "first")
 # %%
 NUM_GROUPS, LENGTH, WIDTH = 3, 3, 16
 split = splits.leave_one_out(data)
-groups = activeness.assign_groups(split.activeness, num_groups=NUM_GROUPS)
-segments = activeness.assign_segments(split.activeness, head_share=0.2)
+users = split.activeness, data.user_ids
+groups = activeness.assign_groups(*users, num_groups=NUM_GROUPS)
+segments = activeness.assign_segments(*users, head_share=0.2)
 targets = batches.training_targets(split)
 prior = activeness.prior("users", groups, targets, NUM_GROUPS)
 share = activeness.prior("interactions", groups, targets, NUM_GROUPS)

@@ -109,7 +109,9 @@ _JOINT = Stage("joint", "backbone", "backbone")
 _PIN = Stage(
   "pin/backbone", "backbone", "backbone", grouped=True, sampling="groups"
 )
-_CLASSIFIER = Stage("classifier", "classifier", "classifier", start="base")
+_CLASSIFIER = Stage(
+  "classifier", "classifier", "classifier", start="base", sampling="groups"
+)
 _EXACT = dataclasses.replace(
   _PIN, name="pin-exact/backbone", exact="classifier"
 )

@@ -85,8 +85,9 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
       "histories"
     )
   rule = config.groups
+  users = split.activeness, split.interactions.user_ids
   groups = activeness.assign_groups(
-    split.activeness,
+    *users,
     num_groups=rule.num_groups,
     rule=rule.rule,
     thresholds=tuple(rule.thresholds) or None,
@@ -97,9 +98,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
     tuple(config.prior.get("values")) or None,
   )
   prior = weightings.tempered(prior, config.prior.exponent)
-  segments = activeness.assign_segments(
-    split.activeness, head_share=rule.head_share
-  )
+  segments = activeness.assign_segments(*users, head_share=rule.head_share)
   sequences = batches.host_sequences(split)
   asked = config.plugin.name == "gated" and not isinstance(
     interactions, Stored

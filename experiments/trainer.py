@@ -773,9 +773,10 @@ class Trainer:
       return {
         "backbone": self._best("base", seed),
         "classifier": self._best(stage.exact, seed),
-        "shares": sharding.put_replicated(
-          np.asarray(shares, np.float32), self._layout
-        ),
+        "shares": sharding.put_replicated(np.asarray(propensity.event_shares(
+          problem.split, groups, num_groups=pools, length=self.length,
+          draw=draw, mean=mean,
+        ), np.float32), self._layout),
       }
 
     rank = self.ranker(None)
@@ -875,9 +876,10 @@ class Trainer:
     config, problem = self._config, self._problem
     backbone = self._networks.backbone
     optimizer, schedule = self._optimizer(steps, "classifier_")
+    draw, mean = self._sampling(stage)
     step = propensity.classifier_step(
       backbone, optimizer, schedule, batch_size=config.batch_size,
-      length=self.length,
+      length=self.length, draw=draw, mean=mean,
     )
     groups = sharding.put_replicated(
       problem.groups.astype(np.int32), self._layout
@@ -897,11 +899,12 @@ class Trainer:
     def evaluator(seed: int) -> Callable[[PyTree], dict[str, float]]:
       held_out = batches.draw_batch(
         _stage_key(seed, stage.name + "/validation"), self.sequences, pool,
-        batch_size=4 * config.batch_size, length=self.length,
-        draw="interactions",
+        batch_size=4 * config.batch_size, length=self.length, draw=draw,
       )
       held_out = jax.tree.map(lambda x: x[0], held_out)
-      fit = jax.jit(functools.partial(propensity.classifier_fit, backbone))
+      fit = jax.jit(functools.partial(
+        propensity.classifier_fit, backbone, mean=mean
+      ))
       params_of_backbone = self._best(stage.start, seed)
       return lambda params: {
         name: float(value) for name, value in fit(

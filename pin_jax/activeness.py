@@ -1,15 +1,18 @@
 """Activeness: groups, segments and priors, from training data only.
 
 A user's activeness is the number of their training interactions. One order
-serves groups and segments alike: more active first, and among equals the lower
-user index first. So the head segment is always a prefix of that order, and
-groups are consecutive pieces of it.
+serves groups and segments alike: more active first, and among equals by a fixed
+hash of the user's original id. So the head segment is always a prefix of that
+order, and groups are consecutive pieces of it. Never by index: indices follow
+the ids, which often tell a user's age.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pin_jax.types import InputError
 
@@ -19,6 +22,7 @@ PRIORS = ("users", "uniform", "interactions", "custom")
 
 def assign_groups(
   activeness: np.ndarray,
+  ids: ArrayLike | None = None,
   *,
   num_groups: int = 5,
   rule: str = "users",
@@ -29,6 +33,8 @@ def assign_groups(
 
   Args:
     activeness: [U] numbers of training interactions.
+    ids: [U] original ids of the users, which break ties, see `id_hash`; by
+      default 0..U-1.
     num_groups: G.
     rule: 'users' (equal numbers of users), 'interactions' (equal numbers of
       interactions), 'thresholds' (group = number of borders <= activeness),
@@ -38,13 +44,13 @@ def assign_groups(
 
   Returns:
     [U] int32 in 0..G-1. Equal activeness may be separated by every rule but
-    'thresholds'; the lower user index then counts as more active.
+    'thresholds'; the lower hash of the id then counts as more active.
 
   Raises:
     InputError: for bad activeness, an unknown rule, borders that do not fit, or
       a group that would be empty.
   """
-  activeness = _check_activeness(activeness)
+  activeness, ids = _check_users(activeness, ids)
   if rule not in GROUP_RULES:
     raise InputError(f"rule={rule!r} is unknown; use one of {GROUP_RULES}")
   if not 1 <= num_groups <= len(activeness):
@@ -60,9 +66,9 @@ def assign_groups(
   if rule == "thresholds":
     groups = _by_thresholds(activeness, thresholds, num_groups)
   elif rule == "head_share":
-    groups = assign_segments(activeness, head_share=head_share)
+    groups = assign_segments(activeness, ids, head_share=head_share)
   else:
-    groups = _by_shares(activeness, rule, num_groups)
+    groups = _by_shares(activeness, ids, rule, num_groups)
   sizes = np.bincount(groups, minlength=num_groups)
   if not sizes.all():
     raise InputError(
@@ -73,23 +79,26 @@ def assign_groups(
 
 
 def assign_segments(
-  activeness: np.ndarray, *, head_share: float = 0.2
+  activeness: np.ndarray, ids: ArrayLike | None = None, *,
+  head_share: float = 0.2,
 ) -> np.ndarray:
   """Splits users into tail (0) and head (1), the most active ones.
 
   Args:
     activeness: [U] numbers of training interactions.
+    ids: [U] original ids of the users, which break ties, see `id_hash`; by
+      default 0..U-1.
     head_share: The head has round(head_share * U) users, but at least one, and
       leaves at least one to the tail.
 
   Returns:
-    [U] int32. Among equals the lower user index goes first into the head.
+    [U] int32. Among equals the lower hash of the id goes first into the head.
 
   Raises:
     InputError: for bad activeness, fewer than two users, or a share outside
       (0, 1).
   """
-  activeness = _check_activeness(activeness)
+  activeness, ids = _check_users(activeness, ids)
   if not 0 < head_share < 1:
     raise InputError(
       f"head_share={head_share} is no share of users; give 0 < head_share < 1"
@@ -101,8 +110,18 @@ def assign_segments(
     )
   size = min(max(round(head_share * num_users), 1), num_users - 1)
   segments = np.zeros(num_users, np.int32)
-  segments[_most_active_first(activeness)[:size]] = 1
+  segments[_most_active_first(activeness, ids)[:size]] = 1
   return segments
+
+
+def id_hash(ids: ArrayLike) -> np.ndarray:
+  """The first 8 bytes of BLAKE2b of each id's text in UTF-8; [U] uint64.
+
+  A number has its decimal digits as text: 7 and '7' are one id.
+  """
+  digest = lambda text: hashlib.blake2b(text.encode(), digest_size=8).digest()
+  texts = map(str, np.asarray(ids).tolist())
+  return np.frombuffer(b"".join(map(digest, texts)), ">u8").astype(np.uint64)
 
 
 def prior(
@@ -243,19 +262,33 @@ def _check_values(values: Sequence[float], num_groups: int) -> np.ndarray:
   return weights
 
 
-def _most_active_first(activeness: np.ndarray) -> np.ndarray:
-  """Returns users by descending activeness; equals in order of index."""
-  return np.argsort(-activeness, kind="stable")
+def _check_users(
+  activeness: np.ndarray, ids: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns checked activeness and ids, both [U]."""
+  activeness = _check_activeness(activeness)
+  ids = np.asarray(range(len(activeness)) if ids is None else ids)
+  if ids.shape != activeness.shape:
+    raise InputError(
+      f"ids have shape {ids.shape}, activeness {activeness.shape}; give one of "
+      "each per user"
+    )
+  return activeness, ids
+
+
+def _most_active_first(activeness: np.ndarray, ids: np.ndarray) -> np.ndarray:
+  """Returns users by descending activeness; equals by the hash of their ids."""
+  return np.lexsort((id_hash(ids), -activeness))
 
 
 def _by_shares(
-  activeness: np.ndarray, rule: str, num_groups: int
+  activeness: np.ndarray, ids: np.ndarray, rule: str, num_groups: int
 ) -> np.ndarray:
   """Cuts the order of users into G pieces of about equal weight.
 
   A user belongs to the piece that holds the middle of their own weight.
   """
-  order = _most_active_first(activeness)[::-1]
+  order = _most_active_first(activeness, ids)[::-1]
   if rule == "users":
     weights = np.ones(len(order), np.int64)
   else:

@@ -21,11 +21,12 @@ _ITEM_BLOCK = 4096
 def position_weights(
   targets: jax.Array, mean: str, importance: jax.Array | None = None
 ) -> jax.Array:
-  """Weights of the positions in a group's loss; they sum to 1.
+  """Weights of the positions in a group's loss.
 
   mean = 'interactions' weights every real position alike, mean = 'users'
-  every row alike and the positions within it alike. Importance weights
-  multiply these and the sum is normalised again (self-normalised).
+  every row alike and the positions within it alike; their sum is 1. Importance
+  weights multiply these. Their sum is left as it is: dividing by it, group by
+  group, would make another prior of P(d) where a group has less of it.
 
   Args:
     targets: [B, L], 0 = none.
@@ -38,9 +39,8 @@ def position_weights(
   real = (targets > 0).astype(jnp.float32)
   if mean == "users":
     real = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
-  if importance is not None:
-    real = real * importance
-  return real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
+  real = real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
+  return real if importance is None else real * importance
 
 
 def backbone_head(backbone: Backbone) -> Head:

@@ -5,16 +5,22 @@ Q(d|x) proportional to P(d) P(x|d). Weighting every example of group d by
 P(x)/P(x|d) = share_d / P(d|x) first, and the group's loss by P(d) then,
 converges to the interventional sum_d P(y|x,d) P(d) (Pearl 2009, theorem 3.3.2,
 by inverse propensity). Ours; the paper is not known to do it.
+
+The classifier, the shares and the groups' batches follow one distribution of
+events: windows drawn the same way, their positions weighted by the same mean.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from pin_jax import packing
-from pin_jax.batches import draw_batch
+from pin_jax.batches import draw_batch, target_chances, training_targets
+from pin_jax.objectives import position_weights
+from pin_jax.splits import Split
 from pin_jax.training import Importance, Operands, Step, TrainState
 from pin_jax.types import Backbone, Batch, PyTree
 
@@ -48,7 +54,7 @@ def log_propensity(
 
 def classifier_loss(
   backbone: Backbone, frozen: PyTree, params: PyTree, batch: Batch,
-  groups: jax.Array,
+  groups: jax.Array, mean: str = "interactions",
 ) -> jax.Array:
   """Mean of -log P(d|x) over the real positions, nats.
 
@@ -58,6 +64,7 @@ def classifier_loss(
     params: the classifier's.
     batch: [B] windows drawn from the training distribution of events.
     groups: [U] group of each user.
+    mean: see `position_weights`.
 
   Returns:
     scalar.
@@ -65,8 +72,7 @@ def classifier_loss(
   logs = log_propensity(backbone, frozen, params, batch.history)
   label = groups[batch.users][:, None, None]
   chosen = jnp.take_along_axis(logs, label, axis=-1)[..., 0]
-  real = batch.targets > 0
-  return -jnp.sum(chosen * real) / jnp.maximum(real.sum(), 1)
+  return -jnp.sum(chosen * position_weights(batch.targets, mean))
 
 
 class Fit(NamedTuple):
@@ -86,24 +92,23 @@ class Fit(NamedTuple):
 
 def classifier_fit(
   backbone: Backbone, frozen: PyTree, params: PyTree, batch: Batch,
-  groups: jax.Array,
+  groups: jax.Array, mean: str = "interactions",
 ) -> Fit:
   """The fit on the real positions of a batch; arguments of `classifier_loss`.
   """
   logs = log_propensity(backbone, frozen, params, batch.history)
-  real = batch.targets > 0
-  label = jnp.broadcast_to(groups[batch.users][:, None], real.shape)
-  hits = jax.nn.one_hot(label, logs.shape[-1]) * real[..., None]
-  shares = hits.sum((0, 1)) / jnp.maximum(real.sum(), 1)
+  weights = position_weights(batch.targets, mean)
+  label = jnp.broadcast_to(groups[batch.users][:, None], weights.shape)
+  hits = jax.nn.one_hot(label, logs.shape[-1]) * weights[..., None]
   return Fit(
-    jnp.sum(logs * hits) / jnp.maximum(real.sum(), 1),
-    -jnp.sum(jax.scipy.special.entr(shares)),
-    calibration_error(jnp.exp(logs), label, real),
+    jnp.sum(logs * hits),
+    -jnp.sum(jax.scipy.special.entr(hits.sum((0, 1)))),
+    calibration_error(jnp.exp(logs), label, weights),
   )
 
 
 def calibration_error(
-  probability: jax.Array, label: jax.Array, real: jax.Array, bins: int = 15
+  probability: jax.Array, label: jax.Array, weights: jax.Array, bins: int = 15
 ) -> jax.Array:
   """Classwise expected calibration error of a stratum classifier.
 
@@ -114,7 +119,7 @@ def calibration_error(
   Args:
     probability: [..., G], P(d|x) of every event.
     label: [...] int, its user's group.
-    real: [...] bool, the n events that count.
+    weights: [...], what each event counts, n_db and n in all; 0 = nothing.
     bins: bins of [0, 1] a group.
 
   Returns:
@@ -125,11 +130,12 @@ def calibration_error(
   """
   count = probability.shape[-1]
   excess = jax.nn.one_hot(label, count) - probability
-  excess = jnp.where(real[..., None], excess, 0)
+  excess = excess * weights[..., None]
   bin_of = jnp.clip(jnp.floor(probability * bins), 0, bins - 1)
   place = jnp.arange(count) * bins + bin_of.astype(jnp.int32)
   gaps = jax.ops.segment_sum(excess.ravel(), place.ravel(), count * bins)
-  return jnp.abs(gaps).sum() / (count * jnp.maximum(real.sum(), 1))
+  total = weights.sum()
+  return jnp.abs(gaps).sum() / (count * jnp.where(total > 0, total, 1))
 
 
 def classifier_step(
@@ -139,11 +145,14 @@ def classifier_step(
   *,
   batch_size: int,
   length: int,
+  draw: str = "interactions",
+  mean: str = "interactions",
 ) -> Step:
-  """One step of fitting P(d|x) on windows drawn by interactions.
+  """One step of fitting P(d|x) on the windows that the groups are drawn from.
 
   `operands.frozen` holds `backbone` (params) and `groups` [U]; the pool has
-  one group, so that windows come in their natural proportion.
+  one group, so that windows come in their natural proportion. `draw` and `mean`
+  are those of the groups' own step.
   """
 
   def step(
@@ -151,13 +160,13 @@ def classifier_step(
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     batch = draw_batch(
       jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
-      batch_size=batch_size, length=length, draw="interactions",
+      batch_size=batch_size, length=length, draw=draw,
     )
     batch = jax.tree.map(lambda x: x[0], batch)
     loss, grads = jax.value_and_grad(
       lambda p: classifier_loss(
         backbone, operands.frozen["backbone"], p, batch,
-        operands.frozen["groups"],
+        operands.frozen["groups"], mean,
       )
     )(state.params)
     updates, opt_state = optimizer.update(
@@ -170,6 +179,33 @@ def classifier_step(
   return step
 
 
+def event_shares(
+  split: Split, groups: np.ndarray, *, num_groups: int, length: int, draw: str,
+  mean: str,
+) -> np.ndarray:
+  """Share of each group in the events that the classifier is fitted on.
+
+  Args:
+    split: holds the training targets.
+    groups: [U] group of each user.
+    num_groups: G.
+    length: L, targets a window.
+    draw: how windows are drawn, see `draw_windows`.
+    mean: how positions count, see `position_weights`.
+
+  Returns:
+    [G], sums to 1.
+  """
+  if mean == "interactions":
+    _, users, chances = target_chances(split, length=length, draw=draw)
+    mass = np.bincount(users, chances, len(groups))
+  else:  # every window alike
+    windows = -(-training_targets(split) // length)
+    mass = windows if draw == "interactions" else np.sign(windows)
+  of_groups = np.bincount(groups, mass, num_groups)
+  return of_groups / of_groups.sum()
+
+
 def stabilised_weights(
   log_probability: jax.Array, shares: jax.Array, clip: float
 ) -> jax.Array:
@@ -177,7 +213,7 @@ def stabilised_weights(
 
   Args:
     log_probability: [G, ..., G], log P(.|x) of the examples of group g.
-    shares: [G], share of the training targets in each group.
+    shares: [G], of `event_shares`.
     clip: largest weight.
 
   Returns:

@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
+from experiments import problem
+from experiments.configs import base
 from pin_jax import activeness
+from pin_jax.datasets import stored
+from pin_jax.interactions import from_columns
 from pin_jax.types import InputError
 
 LONG_TAIL = np.array([1, 1, 2, 2, 3, 4, 5, 8, 20, 54])  # sums to 100
@@ -29,9 +34,11 @@ class TestAssignGroups:
     for g in range(num_groups - 1):
       assert values[groups == g].max() <= values[groups == g + 1].min()
 
-  def test_ties_are_broken_by_index(self):
-    groups = activeness.assign_groups(np.full(6, 3), num_groups=3)
-    assert groups.tolist() == [2, 2, 1, 1, 0, 0]
+  def test_ties_are_broken_by_the_ids(self):
+    groups = activeness.assign_groups(
+      np.full(6, 3), ["ann", "bob", "cat", "dan", "eve", "fay"], num_groups=3
+    )  # ascending: dan, cat, eve, fay, bob, ann
+    assert groups.tolist() == [0, 0, 2, 2, 1, 1]
 
   def test_equal_interactions(self):
     # A user's middle falls at: .5 1.5 3 5 7.5 11 15.5 22 36 73 (of 100).
@@ -102,11 +109,12 @@ class TestAssignSegments:
     assert segments.tolist() == [0] * 8 + [1, 1]
     assert segments.dtype == np.int32
 
-  def test_ties_go_to_the_lower_index(self):
+  def test_ties_go_to_the_lower_hash(self):
     segments = activeness.assign_segments(
-      np.array([3, 5, 3, 5, 5]), head_share=0.4
+      np.array([3, 5, 3, 5, 5]), ["ann", "bob", "cat", "dan", "eve"],
+      head_share=0.4,
     )
-    assert segments.tolist() == [0, 1, 0, 1, 0]
+    assert segments.tolist() == [0, 0, 0, 1, 1]
 
   @pytest.mark.parametrize("share, size", [
     (0.2, 21), (0.001, 1), (0.999, 102), (0.5, 52)
@@ -133,6 +141,68 @@ class TestAssignSegments:
     groups = activeness.assign_groups(values, num_groups=5)
     segments = activeness.assign_segments(values, head_share=0.2)
     np.testing.assert_array_equal(segments == 1, groups == 4)
+
+
+class TestTies:
+
+  def test_hash_is_blake2b_of_the_text(self):
+    # As `printf ann | b2sum -l 64` prints it.
+    want = [0x8d3adf6abf23f3a5, 0xe75017cace788f82]
+    assert activeness.id_hash(["ann", "7"]).tolist() == want
+    assert activeness.id_hash(np.array([7])).tolist() == want[1:]
+
+  @pytest.mark.parametrize("rule", ["users", "interactions"])
+  @pytest.mark.parametrize("text", [False, True])
+  def test_the_order_of_users_does_not_matter(self, rule, text):
+    values = shuffled(4).clip(max=3)
+    ids = [f"é{n}" for n in range(103)] if text else np.arange(103) - 50
+    order = np.random.default_rng(0).permutation(103)
+    groups = activeness.assign_groups(values, ids, num_groups=4, rule=rule)
+    again = activeness.assign_groups(
+      values[order], np.asarray(ids)[order], num_groups=4, rule=rule
+    )
+    np.testing.assert_array_equal(again, groups[order])
+    segments = activeness.assign_segments(values, ids)
+    np.testing.assert_array_equal(
+      activeness.assign_segments(values[order], np.asarray(ids)[order]),
+      segments[order],
+    )
+
+  def test_indices_tell_nothing_of_the_group(self):
+    groups = activeness.assign_groups(np.full(2000, 3))
+    assert scipy.stats.kruskal(
+      *(np.flatnonzero(groups == g) for g in range(5))
+    ).pvalue > 0.01
+
+  def test_one_id_a_user(self):
+    for assign in (activeness.assign_groups, activeness.assign_segments):
+      with pytest.raises(InputError, match=r"ids have shape \(2,\)"):
+        assign(LONG_TAIL, ["a", "b"])
+
+  @pytest.mark.parametrize("source", ["files", "stored", "streamed"])
+  def test_every_source_brings_its_ids(self, source, tmp_path):
+    """Four equal users; ascending hashes: 12, 41, 7, 100."""
+    users, items = np.repeat([41, 7, 100, 12], 4), [1, 2, 3, 4] * 4
+    times = np.arange(16)
+    config = base.default()
+    if source == "files":
+      path = tmp_path / "data.csv"
+      rows = zip(users, items, times, strict=True)
+      path.write_text("user,item,time\n" + "\n".join(
+        ",".join(map(str, row)) for row in rows
+      ))
+      config.data = {"source": "files", "path": str(path)}
+    else:
+      path = tmp_path / "stored"
+      stored.write(from_columns(users, items, times), path)
+      config.data = {
+        "source": "stored", "path": str(path), "stream": source == "streamed"
+      }
+    config.groups.num_groups = 2
+    made = problem.make_problem(config)
+    assert made.split.interactions.user_ids.tolist() == [7, 12, 41, 100]
+    assert made.groups.tolist() == [0, 1, 1, 0]
+    assert made.segments.tolist() == [0, 1, 0, 0]
 
 
 class TestPrior:

@@ -19,15 +19,19 @@ import numpy as np
 import pytest
 from toys import bigram
 
+from experiments.methods import METHODS
 from pin_jax import (
   activeness,
   aggregation,
   batches,
+  objectives,
   propensity,
   splits,
   training,
 )
 from pin_jax.datasets import simulator
+from pin_jax.interactions import from_columns
+from pin_jax.types import Batch
 
 NUM_ITEMS = 8
 NUM_GROUPS = 3
@@ -268,6 +272,89 @@ def test_effective_share_of_exact_weights():
     logs["effective_share"].mean(0), expected, rtol=0.02
   )
   assert expected.min() < 0.8
+
+
+# Events (x, y) of two groups; group 1 never shows the history 3.
+EVENTS = (
+  [(1, 1)] * 3 + [(1, 2)] + [(2, 3)] * 2 + [(3, 1)] * 4 + [(3, 2)] * 2,
+  [(1, 3)] * 4 + [(2, 3)] * 2 + [(2, 1)] * 6,
+)
+
+
+@pytest.mark.parametrize("path", ["stacked", "accumulated", "weighted"])
+def test_exact_weights_keep_the_prior_where_histories_are_never_shown(path):
+  """At a table of zeros: sum_d P(d) sum_x P(x) (softmax - P(y|x,d))."""
+  prior, size = np.array([0.5, 0.5]), 4
+  count = np.array([len(events) for events in EVENTS])
+  counts = np.zeros((2, size, size))
+  for group, events in enumerate(EVENTS):
+    np.add.at(counts[group], tuple(np.transpose(events)), 1)
+  of_x, p_x = counts.sum(-1), counts.sum((0, 2)) / count.sum()
+  expected = np.zeros((size, size))
+  for group, history in np.argwhere(of_x):
+    slope = (np.arange(size) > 0) / 3 - (
+      counts[group, history] / of_x[group, history]
+    )
+    expected[history] += prior[group] * p_x[history] * slope
+  events = jnp.asarray(EVENTS)
+  batch = Batch(jnp.zeros((2, 12), int), events[..., :1], events[..., 1:])
+  shares = count / count.sum()
+  given = of_x / np.maximum(of_x.sum(0), 1)  # P(d|x)
+  weights = [
+    [[shares[g] / given[g, x]] for x, _ in EVENTS[g]] for g in range(2)
+  ]
+  losses = objectives.group_losses(
+    bigram(size - 1, init=jax.nn.initializers.zeros), mean="interactions"
+  )
+  out = aggregation.aggregate(
+    losses.group_loss, aggregation.backdoor(prior), path=path,
+    weighted_loss=losses.weighted_loss,
+  ).step(
+    {"table": jnp.zeros((size, size))},
+    objectives.GroupBatch(batch, jnp.asarray(weights)),
+    jax.random.split(jax.random.key(0), 2), (),
+  )
+  got = np.asarray(out.gradient["table"])
+  one = (got * expected).sum() / (expected**2).sum()  # for both groups
+  np.testing.assert_allclose(got, one * expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", objectives.MEANS)
+@pytest.mark.parametrize("draw", batches.DRAWS)
+def test_shares_are_those_of_the_classifiers_batches(draw, mean):
+  """Of the weights in batches of everybody, histories beyond a window."""
+  rng = np.random.default_rng(2)
+  lengths = rng.integers(3, 25, 30)
+  users = np.repeat(np.arange(30), lengths)
+  split = splits.leave_one_out(
+    from_columns(users, rng.integers(0, 9, len(users)))
+  )
+  groups = np.digitize(lengths, (8, 18))
+  pool = batches.make_pool(
+    batches.training_targets(split), np.zeros(30, int), num_groups=1, length=5
+  )
+  batch = jax.tree.map(lambda x: x[0], batches.draw_batch(
+    jax.random.key(0), batches.make_sequences(split), pool, batch_size=20_000,
+    length=5, draw=draw,
+  ))
+  weights = np.asarray(objectives.position_weights(batch.targets, mean))
+  observed = np.bincount(groups[batch.users], weights.sum(-1))
+  got = propensity.event_shares(
+    split, groups, num_groups=3, length=5, draw=draw, mean=mean
+  )
+  np.testing.assert_allclose(got, observed, atol=0.01)
+  counted = batches.training_targets(split)
+  if (draw, mean) == ("users", "users"):
+    counted = counted > 0
+  if draw == mean:
+    want = np.bincount(groups, counted) / counted.sum()
+    np.testing.assert_allclose(got, want)
+
+
+def test_the_classifier_follows_the_draw_of_the_groups():
+  stages = {stage.name: stage for stage in METHODS["pin_exact"].stages}
+  exact = stages["pin-exact/backbone"]
+  assert stages[exact.exact].sampling == exact.sampling
 
 
 @pytest.mark.parametrize("kind", ["joint", "group_weights", "exact_backdoor"])

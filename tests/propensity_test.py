@@ -161,22 +161,30 @@ def test_log_propensity_against_numpy(width):
   np.testing.assert_allclose(np.exp(got).sum(-1), 1, rtol=1e-5)
 
 
-def test_classifier_loss_against_numpy():
+@pytest.mark.parametrize("mean", ["interactions", "users"])
+def test_classifier_loss_against_numpy(mean):
   backbone, params = last_item(4), random_classifier(4)
   frozen = backbone.init(jax.random.key(1))
   batch, groups = some_windows(), np.array([1, 0, 2])
   logs = numpy_log_propensity(frozen["table"], params, batch.history)
-  terms = [
-    -logs[b, t, groups[batch.users[b]]]
-    for b, t in np.ndindex(batch.targets.shape)
-    if batch.targets[b, t] > 0
+  rows = [
+    [
+      -logs[b, t, groups[batch.users[b]]]
+      for t in range(3) if batch.targets[b, t] > 0
+    ] for b in range(4)
   ]
-  assert len(terms) == 7
-  got = propensity.classifier_loss(
-    backbone, frozen, params, jax.tree.map(jnp.asarray, batch),
-    jnp.asarray(groups),
+  assert [len(row) for row in rows] == [1, 3, 3, 0]
+  want = np.mean(sum(rows, [])) if mean == "interactions" else (
+    np.mean([np.mean(row) for row in rows[:3]])
   )
-  np.testing.assert_allclose(got, np.mean(terms), rtol=1e-4)
+  arguments = (
+    backbone, frozen, params, jax.tree.map(jnp.asarray, batch),
+    jnp.asarray(groups), mean,
+  )
+  got = propensity.classifier_loss(*arguments)
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+  fit = propensity.classifier_fit(*arguments)
+  np.testing.assert_allclose(fit.log_likelihood, -want, rtol=1e-4)
 
 
 def test_calibration_error_against_a_loop():

@@ -229,8 +229,10 @@ def test_newcomers_come_last_among_equals():
     segments = activeness.assign_segments(counts, head_share=share)
     border = serving.head_from(counts, segments)
     for count in range(11):
-      all_counts = [*counts, count]  # the newcomer's index is the largest
-      order = sorted(range(11), key=lambda u: (-all_counts[u], u))
+      all_counts, tails = [*counts, count], [*(segments == 0), True]
+      order = sorted(
+        range(11), key=lambda u: (-all_counts[u], u == 10, tails[u])
+      )
       tail = [u < 10 and segments[u] == 0 for u in order]
       assert (count >= border) == (order.index(10) < tail.index(True))
 

@@ -68,9 +68,7 @@ def numpy_position_weights(targets, mean, importance):
         weights[b, position] = 1 if mean == "interactions" else (
           1 / (row > 0).sum()
         )
-        if importance is not None:
-          weights[b, position] *= importance[b, position]
-  return weights / weights.sum() if weights.sum() else weights
+  return weights / weights.sum() * (1 if importance is None else importance)
 
 
 @pytest.mark.parametrize("mean", objectives.MEANS)
@@ -84,7 +82,6 @@ def test_position_weights_against_a_loop(mean, weighted):
   expected = numpy_position_weights(targets, mean, importance)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
   assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got.sum(), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("mean", objectives.MEANS)
@@ -166,7 +163,7 @@ def test_backbone_step_equals_optax_by_hand(draw, weighted):
     count = len(sequence) - 1
     weights = given[-count:] if weighted else np.ones(count)
     shares.append(weights.sum() ** 2 / (count * (weights**2).sum()))
-    weights = weights / weights.sum()
+    weights = weights / count
     loss, gradient = numpy_bigram_loss(table, sequence, weights)
     losses.append(loss)
     gradients.append(gradient)
