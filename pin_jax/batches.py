@@ -95,8 +95,8 @@ def make_pool(
     The pool.
 
   Raises:
-    InputError: if a group has no user with a training target, or for arrays
-      of other shapes or values.
+    InputError: if a group has no user with a training target, for arrays of
+      other shapes or values, or for more windows than int32 counts.
   """
   at_least(1, num_groups=num_groups, length=length)
   targets, groups = np.asarray(targets), np.asarray(groups)
@@ -114,7 +114,12 @@ def make_pool(
     "lower groups.num_groups or change groups.rule",
   )
   windows = -(-targets[users] // length)
-  starts = np.concatenate([[0], np.cumsum(windows)])
+  starts = np.concatenate([[0], np.cumsum(windows, dtype=np.int64)])
+  if starts[-1] >= 2**31:
+    raise InputError(
+      f"length={length} makes {starts[-1]} windows, beyond int32; give a "
+      "longer one, or fewer users"
+    )
   as_int32 = lambda x: jnp.asarray(x, jnp.int32)
   return Pool(as_int32(users), as_int32(borders), as_int32(starts))
 
