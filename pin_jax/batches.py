@@ -111,7 +111,7 @@ def make_pool(
     )
   users, borders = _by_group(
     np.where(targets > 0, groups, -1), num_groups, "two training interactions; "
-    "lower groups.num_groups or change groups.rule",
+    "lower num_groups or change the rule of the groups",
   )
   windows = -(-targets[users] // length)
   starts = np.concatenate([[0], np.cumsum(windows, dtype=np.int64)])
