@@ -13,6 +13,7 @@ prints the lists of a few users.
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -93,10 +94,12 @@ def recommend(
     name: None if text is None else read_ids(name, text)
     for name, text in (("allow", allow), ("deny", deny))
   }
-  users = whom.users and read_ids("users", whom.users)
-  histories = whom.history and _read_histories(epath.Path(whom.history))
+  users = None if whom.users is None else read_ids("users", whom.users)
+  histories = None
+  if whom.history is not None:
+    histories = _read_histories(epath.Path(whom.history))
   made = _recommender(source)
-  if histories:
+  if histories is not None:
     requests = serving.of_histories(made, *histories)
   else:
     requests = serving.of_users(made, users, prefix=whom.prefix)
@@ -134,30 +137,34 @@ def _recommender(source: Source) -> serving.Recommender:
 
 
 def read_ids(name: str, text: str) -> list[str]:
-  """Original ids: those between commas, or the lines of a file.
+  """Original ids as they are: between commas, or the lines of a file.
 
   Args:
     name: of the flag.
     text: 'a,b,c', or the path of a text file.
 
   Raises:
-    InputError: if the file does not exist or cannot be read, or there is no id.
+    InputError: if the file does not exist or cannot be read, or there is no id
+      or an empty one.
   """
   path = epath.Path(text) if text else None
   if path is not None and path.is_file():
     try:
-      ids = path.read_text().splitlines()
+      lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
       raise InputError(
         f"--{name}={text} cannot be read ({error}); give text, an id a line"
       ) from error
+    if all(line.endswith("\r") for line in lines[:-1]):
+      lines = [line.removesuffix("\r") for line in lines]
+    ids = [line for line in lines if line]
   elif text.endswith(".txt"):
     raise InputError(f"--{name}={text} does not exist; check the path")
   else:
     ids = text.split(",")
-  ids = [x.strip() for x in ids if x.strip()]
-  if not ids:
-    raise InputError(f"--{name}={text} is empty; name at least one id")
+  if not ids or not all(ids):
+    which = "is empty" if not any(ids) else "has an empty id"
+    raise InputError(f"--{name}={text} {which}; name at least one id")
   return ids
 
 
@@ -165,25 +172,42 @@ def _read_histories(
   path: epath.Path,
 ) -> tuple[list[list[Any]], list[Any] | None]:
   """(items of each row, users of each row or None)."""
-  read = _by_suffix("history", path, pl.read_parquet, pl.read_json)
+  read = _by_suffix("history", path, _parquet_histories, _json_histories)
   if not path.is_file():
     raise InputError(f"--history={path} does not exist; check the path")
   try:
-    table = read(io.BytesIO(path.read_bytes()))
-  except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+    return read(path.read_bytes())
+  except (
+    OSError, RecursionError, TypeError, ValueError, pl.exceptions.PolarsError
+  ) as error:
     why = " ".join(str(error).split())[:200]
     raise InputError(
-      f"--history={path} cannot be read ({why}); give rows of "
-      "`items` and, if there is one, `user`"
+      f"--history={path} cannot be read ({why}); give lists of items as "
+      "`items` in every row, an empty list for no history, and, if there is "
+      "one, `user`"
     ) from error
+
+
+def _parquet_histories(data: bytes) -> tuple[list, list | None]:
+  table = pl.read_parquet(io.BytesIO(data))
   kind = table.schema.get("items")
   if not isinstance(kind, pl.List) or table["items"].has_nulls():
-    raise InputError(
-      f"--history={path} has columns {dict(table.schema)}; give lists of items "
-      "as `items` in every row, an empty list for no history"
-    )
+    raise ValueError(f"its columns are {dict(table.schema)}")
   users = table["user"].to_list() if "user" in table.columns else None
   return table["items"].to_list(), users
+
+
+def _json_histories(data: bytes) -> tuple[list, list | None]:
+  """By the standard library: polars goes by the first records' keys."""
+  rows = json.loads(data)
+  if not isinstance(rows, list):
+    raise ValueError("it is no list of rows")
+  for number, own in enumerate(rows, 1):
+    if not isinstance(own, dict) or not isinstance(own.get("items"), list):
+      raise ValueError(f"row {number} has no list of `items`")
+  named = any("user" in own for own in rows)
+  users = [own.get("user") for own in rows] if named else None
+  return [own["items"] for own in rows], users
 
 
 def _writer(path: epath.Path) -> Callable[[pl.DataFrame], None]:

@@ -97,8 +97,8 @@ def make_pool(
     The pool.
 
   Raises:
-    InputError: if a group has no user with a training target, or for arrays
-      of other shapes or values.
+    InputError: if a group has no user with a training target, for arrays of
+      other shapes or values, or for more windows than int32 counts.
   """
   at_least(1, num_groups=num_groups, length=length)
   targets, groups = np.asarray(targets), np.asarray(groups)
@@ -113,10 +113,16 @@ def make_pool(
     )
   users, borders = _by_group(
     np.where(targets > 0, groups, -1), num_groups, "two training interactions; "
-    "lower groups.num_groups or change groups.rule",
+    "lower num_groups or change the rule of the groups",
   )
   counts = targets[users]
-  starts = np.concatenate([[0], np.cumsum(-(-counts // length))])
+  windows = -(-counts // length)
+  starts = np.concatenate([[0], np.cumsum(windows, dtype=np.int64)])
+  if starts[-1] >= 2**31:
+    raise InputError(
+      f"length={length} makes {starts[-1]} windows, beyond int32; give a "
+      "longer one, or fewer users"
+    )
   arrays = users, counts, borders, starts
   return Pool(*(jnp.asarray(x, jnp.int32) for x in arrays))
 

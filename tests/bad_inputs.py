@@ -43,7 +43,7 @@ from pin_jax import (
 from pin_jax import statistics as intervals
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.checkpoints import Checkpoints
-from pin_jax.datasets import files, tfds
+from pin_jax.datasets import crowd, files, stored, tfds
 from pin_jax.interactions import from_columns
 from pin_jax.training import fit, make_optimizer
 from tests import tiny, toys
@@ -109,6 +109,78 @@ _file("a.parquet", GOOD, "a.parquet cannot be read", "check its format",
       row_name="parquet: text")
 _file("a.parquet", b"PAR1" + bytes(60) + b"PAR1", "cannot be read",
       row_name="parquet: half written")
+
+
+_file("a.csv", 'user,item\n"",2\n', "line 2", "user", "is empty")
+_file("a.csv", "user;item\n1;2\n", "separator seems to be ';'", "give")
+_file("a.csv", f"user,item,time\n1,2,{10**20}\n1,3,{10**20 + 1}\n", "line 3",
+      "are one as float64", "coarser unit", row_name="file: times that merge")
+_file("a.csv", "user,item,time\n1,2,2024-01-01 00:00:00.0000000001\n", "line 2",
+      "does not fit nanoseconds", "coarser unit", row_name="file: picoseconds")
+
+
+def _columns(name, *words, times=None, users=(1, 2)):
+  """Columns of two rows."""
+  ROWS[f"columns: {name}"] = (
+    lambda folder: from_columns(users, [1, 2], times), words
+  )
+
+
+_columns("floats that merged", "users[0] = 9007199254740992.0", "2^53",
+         "integers or strings", users=[2.0**53, 1.0])
+_columns("small floats that merged", "users[1]", "2^24", "give integers",
+         users=np.array([1, 2**24], np.float32))
+_columns("an empty id", "users[1] = ''", "fill such rows", users=["a", ""])
+_columns("times as large floats", "times[0] = 1.7e+18", "coarser unit",
+         times=[1.7e18, 1.6e18])
+_columns("times beyond int64", "times span 1 to 9223372036854775808",
+         "coarser unit", times=[1, 2**63])
+
+
+def _path(name, path, *words):
+  """A path that is none, for the readers and for what writes."""
+  ROWS[f"path: {name}, to read"] = (lambda folder: files.read(path), words)
+  ROWS[f"path: {name}, to store"] = (
+    lambda folder: stored.write(_data(), path), words
+  )
+
+
+_path("empty", "", "''", "is no path", "give one")
+_path("of another machine", "s3://x/a.csv", "=s3://x/a.csv is not", "copy it")
+_path("no text", 3, "=3 is no path")
+
+
+def _harmed(name, array, change, *words):
+  """A store of which one array is changed."""
+
+  def action(folder):
+    stored.write(_data(), folder / "s")
+    file = folder / "s" / f"{array}.npy"
+    np.save(file, change(np.load(file)))
+    stored.read(folder / "s")
+
+  ROWS[f"stored: {name}"] = (action, (*words, "store them anew"))
+
+
+_harmed("lengths moved", "lengths", lambda x: x + [1, -1], "fingerprint")
+_harmed("negative lengths", "lengths", lambda x: -x, "lengths span -6 to -6")
+_harmed("fractional lengths", "lengths", lambda x: x / 4, "lengths are float64")
+_harmed("lengths in 2-D", "lengths", lambda x: x[None], "shape (1, 2)")
+_harmed("huge lengths", "lengths", lambda x: x * 2**58, "12 items for 34")
+_harmed("ids too few", "user_ids", lambda x: x[1:], "1 user_ids for 2 lengths")
+
+
+@row("stored: items that wrap", "items span 4294967297", "not 1 to 2")
+def _(folder):
+  stored.write_chunks(
+    folder / "s", lengths=np.array([1]), items=[np.array([2**32 + 1])],
+    user_ids=np.array([1]), item_ids=np.array([1, 2]), name="x", notes={},
+  )
+
+
+@row("simulate: users", "num_users=2147483648", "less than 2^31")
+def _(folder):
+  crowd.Crowd(num_users=2**31, num_items=9, num_interactions=2**35)
 
 
 @row("file: a directory", "is a directory", "name one file in it")
@@ -203,6 +275,13 @@ def _(folder):
 @row("pool: range", "groups span 0..7", "give -1..1")
 def _(folder):
   batches.make_pool(np.ones(2), np.array([0, 7]), num_groups=2, length=2)
+
+
+@row("pool: windows", "length=1 makes 2147483648 windows", "give a longer")
+def _(folder):
+  batches.make_pool(
+    np.array([2**31]), np.zeros(1, int), num_groups=1, length=1
+  )
 
 
 @row("pool: length", "length=0", "at least 1")
@@ -370,6 +449,11 @@ def _(folder):
   tfds.read_tfds("films/1", data_dir=folder)
 
 
+@row("tfds: a pattern", "data_dir=", "takes for patterns", "use another")
+def _(folder):
+  tfds.read_tfds("movielens/1m", data_dir=folder / "d[1]")
+
+
 @row("tfds: damaged archive", "damaged or cut short", "download")
 def _(folder):
   data = _zip({"ml-100k/u.data": "1\t2\t3\t4\n" * 99})
@@ -466,6 +550,12 @@ _config("seeds", (2**31,), "seeds=(2147483648,)", "to 2147483647")
 _config("seeds", (-1,), "seeds=(-1,)", "whole number from 0")
 _config("non_finite", "ignore", "non_finite='ignore'", "use one of")
 _config("validation.every", 7, "validation.every=7", "multiple of dispatch")
+_config("data.num_items", 10**9, "num_items=1000000000", "at most")
+_config("data.borders", (4, "a"), "borders=(4, 'a')", "ascending lengths")
+_config("data.borders", (3, 4), "longest history: 3", "nothing to learn")
+_config("data.scale", 1e308, "scale=1e+308", "give -50 to 50")
+_config("data.rank", float("nan"), "rank=nan", "whole number")
+_config("data.seed", -1, "seed=-1", "at least 0")
 _config("data.source", "web", "data.source='web'", "use one of")
 _config("data.path", "x.csv", "data.path='x.csv'", "does not use it")
 _config("data.num_items", 10**6, "num_items=1000000", "from 2 to 10000")
@@ -549,6 +639,10 @@ _serving("unknown item to allow", "item 'bb' is unknown", "'b', 'c'",
          allow=["bb"])
 _serving("unknown item to deny", "item 'q' is unknown", "leave it out",
          deny=["a", "q"])
+_serving("fractional item", "item 1.5 is no text", "give one",
+         histories=[["a", 1.5]])
+_serving("id with a space", "user ' ann' is unknown", "check it",
+         users=(" ann",))
 _serving("k of 0", "k=0", "give 1..6", k=0)
 _serving("k over the catalogue", "k=7", "give 1..6", k=7)
 _serving("empty allow list", "allow is empty", "name an item", allow=[])
@@ -623,6 +717,7 @@ def _recommend(name, whom, *words, source=None, **options):
     place = lambda x: x.replace("FOLDER", str(folder))
     (folder / "empty.txt").write_text("\n")
     (folder / "h.json").write_text('[{"user": "ann"}]')
+    (folder / "f.json").write_text('[{"items": 1.5}]')
     recommend.recommend(
       recommend.Source(model="m.pin") if source is None else source,
       recommend.Whom(**{
@@ -640,6 +735,10 @@ _recommend("no model", ANN, "--workdir=DIR", "--help",
            source=recommend.Source())
 _recommend("file of users", {"users": "x.txt"}, "--users=x.txt does not exist")
 _recommend("no users", {"users": "FOLDER/empty.txt"}, "is empty", "name at")
+_recommend("an unset variable", {"users": ""}, "--users= is empty", "name at")
+_recommend("an unset variable among ids", {"users": "a,,b"}, "has an empty id")
+_recommend("histories of fractions", {"history": "FOLDER/f.json"},
+           "row 1 has no list", "`items`")
 _recommend("empty allow list", ANN, "--allow= is empty", allow="")
 _recommend("suffix of the output", ANN, "suffix '.csv'", "use one of",
            output="x.csv")

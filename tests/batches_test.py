@@ -85,6 +85,14 @@ def test_training_targets_count_all_but_the_first_item(split, histories):
   np.testing.assert_array_equal(make_sequences(split).targets, want)
 
 
+def test_too_many_windows_for_int32_are_refused():
+  targets, groups = np.array([2**30, 2**30 - 1]), np.zeros(2, int)
+  pool = make_pool(targets, groups, num_groups=1, length=1)
+  assert pool.window_starts.tolist() == [0, 2**30, 2**31 - 1]
+  with pytest.raises(InputError, match="length=1 makes 2147483648 windows"):
+    make_pool(targets + [0, 1], groups, num_groups=1, length=1)
+
+
 def test_too_many_interactions_for_int32_are_refused():
   data = types.SimpleNamespace(num_interactions=2**31)
   with pytest.raises(InputError, match="2147483648.*int32"):

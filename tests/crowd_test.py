@@ -1,10 +1,15 @@
 """The crowd against its rules, counted one by one."""
 
+import shutil
+import types
+
 import numpy as np
 import polars as pl
 import pytest
+from absl import flags
 
-from experiments import simulate
+from experiments import commands, simulate, store
+from pin_jax import paths
 from pin_jax.datasets import crowd, files, stored
 from pin_jax.types import InputError
 
@@ -109,8 +114,122 @@ def test_both_forms_hold_the_same(drawn, chunks, tmp_path):
   ({"num_users": 0}, "num_users=0"), ({"num_items": 1}, "num_items=1"),
   ({"num_interactions": 5 * U}, "num_interactions="),
   ({"num_interactions": 501 * U}, "num_interactions="), ({"seed": -1}, "seed"),
+  ({"num_items": 2**31}, "num_items=2147483648"),
+  ({"num_users": 2**31, "num_interactions": 2**35}, "num_users=2147483648"),
+  ({"num_interactions": 6.5 * U}, "num_interactions=13000.0"),
 ])
 def test_sizes_out_of_range_are_named(change, named):
   sizes = {"num_users": U, "num_items": V, "num_interactions": N}
   with pytest.raises(InputError, match=named):
     crowd.Crowd(**(sizes | change))
+
+
+WRITERS = {
+  "parquet": simulate.write_parquet, "stored": simulate.write_stored,
+}
+
+
+class Failing:
+  """A crowd of which a chunk cannot be drawn, as where the disk is full."""
+
+  def __init__(self, drawn, error):
+    self._drawn, self._error = drawn, error
+
+  def __getattr__(self, name):
+    return getattr(self._drawn, name)
+
+  def chunk(self, index):
+    if index:
+      raise self._error
+    return self._drawn.chunk(index)
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_what_is_written_is_whole_or_absent(drawn, tmp_path, form):
+  full = OSError(28, "No space left on device")
+  with pytest.raises(OSError, match="d cannot be written .No space.*give"):
+    WRITERS[form](Failing(drawn, full), str(tmp_path / "d"))
+  with pytest.raises(KeyboardInterrupt):
+    WRITERS[form](Failing(drawn, KeyboardInterrupt()), str(tmp_path / "d"))
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_a_rerun_mends_what_a_kill_left(drawn, tmp_path, form):
+  """At a kill there is what a copy, made in the middle, has."""
+  partial, left = tmp_path / ".d.partial", tmp_path / "left"
+
+  class Copying(Failing):
+
+    def chunk(self, index):
+      if index:
+        assert not (tmp_path / "d").exists()
+        shutil.copytree(partial, left)
+      return super().chunk(index)
+
+  with pytest.raises(KeyboardInterrupt):
+    WRITERS[form](Copying(drawn, KeyboardInterrupt()), str(tmp_path / "d"))
+  assert list(left.iterdir())
+  left.rename(partial)
+  WRITERS[form](drawn, str(tmp_path / "d"))
+  assert [x.name for x in tmp_path.iterdir()] == ["d"]
+  read = files.read if form == "parquet" else stored.read
+  np.testing.assert_array_equal(read(tmp_path / "d").lengths, drawn.lengths)
+
+
+def test_one_writes_and_a_planted_link_is_not_followed(drawn, tmp_path):
+  with paths.new_directory(tmp_path / "d"):
+    with pytest.raises(InputError, match="being written by another"):
+      simulate.write_parquet(drawn, str(tmp_path / "d"))
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "kept").touch()
+  (tmp_path / ".e.partial").symlink_to(tmp_path / "mine")
+  with pytest.raises(OSError, match="e cannot be written"):
+    simulate.write_parquet(drawn, str(tmp_path / "e"))
+  assert (tmp_path / "mine" / "kept").exists()
+
+
+class Flags:
+  """Flags as a command reads them."""
+
+  def __init__(self, **given):
+    self.__dict__.update({
+      "users": "9", "items": "9", "interactions": "90", "seed": 0,
+      "format": "stored", "min_length": 3, "k_core": 0, "user": None,
+      "item": None, "time": None, **given,
+    })
+
+  def __getitem__(self, name):
+    return types.SimpleNamespace(value=getattr(self, name))
+
+
+@pytest.mark.parametrize(("module", "given", "code", "says"), [
+  (simulate, {"output": "W", "stray": "x"}, 2, "unexpected arguments: ['x']"),
+  (simulate, {"output": "s3://b/x"}, 2, "s3://b/x is not on this machine"),
+  (simulate, {"output": ""}, 2, "directory='' is no path"),
+  (simulate, {"output": "/proc/x"}, 3, "/proc/x cannot be written"),
+  (simulate, {"output": "W", "users": "1e9"}, 2, "--users=1e9"),
+  (store, {"input": "A", "output": "W", "stray": "x"}, 2, "unexpected"),
+  (store, {"input": "s3://b/a.csv", "output": "W"}, 2, "not on this machine"),
+  (store, {"input": "", "output": "W"}, 2, "path='' is no path"),
+  (store, {"input": "A", "output": "A"}, 2, "exists; delete it"),
+  (store, {"input": "A", "output": "/proc/x"}, 3, "/proc/x cannot be written"),
+])
+def test_commands_end_in_one_line(
+  tmp_path, monkeypatch, capsys, module, given, code, says
+):
+  file = tmp_path / "a.csv"
+  file.write_text("user,item\n" + "1,2\n" * 3)
+  places = {"A": str(file), "W": str(tmp_path / "w")}
+  given = {key: places.get(value, value) for key, value in given.items()}
+  argv = ["command", *([given.pop("stray")] if "stray" in given else [])]
+  monkeypatch.setattr(flags, "FLAGS", Flags(**given))
+  monkeypatch.setattr(
+    commands.app, "run", lambda main, flags_parser: main(argv)
+  )
+  with pytest.raises(SystemExit) as end:
+    commands.launch(module.main)
+  said = capsys.readouterr().err
+  assert end.value.code == code and says in said
+  assert said.startswith("error: ") and said.count("\n") == 1
+  assert [x.name for x in tmp_path.iterdir()] == ["a.csv"]

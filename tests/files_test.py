@@ -145,6 +145,41 @@ class TestIds:
     kind = np.int64 if isinstance(expected[0], int) else object
     assert data.user_ids.dtype == kind
 
+  @pytest.mark.parametrize("name, text", [
+    ("a.csv", 'user,item\n"u","i"\n"","j"\n'),
+    ("a.csv", 'user,item\r\nu,i\r\n"",j\r\n'),
+    ("a.tsv", 'user\titem\nu\ti\n""\tj\n'),
+    ("a.csv", 'item,user\ni,u\n"j",""'),
+  ])
+  def test_quoted_empty_ids_are_empty(self, write, name, text):
+    with pytest.raises(InputError, match="line 3: user column 'user' is empty"):
+      files.read(write(name, text))
+
+  def test_empty_ids_in_parquet(self, tmp_path):
+    path = tmp_path / "a.parquet"
+    frame = pl.DataFrame({"user": [1, 2], "item": ["a", ""]})
+    frame.write_parquet(path)
+    with pytest.raises(InputError, match="row 2: item column 'item' is empty"):
+      files.read(path)
+
+  @pytest.mark.parametrize("kind, digits", [
+    (pl.Float64, 53), (pl.Float32, 24),
+  ])
+  @pytest.mark.parametrize("role", ["user", "item"])
+  def test_floats_that_have_merged(self, tmp_path, kind, digits, role):
+    path = tmp_path / "a.parquet"
+    for last, sign in ((-1, 1), (0, 1), (0, -1)):
+      ids = pl.Series([1.0, sign * float(2**digits + last)], dtype=kind)
+      frame = pl.DataFrame({"user": [1, 2], "item": [3, 4]})
+      frame.with_columns(ids.alias(role)).write_parquet(path)
+      if last:
+        found = getattr(files.read(path), f"{role}_ids").tolist()
+        assert found == [1, 2**digits - 1]
+        continue
+      said = rf"{role}s\[1\].*2\^{digits}.*strings"
+      with pytest.raises(InputError, match=said):
+        files.read(path)
+
   def test_a_late_string_counts(self, write):
     rows = "".join(f"{n},1\n" for n in range(5000))
     data = files.read(write("a.csv", "user,item\n" + rows + "x,1\n"))
@@ -193,6 +228,67 @@ class TestTimes:
     path = tmp_path / "a.parquet"
     pl.DataFrame({"user": [1], "item": [1], "date": [day]}).write_parquet(path)
     assert files.read(path).times.tolist() == [seconds(2020, 1, 2)]
+
+  @pytest.mark.parametrize("late, early", [
+    ("2023-11-14 22:13:20.000000900", "2023-11-14T22:13:20.000000899"),
+    ("2023-11-14 22:13:20.1234567", "2023-11-14 22:13:20.1234566"),
+    ("1700000000000000001", "1700000000000000000"),
+    ("1700000000.0000005", "1700000000.0000001"),
+    ("1700000001.5", "1700000000"),
+  ])
+  @pytest.mark.parametrize("suffix", ["csv", "inter", "parquet"])
+  def test_order_that_seconds_as_floats_would_lose(
+    self, tmp_path, late, early, suffix
+  ):
+    frame = pl.DataFrame({
+      "user:token": [1, 1], "item:token": ["l", "e"], "date:x": [late, early]
+    })
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "inter":
+      frame.write_csv(path, separator="\t")
+    else:
+      frame = frame.rename(lambda name: name.split(":")[0])
+      getattr(frame, f"write_{suffix}")(path)
+    data = files.read(path)
+    assert data.item_ids[data.items - 1].tolist() == ["e", "l"]
+    assert data.notes["tied_share"] == 0
+
+  @pytest.mark.parametrize("times", [
+    pl.Series([900, 100]).cast(pl.Datetime("ns")),
+    pl.Series([10**18 + 1, 10**18]).cast(pl.Datetime("ns")),
+    pl.Series([10**16 + 1, 10**16]).cast(pl.Datetime("us", "UTC")),
+    pl.Series([2**53 + 1, 2**53]).cast(pl.Datetime("ms")),
+    pl.Series([2**62 + 1, 2**62]),
+    pl.Series([2**63 - 1, 2**63 - 2], dtype=pl.UInt64),
+  ])
+  def test_order_of_typed_times(self, tmp_path, times):
+    path = tmp_path / "a.parquet"
+    frame = pl.DataFrame({"user": [1, 1], "item": ["l", "e"], "time": times})
+    frame.write_parquet(path)
+    data = files.read(path)
+    assert data.item_ids[data.items - 1].tolist() == ["e", "l"]
+    assert data.notes["tied_share"] == 0
+
+  @pytest.mark.parametrize("times", [
+    ["1700000000000000001", "1700000000000000000", "0.5"],
+    ["99999999999999999999", "99999999999999999998"],
+    ["1700000000.123456789", "1700000000.123456788"],
+    ["2023-11-14 22:13:20.0000000001", "2023-11-14 22:13:20"],
+    ["1500-01-01 00:00:00.0000001", "2023-11-14 22:13:20"],
+    pl.Series([1.7e18, 1.6e18]),
+    pl.Series([1.7e9, 1.6e9], dtype=pl.Float32),
+    pl.Series([2**63, 1], dtype=pl.UInt64),
+    pl.Series([2**70, 1], dtype=pl.Int128),
+  ])
+  def test_what_loses_order_asks_for_a_coarser_unit(self, tmp_path, times):
+    frame = pl.DataFrame({"time": times}).with_columns(
+      user=pl.lit(1), item=pl.int_range(pl.len())
+    )
+    path = tmp_path / "a.parquet"
+    frame.write_parquet(path)
+    with pytest.raises(InputError, match="coarser unit") as error:
+      files.read(path)
+    assert "\n" not in str(error.value)
 
   @pytest.mark.parametrize("texts, line, value", [
     (["1", "soon"], 3, "'soon'"),
@@ -273,6 +369,23 @@ class TestBadFiles:
     with pytest.raises(InputError, match="give one character"):
       files.read(path, separator=separator)
 
+  @pytest.mark.parametrize("separator", ["\n", '"', "\0", 5])
+  def test_what_separates_nothing(self, write, separator):
+    with pytest.raises(InputError, match="give one character"):
+      files.read_csv(write("a.csv", "user,item\n1,2\n"), separator=separator)
+
+  @pytest.mark.parametrize("name, header, seems", [
+    ("a.csv", "user;item;time", "';'"), ("a.csv", "who|what", "'|'"),
+    ("a.csv", "user\titem", r"'\\t'"), ("a.tsv", "user,item", "','"),
+    ("a.inter", "user_id:token,item_id:token", "','"),
+    ("a.csv", "user item", "' '"),
+  ])
+  def test_the_separator_it_seems_to_be(self, write, name, header, seems):
+    path = write(name, f"{header}\n1;2;3\n")
+    with pytest.raises(InputError, match="seems to be (.*), so give") as error:
+      files.read(path)
+    assert f"seems to be {seems}" in str(error.value).replace("\\", r"\\")
+
   def test_null_id_in_parquet(self, tmp_path):
     path = tmp_path / "a.parquet"
     pl.DataFrame({"user": [1, None], "item": [1, 2]}).write_parquet(path)
@@ -281,6 +394,56 @@ class TestBadFiles:
     pl.DataFrame({"user": [], "item": []}).write_parquet(path)
     with pytest.raises(InputError, match="no rows"):
       files.read(path)
+
+
+class TestPaths:
+
+  NAMES = [
+    "a b", "a\nb", "é漢", "a%41", "x@3", "~x", "d[1]", "a*b", "a?b", "{a,b}",
+    "a'\"b", "a\\b", "-", "a:b", "#a", "a.parquet", "p[0:9]",
+  ]
+
+  @pytest.mark.parametrize("name", NAMES)
+  @pytest.mark.parametrize("suffix", [".csv", ".inter", ".parquet", "/"])
+  def test_a_path_is_taken_literally(self, tmp_path, name, suffix):
+    """Siblings fit the names as patterns and hold other users."""
+
+    def put(name, user):
+      frame = pl.DataFrame({"user_id:token": [user], "item_id:token": [1]})
+      path = tmp_path / (name + suffix)
+      if suffix == ".inter":
+        frame.write_csv(str(path), separator="\t")
+        return path
+      frame = frame.rename(lambda name: name.split(":")[0])
+      if suffix == "/":
+        path.mkdir()
+        frame.write_parquet(path / "part-[0].parquet")
+      else:
+        getattr(frame, f"write_{suffix[1:]}")(path)
+      return path
+
+    for sibling in ("d1", "aXb", "a", "b", "p0"):
+      put(sibling, 9)
+    path = put(name, 5)
+    for form in (path, str(path)):
+      assert files.read(form).user_ids.tolist() == [5]
+
+  def test_the_home_directory(self, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.csv").write_text("user,item\n1,2\n")
+    assert files.read("~/a.csv").num_users == 1
+
+  @pytest.mark.parametrize("path, says", [
+    ("", "path='' is no path"), ("a\0.csv", "is no path"), (5, "path=5"),
+    ("s3://bucket/a.csv", "not on this machine"),
+    ("https://x.org/a.csv", "not on this machine"), (None, "path=None"),
+  ])
+  @pytest.mark.parametrize("read", [
+    files.read, files.read_csv, files.read_inter, files.read_parquet
+  ])
+  def test_what_is_no_path(self, path, says, read):
+    with pytest.raises(InputError, match=says):
+      read(path)
 
 
 @pytest.mark.shared_data

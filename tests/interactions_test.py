@@ -184,6 +184,10 @@ class TestFromColumns:
     parts = pl.Series([1_500_000, 0]).cast(pl.Datetime("us"))
     assert from_columns([1, 1], [1, 2], parts).times.tolist() == [0, 1.5]
 
+  def test_a_cut_may_be_longer_than_any_integer_of_numpy(self):
+    data = from_columns([1, 1], [1, 2], max_history=10**30)
+    assert data.num_interactions == 2
+
   def test_keeps_no_view_of_the_callers_memory(self):
     columns = np.array([1, 1]), np.array([1, 2]), np.array([1, 2])
     data = from_columns(*columns)
@@ -296,6 +300,11 @@ class TestBadInput:
     (([1, 2], [0.5, 1]), r"items\[0\] = 0.5"),
     (([np.nan, 2], [1, 2]), r"users\[0\] = nan"),
     (([True, False], [1, 2]), "Boolean"),
+    ((["a", ""], [1, 2]), r"users\[1\] = '' is empty"),
+    (([2.0**53, 1.0], [1, 2]), r"users\[0\].*2\^53"),
+    (([1, 2], np.array([1, 2**24], np.float32)), r"items\[1\].*2\^24"),
+    (([1, 2], [1, 2], [2**63, 1]), "times span 1 to .*coarser unit"),
+    (([1, 2], [1, 2], [1e16, 1]), r"times\[0\].*coarser unit"),
     ((np.array([2**63], np.uint64), [1]), "beyond int64"),
     (([1, 2], [1, 2], [1.0, np.nan]), r"times\[1\] = nan"),
     (([1, 2], [1, 2], [np.inf, 0.0]), r"times\[0\] = inf"),
@@ -312,6 +321,8 @@ class TestBadInput:
     ({"duplicates": "exact"}, "needs times"),
     ({"k_core": -1}, "k_core=-1"),
     ({"k_core": 1.5}, "k_core=1.5"),
+    ({"k_core": True}, "k_core=True"),
+    ({"min_length": 10**30}, "lower"),
     ({"min_length": 0}, "min_length=0"),
     ({"max_history": 0}, "max_history=0"),
     ({"k_core": 3}, "no user of 'data' is left after k_core=3"),

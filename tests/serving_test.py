@@ -468,7 +468,7 @@ def test_the_command_reads_and_writes_files(made, saved, tmp_path):
     table, text = run(saved, Whom(history=str(tmp_path / name)), k=2)
     assert table["user"].to_list() == [103, 103, None, None, 999, 999]
     assert "(new)" in text and "popularity" in text
-  (tmp_path / "ids.txt").write_text("103\n\n 106\n")
+  (tmp_path / "ids.txt").write_text("103\n\n106\n")
   of_file, _ = run(saved, Whom(users=str(tmp_path / "ids.txt")))
   of_list, text = run(saved, Whom(users="103,106"))
   assert of_file.equals(of_list) and text.count("\n") == 21

@@ -474,3 +474,37 @@ class TestSimulate:
   def test_no_users(self, world):
     with pytest.raises(types.InputError, match="num_users=0"):
       simulator.simulate(world, num_users=0, seed=0)
+
+
+HOSTILE = [
+  None, True, -1, float("nan"), float("inf"), -float("inf"), 1e308, -1e308,
+  "1", (), (1,), b"1", [3, "a"], (3, 2**70), (3, 10**9), (4, 6.5), (5, 3),
+  (3, 3), 2**40,
+]
+NUMBERS = [
+  "length_exponent", "prior_decay", "confounding", "scale",
+  "popularity_exponent", "popularity_tilt", "num_items", "borders", "rank",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+@pytest.mark.parametrize("key", [*NUMBERS, "seed", "num_users"])
+def test_hostile_values_are_refused_in_one_line(key, value):
+  if key in ("length_exponent", "scale", "popularity_exponent",
+             "popularity_tilt") and value == -1:
+    return  # as good as any
+  if key == "seed" and value == 2**40:
+    return
+  sizes = {"seed": 0, "num_items": 5, "borders": (4, 6)} | {key: value}
+  users = sizes.pop("num_users", 3)
+  with pytest.raises(types.InputError, match=f"{key}=") as error:
+    simulator.simulate(simulator.make_world(**sizes), num_users=users, seed=1)
+  assert "\n" not in str(error.value)
+
+
+def test_too_sharp_a_world_is_refused(monkeypatch):
+  """Where the power law leaves no length any mass."""
+  nothing = np.full((1, 7), np.nan)
+  monkeypatch.setattr(simulator, "_length_pmf", lambda *_: nothing)
+  with pytest.raises(types.InputError, match="nearer to 1"):
+    simulator.make_world(seed=0, num_items=5, borders=(4, 6))

@@ -147,3 +147,15 @@ class TestTemporalFractions:
     data = from_columns([1, 1, 1], [1, 2, 3], [5, 5, 5])
     with pytest.raises(InputError, match="ascending times"):
       splits.temporal_fractions(data)
+
+
+def test_cuts_tell_nanoseconds_apart():
+  """As float64, the four times of a user are one."""
+  start = 17 * 10**17
+  data = from_columns([1] * 4 + [2] * 4, [*range(4)] * 2, [
+    start + t for t in (0, 1, 2, 3, 0, 1, 2, 3)
+  ])
+  split = splits.temporal_fractions(data, validation=0.25, test=0.25)
+  assert split.train_end.tolist() == [2, 2]
+  assert split.validation.tolist() == [2, 2]
+  assert split.test.tolist() == [3, 3]

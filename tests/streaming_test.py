@@ -17,7 +17,7 @@ from experiments.problem import fingerprint, make_problem
 from pin_jax import batches, evaluation, sharding, streaming
 from pin_jax.backbones.gru4rec import gru4rec
 from pin_jax.datasets import stored
-from pin_jax.interactions import from_columns
+from pin_jax.interactions import Interactions, from_columns
 from pin_jax.splits import leave_one_out
 from pin_jax.types import InputError
 
@@ -83,9 +83,98 @@ def test_what_is_not_whole_is_refused(path, tmp_path, harm):
   if harm == "schema":
     about = json.loads((copy / "about.json").read_text())
     (copy / "about.json").write_text(json.dumps(about | {"schema": 0}))
-  with pytest.raises(InputError, match="schema 0" if harm == "schema" else
-                     "no stored interactions"):
+  with pytest.raises(InputError, match="no stored interactions") as error:
     stored.read(copy)
+  assert harm != "schema" or "schema 0" in str(error.value)
+
+
+def _changed(name, change):
+  def apply(folder):
+    values = np.load(folder / f"{name}.npy")
+    np.save(folder / f"{name}.npy", change(values))
+
+  return apply
+
+
+def _huge_header(folder):
+  """Claims 2^40 lengths of the few bytes there are."""
+  file = folder / "lengths.npy"
+  whole = file.read_bytes()
+  size = str(USERS).encode()
+  file.write_bytes(whole.replace(b"(%s,)" % size, b"(%d,)" % 2**40, 1))
+
+
+def _other_items(folder):
+  other = stored.read(folder)
+  items = np.asarray(other.items)[::-1].copy()
+  stored.write(
+    Interactions("x", items, other.offsets, None, other.user_ids,
+                 other.item_ids), folder / "again",
+  )
+  (folder / "again" / "items.array_record").rename(
+    folder / "items.array_record"
+  )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("harm", "says"), [
+  (_changed("lengths", lambda x: np.roll(x, 1)), "fingerprint"),
+  (_changed("lengths", lambda x: x + (np.arange(len(x)) == 0)), "items for"),
+  (_changed("lengths", lambda x: x - 100), "lengths span"),
+  (_changed("lengths", lambda x: x / 2), "float64"),
+  (_changed("lengths", lambda x: x[:, None]), "shape"),
+  (_changed("lengths", lambda x: x * 2**50), "lengths span|items for"),
+  (_changed("lengths", lambda x: x[1:]), "user_ids for"),
+  (_changed("lengths", lambda x: x + 10**9), "items for"),
+  (_huge_header, "."),
+  (_changed("user_ids", lambda x: x[:-1]), "299 user_ids for 300"),
+  (_changed("user_ids", lambda x: x[::-1]), "fingerprint"),
+  (_changed("item_ids", lambda x: x[:-1]), "fingerprint"),
+  (_changed("item_ids", lambda x: x.astype(float)), "float64"),
+  (_other_items, "fingerprint"),
+  (lambda folder: (folder / "about.json").write_text("[]"), "."),
+])
+def test_what_was_changed_is_refused(data, tmp_path, harm, says, stream):
+  stored.write(data, tmp_path / "s")
+  harm(tmp_path / "s")
+  with pytest.raises(InputError, match=f"(?s)stored interactions.*{says}"):
+    stored.read(tmp_path / "s", stream=stream)
+
+
+@pytest.mark.parametrize(("change", "says"), [
+  ({"items": [np.array([1, 2, 2**32 + 1])]}, "items span 1 to 4294967297"),
+  ({"items": [np.array([1, 2, 3])]}, "items span 1 to 3, not 1 to 2"),
+  ({"items": [np.array([0, 1, 2])]}, "items span 0 to 2"),
+  ({"items": [np.array([1.0, 2.0, 1.5])]}, "items are float64"),
+  ({"lengths": np.array([4, -1])}, "lengths span -1 to 4"),
+  ({"lengths": np.array([1.5, 1.5])}, "lengths are float64"),
+  ({"user_ids": np.array([7])}, "1 user_ids for 2 lengths"),
+  ({"item_ids": np.array(["a", "b\0"], object)}, "NUL"),
+  ({"item_ids": np.array(["a", 3], object)}, "no text"),
+])
+def test_what_does_not_fit_is_not_stored(tmp_path, change, says):
+  good = {
+    "lengths": np.array([2, 1]), "items": [np.array([1, 2, 2])],
+    "user_ids": np.array([7, 8]), "item_ids": np.array(["a", "b"], object),
+    "name": "x", "notes": {},
+  }
+  with pytest.raises(InputError, match=says):
+    stored.write_chunks(tmp_path / "x", **(good | change))
+  assert not list(tmp_path.iterdir())
+  stored.write_chunks(tmp_path / "x", **good)
+  again = stored.read(tmp_path / "x")
+  assert again.item_ids[again.items[:] - 1].tolist() == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", "é", "x@3", "d[1]", "a*b"])
+def test_a_directory_of_any_name_is_read_back(data, path, tmp_path, name):
+  """Also where a sibling fits its name as a pattern."""
+  few = data.select_users([0, 1, 2])
+  stored.write(data, tmp_path / "d1")
+  stored.write(few, tmp_path / name)
+  again = stored.read(tmp_path / name)
+  assert again.fingerprint == few.fingerprint
+  np.testing.assert_array_equal(again.items[:], few.items)
 
 
 def test_what_is_there_is_not_written_over(data, path):

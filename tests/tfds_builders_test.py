@@ -1,3 +1,4 @@
+import concurrent.futures
 import gzip
 import http.server
 import io
@@ -495,3 +496,37 @@ def test_configs_are_complete_and_distinct():
   assert len(names) == len(amazon_reviews.CONFIGS) == 24 + 28
   files = {config.url.rsplit("/", 1)[1] for config in amazon_reviews.CONFIGS}
   assert len(files) == 24 + 28
+
+
+def test_two_first_reads_at_once(place):
+  """Both would prepare what neither finds."""
+  place.put("movielens/1m")
+  barrier = threading.Barrier(2)
+
+  def read(_):
+    barrier.wait()
+    return place.read("movielens/1m").fingerprint
+
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    both = set(pool.map(read, range(2)))
+  assert both == {place.read("movielens/1m").fingerprint}
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", "é", "x@3", "d[1]", "a*b"])
+def test_a_data_directory_of_any_name_is_read_back_or_refused(tmp_path, name):
+  sibling = tmp_path / "d1"
+  sibling.mkdir()
+  other = Place(sibling)
+  other.put("movielens/1m", movielens_zip("1m", movielens_text("1m", [
+    RATINGS[0]
+  ])))
+  other.read("movielens/1m")
+  (tmp_path / name).mkdir()
+  place = Place(tmp_path / name)
+  place.put("movielens/1m")
+  if set(name) & set("[*"):
+    with pytest.raises(InputError, match="patterns; use another"):
+      place.read("movielens/1m")
+    return
+  prints = {place.read("movielens/1m").num_interactions for _ in range(2)}
+  assert prints == {len(RATINGS)}

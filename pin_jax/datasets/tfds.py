@@ -17,6 +17,7 @@ import polars as pl
 import tensorflow_datasets as tfds
 from etils import epath
 
+from pin_jax import paths
 from pin_jax.datasets import amazon_reviews, movielens
 from pin_jax.interactions import Interactions, from_columns
 from pin_jax.types import InputError
@@ -182,11 +183,21 @@ def read_tfds(
 
   Raises:
     InputError: on an unknown name, a damaged archive or a failed download
-      (TFDS tries again for some minutes before it gives up).
+      (TFDS tries again for some minutes before it gives up). Of several
+      processes that read it first, one prepares it and the others wait.
 
   Example:
     >>> read_tfds("movielens/100k", k_core=5)  # doctest: +SKIP
   """
+  data_dir, manual_dir = (
+    path if path is None else paths.local(path, key)
+    for key, path in (("data_dir", data_dir), ("manual_dir", manual_dir))
+  )
+  if data_dir is not None and set(str(data_dir)) & set("*?["):
+    raise InputError(
+      f"data_dir={data_dir} has one of *, ? and [, which TFDS takes for "
+      "patterns; use another"
+    )
   builder = _builder(name, data_dir)
   if not builder.is_prepared():
     if not download:
@@ -194,9 +205,12 @@ def read_tfds(
         f"{name} is not prepared in {builder.data_path}: pass download=True,"
         " or the data_dir it was prepared in"
       )
-    builder.download_and_prepare(
-      download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
-    )
+    with paths.one_at_a_time(builder.data_path.parent):
+      builder = _builder(name, data_dir)  # another process may have done it
+      if not builder.is_prepared():
+        builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+        )
   source = builder.as_data_source(split="train")
   columns = _read_columns(source, builder.builder_config.ids)
   return from_columns(
@@ -205,7 +219,7 @@ def read_tfds(
 
 
 def _builder(name: str, data_dir: epath.PathLike | None) -> _UserSequences:
-  dataset, _, config = name.partition("/")
+  dataset, _, config = str(name).partition("/")
   if dataset not in BUILDERS:
     raise InputError(f"unknown data set {name!r}: use one of {list(BUILDERS)}")
   configs = [config.name for config in BUILDERS[dataset].BUILDER_CONFIGS]

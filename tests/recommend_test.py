@@ -1,0 +1,117 @@
+"""What `recommend` reads: ids and histories, exactly as they are stored."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from experiments import recommend
+from pin_jax import serving
+from pin_jax.interactions import from_columns
+from pin_jax.types import InputError
+
+
+def _knowing(ids):
+  """A recommender of these users and items, without a model."""
+  data = from_columns(ids, ids)
+  users = serving.Users(
+    data.user_ids, data.items, data.offsets, {"all": data.lengths}, None, None
+  )
+  return serving.Recommender(None, (), users, data.item_ids, *[None] * 6)
+
+
+ODD = [" a", "a", "a ", "\ta", "\x0ba", "a\u2028b", "\xa0", "[a]", "7", "07"]
+
+
+def test_ids_of_a_file_and_of_a_flag_are_found_as_they_are(tmp_path):
+  known = _knowing(ODD)
+  for end in ("\n", "\r\n"):
+    path = tmp_path / "ids"
+    path.write_bytes(("\ufeff" + "".join(x + end for x in ODD)).encode())
+    for text in (str(path), ",".join(ODD)):
+      ids = recommend.read_ids("users", text)
+      assert ids == ODD
+      found = serving.of_users(known, ids)
+      assert found.names == ODD
+      assert known.users.ids[found.users].tolist() == ODD
+
+
+@pytest.mark.parametrize("text", [
+  "1 ", " 1", "+1", "01", "1.0", "1_0", "\u0661", "--1", "-0", "9" * 30, "",
+])
+def test_a_number_has_one_spelling(text):
+  known = _knowing([-1, 0, 1, 10, 2**62])
+  with pytest.raises(InputError, match="no integer"):
+    serving.of_users(known, [text])
+  assert serving.of_users(known, ["-1", "10", str(2**62)]).users.tolist() == [
+    0, 3, 4
+  ]
+
+
+@pytest.mark.parametrize("text", ["", ",", "a,,b", "a,", "FILE"])
+def test_no_id_is_refused(text, tmp_path):
+  (tmp_path / "empty").write_text("\n\n")
+  text = text.replace("FILE", str(tmp_path / "empty"))
+  with pytest.raises(InputError, match="--users=.*empty"):
+    recommend.read_ids("users", text)
+
+
+@pytest.mark.parametrize("flags", [{"users": ""}, {"history": ""}])
+def test_an_unset_variable_is_not_everybody(flags):
+  with pytest.raises(InputError, match="--(users|history)="):
+    recommend.recommend(
+      recommend.Source(model="m.pin"), recommend.Whom(**flags), console=None
+    )
+
+
+def test_histories_are_read_whatever_record_first_has_a_key(tmp_path):
+  rows = [{"items": []}] * 300 + [{"items": [3, 4]}, {"user": 7, "items": [4]}]
+  path = tmp_path / "h.json"
+  path.write_text(json.dumps(rows))
+  items, users = recommend._read_histories(path)
+  assert items == [[]] * 300 + [[3, 4], [4]] and users == [None] * 301 + [7]
+  found = serving.of_histories(_knowing([3, 4, 7]), items, users)
+  assert found.items.tolist() == [1, 2, 2] and found.users[-1] == 2
+  table = pl.DataFrame(rows, infer_schema_length=None)
+  table.write_parquet(path.with_suffix(".parquet"))
+  same = recommend._read_histories(path.with_suffix(".parquet"))
+  assert same == (items, users)
+
+
+@pytest.mark.parametrize("item", [
+  1.5, 4.0, True, None, [4], {"a": 4}, "4.0", " 4", 2**70, float("nan"),
+])
+def test_what_is_no_id_is_refused_in_a_history(tmp_path, item):
+  path = tmp_path / "h.json"
+  path.write_text(json.dumps([{"items": [3, item]}]))
+  items, _ = recommend._read_histories(path)
+  with pytest.raises(InputError, match="item .* is no integer") as error:
+    serving.of_histories(_knowing([3, 4]), items)
+  assert "\n" not in str(error.value)
+  if not isinstance(item, str | int):
+    with pytest.raises(InputError, match="item .* is no text"):
+      serving.of_histories(_knowing(["3", "4"]), items)
+
+
+def test_fractional_items_of_parquet_are_refused(tmp_path):
+  path = tmp_path / "h.parquet"
+  pl.DataFrame({"items": [[1.0, 2.7]]}).write_parquet(path)
+  with pytest.raises(InputError, match="no integer"):
+    serving.of_histories(_knowing([1, 2]), recommend._read_histories(path)[0])
+
+
+@pytest.mark.parametrize("text", [
+  "{}", "[1]", '[{"items": 3}]', '[{"user": 1}]', "[" * 100_000, "", "x",
+])
+def test_other_json_is_refused_in_one_line(tmp_path, text):
+  path = tmp_path / "h.json"
+  path.write_text(text)
+  with pytest.raises(InputError, match="--history=.*`items`") as error:
+    recommend._read_histories(path)
+  assert "\n" not in str(error.value)
+
+
+def test_numpy_integers_are_ids():
+  found = serving.of_users(_knowing([5, 6]), np.array([6], np.int32))
+  assert found.users.tolist() == [1]
