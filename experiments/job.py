@@ -287,8 +287,8 @@ def run(
   )
   directory = epath.Path(directory)
   processes.together(lambda: settings.check(config))
-  for key in ("mesh", "data"):  # a mesh is no part of what a workdir claims
-    processes.agree(f"config.{key}", json.dumps(config[key].to_dict()))
+  ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
+  processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
   problem, networks = processes.together(lambda: _prepare(config))
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)

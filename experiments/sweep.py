@@ -30,6 +30,7 @@ import polars as pl
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -492,9 +493,10 @@ def print_table(lines: pl.DataFrame, console: rich.console.Console) -> None:
   """Prints what `table` returns."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for name, kind in lines.schema.items():
-    out.add_column(name, justify="right" if kind.is_numeric() else "left")
+    side = "right" if kind.is_numeric() else "left"
+    out.add_column(rich.text.Text(name), justify=side)
   for line in lines.iter_rows():
-    out.add_row(*map(_cell, line))
+    out.add_row(*(rich.text.Text(_cell(value)) for value in line))
   console.print(out)
 
 
@@ -531,7 +533,7 @@ def _main(_: Sequence[str]) -> int:
     print_table(_table_by_flags(listed), console)
     return 0
   if values.more_seeds:
-    wrong = [seed for seed in values.more_seeds if not seed.isdigit()]
+    wrong = [seed for seed in values.more_seeds if not seed.isdecimal()]
     if wrong:
       raise InputError(f"--more_seeds has {wrong[0]!r}; give whole numbers")
     seeds = [int(seed) for seed in values.more_seeds]
