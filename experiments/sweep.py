@@ -160,9 +160,9 @@ def _load(path: str) -> dict[str, Any]:
   """The names that a config file defines."""
   try:
     module = runpy.run_path(path)
-  except OSError as error:
+  except (OSError, SyntaxError) as error:
     raise InputError(
-      f"config file {path} cannot be read ({error.strerror}); see --help"
+      f"config file {path} cannot be read ({error}); see --help"
     ) from error
   for name in ("get_config", "sweep"):
     if name not in module:
@@ -179,9 +179,11 @@ def _resolved(
       f"settings {number} of the sweep are {chosen!r}; give a dictionary of "
       "dotted key -> value"
     )
-  config: ConfigDict = module["get_config"](*filter(None, [argument]))
   try:
+    config: ConfigDict = module["get_config"](*filter(None, [argument]))
     config.update_from_flattened_dict(chosen)
+  except InputError:
+    raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     reason = " ".join(str(error).strip("\"'").split())
     raise InputError(

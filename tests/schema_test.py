@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
 from experiments import commands, job, schema, settings, sweep
-from experiments.configs import base
+from experiments.configs import base, ml1m
 from pin_jax import (
   activeness,
   aggregation,
@@ -73,9 +73,9 @@ def test_every_range_is_finite_and_holds_its_default():
     assert key.none == (key.default is None), name
 
 
-def _by_flags(*arguments):
-  """The tiny config as a command line changes it."""
-  argv = ["main", "--config=tests/tiny.py", *arguments]
+def _by_flags(*arguments, config="tests/tiny.py"):
+  """A config as a command line changes it."""
+  argv = ["main", f"--config={config}", *arguments]
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file(
     "config", None, "", flag_values=values, sys_argv=argv
@@ -146,6 +146,19 @@ def test_an_optional_key_left_out_is_the_key_at_its_default():
   assert with_all.data.rank == 8
   with_all.data.rank = 9
   assert job.of_results(with_all) != job.of_results(without)
+
+
+def test_an_argument_of_a_config_is_the_flag_of_the_same_key():
+  by_argument = ml1m.get_config("path=some.csv")
+  by_code = ml1m.get_config()
+  by_code.data.path = "some.csv"
+  assert job.of_results(by_argument) == job.of_results(by_code)
+  by_flag = _by_flags(
+    "--config.data.path=some.csv", "--config.data.user=None",
+    config="experiments/configs/ml1m.py:path=other.csv",
+  )
+  assert sweep.job_name(by_flag) == sweep.job_name(by_argument)
+  assert sweep.job_name(by_flag) != sweep.job_name(ml1m.get_config())
 
 
 def test_of_a_tuple_flag_given_twice_the_last_stands():

@@ -146,6 +146,12 @@ def test_bad_settings_are_named_before_any_job(tmp_path, settings, message):
 def test_bad_files_are_named(tmp_path):
   with pytest.raises(InputError, match="nowhere.py cannot be read"):
     sweep.make_jobs("nowhere.py", tmp_path)
+  (tmp_path / "c.py").write_text("def get_config(:\n")
+  with pytest.raises(InputError, match="c.py cannot be read .invalid syntax"):
+    sweep.make_jobs(str(tmp_path / "c.py"), tmp_path)
+  config = _config(tmp_path / "c.py")
+  with pytest.raises(InputError, match="settings 0 .*invalid literal.*'many"):
+    sweep.make_jobs(f"{config}:many", tmp_path)
   (tmp_path / "c.py").write_text("def get_config():\n  return None\n")
   with pytest.raises(InputError, match=r"has no sweep\(\)"):
     sweep.make_jobs(str(tmp_path / "c.py"), tmp_path)
