@@ -291,8 +291,8 @@ def run(
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
   processes.together(lambda: settings.check(sizes.for_any_data(config)))
-  for key in ("mesh", "data"):  # a mesh is no part of what a workdir claims
-    processes.agree(f"config.{key}", json.dumps(config[key].to_dict()))
+  ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
+  processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
   fitted, problem, networks = processes.together(lambda: _prepare(config))
   if line := sizes.told(config, fitted):
     console.print(line, markup=False)

@@ -50,7 +50,9 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", "v5e:4x4", "Slice to plan for, as libtpu names it."
 )
 _SIZES = {
-  name: flags.DEFINE_integer(name, 0, f"Number of {name}; 0 = of the data.")
+  name: flags.DEFINE_integer(
+    name, 0, f"Number of {name}; 0 = of the data.", lower_bound=0
+  )
   for name in ("items", "users", "interactions")
 }
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of a table.")

@@ -51,7 +51,7 @@ class Key(NamedTuple):
       chosen = not self.choices or value in self.choices
       return isinstance(value, str) and value != "" and chosen
     if self.kind is bool or isinstance(value, bool):
-      return isinstance(value, self.kind) and isinstance(value, bool)
+      return self.kind is bool and isinstance(value, bool)
     numbers = int if self.kind is int else int | float
     if not isinstance(value, numbers) or not self.least <= value <= self.most:
       return False  # NaN too

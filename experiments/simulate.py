@@ -82,7 +82,7 @@ def _launch() -> None:
   flags.DEFINE_string("users", "10_000_000", "U")
   flags.DEFINE_string("items", "1_000_000", "V")
   flags.DEFINE_string("interactions", "300_000_000", "N")
-  flags.DEFINE_integer("seed", 0, "of all draws")
+  flags.DEFINE_integer("seed", 0, "of all draws", lower_bound=0)
   flags.DEFINE_string("output", None, "directory to make", required=True)
   flags.DEFINE_enum(
     "format", "parquet", ["parquet", "stored"], "what to write"

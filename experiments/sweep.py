@@ -29,6 +29,7 @@ import polars as pl
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
@@ -158,9 +159,9 @@ def _load(path: str) -> dict[str, Any]:
   """The names that a config file defines."""
   try:
     module = runpy.run_path(path)
-  except OSError as error:
+  except (OSError, SyntaxError) as error:
     raise InputError(
-      f"config file {path} cannot be read ({error.strerror}); see --help"
+      f"config file {path} cannot be read ({error}); see --help"
     ) from error
   for name in ("get_config", "sweep"):
     if name not in module:
@@ -177,9 +178,11 @@ def _resolved(
       f"settings {number} of the sweep are {chosen!r}; give a dictionary of "
       "dotted key -> value"
     )
-  config: ConfigDict = module["get_config"](*filter(None, [argument]))
   try:
+    config: ConfigDict = module["get_config"](*filter(None, [argument]))
     config.update_from_flattened_dict(chosen)
+  except InputError:
+    raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     reason = " ".join(str(error).strip("\"'").split())
     raise InputError(
@@ -491,9 +494,10 @@ def print_table(lines: pl.DataFrame, console: rich.console.Console) -> None:
   """Prints what `table` returns."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for name, kind in lines.schema.items():
-    out.add_column(name, justify="right" if kind.is_numeric() else "left")
+    side = "right" if kind.is_numeric() else "left"
+    out.add_column(rich.text.Text(name), justify=side)
   for line in lines.iter_rows():
-    out.add_row(*map(_cell, line))
+    out.add_row(*(rich.text.Text(_cell(value)) for value in line))
   console.print(out)
   if lines["seeds"].min() < MIN_SEEDS:
     console.print("Fewer than three seeds prove nothing: see --more_seeds.")
@@ -532,7 +536,7 @@ def _main(_: Sequence[str]) -> int:
     print_table(_table_by_flags(listed), console)
     return 0
   if values.more_seeds:
-    wrong = [seed for seed in values.more_seeds if not seed.isdigit()]
+    wrong = [seed for seed in values.more_seeds if not seed.isdecimal()]
     if wrong:
       raise InputError(f"--more_seeds has {wrong[0]!r}; give whole numbers")
     seeds = [int(seed) for seed in values.more_seeds]

@@ -602,6 +602,37 @@ _flags(
   "--workdir=FOLDER/w", "'k=3'", "key of",
 )
 _flags("--config=tests/tiny.py --workdir=/proc/w", "/proc/w", "--workdir")
+_flags("--config=tests/tiny.py --workdir=", "'--workdir='", "unset shell")
+_flags("--config= --workdir=FOLDER/w", "'--config='", "give a value")
+_flags(f"{TINY}/w --config.pin.weighting=", "weighting='", "leave it out")
+_flags(f"{TINY}/w --config.seeds=(1.5,)", "seeds=(1.5,)", "whole number")
+_flags(f"{TINY}/w --config.dispatch=None", "dispatch=None", "whole number")
+_flags("--config=tests/tiny.py --workdir=s3://b/w", "s3://b/w", "local path")
+_flags(f"{TINY}/w --coordinator=h:99999 --num_processes=2 --process_id=0",
+       "--coordinator=h:99999", "1 to 65535")
+_flags(f"{TINY}/w --coordinator=h:1 --num_processes=2 --process_id=0 "
+       "--patience=9999999999", "--patience=9999999999", "1 to 1000000")
+
+
+def _words(program, name, *words):
+  """The command line of another program, as its launcher reads it."""
+
+  def action(folder):
+    values = flags.FlagValues()
+    flags.DEFINE_string("output", None, "", flag_values=values)
+    flags.DEFINE_string("users", None, "", flag_values=values)
+    with mock.patch.object(commands.flags, "FLAGS", values):
+      with contextlib.suppress(SystemExit):
+        app.run(lambda argv: None, argv=[program, *name],
+                flags_parser=commands.parse_with)
+
+  ROWS[f"{program}: {' '.join(map(repr, name))}"] = (action, words)
+
+
+_words("recommend", ["--users="], "'--users='", "unset shell variable")
+_words("recommend", ["--users", ""], "argument ''", "unset shell variable")
+_words("export", ["--output=hdfs://b/x"], "hdfs:// cannot be reached", "local")
+_words("report", ["runs/a", ""], "argument ''", "leave it out")
 
 
 def _recommender():

@@ -1,12 +1,17 @@
 """The launcher's exit codes and what a workdir accepts."""
 
+import io
+import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from experiments import commands, interruption, job, settings, workdir
+from pin_jax import training
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
 
@@ -34,6 +39,81 @@ def test_an_error_is_one_line_and_a_code(
   assert ("Traceback" in text) == debug
   assert text.splitlines()[-1].startswith(f"error: {error}")
   assert debug or text.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [
+  MemoryError("Unable to allocate 7 TiB"),
+  jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating"),
+])
+def test_full_memory_is_one_line(error, capsys):
+  assert commands.exit_code(_raising(error)) == 3
+  text = capsys.readouterr().err
+  assert text.startswith("error: memory is full (") and text.count("\n") == 1
+  assert "lower batch_size" in text
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    commands.exit_code(_raising(jax.errors.JaxRuntimeError("INTERNAL: bug")))
+
+
+_PRINTS = """
+from absl import flags
+from experiments import commands
+
+def main(argv):
+  if argv[1:] == ["all"]:
+    for _ in range(10**5):
+      print("a line")
+  commands.Console().print("[b]\\u00fcber[/] :smile: \\udcff")
+
+commands.launch(main, words=True)
+"""
+
+
+def _prints(*arguments, **environment):
+  return subprocess.Popen(
+    [sys.executable, "-c", _PRINTS, *arguments], stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, env={**os.environ, **environment},
+  )
+
+
+def test_a_closed_pipe_is_one_line():
+  process = _prints("all")
+  assert process.stdout.readline() == b"a line\n"
+  process.stdout.close()
+  assert process.wait(timeout=300) == 3
+  text = process.stderr.read().decode()
+  assert text == (
+    "error: standard output was closed before all was written to it\n"
+  )
+
+
+@pytest.mark.parametrize(("encoding", "said"), [
+  ("ascii", rb"[b]\xfcber[/] :smile: \udcff"),
+  ("utf-8", "[b]über[/] :smile: ".encode() + rb"\udcff"),
+])
+def test_names_are_printed_as_they_are(encoding, said):
+  process = _prints(PYTHONIOENCODING=encoding)
+  out, err = process.communicate(timeout=300)
+  assert (out, err, process.returncode) == (said + b"\n", b"", 0)
+
+
+def test_most_steps_skipped_is_no_success(tmp_path, monkeypatch):
+  """A stage that leaves out 6 of 10 steps between two validations stops."""
+  config = tiny.get_config()
+  config.non_finite = "skip"
+
+  def fit(step, state, _, *, on_resume, on_steps, on_evaluation, **options):
+    on_resume(0, -1)
+    options["evaluate"](0, state.params)
+    for bad in (5, 6):  # of ten steps, in two dispatches of five
+      skipped = np.arange(10) < bad
+      on_steps(0, 0, {"loss": np.ones((5, 1)), "skipped": skipped[:5]})
+      on_steps(0, 5, {"loss": np.ones((5, 1)), "skipped": skipped[5:]})
+      on_evaluation(0, 10 + bad, np.zeros(1))
+
+  monkeypatch.setattr(training, "fit_many", fit)
+  with pytest.raises(TrainingError, match="base: 6 of the 10 steps before step "
+                                          "16 were not finite"):
+    job.run(config, tmp_path / "w", commands.Console(file=io.StringIO()))
 
 
 def test_an_error_of_the_code_is_no_users_error():

@@ -13,8 +13,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import processes
+from experiments import job, processes
 from pin_jax.types import InputError
+from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = (  # of the smallest job that has groups
@@ -234,8 +235,15 @@ def test_what_one_refuses_all_refuse(tmp_path):
   (processes.Place("10.0.0.1", 2, 0), "coordinator"),
   (processes.Place("10.0.0.1:1", 0, 0), "num_processes"),
   (processes.Place("10.0.0.1:1", 2, 2), "process_id"),
+  (processes.Place("10.0.0.1:99999", 2, 0), "coordinator"),
+  (processes.Place("10.0.0.1:0", 2, 0), "coordinator"),
+  (processes.Place("10.0.0.1:\u0661", 2, 0), "coordinator"),
+  (processes.Place("", 2, 0), "coordinator"),
+  (processes.Place("10.0.0.1:1", 2**40, 0), "num_processes"),
   (processes.Place(heartbeat=0), "heartbeat"),
+  (processes.Place(heartbeat=2**40), "heartbeat"),
   (processes.Place(patience=0), "patience"),
+  (processes.Place(patience=2**31), "patience"),
 ])
 def test_a_place_that_is_none(place, flag):
   with pytest.raises(InputError, match=f"--{flag}="):
@@ -248,6 +256,18 @@ def test_one_process_is_alone():
   assert processes.any_of(asked) is asked
   assert processes.together(lambda: 3) == 3
   processes.agree("data set", "x")
+
+
+def test_other_meshes_are_told_apart_before_the_data_are_read(
+  tmp_path, monkeypatch
+):
+  config = tiny.get_config()
+  gather = lambda text: [text, text.replace('"data": 1', '"data": 2')]
+  monkeypatch.setattr(processes, "_gather", gather)
+  monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+  with pytest.raises(InputError, match="process 1 has another mesh .*2.* and"):
+    job.run(config, tmp_path / "w")
+  assert not (tmp_path / "w").exists()
 
 
 if __name__ == "__main__":  # the main job without its plots

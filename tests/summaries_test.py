@@ -1,5 +1,6 @@
 """Summaries of jobs: exact up to rank 20, small, without ids."""
 
+import io
 import json
 import pathlib
 import subprocess
@@ -8,9 +9,10 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+import rich.console
 from toy_rows import NUM_ITEMS, make_log, make_rows
 
-from experiments import claims, render, sections, summaries
+from experiments import claims, render, report, sections, summaries
 from experiments.configs import base
 from pin_jax.types import InputError
 
@@ -153,6 +155,37 @@ def test_a_summary_keeps_gradients_of_one_seed(workdir, tmp_path):
   np.testing.assert_allclose(
     records[0]["cosines"], first["cosines"], rtol=1e-3, atol=1e-3
   )
+
+
+def test_every_stage_that_combines_groups_keeps_its_gradients(
+  workdir, tmp_path
+):
+  """Whatever its name; plugins log the norms of two segments, and no more."""
+  whole = next(r for r in make_log() if r["conflict_rate"] is not None)
+  joint = whole | {
+    "norms": [1.0], "cosines": [[1.0]], "weights": [1.0], "loss": [1.0]
+  }
+  plugins = {"loss": [1.0, 2.0], "norms": [1.0, 2.0], "learning_rate": 0.1}
+  between = whole | {"conflict_rate": None, "cosines": [[None] * 5] * 5}
+  runs = "cvar", "seed1/group-dro", "pin-exact/backbone", "a/b"
+  log = [
+    {**record, "run": run, "step": t}
+    for t in (1, 2) for run, record in (
+      *((run, whole if t == 2 else between) for run in runs),
+      ("backbone", joint), ("pin/plugins", plugins), ("x/backbone", plugins),
+    )
+  ]
+  (workdir / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+  found = summaries.read(workdir).gradients
+  assert {run: [r["step"] for r in own] for run, own in found.items()} == {
+    run: [2] for run in runs
+  }
+  console = rich.console.Console(file=io.StringIO())
+  report.write_report(workdir, console=console, num_resamples=50)
+  names = {path.name for path in workdir.glob("plots/gradients*")}
+  kept = "cvar", "seed1-group-dro", "pin-exact", "a-b"
+  assert names == {f"gradients-{name}.png" for name in kept}
+  assert "not written" not in console.file.getvalue()
 
 
 def test_what_exact_adjustment_rests_on_is_kept_and_shown(workdir, tmp_path):

@@ -79,6 +79,51 @@ def test_the_directory_is_the_hash_of_the_settings(tmp_path):
   assert argument[1].workdir.name != names[0]
 
 
+def test_another_configuration_never_finds_old_results(tmp_path):
+  """Nor do other data under the same path; the table leaves them out."""
+  data = tmp_path / "d.csv"
+  data.write_text("user,item\n1,2\n")
+  text = """
+from ml_collections import ConfigDict
+from experiments.configs import base
+def get_config(argument=None):
+  config = base.default()
+  config.data = base.files_section(%r)
+  config.prior.exponent = %s
+  return config
+def sweep():
+  return [{"data.user": None, "batch_size": 60}]
+"""
+  root, path = tmp_path / "runs", tmp_path / "c.py"
+
+  def only_job(exponent):
+    path.write_text(text % (str(data), exponent))
+    return sweep.make_jobs(str(path), root)[0]
+
+  old = only_job("0.5")
+  assert "--config.data.user=None" in old.command
+  make_workdir(root / old.workdir.name, make_rows(["base", "pin"]), length=5)
+  done = old._replace(command=(sys.executable, "-c", ""))
+  assert sweep.run([done], parallel=1, console=_console()) == []
+  assert only_job("0.5").done and only_job(".50").workdir == old.workdir
+  new = only_job("0.75")
+  assert new.workdir != old.workdir and not new.done
+  with pytest.raises(InputError, match="no finished job of this config"):
+    sweep.table(root, jobs=[new])
+  assert set(sweep.table(root, jobs=[old, new])["job"]) == {old.workdir.name}
+  data.write_text("user,item\n1,23\n")  # longer
+  assert not only_job("0.5").done
+  with pytest.raises(InputError, match="no finished job of this config"):
+    sweep.table(root, jobs=[only_job("0.5")])
+
+
+def test_brackets_in_a_table_are_printed(tmp_path):
+  console = _console()
+  sweep.print_table(pl.DataFrame({"[x]": ["('[a-z]=joint',)"]}), console)
+  text = console.file.getvalue()
+  assert "[x]" in text and "('[a-z]=joint',)" in text
+
+
 @pytest.mark.parametrize(("settings", "message"), [
   ("[]", r"returns \[\]; return a list of dictionaries"),
   ("[3]", "settings 0 of the sweep are 3; give a dictionary"),
@@ -86,6 +131,9 @@ def test_the_directory_is_the_hash_of_the_settings(tmp_path):
   ("[{'batch_size': 'x'}]", "settings 0 .*batch_size"),
   ("[{'batch_size': 2}]", "settings 0 of the sweep: config key batch_size=2"),
   ("[{'seeds': (1,)}, {'seeds': (1,)}]", "settings 1 .* repeat settings 0"),
+  ("[{'batch_size': 30}, {'batch_size': 30, 'prior.exponent': 1}]",
+   "settings 1 .* repeat settings 0"),
+  ("[{'batch_size': None}]", "settings 0 .*batch_size=None: give a whole"),
 ])  # fmt: skip
 def test_bad_settings_are_named_before_any_job(tmp_path, settings, message):
   config = _config(tmp_path / "c.py", settings)
@@ -98,6 +146,12 @@ def test_bad_settings_are_named_before_any_job(tmp_path, settings, message):
 def test_bad_files_are_named(tmp_path):
   with pytest.raises(InputError, match="nowhere.py cannot be read"):
     sweep.make_jobs("nowhere.py", tmp_path)
+  (tmp_path / "c.py").write_text("def get_config(:\n")
+  with pytest.raises(InputError, match="c.py cannot be read .invalid syntax"):
+    sweep.make_jobs(str(tmp_path / "c.py"), tmp_path)
+  config = _config(tmp_path / "c.py")
+  with pytest.raises(InputError, match="settings 0 .*invalid literal.*'many"):
+    sweep.make_jobs(f"{config}:many", tmp_path)
   (tmp_path / "c.py").write_text("def get_config():\n  return None\n")
   with pytest.raises(InputError, match=r"has no sweep\(\)"):
     sweep.make_jobs(str(tmp_path / "c.py"), tmp_path)
