@@ -238,7 +238,8 @@ personal = training.fit(
 #
 # Every model ranks the test target of each user among all items, so that the
 # comparison is paired. The interval is a bootstrap over users; with one seed it
-# says nothing of the spread over seeds (`seeds=` takes them in).
+# says nothing of the spread over seeds (`seeds=` takes them in). Below three
+# seeds the main job gives no verdict.
 
 # %%
 test = requests("test")
@@ -258,6 +259,7 @@ for number, name in enumerate(("tail", "head")):
     f"{own['pin'].mean():.4f}, change {100 * change.estimate:+.1f} % "
     f"[{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
   )
+print("one seed: nothing proven")
 
 # %% [markdown]
 # `python -m experiments.main --config=experiments/configs/files.py:path=my.csv

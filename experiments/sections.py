@@ -217,15 +217,15 @@ def _overview(jobs: Sequence[Job]) -> Section:
   if len(tested) > 1:
     outcomes = [line["outcome"] for _, line in tested]
     untested = outcomes.count(claims.UNTESTED)
-    words = (
+    words = [
       f"Over all jobs and models, the claim held in "
       f"{outcomes.count(claims.HOLDS)} of {len(tested) - untested} tests."
-    )
+    ] if untested < len(tested) else []
     if untested:
-      words += (
-        f" {untested} models with fewer than three seeds are not tested."
+      words.append(
+        f"Not tested, for want of three seeds: {untested} of {len(tested)}."
       )
-    blocks.append(Text(words))
+    blocks.append(Text(" ".join(words)))
   if len(jobs) > 1 and tested:
     blocks.append(Fold("All tests", [_all_claims(tested)]))
   return Section("verdict", "Verdict", blocks)

@@ -183,7 +183,7 @@ def comparison(
     One line a slice, masking and metric: slice, masking, metric, users,
     min_activeness, max_activeness, base, other (means over users, of means over
     seeds), relative_change, low, high (fractions; .1 is +10 %), p_value (that
-    the change is not positive).
+    the change is not positive; NaN below three seeds).
 
   Raises:
     InputError: if a model is absent, or if the models differ in their users,
@@ -220,6 +220,8 @@ def _slice_lines(
     num_resamples=num_resamples,
   )
   columns = ("base", "other", "relative_change", "low", "high", "p_value")
+  tested = frame["seed"].n_unique() >= MIN_SEEDS
+  change = (*change[:3], np.where(tested, change.p_value, np.nan))
   return [
     {
       "metric": name,
@@ -229,7 +231,7 @@ def _slice_lines(
     }
     | dict(zip(columns, map(float, numbers), strict=True))
     for name, *numbers in zip(
-      names, *_user_means(pair, frame), *change[:4], strict=True
+      names, *_user_means(pair, frame), *change, strict=True
     )
   ]
 

@@ -356,6 +356,35 @@ def test_coverage_and_false_positives_of_the_crossed_test(
   assert found <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 600)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_seeds", "least", "most"), [
+  (1, 0.11, 0.18), (2, 0.03, 0.08), (3, 0, 0.045), (5, 0, 0.04),
+])  # fmt: skip
+def test_how_often_a_test_errs_with_the_spread_that_jobs_have(
+  num_seeds, least, most
+):
+  """Two seeds correlate .85 per user, their means differ by 2 %.
+
+  Users are 600 with .8 of the spread of the mean, whose standard error is that
+  of 9,000 users of Beauty. Three models; both one-sided tests at 2.5 %.
+  """
+  trials, users, wrong = 400, 600, 0
+  for trial in range(trials):
+    rng = np.random.default_rng(trial)
+    of_user = 0.8 * math.sqrt(0.85) * rng.normal(size=users)
+    cubes = 1 + of_user + np.stack([
+      _cube(rng, num_seeds, users, of_seeds=0.02, of_users=0,
+            of_both=0.8 * math.sqrt(0.15)) for _ in range(4)
+    ])  # fmt: skip
+    flat, names = _rows_of(cubes)
+    change = statistics.relative_change(
+      np.broadcast_to(flat[0], flat[1:].shape), flat[1:], **names,
+      num_resamples=399, seed=trial,
+    )
+    wrong += np.mean([change.p_value < 0.05, change.p_harm < 0.05])
+  assert least <= wrong / trials <= most
+
+
 def test_seeds_alone_at_three_seeds_cover_75_in_100():
   # All three seeds equal has probability 1/27 > 2.5 %: the interval ends at the
   # smallest and largest seed, and misses with probability 2 / 2^3.

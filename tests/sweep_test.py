@@ -259,7 +259,7 @@ def test_table_compares_with_a_base_of_the_job_or_of_one_beside(tmp_path):
       for segment, title in ((0, "tail %"), (1, "head %")):
         want = _change(read(place, base), read(name, "pin"), segment)
         shown, low, high = re.fullmatch(
-          r"(\S+) \[(\S+), (\S+)\]", line[title]
+          r"(\S+) \[(\S+), (\S+)\]", line[title].replace("−", "-")
         ).groups()
         assert float(shown) == pytest.approx(want, abs=0.051)
         assert float(low) < float(shown) < float(high)
@@ -312,6 +312,9 @@ def test_table_from_the_result_files(tmp_path):
   console = _console()
   sweep.print_table(table, console)
   assert "1.2500" in console.file.getvalue()
+  assert ("seeds prove nothing" in console.file.getvalue()) == (
+    table["seeds"].min() < 3
+  )
 
 
 def test_a_table_needs_a_finished_job(tmp_path):

@@ -4,8 +4,8 @@
     --workdir=runs/ml100k
 
 About three minutes on one CPU core. Expect, history masked, a base of NDCG@10
-.085 and PIN at -5 % [-14, +4] for tail users: the data set is too small to tell
-methods apart, and there to try things out.
+.085 and PIN at -5 % [-14, +4] for tail users (one seed: nothing proven): the
+data set is too small to tell methods apart, and there to try things out.
 """
 
 from ml_collections import ConfigDict

@@ -7,9 +7,9 @@ About a minute and a half on two CPU cores. The model reads the last three
 behaviours, too few to tell how active a user is, so the joint base follows
 the active users. Expect, history masked, a base of NDCG@10 .249 (tail .226,
 head .344) and PIN at +12 % [+10, +15] for tail and -3 % [-6, -0] for head
-users: by construction, this is the world in which the method's premise holds.
-The groups are the simulator's strata, so that the report can also show how far
-every model is from the exact distributions.
+users (one seed: nothing proven): by construction, this is the world in which
+the method's premise holds. The groups are the simulator's strata, so that the
+report can also show how far every model is from the exact distributions.
 """
 
 from ml_collections import ConfigDict
