@@ -134,6 +134,9 @@ def job_summary(workdir: epath.Path) -> dict[str, Any]:
   path = workdir / "cpu_seconds.json"
   seconds = read_json(path) if path.exists() else {}
   with disk.reading(workdir / "summary.json", REMEDY):
+    for key in ("base", "other", "protocol", "data", "fingerprint"):
+      if not isinstance(summary.get(key, ""), str):
+        raise TypeError(f"{key} is {str(summary[key])[:50]!r}")
     for run, cost in summary.get("cost", {}).items():
       cost.setdefault("cpu_seconds", seconds.get(run, math.nan))
   return summary

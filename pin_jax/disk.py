@@ -76,8 +76,8 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
   bucket = "://" in os.fspath(path)  # which knows no exclusive creation
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a device, or a directory
-      with path.open("wb") as file:
+    if os.path.exists(path) and not os.path.isfile(path):  # such as a device
+      with open(path, "wb") as file:
         yield file
       return
     try:
