@@ -39,9 +39,10 @@ from pin_jax import metrics, statistics
 
 LEVEL = round(1 - CONFIDENCE, 12)
 OUTCOMES = (
-  "holds", "gain only", "no loss only", "refuted", "open", "too few seeds"
+  "holds", "gain only", "no loss only", "refuted", "open", "too few seeds",
+  "unequal information",
 )
-HOLDS, GAIN_ONLY, NO_LOSS_ONLY, REFUTED, OPEN, UNTESTED = OUTCOMES
+HOLDS, GAIN_ONLY, NO_LOSS_ONLY, REFUTED, OPEN, UNTESTED, UNEQUAL = OUTCOMES
 _ERRS = {1: 15, 2: 5}  # seeds -> % that a test meant to err in 2.5 % errs in
 # Between two seeds of one model, measured on Beauty.
 _CORRELATION, _SEED_SPREAD = 0.85, 0.02
@@ -265,6 +266,26 @@ def _outcome(line: Mapping[str, Any]) -> str:
   if better or no_worse:
     return GAIN_ONLY if better else NO_LOSS_ONLY
   return OPEN
+
+
+def without_verdict(
+  line: Mapping[str, Any], base: str, learnt: str, base_learnt: str
+) -> dict[str, Any]:
+  """The line of a model that has learnt from other interactions than the base.
+
+  Args:
+    line: of `check_claims`.
+    base: the comparator.
+    learnt: what the model has learnt from.
+    base_learnt: what the comparator has.
+  """
+  tail, head = (interval_text(line, part) for part in ("tail", "head"))
+  none = {key: math.nan for key in line if key.endswith("_adjusted")}
+  return {**line, **none, "outcome": UNEQUAL, "verdict": (
+    f"No verdict: {line['model']} has learnt from {learnt}, {base} from "
+    f"{base_learnt}. The difference (tail users {tail} %, head users {head} %) "
+    "is that of the information too."
+  )}
 
 
 def p_text(value: float) -> str:

@@ -14,7 +14,7 @@ the end.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -22,7 +22,7 @@ Users = Literal["all", "tail", "head"]
 # Whose validation targets are among the training targets; 'half': those of the
 # users that plugins learn from, where their draw is 'validation'.
 Learnt = Literal["none", "half", "all"]
-_LEARNT = {
+LEARNT = {
   "none": "training targets",
   "half": "training targets and half of the users' validation targets",
   "all": "training targets and all validation targets",
@@ -239,7 +239,7 @@ def selected(config: ConfigDict) -> dict[str, Method]:
   names = [exact_form(name, config) for name in config.methods]
   learnt = {name: learns(METHODS[name], config) for name in names}
   others = {learnt[name] for name in names if name != "base_validation"}
-  if not config.refit and others - {learnt[names[0]]} == {"half"}:
+  if others - {learnt[names[0]]} == {"half"}:
     names = ["base_validation", *names]
   methods = {name: METHODS[name] for name in names}
   if not config.refit:
@@ -262,14 +262,22 @@ def _refitted(method: Method) -> Method:
   )
 
 
-def learns(method: Method, config: ConfigDict) -> Learnt:
-  """Whose validation targets a method has learnt from."""
+def learns(method: Method, config: Mapping[str, Any]) -> Learnt:
+  """Whose validation targets a method learns from in a job of such a config."""
+  if config.get("refit"):
+    return "all"
   found = {stage.learns for stage in method.stages}
-  if config.pin.plugin_draw == "validation" and any(
+  if config.get("pin", {}).get("plugin_draw") == "validation" and any(
     stage.kind == "plugin" and stage.phase != "none" for stage in method.stages
   ):
     found.add("half")
-  return next(x for x in ("all", "half", "none") if x in found)
+  return "half" if "half" in found else "none"
+
+
+def learnt_by(title: str, config: Mapping[str, Any]) -> str:
+  """What the row of a title has learnt from, in words."""
+  method = next((m for m in METHODS.values() if m.title == title), None)
+  return LEARNT["none" if method is None else learns(method, config)]
 
 
 def information(methods: Mapping[str, Method], config: ConfigDict) -> str:
@@ -280,9 +288,9 @@ def information(methods: Mapping[str, Method], config: ConfigDict) -> str:
   if titles.keys() <= {"none"}:
     return ""
   if len(titles) == 1:
-    return f"all rows have learnt from {_LEARNT[next(iter(titles))]}"
+    return f"all rows have learnt from {LEARNT[next(iter(titles))]}"
   return "; ".join(
-    f"{', '.join(titles[which])} learnt from {_LEARNT[which]}"
+    f"{', '.join(titles[which])} learnt from {LEARNT[which]}"
     for which in titles
   ) + "; compare a row only with those that learnt from the same"
 

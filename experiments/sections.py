@@ -13,6 +13,7 @@ import polars as pl
 from experiments import claims, commands, figures, plots, schema, settings
 from experiments.claims import interval_text, p_text
 from experiments.configs.base import default
+from experiments.methods import learnt_by
 from experiments.render import (
   Block,
   Code,
@@ -46,6 +47,10 @@ _HOLM = (
   ".05. It is refuted where p of harm is: the smaller one, corrected over both "
   "and the models, of the hypotheses that tail users lose nothing and head "
   "users no more than the margin."
+)
+_UNEQUAL = (
+  " Models that have learnt from other interactions than the comparator have "
+  "none either."
 )
 _UNTESTED = (
   " Models with fewer than three seeds have no p and no verdict: their figures "
@@ -98,10 +103,23 @@ def claim_lines(
   """
   seeds = rows["seed"].unique().sort().to_list()
   more = commands.more_seeds(summary.get("command", ""), seeds, swept=swept)
-  return claims.check_claims(
-    rows, base=base, margin=margin_of(config), more_seeds=more,
-    remarks=claims.unchanged(rows, summary.get("cost", {})), **options,
-  ).to_dicts()
+  models = rows["model"].unique(maintain_order=True).to_list()
+  learnt = {model: learnt_by(model, config) for model in models}
+  equal = [model for model in models if learnt[model] == learnt.get(base)]
+  found = {}
+  for compared in (equal, [base, *(m for m in models if m not in equal)]):
+    lines = claims.check_claims(
+      rows.filter(pl.col("model").is_in(compared)), base=base,
+      margin=margin_of(config), more_seeds=more,
+      remarks=claims.unchanged(rows, summary.get("cost", {})), **options,
+    ).to_dicts()
+    found |= {line["model"]: line for line in lines}
+  return [
+    found[model] if model in equal else claims.without_verdict(
+      found[model], base, learnt[model], learnt[base]
+    )
+    for model in models if model in found
+  ]
 
 
 class Job:
@@ -216,15 +234,17 @@ def _overview(jobs: Sequence[Job]) -> Section:
     blocks.append(_all_forest(jobs))
   if len(tested) > 1:
     outcomes = [line["outcome"] for _, line in tested]
-    untested = outcomes.count(claims.UNTESTED)
+    few, unequal = map(outcomes.count, (claims.UNTESTED, claims.UNEQUAL))
+    untested = few + unequal
     words = [
       f"Over all jobs and models, the claim held in "
       f"{outcomes.count(claims.HOLDS)} of {len(tested) - untested} tests."
     ] if untested < len(tested) else []
-    if untested:
-      words.append(
-        f"Not tested, for want of three seeds: {untested} of {len(tested)}."
-      )
+    for count, why in (
+      (few, "for want of three seeds"), (unequal, "at unequal information")
+    ):
+      if count:
+        words.append(f"Not tested, {why}: {count} of {len(tested)}.")
     blocks.append(Text(" ".join(words)))
   if len(jobs) > 1 and tested:
     blocks.append(Fold("All tests", [_all_claims(tested)]))
@@ -261,8 +281,9 @@ def _all_claims(tested: Sequence[tuple[Job, dict[str, Any]]]) -> Table:
 
 def _tests(lines: Iterable[Mapping[str, Any]]) -> str:
   """What the p-values of a table are, and which models have none."""
-  few = any(line["seeds"] < MIN_SEEDS for line in lines)
-  return _HOLM + _UNTESTED * few
+  outcomes = [line["outcome"] for line in lines]
+  unequal = claims.UNEQUAL in outcomes
+  return _HOLM + _UNTESTED * (claims.UNTESTED in outcomes) + _UNEQUAL * unequal
 
 
 def _tested(line: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from toy_rows import make_rows
 
-from experiments import claims, commands
+from experiments import claims, commands, sections
 from experiments.configs import base
 from pin_jax.types import InputError
 
@@ -156,6 +156,34 @@ def test_models_of_few_seeds_are_in_no_family():
   }
   new = table.filter(model="new")
   assert new["tail_adjusted"][0] == new["tail_p"][0]
+
+
+def test_models_that_learnt_from_other_targets_have_no_verdict():
+  """And are in no family: a row of equal information is tested as if alone."""
+  rows = make_rows(
+    ["base + validation", "base", "joint + plugins"], seeds=(0, 1, 2)
+  )
+  config = {"pin": {"plugin_draw": "validation"}}
+  lines = sections.claim_lines(
+    rows, {}, config, base="base + validation", **FAST
+  )
+  by_model = {line["model"]: line for line in lines}
+  less, same = by_model["base"], by_model["joint + plugins"]
+  assert less["outcome"] == "unequal information"
+  assert math.isnan(less["tail_adjusted"]) and math.isfinite(less["tail_low"])
+  assert less["verdict"].startswith(
+    "No verdict: base has learnt from training targets, base + validation from "
+    "training targets and half of the users' validation targets."
+  )
+  alone = claims.check_claims(
+    rows.filter(pl.col("model") != "base"), base="base + validation",
+    margin=0.02, **FAST,
+  ).to_dicts()
+  assert same == alone[0]
+  again = sections.claim_lines(
+    rows, {}, {**config, "refit": 5}, base="base", **FAST
+  )
+  assert [line["outcome"] for line in again] != ["unequal information"] * 2
 
 
 def test_one_harm_among_many_models_is_not_enough():
