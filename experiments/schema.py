@@ -374,6 +374,12 @@ SOURCES = {
 }
 
 
+# Keys of older versions, on which no result depends.
+RETIRED = {
+  f"claims.assumed_{name}" for name in ("ndcg", "correlation", "seed_spread")
+}
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple]:
   """Yields ('a.b', value) for every leaf of nested dictionaries."""
   for key, value in tree.items():
@@ -398,7 +404,10 @@ def defaults(keys: dict[str, Any] = KEYS) -> dict[str, Any]:
 
 
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
-  """A configuration as JSON has it, the same whatever way a key was set."""
+  """A configuration as JSON has it, the same whatever way a key was set.
+
+  What is None is as if it were not there.
+  """
   source = config.get("data", {}).get("source")
   keys = keys_of(source)
   own = {
@@ -412,7 +421,7 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     for name, value in tree.items():
       if isinstance(value, dict):
         out[name] = of(value, f"{prefix}{name}.")
-      elif value is not None:  # else as if it were not there
+      elif value is not None and prefix + name not in RETIRED:
         key = keys.get(prefix + name)
         out[name] = key.canonical(value) if key else value
     return out
