@@ -169,6 +169,8 @@ def make_weighting(
     for item in filter(None, options.split(",")):
       key, _, value = item.partition("=")
       number = float(value)
+      if key in arguments:
+        raise ValueError(f"{key} is set already")
       arguments[key] = int(number) if number.is_integer() else number
     weighting = WEIGHTINGS[name](**arguments)
   except (TypeError, ValueError) as error:
@@ -202,6 +204,12 @@ def make_adjustment(
   """
   weighting = make_weighting(pin.weighting, prior, shares)
   named = dict(_named_block(item) for item in pin.blocks)
+  if len(named) < len(pin.blocks) or "others" in named:
+    raise InputError(
+      f"config key pin.blocks={tuple(pin.blocks)}: a pattern is given twice or "
+      "is 'others', the parameters that no pattern matches; give each once, "
+      "and pin.weighting for the others"
+    )
   if named and pin.granularity == "tensor":
     raise InputError(
       f"config key pin.blocks={tuple(pin.blocks)}: pin.granularity='tensor' "
