@@ -206,7 +206,13 @@ def combine(weights: jax.Array, grads: PyTree) -> PyTree:
 
 
 def _combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
-  return jnp.tensordot(weights, leaf, 1, precision="highest")
+  total = jnp.tensordot(weights, _wide(leaf), 1, precision="highest")
+  return total.astype(leaf.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  """x in float32 where its type is narrower."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 # Blocks: parts of the gradient with weights of their own.
@@ -323,14 +329,17 @@ def aggregate(
 ) -> Aggregator:
   """Builds the function that aggregates the gradients of G groups.
 
-  All paths yield the same gradient and differ in cost and by-products:
+  All paths yield the same gradient, in the types of the parameters; sums over
+  groups are formed in float32 at least. They differ in cost and by-products:
 
     stacked      per-group gradients under vmap: the reference
     sequential   the same, one group after another
     accumulated  one group after another, never two gradients alive; for rules
                  that read nothing; the Gramian's diagonal only
     weighted     one backward pass of sum_g w_g L_g; for rules that read
-                 nothing, over the whole gradient; no Gramian
+                 nothing, over the whole gradient; no Gramian. Without a
+                 `weighted_loss`, or with parameters narrower than float32, in
+                 which that would sum, the gradient is `accumulated`
     two_pass     what the rule reads in a first pass, the weighted gradient in a
                  second: never G gradients alive, whatever the rule. The Gramian
                  comes from `gramians`; without it group by group against each
@@ -376,17 +385,22 @@ def aggregate(
       raise ValueError(f"reads={rule.reads!r} is unknown; use one of {READS}")
   reads = max((rule.reads for rule in rules), key=READS.index)
   _check_path(path, reads, blocks is None)
-  problem = _Problem(group_loss, weighted_loss, gramians)
+
+  def wide_loss(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+    return _wide(group_loss(params, batch, key))
 
   def step(
     params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
   ) -> Aggregate:
     plan = _plan(weighting, blocks, params)
+    problem = _Problem(wide_loss, weighted_loss, gramians)
+    if any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params)):
+      problem = _Problem(wide_loss, None, None)
     chosen = path
     if path == "auto":
       chosen = choose_path(
         reads, len(keys), runs * _bytes(params),
-        fused=weighted_loss is not None and blocks is None,
+        fused=problem.weighted_loss is not None and blocks is None,
       )
     run = PATHS[chosen](problem, plan, reads)
     return run(params, batches, keys, state)
@@ -531,15 +545,14 @@ def _accumulate(
   def body(total: PyTree, group: PyTree) -> tuple[PyTree, PyTree]:
     weights, batch, key = group
     loss, grad = value_and_grad(params, batch, key)
+    grad = jax.tree.map(_wide, grad)
     scaled = _leafwise(plan, weights, grad, jnp.multiply)
-    square = sum(
-      jnp.sum(jnp.square(x), dtype=jnp.float32) for x in jax.tree.leaves(grad)
-    )
+    square = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grad))
     return jax.tree.map(jnp.add, total, scaled), (loss, square)
 
-  zeros = jax.tree.map(jnp.zeros_like, params)
+  zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
   total, out = jax.lax.scan(body, zeros, (weights.T, *groups))
-  return total, *out
+  return jax.tree.map(lambda x, p: x.astype(p.dtype), total, params), *out
 
 
 def _accumulated(problem: _Problem, plan: _Plan, reads: str) -> Run:
@@ -558,23 +571,18 @@ def _accumulated(problem: _Problem, plan: _Plan, reads: str) -> Run:
   return run
 
 
-def _weighted_gradient(
+def _known_gradient(
   problem: _Problem,
+  plan: _Plan,
   weights: jax.Array,
   params: PyTree,
   groups: tuple[PyTree, jax.Array],
 ) -> tuple[PyTree, jax.Array]:
-  """(gradient of sum_g w_g L_g, losses [G]) in one backward pass."""
-
-  def one_by_one(
-    params: PyTree, batches: PyTree, keys: jax.Array, weights: jax.Array
-  ) -> tuple[jax.Array, jax.Array]:
-    one = lambda group: problem.group_loss(params, *group)
-    losses = jax.lax.map(one, (batches, keys))
-    return jnp.vdot(weights, losses), losses
-
-  loss = problem.weighted_loss or one_by_one
-  return jax.grad(loss, has_aux=True)(params, *groups, weights)
+  """(sum_g w_kg grad_g, losses [G]), in one backward pass where that serves."""
+  if problem.weighted_loss is None or len(plan.names) > 1:
+    return _accumulate(problem, plan, weights, params, groups)[:2]
+  weighted = jax.grad(problem.weighted_loss, has_aux=True)
+  return weighted(params, *groups, weights[0])
 
 
 def _weighted(problem: _Problem, plan: _Plan, reads: str) -> Run:
@@ -584,8 +592,8 @@ def _weighted(problem: _Problem, plan: _Plan, reads: str) -> Run:
     params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
   ) -> Aggregate:
     weights, state = _known_weights(plan, len(keys), state)
-    gradient, losses = _weighted_gradient(
-      problem, weights[0], params, (batches, keys)
+    gradient, losses = _known_gradient(
+      problem, plan, weights, params, (batches, keys)
     )
     return Aggregate(
       gradient, losses, plan.present(weights), _unknown(len(keys)), state
@@ -611,10 +619,7 @@ def _two_pass(problem: _Problem, plan: _Plan, reads: str) -> Run:
       losses = jax.lax.map(lambda x: problem.group_loss(params, *x), groups)
       products = jnp.stack([_unknown(len(keys))] * len(plan.names))
     weights, state = plan.update(products, losses, state)
-    if len(plan.names) == 1:
-      gradient, _ = _weighted_gradient(problem, weights[0], params, groups)
-    else:
-      gradient, *_ = _accumulate(problem, plan, weights, params, groups)
+    gradient, _ = _known_gradient(problem, plan, weights, params, groups)
     return Aggregate(
       gradient, losses, plan.present(weights), products.sum(0), state
     )

@@ -265,7 +265,8 @@ def accumulated(part: Part, chunk: int, rest: int) -> Callable[..., tuple]:
   """Sum of a function over chunks of rows, its gradient formed on the way.
 
   The gradient is formed in the forward pass, chunk by chunk, so neither pass
-  holds what more than a chunk needs and nothing is computed twice. Rows from
+  holds what more than a chunk needs and nothing is computed twice; that of
+  params adds up in float32 at least. Rows from
   `used` on cost nothing but what fills up a chunk (under vmap: from the most
   used on).
 
@@ -366,10 +367,11 @@ def accumulated(part: Part, chunk: int, rest: int) -> Callable[..., tuple]:
     zero = (
       jnp.float32(0),
       no_rows(params, shared, inputs, constants),
-      jax.tree.map(jnp.zeros_like, params),
+      jax.tree.map(_zeros_wide, params),
       jax.tree.map(jnp.zeros_like, padded[0]),
     )
     value, of_rows, of_params, of_inputs = loop(body, zero, padded, used)
+    of_params = jax.tree.map(lambda x, p: x.astype(p.dtype), of_params, params)
     rows = inputs, constants
     return (value, cut(of_rows, rows)), (of_params, cut(of_inputs, rows))
 
@@ -382,6 +384,12 @@ def accumulated(part: Part, chunk: int, rest: int) -> Callable[..., tuple]:
 
   total.defvjp(forward, backward)
   return total
+
+
+def _zeros_wide(x: jax.Array) -> jax.Array:
+  """Zeros like x, to add up in: float32 where x is narrower."""
+  wide = jnp.promote_types(x.dtype, jnp.float32) if _is_float(x) else x.dtype
+  return jnp.zeros(x.shape, wide)
 
 
 def _is_float(x: jax.Array) -> bool:

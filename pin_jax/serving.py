@@ -469,9 +469,9 @@ def recommend(
   items = np.zeros((count, k), np.int32)
   scores = np.full((count, k), -np.inf, np.float32)
   for index, found in _scored(recommender, requests, slots):
-    row, seen = _seen(requests, index, mask_history)
-    best = jax.device_get(_top(found, allowed, row, seen, k))
-    scores[index], items[index] = (x[: len(index)] for x in best)
+    left = _masked(found, allowed, *_seen(requests, index, mask_history))
+    best = jax.device_get(_top(left, min(_rounded(k), num_items)))
+    scores[index], items[index] = (x[: len(index), :k] for x in best)
     on_users(len(index))
   return _table(recommender, requests, segments, slots, items, scores)
 
@@ -513,17 +513,14 @@ def _allowed(
 def _scored(
   recommender: Recommender, requests: Requests, slots: np.ndarray
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
-  """Yields (requests [n], scores [>= n, V+1]), a chunk of one slot at a time.
-
-  The sizes of chunks are powers of two, so that few programs are compiled.
-  """
+  """Yields (requests [n], scores [>= n, V+1]) of chunks, of one slot each."""
   size = max(_MOST_SCORES // len(recommender.counts), 1)
   size = min(1 << size.bit_length() - 1, _MOST_USERS)
   popular = np.where(np.arange(len(recommender.counts)), recommender.counts, 0)
   for slot in np.unique(slots):
     own = np.flatnonzero(slots == slot)
     for index in np.split(own, range(size, len(own), size)):
-      rows = 1 << (len(index) - 1).bit_length()
+      rows = min(_rounded(len(index)), size)
       if slot < 0:
         yield index, jnp.broadcast_to(popular, (rows, len(popular)))
         continue
@@ -561,7 +558,7 @@ def _inputs(
     place[k] = [at.get(item, -1) for item in newest[k].tolist()]
     own.extend(at)
     starts[k + 1] = len(own)
-  missing = (1 << max(len(own) - 1, 0).bit_length()) - len(own)
+  missing = _rounded(len(own)) - len(own)
   return inputs | {
     "recent": np.ascontiguousarray(newest),
     "activeness": plugins.known_activeness(behaviours, trained),
@@ -586,20 +583,34 @@ def _seen(
   rows = np.repeat(np.arange(len(index)), lengths)
   first = np.repeat(np.cumsum(lengths) - lengths, lengths)
   at = np.repeat(requests.starts[index], lengths) + np.arange(len(rows)) - first
-  missing = (1 << max(len(rows) - 1, 0).bit_length()) - len(rows)
+  missing = _rounded(len(rows)) - len(rows)
   pad = lambda x, value: np.pad(
     x.astype(np.int32), (0, missing), constant_values=value
   )
   return pad(rows, np.iinfo(np.int32).max), pad(requests.items[at], 0)
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def _top(
-  scores: jax.Array, allowed: jax.Array, row: jax.Array, item: jax.Array, k: int
-) -> tuple[jax.Array, jax.Array]:
-  """(scores, items) of the K best; -inf for those that may not be."""
+def _rounded(size: int) -> int:
+  """The next power of four: what comes in any size compiles few programs.
+
+  Every shape has a program of its own that stays in memory; so no two sizes
+  that vary by themselves go into one program, but for the rows.
+  """
+  return 4 ** (((size - 1).bit_length() + 1) // 2) if size > 1 else 1
+
+
+@jax.jit
+def _masked(
+  scores: jax.Array, allowed: jax.Array, row: jax.Array, item: jax.Array
+) -> jax.Array:
+  """The scores, -inf for items that may not be."""
   scores = jnp.where(allowed, scores, -jnp.inf)
-  scores = scores.at[row, item].set(-jnp.inf, mode="drop")
+  return scores.at[row, item].set(-jnp.inf, mode="drop")
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _top(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+  """(scores, items) of the K best."""
   return jax.lax.top_k(scores, k)
 
 

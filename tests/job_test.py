@@ -460,6 +460,19 @@ def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
   assert {"classifier", "pin-exact/backbone"} <= runs
 
 
+@pytest.mark.parametrize(("setting", "value"), [
+  ("blocks", ("items=joint", "others=pcgrad")),
+  ("blocks", ("items=joint", "bias=joint", "items=pcgrad")),
+  ("weighting", "cagrad:c=0.4,c=0.5"),
+  ("weighting", "famo:num_groups=7"),
+])
+def test_no_rule_is_overwritten(setting, value):
+  config = _config()
+  config.pin[setting] = value
+  with pytest.raises(InputError, match=f"pin.{setting}=.*(twice|set already)"):
+    trainer.make_adjustment(config.pin, np.ones(3), np.ones(3))
+
+
 @pytest.mark.slow
 def test_another_weighting_runs(tmp_path):
   config = _config()

@@ -480,3 +480,15 @@ def test_gbce_in_the_limit_recovers_the_sampled_out_odds():
 def test_gbce_refuses_bad_numbers(rate, calibration, message):
   with pytest.raises(InputError, match=message):
     gbce_power(rate, calibration)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_chunks_of_narrow_parameters_add_up_in_float32(dtype):
+  """600 rows of gradient 1: in bfloat16 their sum would stop at 256."""
+  rows = jnp.ones(600)
+  total = chunked(lambda p, shared, x, c: p * x, 1)
+  gradient = jax.grad(
+    lambda p: total(p, None, rows.astype(dtype), rows, rows, rows)[0]
+  )(jnp.ones((), dtype))
+  assert gradient.dtype == dtype
+  assert gradient == 600

@@ -137,6 +137,42 @@ def test_each_tensor_by_itself_equals_one_rule_a_tensor(name):
         )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("reads", ["nothing", "losses", "gradients"])
+@pytest.mark.parametrize("blocks", [None, str])
+def test_narrow_parameters_add_up_in_float32(dtype, reads, blocks):
+  """37 gradients of 300 and of 1/64: in the narrow type their sum goes astray.
+
+  The square of 300 is more than float16 holds.
+  """
+  size = 37
+  params = {"a": jnp.ones(3, dtype), "b": jnp.ones(2, dtype)}
+  loss = lambda p, batch, key: (300 * p["a"]).sum() + (p["b"] / 64).sum()
+  fused = lambda p, batch, keys, w: (
+    w.astype(dtype).sum() * loss(p, None, None), w
+  )
+  rule = aggregation.backdoor(np.ones(size))._replace(reads=reads)
+  paths = [p for p in paths_for(reads) if p != "weighted" or blocks is None]
+  for path in (*paths, "auto"):
+    init, step = aggregation.aggregate(
+      loss, rule, path=path, blocks=blocks,
+      weighted_loss=fused, gramians=lambda *_: 1 / 0,
+    )
+    out = jax.jit(step)(
+      params, jnp.zeros(size), jax.random.split(jax.random.key(0), size),
+      init(params),
+    )
+    for name, want in (("a", 300), ("b", 1 / 64)):
+      assert out.gradient[name].dtype == dtype, path
+      np.testing.assert_array_equal(
+        np.asarray(out.gradient[name], np.float64), want, err_msg=path
+      )
+    assert out.losses.dtype == out.gramian.dtype == jnp.float32
+    squares = np.diagonal(out.gramian)
+    if not np.isnan(squares).all():
+      np.testing.assert_allclose(squares, 3 * 300**2 + 2 / 64**2, rtol=1e-5)
+
+
 @pytest.mark.parametrize("path", ["stacked", "accumulated", "two_pass", "auto"])
 def test_named_blocks_have_rules_of_their_own(path):
   """One tensor by the joint gradient, the other adjusted."""

@@ -194,6 +194,28 @@ def test_the_top_is_what_sorting_gives(made, k, mask):
     assert got == fixed.expected(k, left_out, range(3, V))
 
 
+@pytest.mark.parametrize("case", ["sasrec bottleneck", "din gated"])
+def test_programs_do_not_grow_with_what_varies_from_call_to_call(made, case):
+  """Lists of any length, of any number of users, of histories of any length."""
+  scores = jax.jit(made[case][2].scores.__wrapped__)
+  recommender = made[case][2]._replace(scores=scores)
+  rng = np.random.default_rng(0)
+  programs = serving._top, serving._masked, scores
+  before = [program._cache_size() for program in programs]
+  for k in range(1, V + 1):
+    users, length = 1 + k % 7, rng.integers(1, 40)
+    history = recommender.item_ids[rng.integers(0, V, length)].tolist()
+    for requests in (
+      serving.of_histories(recommender, [history] * users),
+      serving.of_users(recommender, SPLIT.interactions.user_ids[:users]),
+    ):
+      serving.recommend(recommender, requests, k=k)
+  grown = [p._cache_size() - b for p, b in zip(programs, before, strict=True)]
+  # 1, 4 or 16 rows; lists of 1, 4, 16 or V; 1 .. 256 items.
+  assert grown[0] <= 3 * 4
+  assert max(grown[1:]) <= 3 * 5
+
+
 def test_lists_of_given_histories(made):
   fixed = Fixed(made)
   histories = [["item03"] * 9, [], ["item01", "item02"]]
