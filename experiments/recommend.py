@@ -14,6 +14,7 @@ prints the lists of a few users.
 import contextlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from absl import flags, logging
 from etils import epath
 
 from experiments import commands, finished
-from pin_jax import disk, serving
+from pin_jax import disk, paths, serving
 from pin_jax.types import InputError
 
 MOST_PRINTED = 20  # requests
@@ -97,7 +98,7 @@ def recommend(
   users = None if whom.users is None else read_ids("users", whom.users)
   histories = None
   if whom.history is not None:
-    histories = _read_histories(epath.Path(whom.history))
+    histories = _read_histories(paths.local(whom.history, "--history"))
   made = _recommender(source)
   if histories is not None:
     requests = serving.of_histories(made, *histories)
@@ -147,10 +148,11 @@ def read_ids(name: str, text: str) -> list[str]:
     InputError: if the file does not exist or cannot be read, or there is no id
       or an empty one.
   """
-  path = epath.Path(text) if text else None
-  if path is not None and path.is_file():
+  path = os.path.expanduser(text)
+  if os.path.isfile(path):  # False for ids that are no path at all
     try:
-      lines = path.read_bytes().decode("utf-8-sig").split("\n")
+      with open(path, "rb") as file:
+        lines = file.read().decode("utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
       raise InputError(
         f"--{name}={text} cannot be read ({error}); give text, an id a line"

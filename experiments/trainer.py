@@ -1009,8 +1009,19 @@ def drawn_from(
 
 
 def check_pools(config: ConfigDict, problem: Problem) -> None:
-  """Raises InputError where a stage 1 has a group without training targets."""
+  """Raises InputError where a stage has a part without training targets."""
+  held_out = config.pin.plugin_draw == "validation"
   for stage in stages_of(selected(config)):
+    if stage.kind == "plugin" and not (
+      held_out and stage.sampling == "plugin"
+    ):
+      segments, count = assigned(problem, stage)
+      if not np.bincount(segments[problem.targets > 0], minlength=count).all():
+        raise InputError(
+          f"config key groups.head_share={config.groups.head_share}: a segment "
+          "has no user with two training interactions, so that its plugin has "
+          "nothing to learn; give a smaller share"
+        )
     if stage.kind == "backbone":
       groups, count = drawn_from(config, problem, stage)
       split = learnt_split(problem, stage.learns)

@@ -37,6 +37,16 @@ def test_ids_of_a_file_and_of_a_flag_are_found_as_they_are(tmp_path):
       assert known.users.ids[found.users].tolist() == ODD
 
 
+def test_many_ids_and_ids_that_look_like_paths(tmp_path, monkeypatch):
+  ids = [f"id{n}" for n in range(2000)] + ["s3://b/x", "~nobody", "/", "a\0"]
+  assert recommend.read_ids("users", ",".join(ids)) == ids
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "u.txt").write_text("a\nb")
+  assert recommend.read_ids("users", "~/u.txt") == ["a", "b"]
+  with pytest.raises(InputError, match="does not exist"):
+    recommend.read_ids("users", "~/v.txt")
+
+
 @pytest.mark.parametrize("text", [
   "1 ", " 1", "+1", "01", "1.0", "1_0", "\u0661", "--1", "-0", "9" * 30, "",
 ])

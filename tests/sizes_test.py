@@ -8,6 +8,7 @@ from ml_collections import config_flags
 
 from experiments import job, problem, sizes, sweep
 from experiments.configs import base, files
+from experiments.trainer import check_pools
 from pin_jax.types import InputError
 
 
@@ -148,6 +149,23 @@ def test_all_groups_and_segments_have_targets(short, long, want):
   learn = split.activeness > 1
   assert set(found[learn]) == set(range(groups.num_groups))
   assert set(parts[learn]) == {0, 1}
+
+
+def test_a_tail_without_targets_is_refused_before_training(tmp_path):
+  path = tmp_path / "a.csv"
+  path.write_text("user,item\n" + "".join(
+    f"{u},{i}\n" for u in range(40) for i in range(3 if u > 5 else 9)
+  ))
+  config = files.get_config(f"path={path}")
+  config.groups.head_share = 0.2
+  with pytest.raises(InputError, match="head_share=0.2.*give a smaller share"):
+    job.run(config, tmp_path / "w")
+  assert not (tmp_path / "w").exists()
+  config.groups.head_share = None
+  made, data = problem.prepare(config)
+  check_pools(made, data)
+  config.pin.plugin_draw, config.groups.head_share = "validation", 0.2
+  check_pools(*problem.prepare(config))
 
 
 def test_three_interactions_each_are_the_cause(tmp_path):

@@ -104,6 +104,11 @@ def _huge_header(folder):
   file.write_bytes(whole.replace(b"(%s,)" % size, b"(%d,)" % 2**40, 1))
 
 
+def _garbled_header(folder):
+  file = folder / "user_ids.npy"
+  file.write_bytes(file.read_bytes().replace(b"{", b"(", 1))
+
+
 def _other_items(folder):
   other = stored.read(folder)
   items = np.asarray(other.items)[::-1].copy()
@@ -127,6 +132,9 @@ def _other_items(folder):
   (_changed("lengths", lambda x: x[1:]), "user_ids for"),
   (_changed("lengths", lambda x: x + 10**9), "items for"),
   (_huge_header, "."),
+  (_garbled_header, "."),
+  (lambda folder: (folder / "item_ids.npy").write_bytes(b""), "."),
+  (lambda folder: (folder / "items.array_record").write_bytes(b""), "."),
   (_changed("user_ids", lambda x: x[:-1]), "299 user_ids for 300"),
   (_changed("user_ids", lambda x: x[::-1]), "fingerprint"),
   (_changed("item_ids", lambda x: x[:-1]), "fingerprint"),

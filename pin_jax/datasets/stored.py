@@ -8,6 +8,7 @@ is written as a whole, and what was changed since is refused.
 
 import json
 import os
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ _BLOCK = 1024  # items a record
 _FILES = {
   name: f"{name}.npy" for name in ("lengths", "user_ids", "item_ids")
 }
+_DAMAGE = (  # what numpy, grain and json raise
+  ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError,
+  TypeError, ValueError, tokenize.TokenError,
+)
 _ITEMS, _ABOUT = "items.array_record", "about.json"
 
 
@@ -139,10 +144,7 @@ def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
     )
     if made.fingerprint != about["fingerprint"]:
       raise ValueError("its contents do not match its fingerprint")
-  except (
-    AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError,
-    ValueError,
-  ) as error:
+  except _DAMAGE as error:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise InputError(
       f"{directory} holds no stored interactions ({reason}); store them anew"
