@@ -197,7 +197,7 @@ def claim_workdir(
     _write_claim(path, mine)
     return
   theirs = settings.read_json(path)
-  theirs["config"] = of_results(ConfigDict(theirs["config"]))
+  theirs["config"] = of_results(ConfigDict(theirs.get("config", {})))
   defaults = {"config": of_results(default())}
   for key, new, old in settings.differences(mine, theirs, defaults):
     raise InputError(
