@@ -163,10 +163,10 @@ KEYS = {
     "length": _whole(50, most=_SIZE),
     "width": _whole(64, most=_SIZE),
     "dropout": _share(0.2),
-    "blocks": _whole(2, most=1024),  # sasrec, hstu
+    "blocks": _whole(2, most=128),  # sasrec, hstu
     "heads": _whole(2, most=_SIZE),  # sasrec, hstu
-    "expansion": _whole(4, most=1024),  # sasrec
-    "layers": _whole(1, most=1024),  # gru4rec
+    "expansion": _whole(4, most=256),  # sasrec
+    "layers": _whole(1, most=128),  # gru4rec
     "attention_hidden": _whole(36, most=_SIZE),  # din
     "hidden": _whole(80, most=_SIZE),  # din
     # Lay short histories one after another in rows of L and encode so many
