@@ -219,6 +219,12 @@ def backbone_step(
     params: PyTree, groups: GroupBatch, keys: jax.Array, state: PyTree
   ) -> Told:
     out = telling(params, groups, keys, state)
+    if groups.negatives is None:  # those of the groups, not of what is dealt
+      groups = groups._replace(negatives=jax.vmap(
+        lambda key, batch: criteria.draw(
+          criterion, criteria.split_key(criterion, key)[1], batch
+        )
+      )(keys, groups.batch))
     key = jax.random.fold_in(keys[0], _NEGATIVES)
     dealt = telling(params, dealt_anew(key, groups), keys, state)
     cosines = aggregation.cosines(dealt.gramian)

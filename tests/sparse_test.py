@@ -110,7 +110,7 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
   step = training.backbone_step(
     backbone, weighting, optimizer, lambda t: 0.0, batch_size=3, length=LENGTH,
     draw="interactions", mean="interactions", criterion=criterion,
-    row_sparse=row_sparse,
+    row_sparse=row_sparse, diagnose_every=2,
   )
   params = backbone.init(jax.random.key(0))
   state = training.init_state(params, optimizer, weighting)
@@ -135,6 +135,9 @@ def test_sgd_by_rows_is_sgd(shared, proposal, rule):
   assert float(jnp.abs(dense.params["items"] - start["items"]).max()) > 0.01
   np.testing.assert_allclose(logs["loss"], dense_logs["loss"], rtol=1e-5)
   np.testing.assert_allclose(logs["norms"], dense_logs["norms"], rtol=1e-4)
+  for name in ("noise_conflict_rate", "noise_cosine"):
+    assert np.isfinite(logs[name][::2]).all()
+    np.testing.assert_allclose(logs[name], dense_logs[name], atol=1e-4)
   if proposal == "in_batch":  # items from 30 up are never read
     for name in TABLES:
       np.testing.assert_array_equal(
