@@ -35,7 +35,7 @@ from ml_collections import ConfigDict
 from experiments import commands, settings, summaries, trials
 from experiments.methods import METHODS
 from experiments.tables import change_text, user_ids
-from pin_jax import metrics, statistics
+from pin_jax import disk, metrics, statistics
 from pin_jax.types import InputError
 
 _POLL = 0.2  # seconds between looks at whether jobs have ended
@@ -101,7 +101,8 @@ def _jobs_of(
         f"{chosen}; list each once"
       )
     seen[name] = number
-    jobs.append(_job(config, epath.Path(root) / name, chosen))
+    place = disk.place("workdir", root)
+    jobs.append(_job(config, place / name, chosen))
   return jobs
 
 
@@ -282,17 +283,22 @@ def _start(job: Job) -> subprocess.Popen:
     )
 
 
+def _output(job: Job) -> list[str]:
+  data = (job.workdir / "output.log").read_bytes()
+  return data.decode(errors="replace").splitlines()
+
+
 def _last_line(job: Job) -> str:
-  lines = (job.workdir / "output.log").read_text().splitlines()
+  lines = _output(job)
   return lines[-1] if lines else "starts"
 
 
 def _finish(job: Job, code: int, console: rich.console.Console) -> list[Job]:
   """Marks a job as done, or says why it is not; returns it in that case."""
   if code == 0:
-    (job.workdir / "done").write_text(printed(job) + "\n")
+    disk.write({job.workdir / "done": printed(job) + "\n"})
     return []
-  lines = (job.workdir / "output.log").read_text().splitlines()
+  lines = _output(job)
   console.print(
     f"{job.workdir.name} failed with exit code {code}; the end of "
     f"{job.workdir / 'output.log'}:", markup=False,

@@ -319,6 +319,11 @@ def _(folder):
   _restored(_saved(folder, versions={"jax": "1"}), versions={"jax": "2"})
 
 
+@row("checkpoint: cores", "versions.cores is '1' there", "--other_versions")
+def _(folder):
+  _restored(_saved(folder, versions={"cores": "1"}), versions={"cores": "2"})
+
+
 @row("checkpoint: shape", "x is float32[3] there and float32[4] here", "delete")
 def _(folder):
   _restored(_saved(folder), {"x": np.ones(4, np.float32)})

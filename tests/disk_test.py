@@ -284,3 +284,9 @@ def test_markdown_shows_what_is_given(text):
   ):
     assert cell in shown, shown
   assert shown.count("<tr>") == 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_cores_of_a_cpu_are_among_the_versions(count, monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
+  assert workdir.versions()["cores"] == str(count)

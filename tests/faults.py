@@ -265,6 +265,15 @@ def _(folder, say):
     job.run(tiny.get_config(), folder / "w", QUIET)
 
 
+@row("first job in a workdir in use", 2, "is in use by process")
+def _(folder, say):
+  try:
+    with workdir.held(epath.Path(folder)):
+      job.run(tiny.get_config(), folder, QUIET)
+  finally:
+    assert not (folder / "config.json").exists()
+
+
 @row("checkpoint's record without its keys", 0, "run/9 is damaged", "no about")
 def _(folder, say):
   _saved(folder, 3, 9)
