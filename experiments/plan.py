@@ -38,6 +38,7 @@ from pin_jax import (
   batches,
   catalogue,
   criteria,
+  disk,
   evaluation,
   negatives,
   sharding,
@@ -350,9 +351,8 @@ def main(_: list[str]) -> int:
   plans = make_plans(config, Sizes(**given), devices)
   for plan in plans:
     if _HLO.value:
-      path = f"{_HLO.value}/{plan.name.replace(' ', '_')}.txt"
-      with open(path, "w") as file:
-        file.write(plan.text)
+      name = f"{plan.name.replace(' ', '_')}.txt"
+      disk.write({disk.place("hlo", _HLO.value) / name: plan.text})
   if _JSON.value:
     print(json.dumps([
       {k: v for k, v in p._asdict().items() if k != "text"} for p in plans

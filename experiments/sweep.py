@@ -38,7 +38,7 @@ from experiments import commands, schema, settings, sizes, summaries, trials
 from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.tables import MIN_SEEDS, change_text, user_ids
-from pin_jax import metrics, statistics
+from pin_jax import disk, metrics, statistics
 from pin_jax.types import InputError
 
 _POLL = 0.2  # seconds between looks at whether jobs have ended
@@ -107,10 +107,9 @@ def _jobs_of(
         f"{chosen}; list each once"
       )
     seen[name] = number
-    command = _command(config, epath.Path(root) / name, chosen)
-    jobs.append(Job(
-      epath.Path(root) / name, chosen, command, _data_files(resolved.data)
-    ))
+    place = disk.place("workdir", root) / name
+    command = _command(config, place, chosen)
+    jobs.append(Job(place, chosen, command, _data_files(resolved.data)))
   return jobs
 
 
@@ -304,17 +303,22 @@ def _start(job: Job) -> subprocess.Popen:
     )
 
 
+def _output(job: Job) -> list[str]:
+  data = (job.workdir / "output.log").read_bytes()
+  return data.decode(errors="replace").splitlines()
+
+
 def _last_line(job: Job) -> str:
-  lines = (job.workdir / "output.log").read_text().splitlines()
+  lines = _output(job)
   return lines[-1] if lines else "starts"
 
 
 def _finish(job: Job, code: int, console: rich.console.Console) -> list[Job]:
   """Marks a job as done, or says why it is not; returns it in that case."""
   if code == 0:
-    (job.workdir / "done").write_text(f"{printed(job)}\n{job.data}\n")
+    disk.write({job.workdir / "done": f"{printed(job)}\n{job.data}\n"})
     return []
-  lines = (job.workdir / "output.log").read_text().splitlines()
+  lines = _output(job)
   console.print(
     f"{job.workdir.name} failed with exit code {code}; the end of "
     f"{job.workdir / 'output.log'}:", markup=False,

@@ -63,9 +63,10 @@ def finished(root: epath.PathLike) -> list[epath.Path]:
   Raises:
     InputError: if there is none.
   """
-  if not epath.Path(root).is_dir():
+  root = disk.place("workdir", root)
+  if not root.is_dir():
     raise InputError(f"{root} is no directory; name that of a sweep")
-  paths = sorted(epath.Path(root).iterdir())
+  paths = sorted(root.iterdir())
   done = [path for path in paths if (path / "done").exists()]
   if not done:
     raise InputError(f"{root} holds no finished job; run the sweep first")

@@ -31,7 +31,8 @@ def versions() -> dict[str, str]:
   number.
   """
   device = jax.devices()[0]
-  cores = {"cores": str(len(os.sched_getaffinity(0)))}
+  usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+  cores = {"cores": str(len(usable(0)))}
   return {
     "python": platform.python_version(),
     "device": device.device_kind,
@@ -62,7 +63,7 @@ def held(workdir: epath.Path) -> Iterator[None]:
     WriteError: if it cannot be written.
   """
   file = workdir / "checkpoints" / "lock"
-  with disk.writing(workdir):
+  with disk.writing(f"--workdir={workdir}"):
     file.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     try:

@@ -142,7 +142,7 @@ def read_parquet(data: bytes, most_rows: int | None = None) -> pl.DataFrame:
     ValueError: for content at which the reader panics, and all that it raises
       for other damage; the reader's own cries are not heard.
   """
-  with _unheard():
+  with unheard():
     try:
       return pl.read_parquet(io.BytesIO(data), n_rows=most_rows)
     except pl.exceptions.PanicException as error:
@@ -150,7 +150,7 @@ def read_parquet(data: bytes, most_rows: int | None = None) -> pl.DataFrame:
 
 
 @contextlib.contextmanager
-def _unheard() -> Iterator[None]:
+def unheard() -> Iterator[None]:
   """The process's standard error goes nowhere while the block runs."""
   kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
   os.dup2(nowhere, 2)

@@ -796,6 +796,8 @@ def _from_members(
   path: epath.PathLike, manifest: dict[str, Any], members: dict[str, bytes]
 ) -> Recommender:
   exported = jax.export.deserialize(bytearray(members["program.jax"]))
+  with disk.unheard():
+    exported.mlir_module()  # which raises where the program cannot be read
   arrays = {
     name: _array(members[name], **of)
     for name, of in manifest["arrays"].items()

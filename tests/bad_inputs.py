@@ -47,6 +47,7 @@ from pin_jax.datasets import crowd, files, stored, tfds
 from pin_jax.interactions import from_columns
 from pin_jax.training import fit, make_optimizer
 from tests import tiny, toys
+from tests.summaries_test import make_workdir
 
 ROWS = {}  # name: (function of a folder, words of the message)
 
@@ -404,6 +405,11 @@ def _(folder):
 @row("checkpoint: versions", "versions.jax is '1' there", "--other_versions")
 def _(folder):
   _restored(_saved(folder, versions={"jax": "1"}), versions={"jax": "2"})
+
+
+@row("checkpoint: cores", "versions.cores is '1' there", "--other_versions")
+def _(folder):
+  _restored(_saved(folder, versions={"cores": "1"}), versions={"cores": "2"})
 
 
 @row("checkpoint: shape", "x is float32[3] there and float32[4] here", "delete")
@@ -818,6 +824,64 @@ _in_workdir(
   lambda folder, config: (folder / "config.json").write_text("{"),
   "config.json is damaged", "delete it",
 )
+
+
+for text in ("", " ", "a\0b"):
+  _in_workdir(
+    f"named {text!r}",
+    lambda folder, config, text=text: job.run(config, text),
+    "is no path", "name a file or directory",
+  )
+for text in ("a[0]", "a*", "a?"):
+  _in_workdir(
+    f"with a pattern for a name, {text}",
+    lambda folder, config, text=text: job.run(config, folder / "w" / text),
+    text, "could not be read again", "without * ? [",
+  )
+for text in ("[]", "null", "{}", '{"config": 3, "data": "0"}', "\0"):
+  _in_workdir(
+    f"with {text!r} for a config.json",
+    lambda folder, config, text=text: (folder / "config.json").write_text(text),
+    "config.json is damaged", "delete it",
+  )
+_in_workdir(
+  "in the place of a file",
+  lambda folder, config: ((folder / "f").write_text(""), job.run(
+    config, folder / "f" / "w"
+  )), "f/w cannot be written", "name another place",
+)
+_recommend("no output", ANN, "output='' is no path", output="")
+
+
+@row("checkpoint: a pattern for a name", "has ? [ in it", "use a directory")
+def _(folder):
+  Checkpoints(folder / "a[b]?")
+
+
+@row("report: damaged rows", "rows.parquet is damaged", "restore it")
+def _(folder):
+  (folder / "rows.parquet").write_bytes(b"PAR1" + bytes(99) + b"PAR1")
+  report.write_report(folder)
+
+
+@row("report: log of another encoding", "log.jsonl line 1 is damaged", "delete")
+def _(folder):
+  make_workdir(folder / "job")
+  (folder / "job" / "log.jsonl").write_bytes('{"run": "é"}'.encode("latin1"))
+  report.write_pages([folder / "job"])
+
+
+@row("report: no place", "output=' ' is no path", "name a file or directory")
+def _(folder):
+  make_workdir(folder / "job")
+  report.write_pages([folder / "job"], output=" ", num_resamples=10)
+
+
+@row("workdir: of no job, to serve", "config.json is damaged", "delete it")
+def _(folder):
+  for name in ("config", "summary"):
+    (folder / f"{name}.json").write_text("[]")
+  finished.recommender(folder)
 
 
 def answer(name, folder):

@@ -205,14 +205,14 @@ def _put(name, text):
 
 @pytest.mark.parametrize("harm", [
   _put("summary.json", b"[1, 2]"), _put("summary.json", b'{"cost": [3]}'),
-  _put("summary.json", b'{"cost": {"a": 1}}'), _put("summary.json", b"\xff\xfe"),
+  _put("summary.json", b'{"cost": {"a": 1}}'), _put("summary.json", b"\xff"),
   _put("summary.json", b'{"base": 3, "num_items": "x"}'),
   _put("summary.json", b'{"fingerprint": "f"}'), _put("summary.json", b""),
   _put("config.json", b"[]"), _put("config.json", b'{"config": 3}'),
   _put("config.json", b"null"), _put("config.json", b"{}"),
   _put("cpu_seconds.json", b"[]"), _put("cpu_seconds.json", b"\x00"),
   _put("log.jsonl", '{"run": "ä"}\n'.encode("utf-16")),
-  _put("log.jsonl", b"[1]\n"), _put("log.jsonl", b'{"run": "a"}\n{"norms": 3}\n'),
+  _put("log.jsonl", b"[1]\n"), _put("log.jsonl", b'{"run": "a", "norms": 3}'),
   _put("log.jsonl", b'{"norms": [1, 2]}\n'), _put("log.jsonl", b"\xe9\n"),
 ], ids=range(18))  # fmt: skip
 def test_a_damaged_file_of_a_job_is_told_in_a_line(harm, tmp_path):
@@ -244,7 +244,7 @@ def test_a_damaged_summary_is_told_in_a_line(name, text, tmp_path):
     summaries.read(tmp_path / "out")
 
 
-IDS = ["u[/x]1", "[a0]shoe", "[red]r", "i" * 90, "a|b*c_d`e", "<b>雪</b>", "x y"]
+IDS = "u[/x]1", "[a0]shoe", "[red]r", "i" * 90, "a|b*c_d`e", "<b>雪</b>", "x y"
 
 
 def test_ids_are_printed_as_they_are_in_a_pipe():
@@ -284,3 +284,9 @@ def test_markdown_shows_what_is_given(text):
   ):
     assert cell in shown, shown
   assert shown.count("<tr>") == 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_cores_of_a_cpu_are_among_the_versions(count, monkeypatch):
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(count)))
+  assert workdir.versions()["cores"] == str(count)

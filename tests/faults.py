@@ -9,6 +9,7 @@ check by themselves that nothing was lost.
 
 import contextlib
 import io
+import json
 import logging
 import os
 import pathlib
@@ -21,12 +22,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 from etils import epath
 
-from experiments import commands, interruption, logs, workdir
+from experiments import (
+  commands,
+  interruption,
+  job,
+  logs,
+  recommend,
+  report,
+  summaries,
+  workdir,
+)
 from experiments.events import read_events
-from pin_jax import finite, halving, training
+from pin_jax import archives, checkpoints, finite, halving, training
 from pin_jax.checkpoints import Checkpoints
+from tests import tiny
+from tests.summaries_test import make_workdir
+from tests.toy_rows import make_rows
 
 ROWS = {}  # name: (function of (folder, say), exit code, words)
 
@@ -196,7 +210,91 @@ def _(folder, say):
     _restored(folder, say, 3)
 
 
-@row("disk full while logging", 3, "File too large")
+_JOB_ROWS = make_rows(seeds=(0,))
+QUIET = rich.console.Console(file=io.StringIO())
+OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
+  "tables": lambda job, to: report.write_report(
+    to, console=QUIET, num_resamples=20
+  ),
+  "report": lambda job, to: report.write_pages(
+    [job], output=to, drawings=to / "figures", num_resamples=20
+  ),
+  "summary": lambda job, to: summaries.write(summaries.read(job), to),
+  "recommendations": lambda job, to: recommend._writer(
+    epath.Path(to) / "recs.parquet"
+  )(_JOB_ROWS),
+  "exported model": lambda job, to: archives.write(
+    to / "m.pin", {}, {"x": bytes(9000)}
+  ),
+}
+
+
+def _everything(folder):
+  files = sorted(p for p in folder.rglob("*") if p.is_file())
+  return {p.relative_to(folder): p.read_bytes() for p in files}
+
+
+def _not_written(output, harm, before):
+  """Nothing is there that was not there before, and all that was."""
+
+  def action(folder, say):
+    job, to = (make_workdir(folder / x, _JOB_ROWS) for x in ("job", "to"))
+    write = lambda: OUTPUTS[output](job, to)
+    if before:
+      write()
+    there = _everything(to)
+    try:
+      with _disk_full(500) if harm == "disk full" else _read_only(to):
+        write()
+    finally:
+      assert _everything(to) == there
+
+  name = f"{harm}, {output} written" + " again" * before
+  ROWS[name] = (action, 3, ("cannot be written", "free space"))
+
+
+for output in OUTPUTS:
+  _not_written(output, "disk full", before=True)
+  _not_written(output, "directory read-only", before=False)
+
+
+@row("workdir read-only at the start", 3, "cannot be written", "free space")
+def _(folder, say):
+  (folder / "w").mkdir()
+  with _read_only(folder / "w"):
+    job.run(tiny.get_config(), folder / "w", QUIET)
+
+
+@row("first job in a workdir in use", 2, "is in use by process")
+def _(folder, say):
+  try:
+    with workdir.held(epath.Path(folder)):
+      job.run(tiny.get_config(), folder, QUIET)
+  finally:
+    assert not (folder / "config.json").exists()
+
+
+@row("checkpoint's record without its keys", 0, "run/9 is damaged", "no about")
+def _(folder, say):
+  _saved(folder, 3, 9)
+  (path,) = (folder / "run" / "9" / "record").glob("metadata*")
+  sealed = json.loads(path.read_text())
+  del sealed["about"]
+  path.write_text(json.dumps(checkpoints._seal(sealed)))
+  _restored(folder, say, 3)
+
+
+@row("checkpoint's record of nothing", 2, "is damaged", "delete it")
+def _(folder, say):
+  _saved(folder, 3)
+  store = Checkpoints(folder / "checkpoints" / "toy")
+  store.save(4, (State(jnp.zeros(2)), jnp.zeros(2)), {"stale": 0})
+  store.close()
+  _fit(folder, _step())
+
+
+@row("disk full while logging", 3, "log.jsonl cannot be written",
+     "File too large")
 def _(folder, say):
   log = logs.RunLog(epath.Path(folder))
   with _disk_full(500):
@@ -204,7 +302,9 @@ def _(folder, say):
       for step in range(9):
         log.steps("base", step, {"loss": np.ones((1, 40))})
     finally:
-      log._file = (folder / "other").open("a")
+      with contextlib.suppress(OSError):
+        log.close()
+      assert log._file.closed  # and nothing is written as it goes
 
 
 @row("two processes on one workdir", 2, "is in use by process", "--workdir")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import commands, interruption, job, settings, workdir
+from experiments import commands, interruption, job, settings
 from pin_jax import training
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
@@ -164,10 +164,3 @@ def test_differences_fill_in_defaults():
   )
   assert list(found) == [("a.b", 1, 3)]
 
-
-def test_a_file_is_replaced_as_a_whole(tmp_path):
-  path = epath.Path(tmp_path) / "x"
-  workdir.write(path, b"old")
-  workdir.write(path, b"new")
-  assert path.read_bytes() == b"new"
-  assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -1,5 +1,6 @@
 """Serving: routing, exact top K, agreement with the evaluation, the file."""
 
+import hashlib
 import io
 import json
 import operator
@@ -458,6 +459,92 @@ def test_a_changed_archive_is_refused_for_what_it_is(saved, tmp_path):
   path = tmp_path / "text.pin"
   path.write_text("no archive " * 20)
   assert "damaged" in refused(path)
+
+
+def resealed(name, change):
+  """A change of one member under sums that are right."""
+
+  def harm(members):
+    members[name] = change(members[name])
+    manifest = json.loads(members["manifest.json"])
+    digest = hashlib.sha256(members[name]).hexdigest()
+    manifest["members"][name]["sha256"] = digest
+    members["manifest.json"] = json.dumps(manifest).encode()
+
+  return harm
+
+
+def values(dtype, index, value):
+  def change(data):
+    array = np.frombuffer(data, dtype).copy()
+    array[index] = value
+    return array.tobytes()
+
+  return change
+
+
+def columns(**of):
+  def change(data):
+    table, out = pl.read_parquet(io.BytesIO(data)), io.BytesIO()
+    table.with_columns(**{
+      name: pl.Series(make(table[name])) for name, make in of.items()
+    }).write_parquet(out)
+    return out.getvalue()
+
+  return change
+
+
+def first(value):
+  return lambda x: pl.Series([value, *x[1:]], dtype=x.dtype)
+
+
+CONTENTS = {
+  "a history ends beyond all": (
+    resealed("histories/offsets", values("<i8", -1, 1 << 40)), "end to end"),
+  "offsets fall": (
+    resealed("histories/offsets", values("<i8", 3, 0)), "end to end"),
+  "offsets begin late": (
+    resealed("histories/offsets", values("<i8", 0, 1)), "end to end"),
+  "item 0": (
+    resealed("histories/items", values("<i4", 5, 0)), "unknown item"),
+  "item V+1": (
+    resealed("histories/items", values("<i4", 5, V + 1)), "unknown item"),
+  "a neighbour": (
+    resealed("evidence/2/3.neighbours", values("<i4", 7, -9)), "neighbour"),
+  "nan": (
+    resealed("histories/items", values("<f4", 0, np.nan)), "unknown item"),
+  "a slot": (resealed("users.parquet", columns(slot=first(2))), "slot"),
+  "a segment": (resealed("users.parquet", columns(segment=first(-1))), "segm"),
+  "a prefix": (resealed("users.parquet", columns(end_all=first(99))), "prefix"),
+  "no end": (resealed("users.parquet", columns(end_all=first(None))), "gaps"),
+  "users twice": (
+    resealed("users.parquet", columns(user=lambda x: [7] * len(x))), "ascend"),
+  "a huge id": (
+    resealed("items.parquet", columns(item=lambda x: ["x" * 10**7] * len(x))),
+    "ascend"),
+  "ids of another type": (
+    resealed("users.parquet", columns(user=lambda x: [0.5] * len(x))), "Float"),
+  "counts": (
+    resealed("items.parquet", columns(interactions=first(np.inf))), "finite"),
+  "program": (resealed("program.jax", lambda data: data[:-900]), "export the"),
+  "length": (in_manifest(length=10**9), "another length"),
+  "recent": (in_manifest(recent=10**9), "another length"),
+  "no recent": (in_manifest(recent=0), "other inputs"),
+  "head": (in_manifest(head_from="x"), "not whole"),
+  "newcomers": (in_manifest(newcomers=[0, 5]), "slot is unknown"),
+  "one newcomer": (in_manifest(newcomers=[0]), "slot is unknown"),
+  "shapes": (in_manifest(arrays={"histories/offsets": {
+    "dtype": "<i8", "shape": [1 << 50]}}), "export the"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_contents_that_disagree_are_refused_before_they_serve(
+  case, saved, tmp_path
+):
+  harm, words = CONTENTS[case]
+  path = rewritten(saved / "gru4rec-memory.pin", tmp_path / "bad.pin", harm)
+  assert words in refused(path)
 
 
 def run(saved, whom, **options):

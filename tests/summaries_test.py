@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 import rich.console
-from toy_rows import NUM_ITEMS, make_log, make_rows
 
 from experiments import claims, render, report, sections, summaries
 from experiments.configs import base
 from pin_jax.types import InputError
+from tests.toy_rows import NUM_ITEMS, make_log, make_rows
 
 
 def make_workdir(path, rows=None, *, length=50, seeds=(0, 1), suffix=""):

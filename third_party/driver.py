@@ -156,6 +156,7 @@ def run(
   other = None
   if beside is not None:
     other = _results_beside(epath.Path(beside), problem, plan, title)
+  directory = disk.place("workdir", directory)
   directory = epath.Path(os.path.abspath(os.fspath(directory)))
   about = {
     **plan._asdict(), "peer": peer.package, "versions": found,
@@ -164,8 +165,8 @@ def run(
   }
   for key in ("seeds", "python"):
     del about[key]
-  _claim(directory, about)
   with workdir.held(directory):
+    _claim(directory, about)
     file = directory / "peer" / "data.npz"
     file.parent.mkdir(exist_ok=True)
     protocol.write_data(os.fspath(file), data_of(problem.split))

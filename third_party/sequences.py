@@ -12,6 +12,7 @@ from absl import flags
 from etils import epath
 
 from experiments import commands
+from pin_jax import disk
 from pin_jax.interactions import Interactions
 from pin_jax.types import InputError
 
@@ -53,7 +54,7 @@ def write(data: Interactions, path: epath.PathLike) -> None:
   Raises:
     InputError: if the path is no .parquet file in a directory that exists.
   """
-  path = epath.Path(path)
+  path = disk.place("output", path)
   if path.suffix != ".parquet" or not path.parent.is_dir():
     raise InputError(
       f"--output={path} is no .parquet file in a directory that exists; name "
@@ -64,7 +65,7 @@ def write(data: Interactions, path: epath.PathLike) -> None:
     "item": data.item_ids[data.items - 1],
     "time": data.times,
   })
-  with path.open("wb") as file:
+  with disk.replacing(path) as file:
     frame.write_parquet(file)
 
 
