@@ -432,6 +432,9 @@ def weighting_options(key: str, spec: str) -> tuple[str, dict[str, float]]:
     if not known[option].accepts(number):
       raise _bad(key, spec, f"{item!r}: {known[option].remedy}")
     given[option] = number
+  for one in parameters:
+    if one.name in known.keys() - given and one.default is one.empty:
+      raise _bad(key, spec, f"give {one.name}, as {name}:{one.name}=number")
   return name, given
 
 
