@@ -223,7 +223,7 @@ def mixture(parts: Sequence[tuple[float, Proposal]]) -> Proposal:
   shares = [share for share, _ in parts]
   if not shares or not all(0 < share < math.inf for share in shares):
     raise InputError(
-      f"loss.proposal has shares {shares}; give each a positive number"
+      f"parts have shares {shares}; give each a positive number"
     )
   borders = np.cumsum([0, *shares]) / np.sum(shares)
 
