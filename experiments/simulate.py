@@ -15,15 +15,14 @@ import numpy as np
 import polars as pl
 from absl import flags
 
-from experiments.commands import check_no_arguments, launch
+from experiments.commands import launch
 from pin_jax import paths
 from pin_jax.datasets import crowd, stored
 from pin_jax.types import InputError
 
 
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
   """Draws and writes."""
-  check_no_arguments(argv)
   values = flags.FLAGS
   drawn = crowd.Crowd(
     num_users=_number("users"), num_items=_number("items"),

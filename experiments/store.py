@@ -11,16 +11,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.commands import check_no_arguments, launch
+from experiments.commands import launch
 from pin_jax import paths
 from pin_jax.datasets import files, stored
 
 _ROLES = "user", "item", "time"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(_: Sequence[str]) -> None:
   """Reads, sorts and stores."""
-  check_no_arguments(argv)
   values = flags.FLAGS
   paths.check_new(values.output)
   data = files.read(

@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import job, problem, sizes, sweep
+from experiments import job, problem, schema, sizes, sweep
 from experiments.configs import base, files
 from experiments.trainer import check_pools
 from pin_jax.types import InputError
@@ -73,7 +73,7 @@ def _by_sweep(path):
 def test_sizes_follow_from_the_data(path, make):
   asked = make(path)
   config, _ = problem.prepare(asked)
-  flat = dict(job.settings.flatten(job.of_results(config)))
+  flat = dict(schema.flatten(job.of_results(config)))
   assert {key: flat[key] for key in sizes.KEYS} == WANT
   line = sizes.told(asked, config)
   assert all(f"{key}={value!r}" in line for key, value in WANT.items())
