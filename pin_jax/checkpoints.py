@@ -17,6 +17,7 @@ import itertools
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,12 +37,32 @@ _PARTS = {
   "schema": int, "about": dict, "leaves": dict, "arrays": str, "record": dict,
   "seal": str,
 }
-# orbax logs the traceback of whatever it also raises, which is told in a line.
-logging.getLogger("absl").addFilter(
-  lambda record: record.levelno < logging.ERROR
-  or "orbax" not in record.pathname
-)
 _meetings = itertools.count()  # all processes hold them in the same order
+
+
+def _quieten() -> None:
+  """What orbax raises, which is told in a line, is not printed besides.
+
+  It logs the tracebacks, forgets futures that failed, and what tensorstore
+  still has at work calls back into an event loop that has ended.
+  """
+  logging.getLogger("absl").addFilter(
+    lambda record: record.levelno < logging.ERROR
+    or "orbax" not in record.pathname
+  )
+  logging.getLogger("asyncio").addFilter(
+    lambda record: "exception was never retrieved" not in record.getMessage()
+  )
+  hook = sys.excepthook
+
+  def told(kind: type, error: BaseException, trace: Any) -> None:
+    if str(error) != "Event loop is closed":
+      hook(kind, error, trace)
+
+  sys.excepthook = told
+
+
+_quieten()
 
 
 class Checkpoints:
@@ -300,6 +321,10 @@ class Checkpoints:
       return action()
     except (OSError, ValueError, RuntimeError) as error:
       saving = "" if self._saving is None else f"/{self._saving}"
+      with contextlib.suppress(OSError):  # it stands in the way of a rerun
+        for path in self._directory.iterdir():
+          if saving and path.name.startswith(f"{saving[1:]}.orbax-checkpoint"):
+            path.rmtree()
       raise TrainingError(
         f"checkpoint {self._directory}{saving} cannot be written "
         f"({_brief(error)}); free space there or make it writable, and run "

@@ -194,6 +194,7 @@ def _(folder, say):
       store.save(9, _tree(9), {"step": 9})
       store.wait()
   finally:
+    assert sorted(os.listdir(folder / "run")) == ["3"]
     _restored(folder, say, 3)
 
 
