@@ -43,7 +43,7 @@ from pin_jax import (
 from pin_jax import statistics as intervals
 from pin_jax.backbones.sasrec import sasrec
 from pin_jax.checkpoints import Checkpoints
-from pin_jax.datasets import crowd, files, stored, tfds
+from pin_jax.datasets import crowd, files, simulator, stored, tfds
 from pin_jax.interactions import from_columns
 from pin_jax.training import fit, make_optimizer
 from tests import tiny, toys
@@ -177,6 +177,21 @@ def _(folder):
     folder / "s", lengths=np.array([1]), items=[np.array([2**32 + 1])],
     user_ids=np.array([1]), item_ids=np.array([1, 2]), name="x", notes={},
   )
+
+
+def _world(name, value, *words):
+  """A world with one parameter set."""
+  ROWS[f"simulator: {name}={value!r}"] = (
+    lambda folder: simulator.make_world(**{"seed": 0, name: value}),
+    (f"{name}=", *words),
+  )
+
+
+_world("num_items", 10**9, "at most")
+_world("borders", (4, "a"), "(4, 'a')", "ascending lengths")
+_world("scale", 1e308, "give -50 to 50")
+_world("rank", float("nan"), "whole number")
+_world("seed", -1, "at least 0")
 
 
 @row("simulate: users", "num_users=2147483648", "less than 2^31")
@@ -557,12 +572,7 @@ _config("seeds", (2**31,), "seeds=(2147483648,)", "to 2147483647")
 _config("seeds", (-1,), "seeds=(-1,)", "whole number from 0")
 _config("non_finite", "ignore", "non_finite='ignore'", "use one of")
 _config("validation.every", 7, "validation.every=7", "multiple of dispatch")
-_config("data.num_items", 10**9, "num_items=1000000000", "at most")
-_config("data.borders", (4, "a"), "borders=(4, 'a')", "ascending lengths")
 _config("data.borders", (3, 4), "longest history: 3", "nothing to learn")
-_config("data.scale", 1e308, "scale=1e+308", "give -50 to 50")
-_config("data.rank", float("nan"), "rank=nan", "whole number")
-_config("data.seed", -1, "seed=-1", "at least 0")
 _config("data.source", "web", "data.source='web'", "use one of")
 _config("data.path", "x.csv", "data.path='x.csv'", "does not use it")
 _config("data.num_items", 10**6, "num_items=1000000", "from 2 to 10000")
