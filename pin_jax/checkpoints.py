@@ -53,13 +53,13 @@ def _quieten() -> None:
   logging.getLogger("asyncio").addFilter(
     lambda record: "exception was never retrieved" not in record.getMessage()
   )
-  hook = sys.excepthook
+  hook = sys.unraisablehook
 
-  def told(kind: type, error: BaseException, trace: Any) -> None:
-    if str(error) != "Event loop is closed":
-      hook(kind, error, trace)
+  def told(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      hook(unraisable)
 
-  sys.excepthook = told
+  sys.unraisablehook = told
 
 
 _quieten()
