@@ -26,7 +26,7 @@ from absl import flags, logging
 from etils import epath
 
 from experiments import commands, finished
-from pin_jax import disk, paths, serving
+from pin_jax import disk, serving
 from pin_jax.types import InputError
 
 MOST_PRINTED = 20  # requests
@@ -98,7 +98,9 @@ def recommend(
   users = None if whom.users is None else read_ids("users", whom.users)
   histories = None
   if whom.history is not None:
-    histories = _read_histories(paths.local(whom.history, "--history"))
+    histories = _read_histories(
+      disk.place("--history", whom.history, here=True)
+    )
   made = _recommender(source)
   if histories is not None:
     requests = serving.of_histories(made, *histories)

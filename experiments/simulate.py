@@ -16,7 +16,7 @@ import polars as pl
 from absl import flags
 
 from experiments.commands import launch
-from pin_jax import paths
+from pin_jax import disk
 from pin_jax.datasets import crowd, stored
 from pin_jax.types import InputError
 
@@ -54,7 +54,7 @@ def write_parquet(drawn: crowd.Crowd, path: str) -> None:
     InputError: if the directory exists.
     OSError: if it cannot be written; nothing is left then.
   """
-  with paths.new_directory(path) as directory:
+  with disk.new_directory(path) as directory:
     for index in range(drawn.num_chunks):
       chunk = drawn.chunk(index)
       table = pl.DataFrame({

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from experiments.commands import launch
-from pin_jax import paths
+from pin_jax import disk
 from pin_jax.datasets import files, stored
 
 _ROLES = "user", "item", "time"
@@ -21,7 +21,7 @@ _ROLES = "user", "item", "time"
 def main(_: Sequence[str]) -> None:
   """Reads, sorts and stores."""
   values = flags.FLAGS
-  paths.check_new(values.output)
+  disk.check_new(values.output)
   data = files.read(
     values.input, min_length=values.min_length, k_core=values.k_core,
     **{role: values[role].value for role in _ROLES},

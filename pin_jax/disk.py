@@ -7,12 +7,15 @@ damaged.
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
+import pathlib
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
-from typing import IO
+from typing import IO, Any
 
 import polars as pl
 from etils import epath
@@ -25,19 +28,28 @@ _WRONG_PATH = (
 )
 
 
-def place(name: str, path: epath.PathLike) -> epath.Path:
+def place(
+  name: str, path: epath.PathLike, *, here: bool = False
+) -> epath.Path:
   """A path as it is meant: `~` is the home directory.
 
   Args:
     name: of the argument, for the message.
-    path: of a file or directory.
+    path: of a file or directory, which need not exist.
+    here: whether it must be on this machine.
 
   Raises:
-    InputError: if it is empty.
+    InputError: for what is no path, is empty, or is not where it must be.
   """
+  if not isinstance(path, str | os.PathLike):
+    raise InputError(f"{name}={path!r} is no path; give one")
   text = os.fspath(path)
   if not text.strip() or "\0" in text:
     raise InputError(f"{name}={text!r} is no path; name a file or directory")
+  if here and "://" in text:
+    raise InputError(
+      f"{name}={text} is not on this machine; copy it here or mount it"
+    )
   return epath.Path(text).expanduser()
 
 
@@ -166,3 +178,78 @@ def _brief(error: BaseException) -> str:
   """What an exception says, in one line."""
   text = " ".join(str(error).split())[:200]
   return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _open_directory(path: epath.Path) -> int:
+  flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+  return os.open(os.fspath(path), flags)
+
+
+def check_new(path: epath.PathLike) -> pathlib.Path:
+  """The path of a directory to make; raises InputError where it exists."""
+  path = pathlib.Path(place("directory", path, here=True))
+  if os.path.lexists(path):
+    raise InputError(f"{path} exists; delete it or give another directory")
+  return path
+
+
+@contextlib.contextmanager
+def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
+  """Makes a directory as a whole: a kill leaves none, and a rerun mends.
+
+  It is filled under another name beside its own, `.NAME.partial`. What a killed
+  run has left there is deleted; a run that lives keeps it.
+
+  Args:
+    path: of the directory, which must not exist.
+
+  Yields:
+    Where to write.
+
+  Raises:
+    InputError: if it exists, or another process is writing it.
+    WriteError: if it cannot be written; nothing is left then.
+  """
+  path = check_new(path)
+  partial = path.with_name(f".{path.name}.partial")
+  with writing(path), contextlib.ExitStack() as stack:
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+      partial.mkdir()
+    handle = _open_directory(partial)
+    stack.callback(os.close, handle)
+    _hold(handle, f"{path} is being written by another process; wait for it")
+    check_new(path)
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    for left in partial.iterdir():
+      left.unlink()
+    yield partial
+    partial.rename(path)
+
+
+def _hold(handle: int, held: str) -> None:
+  """Locks without waiting; file systems without locks are not guarded."""
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise InputError(held) from None
+  except OSError:
+    pass
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: epath.PathLike) -> Iterator[Any]:
+  """Lets one process after another into the block, by a lock on a directory.
+
+  Args:
+    directory: made where it is missing.
+  """
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  handle = _open_directory(directory)
+  try:
+    with contextlib.suppress(OSError):  # a file system without locks
+      fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)

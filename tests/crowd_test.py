@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from experiments import commands, simulate, store
-from pin_jax import paths
+from pin_jax import disk
 from pin_jax.datasets import crowd, files, stored
 from pin_jax.types import InputError
 
@@ -147,7 +147,7 @@ class Failing:
 @pytest.mark.parametrize("form", WRITERS)
 def test_what_is_written_is_whole_or_absent(drawn, tmp_path, form):
   full = OSError(28, "No space left on device")
-  with pytest.raises(OSError, match="d cannot be written .No space.*give"):
+  with pytest.raises(OSError, match="d cannot be written .No space.*name"):
     WRITERS[form](Failing(drawn, full), str(tmp_path / "d"))
   with pytest.raises(KeyboardInterrupt):
     WRITERS[form](Failing(drawn, KeyboardInterrupt()), str(tmp_path / "d"))
@@ -178,7 +178,7 @@ def test_a_rerun_mends_what_a_kill_left(drawn, tmp_path, form):
 
 
 def test_one_writes_and_a_planted_link_is_not_followed(drawn, tmp_path):
-  with paths.new_directory(tmp_path / "d"):
+  with disk.new_directory(tmp_path / "d"):
     with pytest.raises(InputError, match="being written by another"):
       simulate.write_parquet(drawn, str(tmp_path / "d"))
   (tmp_path / "mine").mkdir()

@@ -14,7 +14,6 @@ LEVELS = {
   "pin_jax.types": 0,
   "pin_jax.interactions": 0,
   "pin_jax.archives": 0,
-  "pin_jax.paths": 0,
   "pin_jax.disk": 0,
   "pin_jax.layers": 0,
   "pin_jax.losses": 0,

@@ -14,7 +14,7 @@ from typing import Any
 import polars as pl
 from etils import epath
 
-from pin_jax import paths
+from pin_jax import disk
 from pin_jax.interactions import Interactions, from_columns
 from pin_jax.types import InputError
 
@@ -103,7 +103,7 @@ def read_parquet(
   Arguments and errors are those of `read_csv`; ids keep their stored type. A
   directory is read as its .parquet files one after another, by name.
   """
-  path = paths.local(path)
+  path = disk.place("path", path, here=True)
   files = [path]
   if path.is_dir():  # not by glob, to which the path itself is a pattern
     files = sorted(x for x in path.iterdir() if x.name.endswith(".parquet"))
@@ -135,7 +135,7 @@ def read(path: epath.PathLike, **options: Any) -> Interactions:
   Raises:
     InputError: for an unknown suffix, and as the reader does.
   """
-  path = paths.local(path)
+  path = disk.place("path", path, here=True)
   suffix = ".parquet" if path.is_dir() else path.suffix.lower()
   if suffix not in READERS:
     raise InputError(
@@ -212,7 +212,7 @@ def _check_separator(
 
 def _check_file(path: epath.PathLike) -> epath.Path:
   """Returns the path of a file that exists and has contents."""
-  path = paths.local(path)
+  path = disk.place("path", path, here=True)
   if not path.exists():
     raise InputError(f"{path} does not exist; check the path")
   if path.is_dir():

@@ -17,7 +17,7 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from pin_jax import paths
+from pin_jax import disk
 from pin_jax.interactions import Interactions
 from pin_jax.types import InputError
 
@@ -127,7 +127,7 @@ def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
     InputError: if the directory is not of this form, not complete, or not what
       was written.
   """
-  directory = paths.local(path)
+  directory = disk.place("path", path, here=True)
   try:
     about = json.loads((directory / _ABOUT).read_text())
     if about["schema"] != _SCHEMA:
@@ -195,7 +195,7 @@ def write_chunks(
     "item_ids": np.asarray(item_ids),
   }
   total = _guarded(path, lambda: _total(**arrays))
-  with paths.new_directory(path) as directory:
+  with disk.new_directory(path) as directory:
     for key, values in arrays.items():
       with (directory / _FILES[key]).open("wb") as file:
         plain = _guarded(path, lambda values=values: _plain(values))

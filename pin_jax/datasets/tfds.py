@@ -17,7 +17,7 @@ import polars as pl
 import tensorflow_datasets as tfds
 from etils import epath
 
-from pin_jax import paths
+from pin_jax import disk
 from pin_jax.datasets import amazon_reviews, movielens
 from pin_jax.interactions import Interactions, from_columns
 from pin_jax.types import InputError
@@ -190,7 +190,7 @@ def read_tfds(
     >>> read_tfds("movielens/100k", k_core=5)  # doctest: +SKIP
   """
   data_dir, manual_dir = (
-    path if path is None else paths.local(path, key)
+    path if path is None else disk.place(key, path, here=True)
     for key, path in (("data_dir", data_dir), ("manual_dir", manual_dir))
   )
   if data_dir is not None and set(str(data_dir)) & set("*?["):
@@ -205,7 +205,7 @@ def read_tfds(
         f"{name} is not prepared in {builder.data_path}: pass download=True,"
         " or the data_dir it was prepared in"
       )
-    with paths.one_at_a_time(builder.data_path.parent):
+    with disk.one_at_a_time(builder.data_path.parent):
       builder = _builder(name, data_dir)  # another process may have done it
       if not builder.is_prepared():
         builder.download_and_prepare(
