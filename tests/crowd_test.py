@@ -207,13 +207,13 @@ class Flags:
   (simulate, {"output": "W", "stray": "x"}, 2, "unexpected arguments: ['x']"),
   (simulate, {"output": "s3://b/x"}, 2, "s3://b/x is not on this machine"),
   (simulate, {"output": ""}, 2, "directory='' is no path"),
-  (simulate, {"output": "/proc/x"}, 3, "/proc/x cannot be written"),
+  (simulate, {"output": "/proc/x"}, 2, "/proc/x cannot be written"),
   (simulate, {"output": "W", "users": "1e9"}, 2, "--users=1e9"),
   (store, {"input": "A", "output": "W", "stray": "x"}, 2, "unexpected"),
   (store, {"input": "s3://b/a.csv", "output": "W"}, 2, "not on this machine"),
   (store, {"input": "", "output": "W"}, 2, "path='' is no path"),
   (store, {"input": "A", "output": "A"}, 2, "exists; delete it"),
-  (store, {"input": "A", "output": "/proc/x"}, 3, "/proc/x cannot be written"),
+  (store, {"input": "A", "output": "/proc/x"}, 2, "/proc/x cannot be written"),
 ])
 def test_commands_end_in_one_line(
   tmp_path, monkeypatch, capsys, module, given, code, says
