@@ -130,7 +130,7 @@ def exit_code(
     if full:
       text = (
         f"memory is full ({text[:200]}); lower batch_size, loss.negatives, "
-        "num_seeds or backbone.width"
+        "num_seeds, backbone.width or evaluation.user_chunk"
       )
     if isinstance(error, BrokenPipeError):
       text = "standard output was closed before all was written to it"

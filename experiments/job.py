@@ -69,7 +69,7 @@ from experiments.trainer import (
   num_steps,
   routed,
 )
-from pin_jax import activeness, checkpoints, disk, evaluation, halving
+from pin_jax import activeness, checkpoints, disk, evaluation
 from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
@@ -155,14 +155,6 @@ def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
   ]
 
 
-def _log_probabilities(
-  model: evaluation.Model, num_items: int, length: int, user_chunk: int
-) -> Callable[..., np.ndarray]:
-  return evaluation.make_log_probabilities(
-    model, num_items=num_items, length=length, user_chunk=user_chunk
-  )
-
-
 def model_log_probabilities(
   method: Method, seed: int, problem: Problem, trainer: Trainer,
   users: np.ndarray,
@@ -171,11 +163,10 @@ def model_log_probabilities(
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
-    compute = halving.smaller_where_full(
-      functools.partial(
-        _log_probabilities, trainer.model(stage and stage.plugin),
-        problem.split.interactions.num_items, trainer.length,
-      ), 256,
+    compute = evaluation.make_log_probabilities(
+      trainer.model(stage and stage.plugin),
+      num_items=problem.split.interactions.num_items, length=trainer.length,
+      user_chunk=256,
     )
     out[chosen] = compute(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests

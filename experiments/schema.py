@@ -324,8 +324,7 @@ KEYS = {
     "non_inferiority_margin": _share(0.02),
     "power": Key(0.8, float, 0.01, 1, below=True),
   },
-  # A loss, gradient or parameter that is not finite: 'stop', and keep the state
-  # before that step (experiments/replay.py takes it again), or 'skip' the step
+  # A loss, gradient or parameter that is not finite: 'stop', or 'skip' the step
   # and count it.
   "non_finite": _text("stop", "stop", "skip"),
 }

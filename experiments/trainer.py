@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -36,7 +35,6 @@ from pin_jax import (
   criteria,
   evaluation,
   finite,
-  halving,
   metrics,
   negatives,
   plugins,
@@ -391,24 +389,18 @@ def make_ranker(
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
   length = config.backbone.length
-
-  def build(user_chunk: int) -> Ranker:
-    if options.protocol == "sampled":
-      return evaluation.make_sampled_ranker(
-        model, data, count=options.negatives, seed=options.seed,
-        length=length, user_chunk=user_chunk,
-      )
-    if layout.tables:
-      return catalogue.make_ranker(
-        model, num_items=data.num_items, length=length, layout=layout
-      )
-    return evaluation.make_ranker(
-      model, num_items=data.num_items, item_chunk=options.item_chunk,
-      length=length, user_chunk=user_chunk,
+  if options.protocol == "sampled":
+    return evaluation.make_sampled_ranker(
+      model, data, count=options.negatives, seed=options.seed,
+      length=length, user_chunk=options.user_chunk,
     )
-
-  return halving.smaller_where_full(
-    build, options.user_chunk, say=logging.warning
+  if layout.tables:
+    return catalogue.make_ranker(
+      model, num_items=data.num_items, length=length, layout=layout
+    )
+  return evaluation.make_ranker(
+    model, num_items=data.num_items, item_chunk=options.item_chunk,
+    length=length, user_chunk=options.user_chunk,
   )
 
 

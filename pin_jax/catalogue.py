@@ -1,7 +1,7 @@
-"""Ranking and top-k over a catalogue that is split over devices.
+"""Ranking over a catalogue that is split over devices.
 
 Every device scores the items whose rows it holds, a piece at a time; what
-crosses devices are counts, or each device's best K, never rows of the table.
+crosses devices are counts, never rows of the table.
 The results are those of one device, ties included.
 """
 
@@ -241,98 +241,6 @@ def make_ranker(
     return run(weights, sequences, requests)
 
   return rank
-
-
-class Top(NamedTuple):
-  """The best items of users, best first; [n, K].
-
-  Attributes:
-    items: int32; 0 where there are fewer than K.
-    scores: their logits; -inf there.
-  """
-
-  items: np.ndarray
-  scores: np.ndarray
-
-
-def make_top(
-  model: Model,
-  *,
-  num_items: int,
-  length: int,
-  layout: Layout,
-  count: int,
-) -> Callable[[Weights, Sequences, Requests], Top]:
-  """Builds the top K of the items that a user's history does not hold.
-
-  Streaming: every device keeps the best K of its part of a piece, and these
-  are merged into the best so far. Exact; ties go to the lower item.
-
-  Args:
-    model: what recommends; its backbone has tables.
-    num_items: V.
-    length: L, what the model reads of a history.
-    layout: of the mesh.
-    count: K.
-
-  Returns:
-    (weights, sequences, requests) -> Top, after what lies before the requests'
-    positions.
-  """
-  width = tile_on(num_items, layout).items
-  catalogue = cut_catalogue(num_items, layout, width=width)
-
-  def best(scores: jax.Array, items: jax.Array, k: int) -> tuple:
-    """The k best along the last axis, the lower item first among equals."""
-    ranked = jax.lax.sort((-scores, items), num_keys=2)
-    return -ranked[0][..., :k], ranked[1][..., :k]
-
-  def top_chunk(
-    weights: Weights, sequences: Sequences, requests: Requests, size: int
-  ) -> Top:
-    users, _, states = _states(
-      model, weights, sequences, requests, length, layout
-    )
-    row, seen = seen_items(sequences, *requests[:2], size)
-
-    def merge(carry: tuple, index: jax.Array) -> tuple:
-      piece = catalogue.piece(states.weights.backbone, index)
-      logits = _scores(model, states, piece, layout)
-      mask = _seen(catalogue, piece, logits.shape, row, seen, layout)
-      scores = jnp.where(piece.fresh & ~mask, logits, -jnp.inf)
-      shards = layout.model
-      scores = scores.reshape(len(scores), shards, -1)
-      scores = sharding.split_columns(scores, layout)
-      # A device's items ascend, so that top_k too favours the lower one.
-      scores, place = jax.lax.top_k(scores, min(count, scores.shape[-1]))
-      items = piece.items.reshape(shards, -1)
-      items = items[jnp.arange(shards)[:, None], place]
-      flat = lambda x: x.reshape(len(x), -1)
-      both = [
-        jnp.concatenate([old, flat(new)], -1)
-        for old, new in zip(carry, (scores, items), strict=True)
-      ]
-      return best(*both, count), None
-
-    nothing = (
-      jnp.full((len(users), count), -jnp.inf),
-      jnp.full((len(users), count), num_items + 1, jnp.int32),
-    )
-    pieces = jnp.arange(catalogue.pieces)
-    (scores, items), _ = jax.lax.scan(merge, nothing, pieces)
-    return Top(jnp.where(scores > -jnp.inf, items, 0), scores)
-
-  compiled = _compiled(top_chunk, layout)
-  run = _by_chunk(compiled, model, num_items, layout)
-
-  def top(
-    weights: Weights, sequences: Sequences, requests: Requests
-  ) -> Top:
-    if not len(requests.users):
-      return Top(np.zeros((0, count), np.int32), np.zeros((0, count)))
-    return run(weights, sequences, requests)
-
-  return top
 
 
 def _compiled(of_chunk: Callable, layout: Layout) -> Callable:

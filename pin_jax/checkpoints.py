@@ -117,14 +117,6 @@ class Checkpoints:
     """Where they are."""
     return self._directory
 
-  def beside(self, name: str) -> "Checkpoints":
-    """Checkpoints of the same run in a directory of that name beside it."""
-    return Checkpoints(
-      self._directory.parent / name / self._directory.name, keep=self._keep,
-      about=self._about, accepted=self._accepted, say=self._say,
-      tables=self._tables,
-    )
-
   def steps(self) -> list[int]:
     """The steps on disk, whole or damaged, ascending."""
     names = [path.name for path in self._directory.iterdir()]

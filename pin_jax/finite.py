@@ -1,13 +1,13 @@
-"""Losses and parameters that are not finite: found, skipped, reproduced.
+"""Losses and parameters that are not finite: found or skipped.
 
 A gradient that is not finite makes the parameters not finite in the same step
 and the loss in the next. The loop therefore looks at the losses, which it reads
-anyway, and at the parameters before each validation, and `locate` then finds
-the step at fault by taking the steps again.
+anyway, and at the parameters before each validation. Steps are deterministic:
+the same run under JAX's own NaN checks (`jax_debug_nans`) stops at the
+step at fault.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,9 @@ from pin_jax.types import PyTree, TrainingError
 
 SKIPPED = "skipped"
 _REMEDY = (
-  "lower optimizer.learning_rate or optimizer.clip, or set non_finite='skip'"
+  "lower the learning rate or the clipping norm, or skip such steps; the same "
+  "run with JAX_DEBUG_NANS=True stops at that step"
 )
-
-
-class NonFinite(TrainingError):
-  """A loss or a parameter that is not finite, seen after `step` steps."""
-
-  def __init__(self, message: str, run: int, step: int) -> None:
-    super().__init__(message)
-    self.run, self.step = run, step
 
 
 @jax.jit
@@ -61,66 +54,23 @@ def skipping(step: Callable[..., tuple]) -> Callable[..., tuple]:
   return skip
 
 
-def check_losses(
-  log: dict[str, np.ndarray], name: str, run: int, start: int
-) -> None:
-  """Raises NonFinite at the first loss [count, ...] that is not finite."""
+def check_losses(log: dict[str, np.ndarray], name: str, start: int) -> None:
+  """Raises TrainingError at the first loss [count, ...] that is not finite."""
   loss = log["loss"]
   skipped = log.get(SKIPPED, np.zeros(len(loss)))
   skipped = np.reshape(skipped, skipped.shape + (1,) * (loss.ndim - 1))
   bad = np.argwhere(~(np.isfinite(loss) | (skipped > 0)))
   if len(bad):
     offset, group = bad[0][0], bad[0][1:].tolist()
-    raise NonFinite(
+    raise TrainingError(
       f"{name}: the loss of group {group} is {loss[tuple(bad[0])]} at step "
-      f"{start + offset}; {_REMEDY}", run, int(start + offset) + 1,
+      f"{start + offset}; {_REMEDY}"
     )
 
 
-def check_params(params: PyTree, name: str, run: int, step: int) -> None:
-  """Raises NonFinite if a parameter is not finite after `step` steps."""
+def check_params(params: PyTree, name: str, step: int) -> None:
+  """Raises TrainingError if a parameter is not finite after `step` steps."""
   if not all_finite(params):
-    raise NonFinite(
-      f"{name}: a parameter is not finite after step {step - 1}; {_REMEDY}",
-      run, step,
+    raise TrainingError(
+      f"{name}: a parameter is not finite after step {step - 1}; {_REMEDY}"
     )
-
-
-class Culprit(NamedTuple):
-  """The step at fault: its number, the state before it and its log."""
-
-  step: int
-  state: PyTree
-  log: dict[str, Any]
-
-
-def locate(
-  step: Callable[..., tuple],
-  state: PyTree,
-  operands_at: Callable[[int], PyTree],
-  *,
-  start: int,
-  stop: int,
-  of_run: Callable[[PyTree], PyTree],
-) -> Culprit | None:
-  """Takes the steps start .. stop - 1 again until one is not finite.
-
-  Args:
-    step: (state, operands, t) -> (state, log).
-    state: before the step `start`; kept.
-    operands_at: t -> what step t reads.
-    start: the first step.
-    stop: one past the last.
-    of_run: cuts the run at fault out of a state's params or a log.
-
-  Returns:
-    The first step whose loss or resulting parameters are not finite; None
-    where all are.
-  """
-  run = jax.jit(step)
-  for t in range(start, stop):
-    after, log = run(state, operands_at(t), jnp.int32(t))
-    if not all_finite(of_run((after.params, log["loss"]))):
-      return Culprit(t, state, jax.device_get(log))
-    state = after
-  return None

@@ -54,7 +54,6 @@ from pin_jax.types import (
   Interrupted,
   Plugin,
   PyTree,
-  TrainingError,
   at_least,
 )
 
@@ -660,8 +659,7 @@ def fit_many(
     [N] best params and how they were reached.
 
   Raises:
-    TrainingError: if a loss or a parameter is not finite; the state before
-      that step is then beside the checkpoints. Or if a save fails.
+    TrainingError: if a loss or a parameter is not finite, or a save fails.
     Interrupted: where `interrupted` says so, once all is saved.
     InputError: if `dispatch` does not divide `evaluate_every`, or for a
       checkpoint that cannot be continued.
@@ -701,7 +699,7 @@ def fit_many(
     nonlocal best, clock
     better, running = {}, live()
     for k in running:
-      finite.check_params(of_run(state.params, k), names[k], k, t)
+      finite.check_params(of_run(state.params, k), names[k], t)
     for k in running:
       if evaluate is None:
         values = np.array([float(t)])
@@ -748,14 +746,9 @@ def fit_many(
   if evaluate_first and not progress[0].values:
     validate(0)
   t = max(one.step for one in progress)
-  try:
-    while t < num_steps and live():
-      t = advance(t)
-      validate(t)
-  except finite.NonFinite as error:
-    raise _reproducible(
-      error, step, at, (state, best), checkpoints, of_run
-    ) from error
+  while t < num_steps and live():
+    t = advance(t)
+    validate(t)
   if checkpoints:
     checkpoints.wait()
   return results(best, _to_record(progress))
@@ -780,42 +773,6 @@ def results(
     FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
     for k, one in enumerate(progress)
   ]
-
-
-def _reproducible(
-  error: finite.NonFinite,
-  step: Step,
-  at: Callable[[int, int], Operands],
-  like: tuple[TrainState, PyTree],
-  checkpoints: Checkpoints | None,
-  of_run: Callable[[PyTree, int], PyTree],
-) -> TrainingError:
-  """Saves the state before the step at fault; returns the error that says so.
-
-  The steps since the last checkpoint are taken again, one by one.
-  """
-  if checkpoints is None:
-    return error
-  (state, best), record = checkpoints.restore(like)
-  start = max(
-    one.step for one in _from_record(record, checkpoints.directory)
-  )
-  found = finite.locate(
-    step, state, lambda t: at(t, 1), start=start, stop=error.step,
-    of_run=lambda tree: of_run(tree, error.run),
-  )
-  if found is None:
-    return TrainingError(
-      f"{error} (taken again from step {start}, all steps are finite)"
-    )
-  dump = checkpoints.beside("non_finite")
-  told = {key: np.asarray(value).tolist() for key, value in found.log.items()}
-  dump.save(found.step, (found.state, best), {**record, "log": told})
-  dump.close()
-  return TrainingError(
-    f"{error}; the state before step {found.step}, the first at fault, is in "
-    f"{dump.directory}, and python -m experiments.replay takes that step again"
-  )
 
 
 def _to_record(progress: list[Progress]) -> dict[str, Any]:
@@ -910,6 +867,6 @@ def _deliver(
   of_run = lambda k: jax.tree.map(lambda x: x[:, k], logs)
   by_run = {k: of_run(k) for k in live} if len(names) > 1 else {0: logs}
   for k, log in by_run.items():
-    finite.check_losses(log, names[k], k, start)
+    finite.check_losses(log, names[k], start)
   for k, log in by_run.items():
     on_steps(k, start, log)

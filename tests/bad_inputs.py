@@ -28,7 +28,6 @@ from experiments import (
   job,
   main,
   recommend,
-  replay,
   report,
 )
 from pin_jax import (
@@ -496,11 +495,6 @@ def _(folder):
 @row("report: no rows", "has no rows.parquet", "finished run")
 def _(folder):
   report.write_report(folder)
-
-
-@row("replay: no dump", "holds no step to take again", "name the workdir")
-def _(folder):
-  replay.replay(folder, None)
 
 
 def _config(key, value, *words):

@@ -36,7 +36,7 @@ from experiments import (
   workdir,
 )
 from experiments.events import read_events
-from pin_jax import archives, checkpoints, finite, halving, training
+from pin_jax import archives, checkpoints, finite, training
 from pin_jax.checkpoints import Checkpoints
 from tests import tiny
 from tests.summaries_test import make_workdir
@@ -346,31 +346,16 @@ def _fit(folder, step, logged=None, **options):
     store.close()
 
 
-def _stops(folder, at, **options):
-  """Fits, and insists on the state before the step at fault."""
-  try:
-    _fit(folder, _step(**options))
-  finally:
-    dump = Checkpoints(folder / "checkpoints" / "non_finite" / "toy")
-    (state, _), record = dump.restore((State(jnp.zeros(2)), jnp.zeros(2)))
-    assert dump.steps() == [at]
-    np.testing.assert_array_equal(state.params, [at, at])
-    again, log = _step(**options)(state, None, at)
-    assert not finite.all_finite((again.params, log["loss"]))
-    np.testing.assert_array_equal(log["loss"], record["log"]["loss"])
-    dump.close()
-
-
 @row("loss not finite", 3, "toy: the loss of group [0] is nan at step 6",
-     "non_finite/toy", "replay", "learning_rate")
+     "JAX_DEBUG_NANS", "learning rate")
 def _(folder, say):
-  _stops(folder, 6, loss_at=6)
+  _fit(folder, _step(loss_at=6))
 
 
 @row("gradient not finite, losses finite", 3, "a parameter is not finite",
-     "the state before step 9, the first at fault", "replay")
+     "JAX_DEBUG_NANS")
 def _(folder, say):
-  _stops(folder, 9, gradient_at=9)
+  _fit(folder, _step(gradient_at=9))
 
 
 @row("gradient not finite, skipped", 0)
@@ -392,33 +377,6 @@ def _(folder, say):
   (state, _), _ = store.restore((State(jnp.zeros(2)), jnp.zeros(2)))
   store.close()
   np.testing.assert_array_equal(state.params, [11, 11])
-
-
-def _needs(limit):
-  """Builds a function that has memory for chunks of that size."""
-
-  def build(chunk):
-    def run(values):
-      if chunk > limit:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-      return values.sum(), chunk
-
-    return run
-
-  return build
-
-
-@row("memory full at evaluation", 0, "user_chunk is now 128", "is now 32")
-def _(folder, say):
-  run = halving.smaller_where_full(_needs(40), 256, say=say)
-  assert run(np.arange(5)) == (10, 32)
-  assert run(np.arange(5)) == (10, 32)
-
-
-@row("memory full at evaluation, whatever the chunk", 3, "one user at a time",
-     "item_chunk")
-def _(folder, say):
-  halving.smaller_where_full(_needs(0), 8)(np.arange(5))
 
 
 def _interrupted_by(number, folder):

@@ -35,7 +35,6 @@ LEVELS = {
   "pin_jax.criteria": 2,
   "pin_jax.checkpoints": 2,
   "pin_jax.finite": 2,
-  "pin_jax.halving": 2,
   "pin_jax.objectives": 2,
   "pin_jax.sparse": 2,
   "pin_jax.streaming": 3,
