@@ -92,20 +92,20 @@ def launch(
   if hasattr(sys.stdout, "reconfigure"):  # a name may be beyond its encoding
     sys.stdout.reconfigure(errors="backslashreplace")
   try:
-    sys.exit(exit_code(lambda: app.run(checked, flags_parser=parse)))
+    code = exit_code(lambda: app.run(checked, flags_parser=parse))
+    if code == processes.LOST:  # the runtime would wait for the others
+      os._exit(code)
+    sys.exit(code)
   except KeyboardInterrupt:
     print("interrupted; the same command starts it again", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 
-def exit_code(
-  action: Callable[[], None], passed: tuple[type[Exception], ...] = ()
-) -> int:
+def exit_code(action: Callable[[], None]) -> int:
   """Runs an action; an error it may meet becomes one line and its code.
 
   Args:
     action: what to run.
-    passed: errors that are the caller's business.
 
   Returns:
     0 finished, 2 bad input, 3 training or writing failed, or memory was full,
@@ -125,8 +125,6 @@ def exit_code(
       raise
     if any(re.fullmatch("--?debug(=true)?", x) for x in sys.argv):
       traceback.print_exc()
-    if isinstance(error, passed):
-      raise
     if full:
       text = (
         f"memory is full ({text[:200]}); lower batch_size, loss.negatives, "

@@ -77,13 +77,8 @@ def main(_: list[str]) -> None:
     _run()
     return
 
-  def run_with_others() -> None:
-    with processes.joined(place):
-      _run()
-
-  sys.exit(processes.supervised(
-    lambda: commands.exit_code(run_with_others, passed=(processes.Lost,))
-  ))
+  with processes.joined(place):
+    _run()
 
 
 def _run() -> None:

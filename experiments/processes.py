@@ -1,16 +1,13 @@
 """Several processes that run one job together, each on its own devices.
 
 All run the same program; the first writes. What one of them refuses, all
-refuse. Where one is lost the others cannot go on: they end, each with one line
-and `LOST`, and the same command, given to all, continues the job.
+refuse. Where one is lost the others cannot go on: they end with one line and
+`LOST` or, where the runtime is faster, with its own message; the same command,
+given to all, continues the job.
 """
 
 import contextlib
-import os
 import re
-import signal
-import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,12 +23,6 @@ LOST = 4  # exit code
 _MOST_PROCESSES = 2**16
 _MOST_SECONDS = 10**6
 _WORDS = 1000  # bytes of a message that goes to the other processes
-_TOLD = 512  # bytes that a pipe takes at once
-# How the runtime's own log lines of lost processes begin.
-_RUNTIME = re.compile(
-  rb"[WEF]\d{4} \S+ +\d+ "
-  rb"(coordination_service|preemption_sync_manager|client\.h)"
-)
 _SIGNS = (
   "Gloo", "NCCL", "coordination service", "CoordinationService", "heartbeat",
   "Connection reset by peer", "Socket closed", "barrier",
@@ -224,93 +215,3 @@ def any_of(asked: Callable[[], bool]) -> Callable[[], bool]:
     return before
 
   return ask
-
-
-def supervised(run: Callable[[], int]) -> int:
-  """Runs in a process of its own, so that the runtime's end of it is ours.
-
-  Where another process is lost the runtime may abort this one at any moment,
-  with a stack trace. The child is aborted in our stead, and what it says is
-  kept back. To be called before JAX is used.
-
-  Args:
-    run: returns the exit code; its own errors are its own business, but `Lost`.
-
-  Returns:
-    The exit code.
-
-  Raises:
-    Lost: if the run has raised it, or the runtime has aborted the run.
-  """
-  alive, told, said = os.pipe(), os.pipe(), os.pipe()
-  child = os.fork()
-  if not child:
-    for end in (alive[1], told[0], said[0]):
-      os.close(end)
-    _be_child(run, alive[0], told[1], said[1])
-  for end in (alive[0], told[1], said[1]):
-    os.close(end)
-  forward = lambda number, _: os.kill(child, number)
-  before = {
-    signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
-    signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-  }
-  held = _pass_on(said[0])
-  code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  for number, handler in before.items():
-    signal.signal(number, handler)
-  own = os.read(told[0], _TOLD)
-  for end in (alive[1], told[0], said[0]):
-    os.close(end)
-  return _outcome(own[0] if own else code, own[1:], held)
-
-
-def _outcome(code: int, lost: bytes, held: bytes) -> int:
-  """The code to end with, once what was kept back is dealt with."""
-  if code == LOST:
-    raise Lost(lost.decode(errors="replace"))
-  text = held.decode(errors="replace")
-  if code == -signal.SIGABRT and any(sign in text for sign in _SIGNS):
-    raise _lost("no sign of life")
-  if code:
-    sys.stderr.write(text)
-  return code if code >= 0 else 128 - code
-
-
-def _pass_on(source: int) -> bytes:
-  """Prints lines until the runtime speaks of lost processes; the rest."""
-  with open(source, "rb", closefd=False) as lines:
-    for line in lines:
-      if _RUNTIME.match(line):
-        return line + lines.read()
-      sys.stderr.buffer.write(line)
-      sys.stderr.flush()
-  return b""
-
-
-def _be_child(
-  run: Callable[[], int], alive: int, told: int, said: int
-) -> None:
-  """Never returns; ends with the parent, at the latest."""
-
-  def watch() -> None:
-    os.read(alive, 1)  # returns once the parent is gone
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()
-  sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-  os.dup2(said, 2)
-  os.close(said)
-  code, lost = 1, ""
-  try:
-    code = run()
-  except Lost as error:  # the parent says it: this process may not get to
-    code, lost = LOST, str(error)
-  except BaseException:
-    traceback.print_exc()
-  sys.stdout.flush()
-  os.write(told, (bytes([code]) + lost.encode())[:_TOLD])
-  if code != LOST:  # none leaves before the others are done
-    with contextlib.suppress(Exception):
-      jax.distributed.shutdown()
-  os._exit(code)

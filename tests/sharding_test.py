@@ -268,7 +268,6 @@ def test_plugins_that_mix_read_the_items_of_a_piece(found):
 def test_every_weighting_and_mesh(tmp_path):
   found = over_eight_devices("slow", tmp_path)
   check_ranks(found["ranks"])
-  check_top(found["ranks"])
   for name, (one, eight) in found["training"].items():
     try:
       assert_close(eight, one)
