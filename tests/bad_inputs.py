@@ -145,7 +145,7 @@ def _path(name, path, *words):
   )
 
 
-_path("empty", "", "''", "is no path", "give one")
+_path("empty", "", "''", "is no path", "name a file")
 _path("of another machine", "s3://x/a.csv", "=s3://x/a.csv is not", "copy it")
 _path("no text", 3, "=3 is no path")
 

@@ -212,8 +212,9 @@ def _put(name, text):
   _put("config.json", b"null"), _put("config.json", b"{}"),
   _put("cpu_seconds.json", b"[]"), _put("cpu_seconds.json", b"\x00"),
   _put("log.jsonl", '{"run": "ä"}\n'.encode("utf-16")),
-  _put("log.jsonl", b"[1]\n"), _put("log.jsonl", b'{"run": "a", "norms": 3}'),
-  _put("log.jsonl", b'{"norms": [1, 2]}\n'), _put("log.jsonl", b"\xe9\n"),
+  _put("log.jsonl", b"[1]\n"), _put("log.jsonl", b"\xe9\n"),
+  _put("log.jsonl", b'{"conflict_rate": 0, "norms": 3}'),
+  _put("log.jsonl", b'{"conflict_rate": 0, "norms": [1, 2]}'),
 ], ids=range(18))  # fmt: skip
 def test_a_damaged_file_of_a_job_is_told_in_a_line(harm, tmp_path):
   job = make_workdir(tmp_path / "job", make_rows(("base", "pin")))

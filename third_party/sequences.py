@@ -87,4 +87,4 @@ def launch(read: Callable[[str], Interactions]) -> None:
       f"{data.num_interactions:,} interactions; fingerprint {data.fingerprint}"
     )
 
-  commands.launch(main)
+  commands.launch(main, words=True)
