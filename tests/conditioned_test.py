@@ -58,7 +58,10 @@ ACTIVENESS = np.asarray([7, 70_000, 1, 8], np.int32)  # of buckets 2, 15, 0, 3
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=[
+  "sasrec",
+  *(pytest.param(x, marks=pytest.mark.slow) for x in [*BUILDERS][1:]),
+])
 def name(request):
   return request.param
 
@@ -317,7 +320,7 @@ def trained(made, workdir):
 
 
 @pytest.mark.parametrize("changes", [
-  {},
+  pytest.param({}, marks=pytest.mark.slow),
   {"loss.name": "sampled_softmax", "loss.negatives": 9,
    "optimizer.tables": "row_sparse"},
 ])
@@ -331,6 +334,7 @@ def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path, changes):
   jax.tree.map(np.testing.assert_array_equal, alone, found["base"])
 
 
+@pytest.mark.slow
 def test_the_switch_tells_every_backbone(tmp_path):
   made = tiny(**{
     "methods": ("base_activeness", "base", "pin"),

@@ -65,7 +65,10 @@ def finished(tmp_path_factory, compile_quickly):
   """A workdir in which every method has run, or one like it."""
   workdir = tmp_path_factory.mktemp("runs") / "all"
   config = _config()
-  left_out = {"base", "head_only", "pin_shared", *config.rules}
+  left_out = {  # trained elsewhere, or like one that stays
+    "base", "base_validation", "base_activeness", "user_uniform", "focal",
+    "head_only", "pin_shared", *config.rules,
+  }
   config.methods = ("base", *(name for name in METHODS if name not in left_out))
   _, text = _run(config, workdir)
   return config, workdir, text
@@ -236,9 +239,9 @@ def test_controls_route_users_as_they_say(finished):
 
 
 @pytest.mark.parametrize(("plugin", "loss"), [
-  ("gated", "softmax"),
-  pytest.param("memory", "sampled_softmax", marks=pytest.mark.slow),
+  ("gated", "softmax"), ("memory", "sampled_softmax"),
 ])
+@pytest.mark.slow
 def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
   config = _config()
   config.plugin.name, config.pin.plugin_draw = plugin, "validation"
@@ -267,6 +270,7 @@ def test_relations_need_targets_that_they_do_not_hold(tmp_path):
   assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_joint_stages_may_read_more_windows(finished, tmp_path):
   _, workdir, _ = finished
   config = _config()
@@ -502,6 +506,7 @@ def test_a_sampled_loss_beats_the_untrained_model(tmp_path):
   assert "KL from" in text
 
 
+@pytest.mark.slow
 def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
   config = _config()
   config.loss.update(paper_era.get_config().loss)
@@ -540,6 +545,7 @@ def test_workdir_of_another_config_is_refused(finished):
     _run(other, workdir)
 
 
+@pytest.mark.slow  # chaos_test.py kills another
 def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
   config = _config()
   config.methods = ("pin",)

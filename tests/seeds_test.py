@@ -167,7 +167,10 @@ def unrolled(step, state, operands):
   return jax.lax.scan(body, state, jnp.arange(STEPS))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [
+  "toy",
+  *(pytest.param(x, marks=pytest.mark.slow) for x in BACKBONES if x != "toy"),
+])
 def test_the_state_of_run_k_is_that_of_seed_k(name):
   backbone, tolerance = BACKBONES[name]
   step, start = stage_1(backbone)

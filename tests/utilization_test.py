@@ -70,6 +70,7 @@ def test_flops_of_sasrec_by_hand():
   assert work["output"].flops == 2 * 2 * 10 * WIDTH
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_on_its_own_positions(tmp_path):
   rng = np.random.default_rng(0)
   counts = rng.integers(5, 20, 40)
