@@ -135,15 +135,17 @@ def test_shares_drawn_are_shares_counted(name, monkeypatch):
   np.testing.assert_allclose(chances, share, rtol=1e-3, atol=2**-31)
 
 
-def test_ten_million_items_are_drawn_alike():
-  size = 10**7
+@pytest.mark.parametrize("size", [
+  10**6, pytest.param(10**7, marks=pytest.mark.slow),
+])
+def test_millions_of_items_are_drawn_alike(size):
   proposal = negatives.popularity(np.ones(size + 1))
   drawn = proposal.sample(jax.random.key(0), BATCH, (200_000,))
   parts = np.bincount((np.asarray(drawn) - 1) * 100 // size, minlength=100)
   assert scipy.stats.chisquare(parts).pvalue > 1e-3
   widths = negatives.unit_widths(np.ones(size + 1))
   assert widths.sum() == 2**32
-  assert set(np.unique(widths)) <= {429, 430, 431}  # 429.5 each
+  assert np.abs(widths[1:] - 2**32 / size).max() <= 1 and not widths[0]
 
 
 def test_the_key_decides_and_rows_differ():
