@@ -145,7 +145,7 @@ def test_millions_of_items_are_drawn_alike(size):
   assert scipy.stats.chisquare(parts).pvalue > 1e-3
   widths = negatives.unit_widths(np.ones(size + 1))
   assert widths.sum() == 2**32
-  assert np.abs(widths[1:] - 2**32 / size).max() <= 1 and not widths[0]
+  assert len(widths) == size and np.abs(widths - 2**32 / size).max() <= 1
 
 
 def test_the_key_decides_and_rows_differ():
