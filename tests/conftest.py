@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -22,26 +23,21 @@ def _compilation_cache(tmp_path_factory):
     os.environ[name.upper()] = str(value)
 
 
-_most = 1.2e9  # bytes of a worker, beyond which it lets go of its programs
-
-
-def _resident() -> int:
-  """Bytes of memory that this process holds; 0 where nobody says."""
-  statm = pathlib.Path("/proc/self/statm")
-  if not statm.exists():
-    return 0
-  return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+_MOST = 1e9  # bytes of a worker, beyond which it lets go of its programs
 
 
 @pytest.fixture(autouse=True)
 def _programs():
-  """Keeps a worker's memory bounded."""
-  global _most
+  """Keeps a worker's memory bounded, where the system says how much it is."""
   yield
-  if _resident() > _most:
+  statm = pathlib.Path("/proc/self/statm")
+  if not statm.exists():
+    return
+  pages = int(statm.read_text().split()[1])
+  if pages * os.sysconf("SC_PAGE_SIZE") > _MOST:
     jax.clear_caches()
     gc.collect()
-    _most = max(1.2e9, _resident() + 4e8)
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory is kept
 
 
 @pytest.fixture(scope="module")
