@@ -166,10 +166,11 @@ def _print_cost(
   """One line a run: steps, processor time, best validation."""
   for run, spent in cost.items():
     values = ", ".join(f"{x:.4f}" for x in spent["validation"])
+    chosen = f"best validation {values} at" if values else "kept as it is at"
     skipped = f", {spent['skipped']} skipped" if "skipped" in spent else ""
     console.print(
       f"{run}: {spent['steps']:,} steps{skipped}, {spent['cpu_seconds']:.0f} "
-      f"CPU-seconds, best validation {values} at step {spent['best_steps']}",
+      f"CPU-seconds, {chosen} step {spent['best_steps']}",
       markup=False, soft_wrap=True,
     )
 
