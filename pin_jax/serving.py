@@ -345,7 +345,7 @@ def of_histories(
     histories: original ids of items; may be empty.
     ids: original ids of users or None, one a history. A user of the training
       data is routed by its training interactions, all others by their
-      histories.
+      histories, whose names may be words where the known ids are integers.
 
   Raises:
     InputError: for an unknown item.
@@ -360,9 +360,13 @@ def of_histories(
   ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
   starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
   index = np.full(len(names), -1)
-  named = [k for k, name in enumerate(names) if name is not None]
+  known = recommender.users.ids
+  words = known.dtype.kind != "O"
+  named = [
+    k for k, name in enumerate(names)
+    if name is not None and not (words and _is_word(name))
+  ]
   if named:
-    known = recommender.users.ids
     given = _as_ids([names[k] for k in named], known, "user")
     index[named] = _find(given, known)
   return Requests(names, index, items.astype(np.int32), starts, ends)
@@ -394,6 +398,17 @@ def _is_number(text: str) -> bool:
   digits = text.removeprefix("-")
   short = digits.isascii() and digits.isdigit() and len(digits) < 20
   return short and str(int(text)) == text
+
+
+def _is_word(name: Any) -> bool:
+  """Whether a name has a letter and is no number in any spelling."""
+  if not isinstance(name, str) or not any(x.isalpha() for x in name):
+    return False
+  try:
+    float(name)
+  except ValueError:
+    return True
+  return False
 
 
 def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -621,7 +636,8 @@ def _table(
   request, column = np.nonzero(scores > -np.inf)
   named = [str(x) if x is not None else None for x in requests.names]
   kind = pl.String
-  if recommender.users.ids.dtype.kind != "O":
+  whole = all(x is None or _is_number(x) for x in named)
+  if recommender.users.ids.dtype.kind != "O" and whole:
     named = [int(x) if x is not None else None for x in named]
     kind = pl.Int64
   source = np.where(slots < 0, "popularity", "model")

@@ -89,6 +89,18 @@ def test_histories_are_read_whatever_record_first_has_a_key(tmp_path):
   assert same == (items, users)
 
 
+def test_somebody_new_may_have_a_word_for_a_name():
+  """Beside users whose ids are integers; what may be one misspelled may not."""
+  found = serving.of_histories(
+    _knowing([3, 4, 7]), [[3], [4], [4]], ["u3", None, 7]
+  )
+  assert found.users.tolist() == [-1, -1, 2]
+  assert found.names == ["u3", None, 7]
+  for name in ("07", "7.0", " 7", "1e3", "nan", ""):
+    with pytest.raises(InputError, match="user .* is no integer"):
+      serving.of_histories(_knowing([3, 4, 7]), [[3]], [name])
+
+
 @pytest.mark.parametrize("item", [
   1.5, 4.0, True, None, [4], {"a": 4}, "4.0", " 4", 2**70, float("nan"),
 ])
