@@ -106,12 +106,12 @@ def claim_lines(
   models = rows["model"].unique(maintain_order=True).to_list()
   learnt = {model: learnt_by(model, config) for model in models}
   equal = [model for model in models if learnt[model] == learnt.get(base)]
+  remarks = claims.unchanged(rows, summary.get("cost", {}))
   found = {}
   for compared in (equal, [base, *(m for m in models if m not in equal)]):
     lines = claims.check_claims(
       rows.filter(pl.col("model").is_in(compared)), base=base,
-      margin=margin_of(config), more_seeds=more,
-      remarks=claims.unchanged(rows, summary.get("cost", {})), **options,
+      margin=margin_of(config), more_seeds=more, remarks=remarks, **options,
     ).to_dicts()
     found |= {line["model"]: line for line in lines}
   return [
