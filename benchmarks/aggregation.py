@@ -32,8 +32,10 @@ import rich.console
 import rich.table
 from absl import app, flags
 
-from pin_jax import aggregation, objectives, weightings
-from pin_jax.backbones.sasrec import sasrec
+from pin_jax import aggregation
+from pin_jax.aggregation import weightings
+from pin_jax.models.sasrec import sasrec
+from pin_jax.training import objectives
 from pin_jax.types import Batch, PyTree
 
 _ITEMS = flags.DEFINE_multi_integer(

@@ -19,7 +19,9 @@ from experiments.configs import beauty
 from experiments.methods import METHODS
 from experiments.problem import Problem, make_problem, requests_for
 from experiments.trainer import Run, Trainer, make_networks, num_steps
-from pin_jax import evaluation, training
+from pin_jax.evaluation import ranking
+from pin_jax.training.loop import compile_steps
+from pin_jax.training.steps import Operands
 from third_party.peers import protocol
 
 
@@ -33,7 +35,7 @@ def full_softmax(config: ConfigDict) -> ConfigDict:
 
 def prepare(
   config: ConfigDict, data: Problem, folder: str, seed: int = 0
-) -> tuple[Trainer, Run, training.Operands]:
+) -> tuple[Trainer, Run, Operands]:
   """The stage 'base' as the main job trains it; logs go to the folder."""
   networks = make_networks(config, data.split.interactions.num_items)
   stage = METHODS["base"].stages[0]
@@ -63,7 +65,7 @@ class JointBase:
     self.state = run.start(seed)
     self.ndcg = run.evaluator(seed)
     self.start = jax.device_get(self.state)
-    self.run = training.compile_steps(run.step)
+    self.run = compile_steps(run.step)
     self.dispatch, self.t = config.dispatch, 0
     # Windows are drawn uniformly: a step has so many targets on average.
     windows = int(self.operands.pool.window_starts[-1])
@@ -93,7 +95,7 @@ class JointBase:
 
   def evaluate(self) -> int:
     """Ranks the chosen users' test targets."""
-    weights = evaluation.Weights(self.state.params, None)
+    weights = ranking.Weights(self.state.params, None)
     rank = self.trainer.ranker(None)
     return len(rank(weights, self.operands.sequences, self.requests).rank)
 

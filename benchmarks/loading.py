@@ -87,7 +87,7 @@ def write(
 def measure(path: str, k_core: int) -> dict[str, float | int]:
   """Loads the file; returns seconds and peak memory of this process."""
   start = time.perf_counter()
-  from pin_jax.datasets import files, stored
+  from pin_jax.data import files, stored
 
   imported = time.perf_counter()
   if (pathlib.Path(path) / "about.json").exists():

@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.settings import BACKBONES
-from pin_jax import aggregation, batches, evaluation, splits, training
-from pin_jax.datasets import files
-from pin_jax.types import Backbone, PyTree
+from pin_jax import aggregation
+from pin_jax.data import batches, files, splits
+from pin_jax.evaluation import ranking
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import Operands, backbone_step, init_state
+from pin_jax.types import Backbone, PyTree, Requests
 
 
 def main() -> None:
@@ -72,23 +75,23 @@ def workloads(
   )
   sizes = {"batch_size": args.batch_size, "length": args.length}
 
-  optimizer, schedule = training.make_optimizer(100)
+  optimizer, schedule = make_optimizer(100)
   weighting = aggregation.backdoor(np.ones(1))
-  step = jax.jit(training.backbone_step(
+  step = jax.jit(backbone_step(
     backbone, weighting, optimizer, schedule, draw="interactions",
     mean="interactions", **sizes,
   ))
-  state = training.init_state(params, optimizer, weighting)
-  operands = training.Operands(jax.random.key(1), sequences, pool, None)
-  model = evaluation.Model(backbone, None)
-  rank = evaluation.make_ranker(
+  state = init_state(params, optimizer, weighting)
+  operands = Operands(jax.random.key(1), sequences, pool, None)
+  model = ranking.Model(backbone, None)
+  rank = ranking.make_ranker(
     model, num_items=split.interactions.num_items, length=args.length
   )
   chosen = np.random.default_rng(0).choice(len(targets), 1024, replace=False)
-  requests = evaluation.Requests(
+  requests = Requests(
     chosen, np.asarray(split.test)[chosen], np.zeros(1024, int)
   )
-  weights = evaluation.Weights(params, None)
+  weights = ranking.Weights(params, None)
   return {
     "step": lambda i: jax.block_until_ready(
       step(state, operands, jnp.int32(i))[0].params

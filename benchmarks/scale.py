@@ -26,16 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import (
-  aggregation,
-  batches,
-  criteria,
-  losses,
-  negatives,
-  sparse,
-  training,
-)
-from pin_jax.backbones.sasrec import sasrec
+from pin_jax import aggregation
+from pin_jax.data import batches
+from pin_jax.models.sasrec import sasrec
+from pin_jax.training import criteria, losses, negatives, sparse
+from pin_jax.training.loop import compile_steps
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import Operands, TrainState, backbone_step
 
 _GROUPS, _STEPS, _ITEMS, _USERS, _PER_USER = 5, 5, 10_000, 10_000, 10
 
@@ -108,11 +105,11 @@ def _make(
   """(() -> processor seconds a step, planned memory) of one size."""
   length = 50
   backbone = sasrec(num_items, length=length, width=width)
-  optimizer, schedule = training.make_optimizer(10_000)
+  optimizer, schedule = make_optimizer(10_000)
   by_rows = tables == "row_sparse"
   if by_rows:
     optimizer = sparse.row_sparse(optimizer, backbone.tables)
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, aggregation.backdoor(np.ones(_GROUPS)), optimizer, schedule,
     batch_size=50, length=length, draw="interactions", mean="interactions",
     criterion=criteria.sampled(
@@ -122,16 +119,16 @@ def _make(
   )
 
   @jax.jit  # alike everywhere: drawing would take more memory than training
-  def start(key: jax.Array) -> training.TrainState:
+  def start(key: jax.Array) -> TrainState:
     shapes = jax.eval_shape(backbone.init, key)
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), shapes)
-    return training.TrainState(params, optimizer.init(params), (), None)
+    return TrainState(params, optimizer.init(params), (), None)
 
   state = start(jax.random.key(0))
-  operands = training.Operands(
+  operands = Operands(
     jax.random.key(1), *_data(num_items, num_users, length), None
   )
-  compiled = training.compile_steps(step).lower(
+  compiled = compile_steps(step).lower(
     state, operands, 0, _STEPS
   ).compile()
   memory = compiled.memory_analysis()

@@ -49,7 +49,9 @@ from ml_collections import ConfigDict
 from benchmarks.joint_base import prepare
 from experiments import problem, settings
 from experiments.configs import beauty, ml1m
-from pin_jax import batches, objectives, training
+from pin_jax.data import batches
+from pin_jax.training import objectives
+from pin_jax.training.steps import Operands
 
 CONFIGS = {"beauty": beauty, "ml1m": ml1m}
 _CHUNK = inspect.signature(objectives.group_losses).parameters["chunk"].default
@@ -146,7 +148,7 @@ def batch_rows(config: ConfigDict) -> int:
 
 
 def mean_sizes(
-  config: ConfigDict, operands: training.Operands, num_items: int
+  config: ConfigDict, operands: Operands, num_items: int
 ) -> Sizes:
   """Means over 32 batches drawn as the step draws them."""
   draw = jax.jit(lambda key: batches.draw_batch(

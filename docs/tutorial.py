@@ -25,21 +25,21 @@ import jax
 import numpy as np
 import polars as pl
 
-from pin_jax import (
-  activeness,
-  aggregation,
-  batches,
-  evaluation,
-  metrics,
-  objectives,
-  plugins,
-  splits,
-  statistics,
-  training,
+from pin_jax import aggregation
+from pin_jax.data import activeness, batches, files, simulator, splits
+from pin_jax.evaluation import metrics, ranking, statistics
+from pin_jax.models import plugins
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.training import objectives
+from pin_jax.training.loop import fit
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import (
+  Operands,
+  backbone_step,
+  init_state,
+  plugin_step,
 )
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.datasets import files, simulator
-from pin_jax.types import InputError
+from pin_jax.types import InputError, PyTree, Requests
 
 world = simulator.make_world(seed=0, num_items=40, borders=(5, 8, 14, 40))
 drawn, _ = simulator.simulate(world, num_users=600, seed=1)
@@ -129,7 +129,7 @@ weighting = aggregation.backdoor(prior)
 
 
 @jax.jit
-def by_hand(params: training.PyTree, state: training.PyTree) -> tuple:
+def by_hand(params: PyTree, state: PyTree) -> tuple:
   """The method on one slide."""
   losses, grads = jax.vmap(value_and_grad, (None, 0, 0))(params, windows, keys)
   gramian = aggregation.gramian(grads)
@@ -157,40 +157,40 @@ print("weights [G]:", weights)
 BACKBONE_STEPS, PLUGIN_STEPS, BATCH, EVERY = 200, 100, 60, 50
 
 
-def requests(part: str) -> evaluation.Requests:
+def requests(part: str) -> Requests:
   """The users with a target in 'validation' or 'test'."""
   positions = getattr(split, part)
   users = np.flatnonzero(positions >= 0)
-  return evaluation.Requests(users, positions[users], segments[users])
+  return Requests(users, positions[users], segments[users])
 
 
-def ranker(plugin: plugins.Plugin | None) -> evaluation.RankFn:
+def ranker(plugin: plugins.Plugin | None) -> ranking.RankFn:
   """The full ranking of targets among the items outside the history."""
-  return evaluation.make_ranker(
-    evaluation.Model(backbone, plugin), num_items=data.num_items, length=LENGTH
+  return ranking.make_ranker(
+    ranking.Model(backbone, plugin), num_items=data.num_items, length=LENGTH
   )
 
 
 def train_backbone(
   groups: np.ndarray, prior: np.ndarray, steps: int
-) -> training.PyTree:
+) -> PyTree:
   """Stage 1 with a group for every entry of the prior."""
   count = len(prior)
   pool = batches.make_pool(targets, groups, num_groups=count, length=LENGTH)
   rule = aggregation.backdoor(prior)
-  optimizer, schedule = training.make_optimizer(steps, learning_rate=1e-2)
-  step = training.backbone_step(
+  optimizer, schedule = make_optimizer(steps, learning_rate=1e-2)
+  step = backbone_step(
     backbone, rule, optimizer, schedule, batch_size=BATCH // count,
     length=LENGTH, draw="interactions", mean="interactions",
   )
 
-  def evaluate(params: training.PyTree) -> np.ndarray:
-    ranks = rank(evaluation.Weights(params, None), sequences, validation)
+  def evaluate(params: PyTree) -> np.ndarray:
+    ranks = rank(ranking.Weights(params, None), sequences, validation)
     return metrics.ndcg(ranks.rank, 10).mean(keepdims=True)
 
-  return training.fit(
-    step, training.init_state(params, optimizer, rule),
-    training.Operands(jax.random.key(3), sequences, pool, None),
+  return fit(
+    step, init_state(params, optimizer, rule),
+    Operands(jax.random.key(3), sequences, pool, None),
     name=f"{count} groups", num_steps=steps, evaluate=evaluate,
     evaluate_every=EVERY, dispatch=EVERY,
     on_evaluation=lambda t, values: print(f"  step {t}: {values.round(4)}"),
@@ -208,26 +208,26 @@ adjusted = train_backbone(groups, prior, BACKBONE_STEPS)
 # %%
 plugin = plugins.bottleneck(WIDTH)
 rank_plugged = ranker(plugin)
-optimizer, schedule = training.make_optimizer(PLUGIN_STEPS, learning_rate=5e-3)
+optimizer, schedule = make_optimizer(PLUGIN_STEPS, learning_rate=5e-3)
 by_segment = batches.make_pool(targets, segments, num_groups=2, length=LENGTH)
-step = training.plugin_step(
+step = plugin_step(
   backbone, plugin, optimizer, schedule, batch_size=BATCH // 2, length=LENGTH,
   draw="interactions", mean="interactions",
 )
 
 
-def evaluate_plugins(params: training.PyTree) -> np.ndarray:
+def evaluate_plugins(params: PyTree) -> np.ndarray:
   """Validation of tail and head, each of which keeps its own best step."""
-  served = evaluation.Weights(adjusted, params)
+  served = ranking.Weights(adjusted, params)
   ndcg = metrics.ndcg(rank_plugged(served, sequences, validation).rank, 10)
   return np.array([ndcg[validation.segments == s].mean() for s in (0, 1)])
 
 
 print("PIN, stage 2, tail and head")
 start = plugins.init_stacked(plugin, jax.random.key(4), 2)
-personal = training.fit(
-  step, training.init_state(start, optimizer, stacked=True),
-  training.Operands(jax.random.key(5), sequences, by_segment, adjusted),
+personal = fit(
+  step, init_state(start, optimizer, stacked=True),
+  Operands(jax.random.key(5), sequences, by_segment, adjusted),
   name="plugins", num_steps=PLUGIN_STEPS, evaluate=evaluate_plugins,
   evaluate_every=EVERY, dispatch=EVERY, stacked=True, evaluate_first=True,
   on_evaluation=lambda t, values: print(f"  step {t}: {values.round(4)}"),
@@ -243,8 +243,8 @@ personal = training.fit(
 
 # %%
 test = requests("test")
-of_base = rank(evaluation.Weights(base, None), sequences, test)
-of_pin = rank_plugged(evaluation.Weights(adjusted, personal), sequences, test)
+of_base = rank(ranking.Weights(base, None), sequences, test)
+of_pin = rank_plugged(ranking.Weights(adjusted, personal), sequences, test)
 rows = pl.DataFrame({
   "user": data.user_ids[test.users].tolist(),
   "segment": test.segments,

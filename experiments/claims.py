@@ -35,7 +35,7 @@ from experiments.tables import (
   model_rows,
   user_ids,
 )
-from pin_jax import metrics, statistics
+from pin_jax.evaluation import metrics, statistics
 
 LEVEL = round(1 - CONFIDENCE, 12)
 OUTCOMES = (

@@ -14,7 +14,9 @@ from experiments.job import of_results
 from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
 from experiments.trainer import Trainer, networks_of, routed
-from pin_jax import checkpoints, disk, evaluation, serving
+from pin_jax import disk, serving
+from pin_jax.evaluation import ranking
+from pin_jax.training import checkpoints
 from pin_jax.types import InputError
 
 
@@ -151,8 +153,8 @@ def _made(
 
 
 def _one_by_one(
-  weights: evaluation.Weights, count: int
-) -> list[evaluation.Weights]:
+  weights: ranking.Weights, count: int
+) -> list[ranking.Weights]:
   """The weights of each of `count` plugins that are stacked."""
   own = lambda k: jax.tree.map(lambda x: x[k], weights.plugins)
   return [weights._replace(plugins=own(k)) for k in range(count)]

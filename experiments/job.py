@@ -69,8 +69,11 @@ from experiments.trainer import (
   num_steps,
   routed,
 )
-from pin_jax import activeness, checkpoints, disk, evaluation
-from pin_jax.types import InputError, Interrupted
+from pin_jax import disk
+from pin_jax.data import activeness
+from pin_jax.evaluation import ranking
+from pin_jax.training import checkpoints
+from pin_jax.types import InputError, Interrupted, Requests
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
 _TYPES = {  # of what a ranker returns
@@ -114,8 +117,8 @@ def result_rows(
     seed: of its training.
     problem: the data.
     users: [n], who have test targets.
-    columns: what a ranker returned, fields of `evaluation.Ranks` or
-      `evaluation.SampledRanks`.
+    columns: what a ranker returned, fields of `ranking.Ranks` or
+      `ranking.SampledRanks`.
   """
   data = problem.split.interactions
   target = data.items[data.offsets[users] + problem.split.test[users]]
@@ -136,7 +139,7 @@ def _served(
   serve: tuple[str, str | None],
   problem: Problem,
   users: np.ndarray,
-) -> tuple[Stage | None, evaluation.Requests]:
+) -> tuple[Stage | None, Requests]:
   """(plugin stage of a serve entry, test requests routed to its plugins)."""
   requests = requests_for(problem, "test", users)
   if serve[1] is None:
@@ -163,7 +166,7 @@ def model_log_probabilities(
   out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
-    compute = evaluation.make_log_probabilities(
+    compute = ranking.make_log_probabilities(
       trainer.model(stage and stage.plugin),
       num_items=problem.split.interactions.num_items, length=trainer.length,
       user_chunk=256,
@@ -444,7 +447,7 @@ def _closeness(
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
-  history = evaluation.read_windows(
+  history = ranking.read_windows(
     problem.sequences, jnp.asarray(requests.users),
     jnp.asarray(requests.positions), trainer.length,
   )

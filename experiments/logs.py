@@ -21,7 +21,7 @@ from etils import epath
 
 from experiments.events import EventFile
 from pin_jax import disk
-from pin_jax.finite import SKIPPED
+from pin_jax.training.finite import SKIPPED
 
 
 class RunLog:

@@ -34,17 +34,14 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import commands, hlo, settings, sizes, trainer
 from experiments.problem import prepare
-from pin_jax import (
-  batches,
-  catalogue,
-  criteria,
-  disk,
-  evaluation,
-  negatives,
-  sharding,
-  training,
-)
-from pin_jax.types import InputError, PyTree
+from pin_jax import disk
+from pin_jax.data import batches
+from pin_jax.evaluation import catalogue, ranking
+from pin_jax.scale import sharding
+from pin_jax.training import criteria, negatives
+from pin_jax.training.loop import compile_steps
+from pin_jax.training.steps import Operands, TrainState, init_state
+from pin_jax.types import InputError, PyTree, Requests
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _TOPOLOGY = flags.DEFINE_string(
@@ -171,8 +168,8 @@ def train_program(
     draw=config.pin.draw, mean=config.pin.mean, steps=config.backbone_steps,
   )
 
-  def start(key: jax.Array) -> training.TrainState:
-    return training.init_state(
+  def start(key: jax.Array) -> TrainState:
+    return init_state(
       networks.backbone.init(key), optimizer, adjustment.rules,
       blocks=adjustment.blocks, average=config.optimizer.average > 0,
     )
@@ -183,13 +180,13 @@ def train_program(
     jax.ShapeDtypeStruct((groups + 1,), jnp.int32),
     _flat(sizes.users + 1, layout),
   )
-  operands = training.Operands(
+  operands = Operands(
     _whole(key, layout), _sequences(sizes, layout),
     pool._replace(group_starts=_whole(pool.group_starts, layout)), None,
   )
   first = _whole(jax.ShapeDtypeStruct((), jnp.int32), layout)
   state = _by_rule(jax.eval_shape(start, key), layout)
-  run = training.compile_steps(step)
+  run = compile_steps(step)
   return run, (state, operands, first, config.dispatch)
 
 
@@ -199,7 +196,7 @@ def rank_program(
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
   chunk = catalogue.users_at_once(sizes.items, layout)
-  model = evaluation.Model(networks.backbone, None)
+  model = ranking.Model(networks.backbone, None)
   run = catalogue.rank_program(
     model, num_items=sizes.items, length=config.backbone.length,
     layout=layout,
@@ -207,8 +204,8 @@ def rank_program(
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   row = _whole(jax.ShapeDtypeStruct((1, chunk), jnp.int32), layout)
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
-  weights = evaluation.Weights(_by_rule(params, layout), None)
-  requests = evaluation.Requests(row, row, row)
+  weights = ranking.Weights(_by_rule(params, layout), None)
+  requests = Requests(row, row, row)
   return run, (weights, _sequences(sizes, layout), requests, seen)
 
 

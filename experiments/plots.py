@@ -23,7 +23,8 @@ from experiments.tables import (
   slices,
   user_ids,
 )
-from pin_jax import disk, metrics, statistics
+from pin_jax import disk
+from pin_jax.evaluation import metrics, statistics
 from pin_jax.types import InputError
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.

@@ -7,16 +7,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import settings, sizes
-from pin_jax import (
-  activeness,
-  batches,
-  evaluation,
-  memory,
-  splits,
-  weightings,
-)
-from pin_jax.datasets.stored import Stored
-from pin_jax.types import InputError
+from pin_jax.aggregation import weightings
+from pin_jax.data import activeness, batches, splits
+from pin_jax.data.stored import Stored
+from pin_jax.models import memory
+from pin_jax.types import InputError, Requests
 
 SEGMENTS = ("tail", "head")
 
@@ -118,10 +113,10 @@ def in_segment(problem: Problem, users: str) -> np.ndarray:
 
 def requests_for(
   problem: Problem, part: str, users: np.ndarray
-) -> evaluation.Requests:
+) -> Requests:
   """Requests to rank the `part` ('validation' or 'test') targets of users."""
   positions = getattr(problem.split, part)
-  return evaluation.Requests(
+  return Requests(
     users.astype(np.int32), positions[users].astype(np.int32),
     problem.segments[users].astype(np.int32),
   )

@@ -229,7 +229,7 @@ KEYS = {
     # the users and is selected on the others'.
     "plugin_draw": _text("interactions", *_DRAWS, "validation"),
     "plugin_mean": _text("interactions", *_MEANS),
-    # A name of pin_jax.weightings.WEIGHTINGS; 'cagrad:c=0.4' sets options.
+    # A name of `weightings.WEIGHTINGS`; 'cagrad:c=0.4' sets options.
     "weighting": _text("backdoor"),
     # Over the 'whole' gradient, each 'tensor' by itself, or as the 'rule' was
     # published.
@@ -237,7 +237,7 @@ KEYS = {
     # Parameters with a weighting of their own: ('items|bias=joint',) gives
     # those whose name matches the regular expression the joint gradient.
     "blocks": _several((), _text(NEEDED)),
-    # 'auto', or a name of pin_jax.aggregation.PATHS.
+    # 'auto', or a name of pin_jax.aggregation.aggregator.PATHS.
     "path": _text(
       "auto", "auto", "stacked", "sequential", "accumulated", "weighted",
       "two_pass",

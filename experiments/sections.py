@@ -35,7 +35,7 @@ from experiments.tables import (
   number_range,
   percent,
 )
-from pin_jax import metrics
+from pin_jax.evaluation import metrics
 from pin_jax.types import InputError
 
 CURVES = 2  # models beside the comparator in the plots over activeness

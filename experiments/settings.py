@@ -15,13 +15,13 @@ from experiments import schema
 from experiments.configs.base import default
 from experiments.methods import selected, stages_of
 from pin_jax import disk
-from pin_jax.backbones.din import din
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.datasets import files, simulator, stored
-from pin_jax.interactions import Interactions
-from pin_jax.plugins import (
+from pin_jax.aggregation.weightings import WEIGHTINGS
+from pin_jax.data import files, simulator, stored
+from pin_jax.data.interactions import Interactions
+from pin_jax.models.din import din
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.models.hstu import hstu
+from pin_jax.models.plugins import (
   Consultation,
   adapter,
   bottleneck,
@@ -30,8 +30,8 @@ from pin_jax.plugins import (
   memory_mix,
   translation,
 )
+from pin_jax.models.sasrec import sasrec
 from pin_jax.types import InputError, Plugin, PyTree
-from pin_jax.weightings import WEIGHTINGS
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 # name -> (keys of the `plugin` section that it takes, builder from what is
@@ -65,7 +65,7 @@ def _load_file(*, path: str, **options: Any) -> tuple[Interactions, None]:
 
 
 def _load_tfds(*, name: str, **options: Any) -> tuple[Interactions, None]:
-  from pin_jax.datasets import tfds  # slow to import, seldom used
+  from pin_jax.data import tfds  # slow to import, seldom used
 
   return tfds.read_tfds(name, **options), None
 

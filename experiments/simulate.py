@@ -3,7 +3,7 @@
   python -m experiments.simulate --users=10_000_000 --items=1_000_000 \
     --interactions=300_000_000 --output=DIR --format=stored
 
---format=parquet writes files that `pin_jax.datasets.files` reads, 'stored' the
+--format=parquet writes files that `pin_jax.data.files` reads, 'stored' the
 form that jobs read from disk. A chunk follows from the seed and its number
 alone, and memory from the chunk's size and the number of users.
 """
@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments.commands import launch
 from pin_jax import disk
-from pin_jax.datasets import crowd, stored
+from pin_jax.data import crowd, stored
 from pin_jax.types import InputError
 
 
@@ -67,7 +67,7 @@ def write_parquet(drawn: crowd.Crowd, path: str) -> None:
 
 
 def write_stored(drawn: crowd.Crowd, path: str) -> None:
-  """The form of `pin_jax.datasets.stored`."""
+  """The form of `pin_jax.data.stored`."""
   stored.write_chunks(
     path, lengths=drawn.lengths,
     items=(drawn.chunk(index).items for index in range(drawn.num_chunks)),

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 from experiments.configs.base import default
-from pin_jax import activeness
+from pin_jax.data import activeness
 from pin_jax.types import InputError
 
 EPOCHS = 40

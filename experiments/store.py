@@ -3,7 +3,7 @@
   python -m experiments.store --input=my.parquet --output=DIR
 
 --input is a file or a directory of Parquet files; its columns are found as by
-`pin_jax.datasets.files`, or named by --user, --item, --time. Users with fewer
+`pin_jax.data.files`, or named by --user, --item, --time. Users with fewer
 than three interactions, which leave-one-out cannot use, are left out.
 """
 
@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments.commands import launch
 from pin_jax import disk
-from pin_jax.datasets import files, stored
+from pin_jax.data import files, stored
 
 _ROLES = "user", "item", "time"
 

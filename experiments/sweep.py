@@ -38,7 +38,8 @@ from experiments import commands, schema, settings, sizes, summaries, trials
 from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.tables import MIN_SEEDS, change_text, user_ids
-from pin_jax import disk, metrics, statistics
+from pin_jax import disk
+from pin_jax.evaluation import metrics, statistics
 from pin_jax.types import InputError
 
 _POLL = 0.2  # seconds between looks at whether jobs have ended

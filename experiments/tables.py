@@ -13,7 +13,8 @@ import rich.table
 import rich.text
 from etils import epath
 
-from pin_jax import disk, metrics, statistics
+from pin_jax import disk
+from pin_jax.evaluation import metrics, statistics
 from pin_jax.types import InputError
 
 CONFIDENCE = 0.95

@@ -27,30 +27,47 @@ from experiments.settings import (
   proposal_shares,
   weighting_options,
 )
-from pin_jax import (
-  aggregation,
-  batches,
-  catalogue,
+from pin_jax import aggregation
+from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
+from pin_jax.data import batches, splits
+from pin_jax.data.stored import Stored
+from pin_jax.evaluation import catalogue, metrics, ranking
+from pin_jax.models import plugins, relations
+from pin_jax.models.conditioned import conditioned
+from pin_jax.models.precision import computed_in
+from pin_jax.scale import sharding, streaming
+from pin_jax.training import (
   checkpoints,
   criteria,
-  evaluation,
   finite,
-  metrics,
+  loop,
   negatives,
-  plugins,
+  optimizers,
   propensity,
-  relations,
-  sharding,
   sparse,
-  splits,
-  streaming,
-  training,
 )
-from pin_jax.backbones.conditioned import conditioned
-from pin_jax.backbones.precision import computed_in
-from pin_jax.datasets.stored import Stored
-from pin_jax.types import Backbone, InputError, Plugin, PyTree, TrainingError
-from pin_jax.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
+from pin_jax.training.loop import FitResult
+from pin_jax.training.loop import results as fit_results
+from pin_jax.training.steps import (
+  Importance,
+  Operands,
+  Step,
+  TrainState,
+  backbone_keys,
+  backbone_step,
+  init_state,
+  join_runs,
+  many,
+  plugin_step,
+)
+from pin_jax.types import (
+  Backbone,
+  InputError,
+  Plugin,
+  PyTree,
+  Requests,
+  TrainingError,
+)
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
@@ -314,7 +331,7 @@ def make_optimizer(config: ConfigDict, steps: int, prefix: str = "") -> tuple:
     kind: options.pop(f"{kind}learning_rate")
     for kind in ("plugin_", "classifier_", "")
   }
-  return training.make_optimizer(
+  return optimizers.make_optimizer(
     max(steps, 1), learning_rate=rates[prefix], **options
   )
 
@@ -322,7 +339,7 @@ def make_optimizer(config: ConfigDict, steps: int, prefix: str = "") -> tuple:
 class FirstStage(NamedTuple):
   """The step of stage 1 and the optimizer whose state it carries."""
 
-  step: training.Step
+  step: Step
   optimizer: Any
 
 
@@ -344,7 +361,7 @@ def make_backbone_step(
   draw: str,
   mean: str,
   steps: int,
-  importance: training.Importance | None = None,
+  importance: Importance | None = None,
   runs: int = 1,
 ) -> FirstStage:
   """Builds the step of stage 1 that the config describes.
@@ -358,14 +375,14 @@ def make_backbone_step(
     draw: see `draw_batch`.
     mean: see `position_weights`.
     steps: of the whole stage.
-    importance: see `training.backbone_step`.
+    importance: see `backbone_step`.
     runs: seeds at once.
   """
   optimizer, schedule = make_optimizer(config, steps)
   by_rows = config.optimizer.tables == "row_sparse"
   if by_rows:
     optimizer = sparse.row_sparse(optimizer, networks.backbone.tables)
-  step = training.backbone_step(
+  step = backbone_step(
     networks.backbone, adjustment.rules, optimizer, schedule,
     batch_size=windows_of_step(config, grouped=grouped),
     length=config.backbone.length, draw=draw, mean=mean,
@@ -379,18 +396,18 @@ def make_backbone_step(
   return FirstStage(step, optimizer)
 
 
-Ranker = evaluation.RankFn | evaluation.SampledRankFn
+Ranker = ranking.RankFn | ranking.SampledRankFn
 
 
 def make_ranker(
-  config: ConfigDict, problem: Problem, model: evaluation.Model,
+  config: ConfigDict, problem: Problem, model: ranking.Model,
   layout: sharding.Layout = sharding.LOCAL,
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""
   data, options = problem.split.interactions, config.evaluation
   length = config.backbone.length
   if options.protocol == "sampled":
-    return evaluation.make_sampled_ranker(
+    return ranking.make_sampled_ranker(
       model, data, count=options.negatives, seed=options.seed,
       length=length, user_chunk=options.user_chunk,
     )
@@ -398,7 +415,7 @@ def make_ranker(
     return catalogue.make_ranker(
       model, num_items=data.num_items, length=length, layout=layout
     )
-  return evaluation.make_ranker(
+  return ranking.make_ranker(
     model, num_items=data.num_items, item_chunk=options.item_chunk,
     length=length, user_chunk=options.user_chunk,
   )
@@ -419,10 +436,10 @@ class Run(NamedTuple):
       where the last step is kept.
   """
 
-  step: training.Step
+  step: Step
   windows: Callable[..., batches.Windows] | None
   pool: batches.Pool
-  start: Callable[[int], training.TrainState]
+  start: Callable[[int], TrainState]
   frozen: Callable[[int], PyTree]
   evaluator: Callable[[int], Callable[[PyTree], dict[str, float]]]
   criteria: tuple[str, ...]
@@ -461,7 +478,7 @@ class Trainer:
         nothing is trained.
       progress: counts the steps; None likewise.
       store: opens the checkpoints of a directory.
-      interrupted: see `training.fit_many`.
+      interrupted: see `fit_many`.
     """
     self._store, self._interrupted = store, interrupted
     self._layout = networks.layout
@@ -476,7 +493,7 @@ class Trainer:
     self.cpu_seconds: dict[str, float] = {}
     self.length = config.backbone.length
     self._rankers: dict[str | None, Ranker] = {}
-    self.trained: dict[str, dict[int, training.FitResult]] = {}
+    self.trained: dict[str, dict[int, FitResult]] = {}
 
   @property
   def tables(self) -> tuple[str, ...]:
@@ -508,18 +525,18 @@ class Trainer:
       self._rankers[plugin] = rank
     return self._rankers[plugin]
 
-  def model(self, plugin: str | None) -> evaluation.Model:
+  def model(self, plugin: str | None) -> ranking.Model:
     """The functions of what is evaluated."""
     chosen = plugin and self._networks.plugins[plugin]
-    return evaluation.Model(self._networks.backbone, chosen)
+    return ranking.Model(self._networks.backbone, chosen)
 
   def weights(
     self, seed: int, backbone: str, plugin: Stage | None
-  ) -> evaluation.Weights:
+  ) -> ranking.Weights:
     """The trained parameters of a seed's two stages."""
     if plugin is None:
-      return evaluation.Weights(self._best(backbone, seed), None)
-    return evaluation.Weights(
+      return ranking.Weights(self._best(backbone, seed), None)
+    return ranking.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
       self._evidence(plugin.plugin, refit=bool(self._config.refit)),
     )
@@ -582,7 +599,7 @@ class Trainer:
         )
 
     with contextlib.closing(store):
-      results = training.fit_many(
+      results = loop.fit_many(
         self.step(run), self.start(run), operands,
         names=runs,
         num_steps=steps,
@@ -631,7 +648,7 @@ class Trainer:
     with contextlib.closing(self._store(path, tables=self.tables)) as store:
       (_, best), record = store.newest((state, best))
     self.trained[stage.name] = dict(
-      zip(self._seeds, training.results(best, record, path), strict=True)
+      zip(self._seeds, fit_results(best, record, path), strict=True)
     )
 
   def prepare(self, stage: Stage) -> Run:
@@ -643,27 +660,27 @@ class Trainer:
     }[stage.kind]
     return build(stage, num_steps(self._config, stage))
 
-  def step(self, run: Run) -> training.Step:
+  def step(self, run: Run) -> Step:
     """The step of all seeds at once, as `non_finite` says."""
     step = run.step
     if self._config.non_finite == "skip":
       step = sharding.kept(finite.skipping(step), self._layout)
-    return step if len(self._seeds) == 1 else training.many(step)
+    return step if len(self._seeds) == 1 else many(step)
 
-  def start(self, run: Run) -> training.TrainState:
+  def start(self, run: Run) -> TrainState:
     """The state of all seeds before the first step."""
-    return training.join_runs([run.start(seed) for seed in self._seeds])
+    return join_runs([run.start(seed) for seed in self._seeds])
 
-  def operands(self, stage: Stage, run: Run) -> training.Operands:
+  def operands(self, stage: Stage, run: Run) -> Operands:
     """What the steps of all seeds read."""
     seeds = self._seeds
-    keys = lambda: training.join_runs([
+    keys = lambda: join_runs([
       _stage_key(seed, stage.name) for seed in seeds
     ])
-    return training.Operands(
+    return Operands(
       sharding.built(keys, self._layout)(),
       self.sequences, None if self.streams else run.pool,
-      training.join_runs([run.frozen(seed) for seed in seeds]),
+      join_runs([run.frozen(seed) for seed in seeds]),
       self._evidence(stage.plugin) if stage.kind == "plugin" else None,
     )
 
@@ -749,12 +766,12 @@ class Trainer:
       backbone = conditioned(backbone)
     init = sharding.built(backbone.init, self._layout)
 
-    def start(seed: int) -> training.TrainState:
+    def start(seed: int) -> TrainState:
       params = (
         self._best(stage.start, seed) if stage.start
         else init(_stage_key(seed, "init"))
       )
-      return training.init_state(
+      return init_state(
         params, optimizer, adjustment.rules, blocks=adjustment.blocks,
         average=config.optimizer.average > 0, layout=self._layout,
       )
@@ -776,7 +793,7 @@ class Trainer:
     segments = problem.segments[requests.users]
 
     def evaluate(params: PyTree) -> dict[str, float]:
-      weights = evaluation.Weights(params, None)
+      weights = ranking.Weights(params, None)
       ranks = rank(weights, self.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
       of_segments = _means(values, segments, SEGMENTS)
@@ -788,7 +805,7 @@ class Trainer:
       "length": self.length, "draw": draw,
     }
     windows = lambda key, t, pool: batches.draw_windows(
-      training.backbone_keys(key, t)[0], pool, **sizes
+      backbone_keys(key, t)[0], pool, **sizes
     )
     return Run(
       step, windows, self._pool(split, groups, pools), start, frozen,
@@ -804,7 +821,7 @@ class Trainer:
     learnt = segments
     if draw == "validation":
       learnt = np.where(_fitted_users(len(segments)), segments, -1)
-    step = training.plugin_step(
+    step = plugin_step(
       self._networks.backbone, plugin, optimizer, schedule,
       batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
@@ -815,10 +832,10 @@ class Trainer:
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
 
-    def start(seed: int) -> training.TrainState:
+    def start(seed: int) -> TrainState:
       key = _stage_key(seed, stage.name + "/init")
       params = init(plugin, key, count)
-      return training.init_state(
+      return init_state(
         params, optimizer, stacked=True, layout=self._layout
       )
 
@@ -839,7 +856,7 @@ class Trainer:
     parts = SEGMENTS if stage.assign == "activeness" else _PARTS
 
     def evaluate(seed: int, params: PyTree) -> dict[str, float]:
-      weights = evaluation.Weights(
+      weights = ranking.Weights(
         self._best(stage.start, seed), params, self._evidence(stage.plugin)
       )
       ranks = rank(weights, self.sequences, requests)
@@ -878,12 +895,12 @@ class Trainer:
     )
     pool = self._pool(problem.split, np.zeros_like(problem.groups), 1)
 
-    def start(seed: int) -> training.TrainState:
+    def start(seed: int) -> TrainState:
       params = propensity.init_classifier(
         _stage_key(seed, stage.name + "/init"), config.backbone.width,
         config.groups.num_groups,
       )
-      return training.init_state(params, optimizer, layout=self._layout)
+      return init_state(params, optimizer, layout=self._layout)
 
     def frozen(seed: int) -> PyTree:
       return {"backbone": self._best(stage.start, seed), "groups": groups}
@@ -909,7 +926,7 @@ class Trainer:
       ("log_likelihood",),
     )
 
-  def _validation(self, users: str, half: bool) -> evaluation.Requests:
+  def _validation(self, users: str, half: bool) -> Requests:
     """Requests to rank the targets that select; not those learnt from."""
     problem = self._problem
     chosen = np.flatnonzero(
@@ -1029,7 +1046,7 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     return
   for part in ("validation", "test"):
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
-    evaluation.draw_unseen(
+    ranking.draw_unseen(
       problem.split.interactions, requests_for(problem, part, users),
       count=config.evaluation.negatives, seed=config.evaluation.seed,
     )

@@ -10,8 +10,8 @@ import polars as pl
 import rich.console
 import rich.table
 
-from pin_jax import metrics
-from pin_jax.datasets import simulator
+from pin_jax.data import simulator
+from pin_jax.evaluation import metrics
 
 INTERVENTIONAL = "oracle P(y|do(x))"
 OBSERVATIONAL = "oracle P(y|x)"

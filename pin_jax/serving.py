@@ -24,11 +24,12 @@ import numpy as np
 import polars as pl
 from etils import epath
 
-from pin_jax import archives, disk, evaluation, plugins
-from pin_jax.backbones import conditioned
-from pin_jax.memory import Memory
-from pin_jax.relations import Relations
-from pin_jax.splits import Split, training_counts
+from pin_jax import archives, disk
+from pin_jax.data.splits import Split, training_counts
+from pin_jax.evaluation import ranking
+from pin_jax.models import conditioned, plugins
+from pin_jax.models.memory import Memory
+from pin_jax.models.relations import Relations
 from pin_jax.types import InputError, PyTree, Reading
 
 PREFIXES = ("all", "validation", "train")
@@ -78,7 +79,7 @@ class Recommender(NamedTuple):
   """
 
   scores: Callable[..., jax.Array]
-  slots: tuple[evaluation.Weights, ...]
+  slots: tuple[ranking.Weights, ...]
   users: Users
   item_ids: np.ndarray
   counts: np.ndarray
@@ -112,7 +113,7 @@ class Inputs(NamedTuple):
 
 
 def make_scores(
-  model: evaluation.Model, *, num_items: int, length: int
+  model: ranking.Model, *, num_items: int, length: int
 ) -> Callable[..., jax.Array]:
   """Builds the scores of all items, a pure function of trees of arrays.
 
@@ -142,9 +143,9 @@ def make_scores(
       context, jnp.arange(rows), jnp.full(rows, length - 1)
     )
     evidence, reading = _read(tables, given)
-    weights = evaluation.Weights(frozen, plugin, evidence)
-    logits = evaluation.score_items(
-      model, evaluation.States(states, reading, weights), None
+    weights = ranking.Weights(frozen, plugin, evidence)
+    logits = ranking.score_items(
+      model, ranking.States(states, reading, weights), None
     )[:, : num_items + 1]
     return jnp.where(jnp.arange(num_items + 1) > 0, logits, -jnp.inf)
 
@@ -167,7 +168,7 @@ def make_scores(
   return one_by_one if _attends(model, length) else scores
 
 
-def _attends(model: evaluation.Model, length: int) -> bool:
+def _attends(model: ranking.Model, length: int) -> bool:
   """Whether the representation depends on the candidate."""
 
   def represented(key: jax.Array) -> jax.Array:
@@ -217,8 +218,8 @@ def _read(
 
 
 def make(
-  model: evaluation.Model,
-  slots: Sequence[evaluation.Weights],
+  model: ranking.Model,
+  slots: Sequence[ranking.Weights],
   split: Split,
   *,
   segments: np.ndarray,
@@ -708,7 +709,7 @@ def save(
 
 
 def _flat(
-  slots: Sequence[evaluation.Weights],
+  slots: Sequence[ranking.Weights],
 ) -> tuple[list[list[int]], dict[str, np.ndarray]]:
   """(numbers of each slot's trees, arrays by name); each tree once."""
   numbers, arrays, known = [], {}, {}
@@ -911,9 +912,9 @@ def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
 
 def _slots(
   slots: list[list[int]], arrays: dict[str, np.ndarray], args: Sequence[Any]
-) -> tuple[evaluation.Weights, ...]:
+) -> tuple[ranking.Weights, ...]:
   """The trees of `_flat` again, in the shapes that the program takes."""
-  likes = evaluation.Weights(*args[:3])
+  likes = ranking.Weights(*args[:3])
   made = {}
   for numbers in slots:
     for field, number in zip(likes._fields, numbers, strict=True):
@@ -921,7 +922,7 @@ def _slots(
         like = getattr(likes, field)
         made[number] = _tree(arrays, f"{field}/{number}/", like)
   return tuple(
-    evaluation.Weights(*(made[number] for number in numbers))
+    ranking.Weights(*(made[number] for number in numbers))
     for numbers in slots
   )
 

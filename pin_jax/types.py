@@ -164,3 +164,18 @@ class Batch(NamedTuple):
   targets: jax.Array
   last: jax.Array | None = None
   activeness: jax.Array | None = None
+
+
+class Requests(NamedTuple):
+  """Whom to evaluate, and on what.
+
+  Attributes:
+    users: [n] int32 user indices.
+    positions: [n] int32, in-user position of the target; the history is
+      everything before it.
+    segments: [n] int32.
+  """
+
+  users: np.ndarray
+  positions: np.ndarray
+  segments: np.ndarray

@@ -6,9 +6,8 @@ import scipy.stats
 
 from experiments import problem
 from experiments.configs import base
-from pin_jax import activeness
-from pin_jax.datasets import stored
-from pin_jax.interactions import from_columns
+from pin_jax.data import activeness, stored
+from pin_jax.data.interactions import from_columns
 from pin_jax.types import InputError
 
 LONG_TAIL = np.array([1, 1, 2, 2, 3, 4, 5, 8, 20, 54])  # sums to 100

@@ -20,17 +20,13 @@ import pytest
 from toys import bigram
 
 from experiments.methods import METHODS
-from pin_jax import (
-  activeness,
-  aggregation,
-  batches,
-  objectives,
-  propensity,
-  splits,
-  training,
-)
-from pin_jax.datasets import simulator
-from pin_jax.interactions import from_columns
+from pin_jax import aggregation
+from pin_jax.data import activeness, batches, simulator, splits
+from pin_jax.data.interactions import from_columns
+from pin_jax.training import objectives, propensity
+from pin_jax.training.loop import fit
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import Operands, backbone_step, init_state
 from pin_jax.types import Batch
 
 NUM_ITEMS = 8
@@ -111,8 +107,8 @@ def problem(confounding):
 def run(step, state, sequences, pool, frozen, num_steps):
   """`fit` from start to end; -> (params, stacked logs)."""
   logs = []
-  result = training.fit(
-    step, state, training.Operands(jax.random.key(0), sequences, pool, frozen),
+  result = fit(
+    step, state, Operands(jax.random.key(0), sequences, pool, frozen),
     name="adjustment", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
     evaluate_every=num_steps, dispatch=num_steps // 2,
     on_steps=lambda t, log: logs.append(log),
@@ -129,15 +125,15 @@ def train(
   _, sequences, by_group, together, _, _ = problem(confounding)
   backbone = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros)
   weighting = aggregation.backdoor(prior)
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     num_steps, learning_rate=0.1, final=0.003, b2=0.99
   )
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, schedule,
     batch_size=512 if groups else 1536, length=1, draw="interactions",
     mean="interactions", path="accumulated", importance=importance,
   )
-  state = training.init_state(
+  state = init_state(
     backbone.init(jax.random.key(0)), optimizer, weighting
   )
   pool = by_group if groups else together
@@ -188,7 +184,7 @@ def exact_backdoor(confounding):
 def fitted_backdoor(confounding):
   _, sequences, _, together, prior, groups = problem(confounding)
   backbone = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros)
-  optimizer, schedule = training.make_optimizer(300, learning_rate=0.02)
+  optimizer, schedule = make_optimizer(300, learning_rate=0.02)
   step = propensity.classifier_step(
     backbone, optimizer, schedule, batch_size=1024, length=1
   )
@@ -197,7 +193,7 @@ def fitted_backdoor(confounding):
   )
   frozen = {"backbone": backbone.init(jax.random.key(0)), "groups": groups}
   classifier, _ = run(
-    step, training.init_state(params, optimizer), sequences, together, frozen,
+    step, init_state(params, optimizer), sequences, together, frozen,
     300,
   )
   return train(

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from toys import assert_trees_close, bigram
 
-from pin_jax import activeness, aggregation, batches, objectives, splits
-from pin_jax.backbones import sasrec
-from pin_jax.interactions import Interactions
+from pin_jax import aggregation
+from pin_jax.data import activeness, batches, splits
+from pin_jax.data.interactions import Interactions
+from pin_jax.models import sasrec
+from pin_jax.training import objectives
 
 PATHS = list(aggregation.PATHS)
 KNOWN_WEIGHTS_ONLY = ("accumulated", "weighted")

@@ -9,15 +9,15 @@ import scipy.special
 from references import ITEMS, LENGTH, WIDTH, wide
 from toys import noisy
 
-from pin_jax import objectives
-from pin_jax.backbones.din import din
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.batches import Sequences
-from pin_jax.evaluation import Model, Requests, Weights, make_ranker
-from pin_jax.plugins import bottleneck
-from pin_jax.types import Batch, InputError, Plugin
+from pin_jax.data.batches import Sequences
+from pin_jax.evaluation.ranking import Model, Weights, make_ranker
+from pin_jax.models.din import din
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.models.hstu import hstu
+from pin_jax.models.plugins import bottleneck
+from pin_jax.models.sasrec import sasrec
+from pin_jax.training import objectives
+from pin_jax.types import Batch, InputError, Plugin, Requests
 
 BUILDERS = {
   "sasrec": lambda **more: sasrec(

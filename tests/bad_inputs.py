@@ -30,21 +30,26 @@ from experiments import (
   recommend,
   report,
 )
-from pin_jax import (
+from pin_jax import serving
+from pin_jax.data import (
   activeness,
   batches,
-  evaluation,
-  metrics,
-  plugins,
-  serving,
+  crowd,
+  files,
+  simulator,
   splits,
+  stored,
+  tfds,
 )
-from pin_jax import statistics as intervals
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.checkpoints import Checkpoints
-from pin_jax.datasets import crowd, files, simulator, stored, tfds
-from pin_jax.interactions import from_columns
-from pin_jax.training import fit, make_optimizer
+from pin_jax.data.interactions import from_columns
+from pin_jax.evaluation import metrics, ranking
+from pin_jax.evaluation import statistics as intervals
+from pin_jax.models import plugins
+from pin_jax.models.sasrec import sasrec
+from pin_jax.training.checkpoints import Checkpoints
+from pin_jax.training.loop import fit
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.types import Requests
 from tests import tiny, toys
 from tests.summaries_test import make_workdir
 
@@ -354,15 +359,15 @@ def _(folder):
 
 @row("ranker: chunk", "user_chunk=0", "at least 1")
 def _(folder):
-  evaluation.make_ranker(
-    evaluation.Model(None, None), num_items=5, length=3, user_chunk=0
+  ranking.make_ranker(
+    ranking.Model(None, None), num_items=5, length=3, user_chunk=0
   )
 
 
 @row("candidates: too many", "evaluation.negatives=9", "at most")
 def _(folder):
-  requests = evaluation.Requests(*np.array([[0], [2], [0]]))
-  evaluation.draw_unseen(_data(), requests, count=9, seed=0)
+  requests = Requests(*np.array([[0], [2], [0]]))
+  ranking.draw_unseen(_data(), requests, count=9, seed=0)
 
 
 @row("optimizer: steps", "num_steps=0", "at least 1")
@@ -649,9 +654,9 @@ _words("report", ["runs/a", ""], "argument ''", "leave it out")
 def _recommender():
   """Two users 'ann' and 'bob', six items 'a' to 'f'; nothing is trained."""
   data = from_columns(["ann"] * 6 + ["bob"] * 6, list("abcdef") * 2)
-  model = evaluation.Model(toys.bigram(6), plugins.translation(7))
+  model = ranking.Model(toys.bigram(6), plugins.translation(7))
   params = model.backbone.init(jax.random.key(0))
-  weights = evaluation.Weights(params, np.zeros(7, np.float32))
+  weights = ranking.Weights(params, np.zeros(7, np.float32))
   return serving.make(
     model, [weights], splits.leave_one_out(data), segments=np.array([0, 1]),
     served_by=np.zeros(2, int), newcomers=(0, 0), length=3, origin={},

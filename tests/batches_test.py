@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pin_jax.batches import (
+from pin_jax.data.batches import (
   Pool,
   cut_windows,
   draw_batch,
@@ -20,9 +20,9 @@ from pin_jax.batches import (
   read_back,
   training_targets,
 )
-from pin_jax.interactions import from_columns
-from pin_jax.objectives import position_weights
-from pin_jax.splits import leave_one_out
+from pin_jax.data.interactions import from_columns
+from pin_jax.data.splits import leave_one_out
+from pin_jax.training.objectives import position_weights
 from pin_jax.types import InputError
 
 LENGTH, BATCH, STEPS = 4, 64, 200

@@ -82,15 +82,15 @@ def child(marker, arguments):
   from jax._src import compiler
 
   from experiments import job, main, report, trainer
-  from pin_jax import checkpoints, training
+  from pin_jax.training import checkpoints, loop
 
   within(compiler, "compile_or_get_cached", "compile")
   within(checkpoints.Checkpoints, "save", "save")
   within(trainer.Trainer, "train", "switch")
   within(job, "method_rows", "evaluation")
   within(report, "write_report", "report")
-  within(training, "_deliver", "step")  # waits for the steps
-  results_within(training, "compile_steps", "step")
+  within(loop, "_deliver", "step")  # waits for the steps
+  results_within(loop, "compile_steps", "step")
   results_within(trainer, "make_ranker", "evaluation")
   sys.argv = ["experiments.main", *arguments]
   main.launch()

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from pin_jax.checkpoints import Checkpoints
+from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.types import InputError, PyTree
 
 pytestmark = pytest.mark.filterwarnings(

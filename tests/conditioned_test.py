@@ -18,27 +18,21 @@ from experiments import logs, settings, trainer
 from experiments.configs import base
 from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
-from pin_jax import (
-  aggregation,
-  batches,
-  evaluation,
-  objectives,
-  packing,
-  serving,
-  sharding,
-  splits,
-  streaming,
-  weightings,
-)
-from pin_jax.backbones.conditioned import conditioned, given
-from pin_jax.backbones.din import din
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.precision import computed_in
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.datasets import stored
-from pin_jax.interactions import from_columns
-from pin_jax.types import Batch, InputError
+from pin_jax import aggregation, serving
+from pin_jax.aggregation import weightings
+from pin_jax.data import batches, splits, stored
+from pin_jax.data.interactions import from_columns
+from pin_jax.evaluation import ranking
+from pin_jax.models import packing
+from pin_jax.models.conditioned import conditioned, given
+from pin_jax.models.din import din
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.models.hstu import hstu
+from pin_jax.models.precision import computed_in
+from pin_jax.models.sasrec import sasrec
+from pin_jax.scale import sharding, streaming
+from pin_jax.training import objectives
+from pin_jax.types import Batch, InputError, Requests
 
 SIZES = {"length": LENGTH, "width": WIDTH, "dropout": 0.0}
 BUILDERS = {
@@ -240,9 +234,9 @@ def test_ranks_read_training_activeness_in_validation_and_test(split, tmp_path):
   backbone = conditioned(BUILDERS["gru4rec"]())
   params = noisy(backbone.init)
   params["activeness"] *= 4
-  weights = evaluation.Weights(params, None)
-  rank = evaluation.make_ranker(
-    evaluation.Model(backbone, None), num_items=ITEMS, length=LENGTH
+  weights = ranking.Weights(params, None)
+  rank = ranking.make_ranker(
+    ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH
   )
   streamed = streaming.make_ranker(
     rank, on_disk, users=16, layout=sharding.LOCAL
@@ -250,7 +244,7 @@ def test_ranks_read_training_activeness_in_validation_and_test(split, tmp_path):
   users = np.arange(USERS)
   counted = split.interactions.lengths - 2
   for positions in (split.validation, split.test):
-    requests = evaluation.Requests(users, positions, users * 0)
+    requests = Requests(users, positions, users * 0)
     got = rank(weights, batches.make_sequences(split), requests)
     want = ranks_by_hand(params, split, positions, counted)
     np.testing.assert_array_equal(got.rank_unmasked, want)
@@ -268,7 +262,7 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    evaluation.Model(backbone, None), [evaluation.Weights(params, None)],
+    ranking.Model(backbone, None), [ranking.Weights(params, None)],
     split, segments=np.zeros(USERS, int), served_by=np.zeros(USERS, int),
     newcomers=(0, 0), length=LENGTH, origin={},
   )

@@ -11,18 +11,19 @@ import pytest
 import scipy.special
 from toys import assert_trees_close, bigram
 
-from pin_jax import (
-  aggregation,
-  batches,
-  criteria,
-  negatives,
-  objectives,
-  plugins,
-  splits,
-  training,
+from pin_jax import aggregation
+from pin_jax.data import batches, splits
+from pin_jax.data.interactions import from_columns
+from pin_jax.models import plugins, sasrec
+from pin_jax.training import criteria, negatives, objectives
+from pin_jax.training.loop import fit
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import (
+  Operands,
+  backbone_step,
+  init_state,
+  plugin_step,
 )
-from pin_jax.backbones import sasrec
-from pin_jax.interactions import from_columns
 from pin_jax.types import Backbone, Batch
 
 ITEMS, WIDTH = 9, 4
@@ -296,18 +297,18 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
     _proposal(proposal, split, groups), count=4, shared=name != "bce",
   )
   weighting = aggregation.backdoor([0.5, 0.5])
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     40, learning_rate=0.2, warmup=0
   )
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=8, length=5,
     draw="interactions", mean="interactions", path=path, criterion=criterion,
   )
   params = backbone.init(jax.random.key(0))
-  operands = training.Operands(jax.random.key(1), sequences, pool, None)
+  operands = Operands(jax.random.key(1), sequences, pool, None)
   losses = []
-  state = training.fit(
-    step, training.init_state(params, optimizer, weighting), operands,
+  state = fit(
+    step, init_state(params, optimizer, weighting), operands,
     name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
     evaluate_every=40, dispatch=40,
     on_steps=lambda t, log: losses.append(log["loss"]),
@@ -324,21 +325,21 @@ def test_plugins_learn_the_ring_from_negatives(ring):
     criteria.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
     _proposal("in_batch", split, groups), count=4,
   )
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     40, learning_rate=0.2, warmup=0
   )
   frozen = {"table": jnp.eye(ITEMS + 1)}
   plugin = plugins.bottleneck(ITEMS + 1, hidden=16)
-  step = training.plugin_step(
+  step = plugin_step(
     backbone, plugin, optimizer, schedule, batch_size=8, length=5,
     draw="interactions", mean="interactions", criterion=criterion,
   )
   start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
     jax.random.key(2)
   )
-  operands = training.Operands(jax.random.key(1), sequences, pool, frozen)
-  result = training.fit(
-    step, training.init_state(start, optimizer, stacked=True), operands,
+  operands = Operands(jax.random.key(1), sequences, pool, frozen)
+  result = fit(
+    step, init_state(start, optimizer, stacked=True), operands,
     name="plugins", num_steps=40, stacked=True, evaluate_every=40,
     dispatch=40, evaluate=lambda p: np.zeros(2),
   )

@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments import commands, simulate, store
 from pin_jax import disk
-from pin_jax.datasets import crowd, files, stored
+from pin_jax.data import crowd, files, stored
 from pin_jax.types import InputError
 
 U, V, N = 2000, 500, 60_000

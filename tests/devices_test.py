@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from pin_jax import weightings
+from pin_jax.aggregation import weightings
 
 ROOT = pathlib.Path(__file__).parents[1]
 PATHS = ("stacked", "sequential", "two_pass")

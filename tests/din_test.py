@@ -10,7 +10,7 @@ import pytest
 from references import ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
-from pin_jax.backbones.din import din
+from pin_jax.models.din import din
 from pin_jax.types import InputError
 
 HISTORY = np.asarray([[0, 0, 0, 5, 2, 9, 4, 1], [7, 3, 11, 8, 12, 6, 10, 2]])

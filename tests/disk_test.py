@@ -21,7 +21,7 @@ from toy_rows import make_rows
 from experiments import logs, recommend, report, summaries, tables, workdir
 from experiments.tables import markdown_text
 from pin_jax import disk, serving
-from pin_jax.checkpoints import Checkpoints
+from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.types import InputError, WriteError
 from tests import bad_inputs, faults
 

@@ -8,9 +8,11 @@ import scipy.special
 import scipy.stats
 import sklearn.metrics
 
-from pin_jax.backbones import sasrec as lib
-from pin_jax.batches import make_sequences
-from pin_jax.evaluation import (
+from pin_jax.data.batches import make_sequences
+from pin_jax.data.interactions import from_columns
+from pin_jax.data.splits import leave_one_out
+from pin_jax.evaluation.metrics import ndcg
+from pin_jax.evaluation.ranking import (
   Model,
   Requests,
   Weights,
@@ -20,10 +22,8 @@ from pin_jax.evaluation import (
   make_sampled_ranker,
   read_windows,
 )
-from pin_jax.interactions import from_columns
-from pin_jax.metrics import ndcg
-from pin_jax.plugins import bottleneck, init_stacked
-from pin_jax.splits import leave_one_out
+from pin_jax.models import sasrec as lib
+from pin_jax.models.plugins import bottleneck, init_stacked
 from pin_jax.types import Backbone, InputError, Plugin
 
 ITEMS, LENGTH, WIDTH, USERS = 30, 5, 4, 23

@@ -36,8 +36,10 @@ from experiments import (
   workdir,
 )
 from experiments.events import read_events
-from pin_jax import archives, checkpoints, finite, training
-from pin_jax.checkpoints import Checkpoints
+from pin_jax import archives
+from pin_jax.training import checkpoints, finite
+from pin_jax.training.checkpoints import Checkpoints
+from pin_jax.training.loop import fit
 from tests import tiny
 from tests.summaries_test import make_workdir
 from tests.toy_rows import make_rows
@@ -336,7 +338,7 @@ def _step(loss_at=-1, gradient_at=-1):
 def _fit(folder, step, logged=None, **options):
   store = Checkpoints(folder / "checkpoints" / "toy")
   try:
-    return training.fit(
+    return fit(
       step, State(jnp.zeros(2)), None, name="toy", num_steps=12,
       evaluate=lambda params: np.ones(1), evaluate_every=4, dispatch=2,
       checkpoints=store, **options,

@@ -7,9 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pin_jax import splits
-from pin_jax.datasets import files
-from pin_jax.interactions import from_columns
+from pin_jax.data import files, splits
+from pin_jax.data.interactions import from_columns
 from pin_jax.types import InputError
 
 

@@ -15,7 +15,7 @@ import tempfile
 import atheris
 
 with atheris.instrument_imports(include=["pin_jax"]):
-  from pin_jax.datasets import files
+  from pin_jax.data import files
   from pin_jax.types import InputError
 
 SEEDS = {

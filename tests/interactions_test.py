@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from pin_jax.interactions import Interactions, from_columns
+from pin_jax.data.interactions import Interactions, from_columns
 from pin_jax.types import InputError
 
 

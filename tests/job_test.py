@@ -24,7 +24,9 @@ from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
 from experiments.methods import METHODS, compared, stages_of
-from pin_jax import aggregation, serving, training
+from pin_jax import aggregation, serving
+from pin_jax.training import loop
+from pin_jax.training.loop import FitResult
 from pin_jax.types import InputError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -341,7 +343,7 @@ def test_one_seed_is_said_to_prove_nothing(finished):
 class _Trained:
   """Stands for the trainer of a base with known validation levels."""
 
-  trained = {"base": {0: training.FitResult("best", [9], [0.1], 9, 0.0)}}
+  trained = {"base": {0: FitResult("best", [9], [0.1], 9, 0.0)}}
 
   def prepare(self, stage):
     assert stage.name == "base"
@@ -531,7 +533,7 @@ def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
 
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
-  monkeypatch.setattr(training, "fit_many", None)  # training would fail
+  monkeypatch.setattr(loop, "fit_many", None)  # training would fail
   _, again = _run(config, workdir)
   assert "is finished" in again
   assert text.split("All models", 1)[1] == again.split("All models", 1)[1]
@@ -554,7 +556,7 @@ def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
   class Killed(Exception):
     pass
 
-  fit = training.fit_many
+  fit = loop.fit_many
 
   def dying_fit(*args, **kwargs):
     on_steps = kwargs["on_steps"]
@@ -566,10 +568,10 @@ def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
 
     return fit(*args, **{**kwargs, "on_steps": deliver})
 
-  monkeypatch.setattr(training, "fit_many", dying_fit)
+  monkeypatch.setattr(loop, "fit_many", dying_fit)
   with pytest.raises(Killed):
     _run(config, tmp_path / "killed")
-  monkeypatch.setattr(training, "fit_many", fit)
+  monkeypatch.setattr(loop, "fit_many", fit)
   _run(config, tmp_path / "killed")
   whole, killed = (
     pl.read_parquet(tmp_path / name / "rows.parquet")

@@ -12,7 +12,7 @@ import scipy.special
 import scipy.stats
 from toys import noisy
 
-from pin_jax.layers import (
+from pin_jax.models.layers import (
   GRU,
   MLP,
   Block,

@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from pin_jax.losses import (
+from pin_jax.training.losses import (
   bayesian_personalized_ranking,
   binary_cross_entropy,
   chunked,

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from experiments import commands, interruption, job, settings
-from pin_jax import training
+from pin_jax.training import loop
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
 
@@ -110,7 +110,7 @@ def test_most_steps_skipped_is_no_success(tmp_path, monkeypatch):
       on_steps(0, 5, {"loss": np.ones((5, 1)), "skipped": skipped[5:]})
       on_evaluation(0, 10 + bad, np.zeros(1))
 
-  monkeypatch.setattr(training, "fit_many", fit)
+  monkeypatch.setattr(loop, "fit_many", fit)
   with pytest.raises(TrainingError, match="base: 6 of the 10 steps before step "
                                           "16 were not finite"):
     job.run(config, tmp_path / "w", commands.Console(file=io.StringIO()))

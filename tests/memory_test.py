@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pin_jax import memory
-from pin_jax.batches import make_sequences, read_back
+from pin_jax.data.batches import make_sequences, read_back
+from pin_jax.models import memory
 from pin_jax.types import InputError
 from tests.toys import split_of, training_rows
 

@@ -13,7 +13,8 @@ from etils import epath
 from experiments import finished, job, logs, settings, trainer
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
-from pin_jax import batches, serving, splits
+from pin_jax import serving
+from pin_jax.data import batches, splits
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")

@@ -10,7 +10,7 @@ import scipy.special
 import scipy.stats
 import sklearn.metrics
 
-from pin_jax import metrics
+from pin_jax.evaluation import metrics
 from pin_jax.types import InputError
 
 

@@ -9,9 +9,10 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from pin_jax import batches, negatives, splits
-from pin_jax.interactions import from_columns
-from pin_jax.losses import sampled_softmax
+from pin_jax.data import batches, splits
+from pin_jax.data.interactions import from_columns
+from pin_jax.training import negatives
+from pin_jax.training.losses import sampled_softmax
 from pin_jax.types import Batch, InputError
 
 ITEMS = 6

@@ -9,13 +9,15 @@ import pytest
 from references import ITEMS
 from toys import assert_trees_close, bigram, noisy
 
-from pin_jax import criteria, evaluation, losses, negatives, objectives, packing
-from pin_jax.backbones.din import din
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.batches import Sequences
-from pin_jax.types import Batch, Rows
+from pin_jax.data.batches import Sequences
+from pin_jax.evaluation import ranking
+from pin_jax.models import packing
+from pin_jax.models.din import din
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.models.hstu import hstu
+from pin_jax.models.sasrec import sasrec
+from pin_jax.training import criteria, losses, negatives, objectives
+from pin_jax.types import Batch, Requests, Rows
 
 LENGTH, WIDTH = 7, 4
 COUNTS = np.asarray([3, 7, 0, 1, 4, 6, 5, 7, 2, 1])  # the histories' lengths
@@ -255,16 +257,16 @@ def test_ranks_equal_those_of_one_history_a_row():
     jnp.asarray(rng.integers(1, ITEMS + 1, starts[-1]), jnp.int32),
     jnp.asarray(starts[:-1], jnp.int32), jnp.asarray(lengths - 1, jnp.int32),
   )
-  requests = evaluation.Requests(
+  requests = Requests(
     np.arange(11), lengths - 1, np.zeros(11, int)
   )
 
   def rank(backbone):
-    ranker = evaluation.make_ranker(
-      evaluation.Model(backbone, None), num_items=ITEMS, length=LENGTH,
+    ranker = ranking.make_ranker(
+      ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH,
       user_chunk=7,
     )
-    return ranker(evaluation.Weights(params, None), sequences, requests)
+    return ranker(ranking.Weights(params, None), sequences, requests)
 
   want, got = rank(backbone), rank(backbone._replace(packed=3))
   assert len(set(want.rank)) > 3

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from toys import RULES, assert_trees_close
 
-from pin_jax import aggregation, objectives, weightings
-from pin_jax.backbones import sasrec
+from pin_jax import aggregation
+from pin_jax.aggregation import weightings
+from pin_jax.models import sasrec
+from pin_jax.training import objectives
 from pin_jax.types import Batch
 
 SIZE = 4

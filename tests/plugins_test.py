@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pin_jax import memory, relations
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.batches import make_sequences, read_back
-from pin_jax.layers import Block
-from pin_jax.plugins import (
+from pin_jax.data.batches import make_sequences, read_back
+from pin_jax.models import memory, relations
+from pin_jax.models.layers import Block
+from pin_jax.models.plugins import (
   Consultation,
   adapter,
   bottleneck,
@@ -21,6 +20,7 @@ from pin_jax.plugins import (
   memory_mix,
   translation,
 )
+from pin_jax.models.sasrec import sasrec
 from pin_jax.types import InputError
 from tests.toys import split_of
 

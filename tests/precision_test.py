@@ -9,15 +9,19 @@ import pytest
 from references import ITEMS, LENGTH
 from toys import bigram, noisy
 
-from pin_jax import aggregation, batches, objectives, splits, training
-from pin_jax.backbones.din import din
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.precision import computed_in
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.interactions import Interactions
-from pin_jax.layers import GRU, dropout, lookup, product
-from pin_jax.plugins import bottleneck
+from pin_jax import aggregation
+from pin_jax.data import batches, splits
+from pin_jax.data.interactions import Interactions
+from pin_jax.models.din import din
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.models.hstu import hstu
+from pin_jax.models.layers import GRU, dropout, lookup, product
+from pin_jax.models.plugins import bottleneck
+from pin_jax.models.precision import computed_in
+from pin_jax.models.sasrec import sasrec
+from pin_jax.training import objectives
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import Operands, backbone_step, init_state
 from pin_jax.types import Batch, InputError
 
 SIZES = {"length": LENGTH, "width": 8, "dropout": 0.25}
@@ -316,17 +320,17 @@ def _cycles(rows=60):
 
 def _training(backbone, learning_rate=0.1):
   """(step of (state, t), state before it)."""
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     STEPS, learning_rate=learning_rate
   )
   rule = aggregation.backdoor([0.5, 0.5])
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, rule, optimizer, schedule, batch_size=16, length=7,
     draw="interactions", mean="interactions", path="sequential", average=0.9,
   )
   params = jax.jit(backbone.init)(jax.random.key(0))
-  state = training.init_state(params, optimizer, rule, average=True)
-  operands = training.Operands(jax.random.key(1), *_cycles(), None)
+  state = init_state(params, optimizer, rule, average=True)
+  operands = Operands(jax.random.key(1), *_cycles(), None)
   return lambda state, t: step(state, operands, t), state
 
 

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from scipy import special
 
-from pin_jax import batches, propensity, splits, training
-from pin_jax.datasets import simulator
+from pin_jax.data import batches, simulator, splits
+from pin_jax.training import propensity
+from pin_jax.training.loop import fit
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import Operands, init_state
 from pin_jax.types import Backbone, Batch
 
 NUM_ITEMS = 6
@@ -291,20 +294,20 @@ def test_classifier_recovers_the_known_posterior():
   backbone = last_item()
   table = {"table": jnp.eye(NUM_ITEMS + 1)}
   before = np.array(table["table"])
-  optimizer, schedule = training.make_optimizer(300, learning_rate=0.02)
+  optimizer, schedule = make_optimizer(300, learning_rate=0.02)
   step = propensity.classifier_step(
     backbone, optimizer, schedule, batch_size=1024, length=1
   )
   params = propensity.init_classifier(
     jax.random.key(1), NUM_ITEMS + 1, NUM_GROUPS, hidden=16
   )
-  operands = training.Operands(
+  operands = Operands(
     jax.random.key(0), batches.make_sequences(split), pool,
     {"backbone": table, "groups": jnp.asarray(strata)},
   )
   logs = []
-  result = training.fit(
-    step, training.init_state(params, optimizer), operands, name="classifier",
+  result = fit(
+    step, init_state(params, optimizer), operands, name="classifier",
     num_steps=300, evaluate=lambda p: np.zeros(1), evaluate_every=300,
     dispatch=300, on_steps=lambda t, log: logs.append(log),
   )

@@ -17,16 +17,11 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from pin_jax import (
-  batches,
-  metrics,
-  negatives,
-  serving,
-  splits,
-  statistics,
-)
-from pin_jax.datasets import files, stored
-from pin_jax.interactions import from_columns
+from pin_jax import serving
+from pin_jax.data import batches, files, splits, stored
+from pin_jax.data.interactions import from_columns
+from pin_jax.evaluation import metrics, statistics
+from pin_jax.training import negatives
 from pin_jax.types import InputError
 
 hypothesis.settings.register_profile(

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import recommend
 from pin_jax import serving
-from pin_jax.interactions import from_columns
+from pin_jax.data.interactions import from_columns
 from pin_jax.types import InputError
 
 

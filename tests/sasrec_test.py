@@ -8,7 +8,7 @@ import references
 from references import ITEMS, LENGTH, WIDTH
 from toys import noisy
 
-from pin_jax.backbones import sasrec as lib
+from pin_jax.models import sasrec as lib
 from pin_jax.types import InputError
 
 

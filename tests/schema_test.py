@@ -11,18 +11,11 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import commands, job, schema, settings, sweep
 from experiments.configs import base, ml1m
-from pin_jax import (
-  activeness,
-  aggregation,
-  batches,
-  criteria,
-  interactions,
-  memory,
-  objectives,
-  relations,
-)
-from pin_jax.backbones.precision import COMPUTE
-from pin_jax.datasets import simulator
+from pin_jax import aggregation
+from pin_jax.data import activeness, batches, interactions, simulator
+from pin_jax.models import memory, relations
+from pin_jax.models.precision import COMPUTE
+from pin_jax.training import criteria, objectives
 from tests import tiny
 
 KEYS = {

@@ -27,8 +27,21 @@ from training_test import (
 from experiments import finished, job, report
 from experiments.configs import base
 from experiments.logs import read_log
-from pin_jax import aggregation, checkpoints, plugins, training, weightings
-from pin_jax.backbones import gru4rec
+from pin_jax import aggregation
+from pin_jax.aggregation import weightings
+from pin_jax.models import gru4rec, plugins
+from pin_jax.training import checkpoints, loop
+from pin_jax.training.loop import fit, fit_many
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import (
+  Operands,
+  TrainState,
+  backbone_step,
+  init_state,
+  join_runs,
+  many,
+  plugin_step,
+)
 from pin_jax.types import TrainingError
 
 LENGTH, STEPS, SEEDS = 4, 20, (0, 1, 5)
@@ -68,10 +81,10 @@ def stage_1(backbone, *, diagnose_every=4, runs=1):
     random_sequences([3, 5, 7, 9, 12, 4]), [0, 0, 1, 1, 1, 0], LENGTH
   )
   rule = weightings.streaming_dro([0.4, 0.6], 0.1)
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     STEPS, learning_rate=0.05, warmup=3
   )
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, rule, optimizer, schedule, batch_size=3, length=LENGTH,
     draw="interactions", mean="users", diagnose_every=diagnose_every,
     average=0.8, runs=runs,
@@ -79,11 +92,11 @@ def stage_1(backbone, *, diagnose_every=4, runs=1):
   init = jax.jit(backbone.init)
 
   def start(seed):
-    state = training.init_state(
+    state = init_state(
       init(key_of(seed, 0)), optimizer, rule, average=True
     )
     key = key_of(seed, 1)
-    return state, training.Operands(key, sequences, pool, None)
+    return state, Operands(key, sequences, pool, None)
 
   return step, start
 
@@ -94,28 +107,28 @@ def stage_2():
   sequences, pool = data_of(
     random_sequences([4, 6, 5, 7]), [0, 0, 1, 1], LENGTH
   )
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     STEPS, learning_rate=0.05, warmup=0
   )
-  step = training.plugin_step(
+  step = plugin_step(
     backbone, plugin, optimizer, schedule, batch_size=2, length=LENGTH,
     draw="users", mean="users",
   )
   init = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))
 
   def start(seed):
-    state = training.init_state(init(key_of(seed, 2)), optimizer, stacked=True)
+    state = init_state(init(key_of(seed, 2)), optimizer, stacked=True)
     frozen = backbone.init(key_of(seed, 0))
-    return state, training.Operands(key_of(seed, 3), sequences, pool, frozen)
+    return state, Operands(key_of(seed, 3), sequences, pool, frozen)
 
   return step, start
 
 
 def joined(start, seeds=SEEDS):
   states, operands = zip(*map(start, seeds), strict=True)
-  return training.join_runs(states), training.Operands(
-    training.join_runs([x.key for x in operands]), operands[0].sequences,
-    operands[0].pool, training.join_runs([x.frozen for x in operands]),
+  return join_runs(states), Operands(
+    join_runs([x.key for x in operands]), operands[0].sequences,
+    operands[0].pool, join_runs([x.frozen for x in operands]),
   )
 
 
@@ -134,7 +147,7 @@ def fit_options(**options):
 def fit_one(step, start, seed, **options):
   """-> (result, logs by step, values by step)."""
   logs, values = {}, {}
-  result = training.fit(
+  result = fit(
     step, *start(seed), name="one", evaluate=wave,
     on_steps=lambda t, log: logs.update({t: log}),
     on_evaluation=lambda t, value: values.update({t: value.tolist()}),
@@ -154,8 +167,8 @@ def fit_all(step, start, **options):
     "on_steps": lambda k, t, log: logs[k].update({t: log}),
     "on_evaluation": on_evaluation,
   }
-  results = training.fit_many(
-    training.many(step), *joined(start), names=[f"seed{s}" for s in SEEDS],
+  results = fit_many(
+    many(step), *joined(start), names=[f"seed{s}" for s in SEEDS],
     evaluate=lambda k, params: wave(params),
     **fit_options(**hooks | options),
   )
@@ -174,7 +187,7 @@ def unrolled(step, state, operands):
 def test_the_state_of_run_k_is_that_of_seed_k(name):
   backbone, tolerance = BACKBONES[name]
   step, start = stage_1(backbone)
-  several = training.many(stage_1(backbone, runs=len(SEEDS))[0])
+  several = many(stage_1(backbone, runs=len(SEEDS))[0])
   together = jax.jit(lambda *args: unrolled(several, *args))(*joined(start))
   alone = jax.jit(lambda *args: unrolled(step, *args))
   for k, seed in enumerate(SEEDS):
@@ -228,12 +241,12 @@ def test_a_look_every_few_steps_stays_a_branch():
   backbone = BACKBONES["toy"][0]
   for every in (0, 4):
     step, start = stage_1(backbone, diagnose_every=every)
-    at_own = jax.vmap(step, (0, training.Operands(0, None, None, 0), 0))
+    at_own = jax.vmap(step, (0, Operands(0, None, None, 0), 0))
     conds[every] = [
       _conds(jax.make_jaxpr(f)(*args, t).jaxpr)
       for f, args, t in (
         (step, start(0), jnp.int32(0)),
-        (training.many(step), joined(start), jnp.int32(0)),
+        (many(step), joined(start), jnp.int32(0)),
         (at_own, joined(start), jnp.zeros(len(SEEDS), jnp.int32)),
       )
     ]
@@ -260,11 +273,11 @@ def test_runs_may_differ_in_what_the_optimizer_keeps():
   for rate in rates:
     kept = tuned.init(jnp.float32(1))
     kept.hyperparams["learning_rate"] = jnp.float32(rate)
-    states.append(training.TrainState(jnp.float32(1), kept, (), None))
-  keys = training.join_runs([key_of(s, 0) for s in range(2)])
+    states.append(TrainState(jnp.float32(1), kept, (), None))
+  keys = join_runs([key_of(s, 0) for s in range(2)])
   after, _ = unrolled(
-    training.many(step_of(tuned)), training.join_runs(states),
-    training.Operands(keys, None, None, None),
+    many(step_of(tuned)), join_runs(states),
+    Operands(keys, None, None, None),
   )
   for k, rate in enumerate(rates):
     w = 1.0
@@ -288,8 +301,8 @@ def scripted(values, *, step=None, **options):
     return state, {"loss": loss, "t": jnp.full(len(values), t)}
 
   params = {"w": jnp.arange(len(values)) * 100.0}
-  results = training.fit_many(
-    several, training.TrainState(params, (), (), None), None,
+  results = fit_many(
+    several, TrainState(params, (), (), None), None,
     names=["first", "second"],
     evaluate=lambda k, params: np.array([next(scripts[k])]),
     on_steps=lambda k, t, log: calls[k][0].extend(log["t"].tolist()),
@@ -362,7 +375,7 @@ def test_resumed_equals_uninterrupted(tmp_path):
 
 def test_cost_is_shared_out_among_the_running(monkeypatch):
   now = iter([10.0, 14.0, 20.0, 23.0])  # at the start, after validations
-  monkeypatch.setattr(training.time, "process_time", lambda: next(now))
+  monkeypatch.setattr(loop.time, "process_time", lambda: next(now))
   results, _ = scripted([[0.1, 0.1], [0.1, 0.2, 0.2]], patience=1)
   assert [r.cpu_seconds for r in results] == [2 + 3, 2 + 3 + 3]
 
@@ -445,7 +458,7 @@ def test_a_job_of_seeds_at_once_is_the_job_of_one_after_another(
   tmp_path, monkeypatch
 ):
   one_by_one = run_job(tiny_config(1), tmp_path / "one")
-  fit_many = training.fit_many
+  whole_fit = loop.fit_many
 
   def dying_fit(*args, **kwargs):
     on_steps = kwargs["on_steps"]
@@ -455,12 +468,12 @@ def test_a_job_of_seeds_at_once_is_the_job_of_one_after_another(
       if kwargs["names"][k] == "seed1/pin/backbone" and start >= 8:
         raise Stop
 
-    return fit_many(*args, **{**kwargs, "on_steps": deliver})
+    return whole_fit(*args, **{**kwargs, "on_steps": deliver})
 
-  monkeypatch.setattr(training, "fit_many", dying_fit)
+  monkeypatch.setattr(loop, "fit_many", dying_fit)
   with pytest.raises(Stop):
     run_job(tiny_config(2), tmp_path / "two")
-  monkeypatch.setattr(training, "fit_many", fit_many)
+  monkeypatch.setattr(loop, "fit_many", whole_fit)
   at_once = run_job(tiny_config(2), tmp_path / "two")
   assert_jobs_equal(one_by_one, at_once)
   runs = {"base", "pin/backbone", "pin/plugins"}

@@ -19,22 +19,16 @@ import rich.console
 
 from experiments import recommend
 from experiments.recommend import Source, Whom
-from pin_jax import (
-  activeness,
-  archives,
-  batches,
-  evaluation,
-  plugins,
-  relations,
-  serving,
-  splits,
-)
-from pin_jax.backbones.din import din
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.backbones.hstu import hstu
-from pin_jax.backbones.sasrec import sasrec
-from pin_jax.interactions import from_columns
-from pin_jax.types import InputError
+from pin_jax import archives, serving
+from pin_jax.data import activeness, batches, splits
+from pin_jax.data.interactions import from_columns
+from pin_jax.evaluation import ranking
+from pin_jax.models import plugins, relations
+from pin_jax.models.din import din
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.models.hstu import hstu
+from pin_jax.models.sasrec import sasrec
+from pin_jax.types import InputError, Requests
 from tests.toys import noisy
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -75,8 +69,8 @@ def make_model(case):
   }[plugin]()
   stacked = noisy(lambda key: plugins.init_stacked(made, key, 2), seed=1)
   evidence = make_evidence(SPLIT, plugin) if made.mix else None
-  model = evaluation.Model(backbone, made)
-  return model, evaluation.Weights(params, stacked, evidence)
+  model = ranking.Model(backbone, made)
+  return model, ranking.Weights(params, stacked, evidence)
 
 
 def make_evidence(split, plugin):
@@ -124,9 +118,9 @@ def test_positions_in_the_list_are_the_ranks_of_the_evaluation(made, case):
   model, weights, recommender = made[case]
   data = SPLIT.interactions
   users = np.arange(data.num_users)
-  ranks = evaluation.make_ranker(model, num_items=V, length=L)(
+  ranks = ranking.make_ranker(model, num_items=V, length=L)(
     weights, batches.make_sequences(SPLIT),
-    evaluation.Requests(users, SPLIT.test, SEGMENTS),
+    Requests(users, SPLIT.test, SEGMENTS),
   )
   targets = data.item_ids[data.items[data.offsets[:-1] + SPLIT.test] - 1]
   requests = serving.of_users(recommender, prefix="validation")
@@ -295,9 +289,9 @@ def test_somebody_new_is_scored_as_a_user_that_was_never_counted(made, case):
   evidence = make_evidence(split, case.split()[1])._replace(
     activeness=jnp.append(weights.evidence.activeness, np.float32(own))
   )
-  expected = evaluation.make_log_probabilities(model, num_items=V, length=L)(
+  expected = ranking.make_log_probabilities(model, num_items=V, length=L)(
     weights._replace(evidence=evidence), batches.make_sequences(split),
-    evaluation.Requests(np.array([37]), np.array([5]), np.array([0])),
+    Requests(np.array([37]), np.array([5]), np.array([0])),
   )
   table = serving.recommend(
     recommender, serving.of_histories(recommender, [history]), k=V,

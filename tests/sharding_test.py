@@ -20,15 +20,11 @@ from experiments import logs, settings, trainer
 from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
-from pin_jax import (
-  aggregation,
-  catalogue,
-  evaluation,
-  plugins,
-  relations,
-  sharding,
-)
-from pin_jax.backbones.sasrec import sasrec
+from pin_jax import aggregation
+from pin_jax.evaluation import catalogue, ranking
+from pin_jax.models import plugins, relations
+from pin_jax.models.sasrec import sasrec
+from pin_jax.scale import sharding
 from pin_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +32,7 @@ STEPS, ITEMS = 50, 40
 CASES = {  # data, model
   "quick": ((4, 2),), "slow": ((8, 1), (1, 4)),
 }
-TILE = evaluation.Tile(8, 12)  # one device goes by four, two by two pieces
+TILE = ranking.Tile(8, 12)  # one device goes by four, two by two pieces
 STAGES = {stage.name: stage for stage in METHODS["pin"].stages}
 
 
@@ -115,7 +111,7 @@ def compute_ranks(cases, nearly=False, **changes):
     nearly: whether the items' rows differ by no more than their last bits.
     **changes: of the config.
   """
-  evaluation.tile_for = catalogue.tile_for = lambda *_: TILE
+  ranking.tile_for = catalogue.tile_for = lambda *_: TILE
   made = config(**changes)
   problem = make_problem(made)
   networks = trainer.make_networks(made, ITEMS)
@@ -145,10 +141,10 @@ def compute_ranks(cases, nearly=False, **changes):
     )
   users = np.flatnonzero(problem.split.test >= 0)[:70]
   requests = requests_for(problem, "test", users)
-  model = evaluation.Model(backbone, plugin)
-  weights = evaluation.Weights(params, stacked, evidence)
+  model = ranking.Model(backbone, plugin)
+  weights = ranking.Weights(params, stacked, evidence)
   sizes = {"num_items": ITEMS, "length": 5}
-  ranks = evaluation.make_ranker(model, **sizes)(
+  ranks = ranking.make_ranker(model, **sizes)(
     weights, problem.sequences, requests
   )
   out = {"one": [x.tolist() for x in ranks], "meshes": {}}
@@ -163,7 +159,7 @@ def compute_ranks(cases, nearly=False, **changes):
       weights._replace(backbone=spread),
       sharding.spread_flat(problem.sequences, layout), requests,
     )
-    model = evaluation.Model(padded, plugin)
+    model = ranking.Model(padded, plugin)
     ranks = catalogue.make_ranker(model, **sizes, layout=layout)(*args)
     out["meshes"][f"{data} x {rows}"] = [x.tolist() for x in ranks]
   return out

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from pin_jax import types
-from pin_jax.datasets import simulator
+from pin_jax.data import simulator
 
 FUNCTIONS = {
   "stratum_posterior": simulator.stratum_posterior,

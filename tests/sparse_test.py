@@ -9,9 +9,11 @@ from toys import RULES, assert_trees_close
 
 from experiments import settings
 from experiments.configs import base
-from pin_jax import criteria, negatives, sparse, training
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.batches import Sequences, make_pool
+from pin_jax.data.batches import Sequences, make_pool
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.training import criteria, negatives, sparse
+from pin_jax.training.loop import compile_steps
+from pin_jax.training.steps import Operands, backbone_step, init_state
 from pin_jax.types import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -107,15 +109,15 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
   if row_sparse:
     optimizer = sparse.row_sparse(optimizer, backbone.tables)
   weighting = RULES[rule]([0.3, 0.7])
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, lambda t: 0.0, batch_size=3, length=LENGTH,
     draw="interactions", mean="interactions", criterion=criterion,
     row_sparse=row_sparse, diagnose_every=2,
   )
   params = backbone.init(jax.random.key(0))
-  state = training.init_state(params, optimizer, weighting)
-  operands = training.Operands(jax.random.key(2), sequences, pool, None)
-  state, logs = training.compile_steps(step)(state, operands, 0, num_steps)
+  state = init_state(params, optimizer, weighting)
+  operands = Operands(jax.random.key(2), sequences, pool, None)
+  state, logs = compile_steps(step)(state, operands, 0, num_steps)
   return params, state, logs
 
 

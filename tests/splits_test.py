@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pin_jax import splits
-from pin_jax.interactions import from_columns
+from pin_jax.data import splits
+from pin_jax.data.interactions import from_columns
 from pin_jax.types import InputError
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pin_jax import statistics
+from pin_jax.evaluation import statistics
 from pin_jax.types import InputError
 
 

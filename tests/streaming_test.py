@@ -14,12 +14,13 @@ from experiments.configs import base
 from experiments.logs import JobProgress, NoLog
 from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
-from pin_jax import batches, evaluation, sharding, streaming
-from pin_jax.backbones.gru4rec import gru4rec
-from pin_jax.datasets import stored
-from pin_jax.interactions import Interactions, from_columns
-from pin_jax.splits import leave_one_out
-from pin_jax.types import InputError
+from pin_jax.data import batches, stored
+from pin_jax.data.interactions import Interactions, from_columns
+from pin_jax.data.splits import leave_one_out
+from pin_jax.evaluation import ranking
+from pin_jax.models.gru4rec import gru4rec
+from pin_jax.scale import sharding, streaming
+from pin_jax.types import InputError, Requests
 
 USERS, ITEMS, LENGTH, ROWS, STEPS, DISPATCH = 300, 50, 6, 8, 6, 4
 
@@ -249,13 +250,13 @@ def test_batches_are_those_of_the_device(data, path, draw):
 def test_ranks_are_those_of_the_device(data, path):
   split = leave_one_out(data)
   backbone = gru4rec(data.num_items, length=LENGTH, width=4)
-  rank = evaluation.make_ranker(
-    evaluation.Model(backbone, None), num_items=data.num_items, length=LENGTH,
+  rank = ranking.make_ranker(
+    ranking.Model(backbone, None), num_items=data.num_items, length=LENGTH,
     user_chunk=16,
   )
-  weights = evaluation.Weights(backbone.init(jax.random.key(0)), None)
+  weights = ranking.Weights(backbone.init(jax.random.key(0)), None)
   users = np.random.default_rng(2).permutation(USERS)[:70].astype(np.int32)
-  requests = evaluation.Requests(users, split.test[users], users * 0)
+  requests = Requests(users, split.test[users], users * 0)
   want = rank(weights, batches.make_sequences(split), requests)
   on_disk = batches.host_sequences(leave_one_out(stored.read(path)))
   streamed = streaming.make_ranker(
@@ -263,7 +264,7 @@ def test_ranks_are_those_of_the_device(data, path):
   )
   for got, wanted in zip(streamed(weights, None, requests), want, strict=True):
     np.testing.assert_array_equal(got, wanted)
-  nobody = evaluation.Requests(*(x[:0] for x in requests))
+  nobody = Requests(*(x[:0] for x in requests))
   assert len(streamed(weights, None, nobody).rank) == 0
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from pin_jax.datasets import amazon_reviews, movielens
-from pin_jax.datasets import tfds as pin_tfds
+from pin_jax.data import amazon_reviews, movielens
+from pin_jax.data import tfds as pin_tfds
 from pin_jax.types import InputError
 
 # user, item, rating, time: user 7 out of time order, with a tie at time 50.

@@ -16,7 +16,7 @@ from experiments import finished as finished_jobs
 from experiments import job, report, summaries
 from experiments.configs import base
 from experiments.problem import make_problem
-from pin_jax.datasets import files
+from pin_jax.data import files
 from pin_jax.types import InputError
 from third_party import driver, llm_esr, recbole, rectools, s3rec, sequences
 

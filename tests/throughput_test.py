@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import throughput
-from pin_jax import interactions, splits
+from pin_jax.data import interactions, splits
 from third_party import driver
 from third_party.peers import protocol
 

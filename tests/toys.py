@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import aggregation, splits, weightings
-from pin_jax.interactions import from_columns
+from pin_jax import aggregation
+from pin_jax.aggregation import weightings
+from pin_jax.data import splits
+from pin_jax.data.interactions import from_columns
 from pin_jax.types import Backbone
 
 # name -> (prior -> Weighting), the prior in the order of the groups.

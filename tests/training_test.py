@@ -7,17 +7,22 @@ import optax
 import pytest
 from toys import assert_trees_close, bigram
 
-from pin_jax import (
-  aggregation,
-  batches,
-  checkpoints,
-  objectives,
-  plugins,
-  splits,
-  training,
+from pin_jax import aggregation
+from pin_jax.data import batches, splits
+from pin_jax.data.interactions import Interactions
+from pin_jax.models import plugins, sasrec
+from pin_jax.training import checkpoints, objectives
+from pin_jax.training.loop import fit
+from pin_jax.training.optimizers import make_optimizer
+from pin_jax.training.steps import (
+  Operands,
+  TrainState,
+  backbone_step,
+  dealt_anew,
+  effective_share,
+  init_state,
+  plugin_step,
 )
-from pin_jax.backbones import sasrec
-from pin_jax.interactions import Interactions
 from pin_jax.types import TrainingError
 
 NUM_ITEMS = 9
@@ -96,7 +101,7 @@ def test_effective_share_by_formula():
   real = rng.random((3, 4, 5)) < 0.6
   weights[1] = 2.5
   real[2] = False
-  got = training.effective_share(jnp.asarray(weights), jnp.asarray(real))
+  got = effective_share(jnp.asarray(weights), jnp.asarray(real))
   w = weights[0][real[0]].astype(np.float64)
   np.testing.assert_allclose(
     got, [w.sum() ** 2 / (len(w) * (w**2).sum()), 1, 0], rtol=1e-5
@@ -104,7 +109,7 @@ def test_effective_share_by_formula():
 
 
 def test_learning_rate_warms_up_and_decays_as_a_cosine():
-  _, schedule = training.make_optimizer(
+  _, schedule = make_optimizer(
     100, learning_rate=0.2, warmup=10, final=0.05
   )
   for t in (0, 3, 10, 40, 100):
@@ -141,10 +146,10 @@ def test_backbone_step_equals_optax_by_hand(draw, weighted):
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 1, 2], length)
   importance = np.random.default_rng(1).exponential(size=(3, 1, length))
   backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor(PRIOR)
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     10, learning_rate=0.1, warmup=0, clip=0.05, weight_decay=0.01
   )
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=1, length=length,
     draw=draw, mean=draw, diagnose_every=1,
     importance=(
@@ -152,9 +157,9 @@ def test_backbone_step_equals_optax_by_hand(draw, weighted):
     ),
   )
   params = backbone.init(jax.random.key(0))
-  state = training.init_state(params, optimizer, weighting)
+  state = init_state(params, optimizer, weighting)
   frozen = {"importance": jnp.asarray(importance, jnp.float32)}
-  operands = training.Operands(jax.random.key(1), sequences, pool, frozen)
+  operands = Operands(jax.random.key(1), sequences, pool, frozen)
   after, log = jax.jit(step)(state, operands, jnp.int32(0))
 
   table = np.asarray(params["table"], np.float64)
@@ -218,17 +223,17 @@ def test_joint_training_is_one_group():
   sequences, pool = data_of(data, [0] * 5, length)
   backbone, params = small_sasrec(length)
   weighting = aggregation.backdoor([1.0])
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     num_steps, learning_rate=0.03, warmup=2, clip=1.0, weight_decay=0.1
   )
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=batch_size,
     length=length, draw="interactions", mean="interactions",
   )
-  operands = training.Operands(jax.random.key(1), sequences, pool, None)
+  operands = Operands(jax.random.key(1), sequences, pool, None)
   delivered = []
-  result = training.fit(
-    step, training.init_state(params, optimizer, weighting), operands,
+  result = fit(
+    step, init_state(params, optimizer, weighting), operands,
     name="joint", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
     evaluate_every=num_steps, dispatch=num_steps,
     on_steps=lambda t, log: delivered.append(log["loss"][:, 0]),
@@ -266,16 +271,16 @@ def test_joint_training_is_one_group():
 def test_moving_average_by_formula():
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 1, 2], 3)
   backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor(PRIOR)
-  optimizer, schedule = training.make_optimizer(9, learning_rate=0.1, warmup=0)
-  step = training.backbone_step(
+  optimizer, schedule = make_optimizer(9, learning_rate=0.1, warmup=0)
+  step = backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=2, length=3,
     draw="users", mean="users", average=0.7, path="weighted",
   )
   params = backbone.init(jax.random.key(0))
-  initial = lambda: training.init_state(
+  initial = lambda: init_state(
     params, optimizer, weighting, average=True
   )
-  operands = training.Operands(jax.random.key(1), sequences, pool, None)
+  operands = Operands(jax.random.key(1), sequences, pool, None)
   state, run = initial(), jax.jit(step)
   expected = np.asarray(params["table"], np.float64)
   for t in range(6):
@@ -284,7 +289,7 @@ def test_moving_average_by_formula():
     expected = 0.7 * expected + 0.3 * current
   np.testing.assert_allclose(state.average["table"], expected, rtol=1e-5)
   seen = []
-  result = training.fit(
+  result = fit(
     step, initial(), operands, name="average", num_steps=6,
     evaluate=lambda p: seen.append(np.asarray(p["table"])) or np.zeros(1),
     evaluate_every=6, dispatch=3,
@@ -300,14 +305,14 @@ def told_of_steps(sequences, groups, *, every=1, steps=60):
   """Logs of steps that all begin with the same parameters."""
   data, pool = data_of(sequences, groups, 1)
   backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor([0.5, 0.5])
-  optimizer, schedule = training.make_optimizer(9, learning_rate=0.1)
-  step = jax.jit(training.backbone_step(
+  optimizer, schedule = make_optimizer(9, learning_rate=0.1)
+  step = jax.jit(backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=8, length=1,
     draw="users", mean="users", diagnose_every=every,
   ))
   params = {"table": jnp.zeros((SIZE, SIZE))}
-  state = training.init_state(params, optimizer, weighting)
-  operands = training.Operands(jax.random.key(1), data, pool, None)
+  state = init_state(params, optimizer, weighting)
+  operands = Operands(jax.random.key(1), data, pool, None)
   logs = [step(state, operands, jnp.int32(t))[1] for t in range(steps)]
   return {key: np.array([log[key] for log in logs]) for key in logs[0]}
 
@@ -349,7 +354,7 @@ def test_windows_are_dealt_anew_with_all_that_is_theirs():
   ids = jnp.arange(3 * 5).reshape(3, 5)
   batch = batches.Batch(ids, ids[..., None] + 100, ids[..., None] + 200)
   groups = objectives.GroupBatch(batch, ids[..., None] / 2)
-  dealt = training.dealt_anew(jax.random.key(0), groups)
+  dealt = dealt_anew(jax.random.key(0), groups)
   users = np.asarray(dealt.batch.users)
   assert not np.array_equal(users, ids)
   np.testing.assert_array_equal(np.sort(users, 0), ids)  # column by column
@@ -370,21 +375,21 @@ def plugin_training(data, num_steps, *, clip=0.01, length=6):
   sequences, pool = data_of(data, SEGMENTS, length)
   backbone, frozen = small_sasrec(length, dropout=0.5)
   plugin = plugins.bottleneck(4)
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     num_steps, learning_rate=0.05, warmup=0, clip=clip
   )
-  step = training.plugin_step(
+  step = plugin_step(
     backbone, plugin, optimizer, schedule, batch_size=2, length=length,
     draw="users", mean="users",
   )
   start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
     jax.random.key(2)
   )
-  state = training.init_state(start, optimizer, stacked=True)
+  state = init_state(start, optimizer, stacked=True)
   before = jax.tree.map(np.array, frozen)
-  operands = training.Operands(jax.random.key(3), sequences, pool, frozen)
+  operands = Operands(jax.random.key(3), sequences, pool, frozen)
   logs = []
-  result = training.fit(
+  result = fit(
     step, state, operands, name="plugin", num_steps=num_steps,
     evaluate=lambda p: np.zeros(2), evaluate_every=num_steps,
     dispatch=num_steps, stacked=True, on_steps=lambda t, log: logs.append(log),
@@ -406,8 +411,8 @@ def test_stage_two_freezes_the_backbone():
 def test_stage_two_state_holds_plugin_params_only():
   plugin = plugins.bottleneck(4)
   start = plugins.init_stacked(plugin, jax.random.key(2), 2)
-  optimizer, _ = training.make_optimizer(4)
-  state = training.init_state(start, optimizer, stacked=True)
+  optimizer, _ = make_optimizer(4)
+  state = init_state(start, optimizer, stacked=True)
   shapes = {x.shape for x in jax.tree.leaves(start)} | {(2,)}
   assert {x.shape for x in jax.tree.leaves(state)} == shapes
   count = len(jax.tree.leaves(start))
@@ -493,8 +498,8 @@ def counting_fit(values, *, start=0.0, step=None, **options):
 
   params = {"w": jnp.asarray(start, jnp.float32)}
   options = {"num_steps": 12, "evaluate_every": 4, "dispatch": 2} | options
-  result = training.fit(
-    step or counting_step(), training.TrainState(params, (), (), None), None,
+  result = fit(
+    step or counting_step(), TrainState(params, (), (), None), None,
     name="counting", evaluate=evaluate,
     on_steps=lambda t, log: calls["steps"].append((t, log["t"].tolist())),
     on_evaluation=lambda t, v: calls["evaluations"].append((t, v.tolist())),
@@ -577,16 +582,16 @@ def test_non_finite_loss_names_run_group_and_step():
 
 def test_state_given_to_fit_shares_no_buffer_with_params():
   backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor([1.0])
-  optimizer, schedule = training.make_optimizer(2)
+  optimizer, schedule = make_optimizer(2)
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 0, 0], 3)
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=2, length=3,
     draw="users", mean="users",
   )
   params = backbone.init(jax.random.key(0))
-  state = training.init_state(params, optimizer, weighting, average=True)
-  operands = training.Operands(jax.random.key(1), sequences, pool, None)
-  training.fit(
+  state = init_state(params, optimizer, weighting, average=True)
+  operands = Operands(jax.random.key(1), sequences, pool, None)
+  fit(
     step, state, operands, name="donates", num_steps=2,
     evaluate=lambda p: np.zeros(1), evaluate_every=2, dispatch=1,
   )
@@ -613,17 +618,17 @@ def resumable(directory, *, average, stop_at=None, evaluate_first=False):
   backbone = bigram(NUM_ITEMS, dropout=0.3)
   params = backbone.init(jax.random.key(0))
   weighting = aggregation.backdoor([0.4, 0.6])
-  optimizer, schedule = training.make_optimizer(
+  optimizer, schedule = make_optimizer(
     14, learning_rate=0.05, warmup=3
   )
-  step = training.backbone_step(
+  step = backbone_step(
     backbone, weighting, optimizer, schedule, batch_size=2, length=4,
     draw="interactions", mean="users", average=0.8 if average else 0.0,
     path="sequential",
   )
-  state = training.init_state(params, optimizer, weighting, average=average)
+  state = init_state(params, optimizer, weighting, average=average)
   shapes = jax.eval_shape(lambda: (state, params))
-  operands = training.Operands(jax.random.key(1), sequences, pool, None)
+  operands = Operands(jax.random.key(1), sequences, pool, None)
   logs, values, resumed = {}, [], []
 
   def on_steps(first, log):
@@ -638,7 +643,7 @@ def resumable(directory, *, average, stop_at=None, evaluate_first=False):
   saved = checkpoints.Checkpoints(directory)
   result = None
   try:
-    result = training.fit(
+    result = fit(
       step, state, operands, name="resumable", num_steps=14,
       evaluate=scripted_by_params,
       evaluate_every=4, dispatch=2, checkpoints=saved, on_steps=on_steps,

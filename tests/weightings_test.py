@@ -16,7 +16,8 @@ import pytest
 from scipy import optimize
 from toys import RULES
 
-from pin_jax import aggregation, weightings
+from pin_jax import aggregation
+from pin_jax.aggregation import weightings
 
 quick_jit = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}

@@ -46,7 +46,7 @@ from experiments import (
 )
 from experiments.problem import Problem, fingerprint, prepare
 from pin_jax import disk
-from pin_jax.splits import Split
+from pin_jax.data.splits import Split
 from pin_jax.types import InputError
 from third_party.peers import protocol
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from pin_jax.interactions import Interactions, from_columns
+from pin_jax.data.interactions import Interactions, from_columns
 from pin_jax.types import InputError
 from third_party import sequences
 
@@ -25,7 +25,7 @@ def read(path: epath.PathLike, **options: Any) -> Interactions:
 
   Args:
     path: such as inter.txt.
-    **options: those of `pin_jax.interactions.from_columns`.
+    **options: those of `pin_jax.data.interactions.from_columns`.
 
   Returns:
     The interactions, with the ids of the file; times are 0-based positions

@@ -13,7 +13,7 @@ from etils import epath
 
 from experiments import commands
 from pin_jax import disk
-from pin_jax.interactions import Interactions
+from pin_jax.data.interactions import Interactions
 from pin_jax.types import InputError
 
 

@@ -115,7 +115,7 @@ def ndcg(ranks: np.ndarray) -> np.ndarray:
 
 
 class Ranks(NamedTuple):
-  """Ranks of the targets, each [n]; as `pin_jax.evaluation.Ranks`.
+  """Ranks of the targets, each [n]; as `pin_jax.evaluation.ranking.Ranks`.
 
   Attributes:
     rank: among the items that the user's history does not hold.

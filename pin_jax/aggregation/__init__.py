@@ -1,0 +1,63 @@
+"""The idea, free of recommendation: many gradients become one.
+
+`aggregator`: the Gramian, the combination and the paths to them;
+`weightings`: the rules that weight the gradients.
+"""
+
+from pin_jax.aggregation.aggregator import (
+  PATHS,
+  READS,
+  Aggregate,
+  Aggregator,
+  Blocks,
+  Gramians,
+  GroupLoss,
+  PyTree,
+  Rules,
+  Run,
+  WeightedLoss,
+  Weighting,
+  aggregate,
+  backdoor,
+  choose_path,
+  combine,
+  conflict_rate,
+  cosines,
+  effective_groups,
+  gramian,
+  informed,
+  initial_state,
+  leaf_gramian,
+  leaf_names,
+  mean_cosine,
+  normalised,
+)
+
+__all__ = [
+  "Aggregate",
+  "Aggregator",
+  "Blocks",
+  "Gramians",
+  "GroupLoss",
+  "PATHS",
+  "PyTree",
+  "READS",
+  "Rules",
+  "Run",
+  "WeightedLoss",
+  "Weighting",
+  "aggregate",
+  "backdoor",
+  "choose_path",
+  "combine",
+  "conflict_rate",
+  "cosines",
+  "effective_groups",
+  "gramian",
+  "informed",
+  "initial_state",
+  "leaf_gramian",
+  "leaf_names",
+  "mean_cosine",
+  "normalised",
+]

@@ -1,0 +1,410 @@
+"""Stateless samplers: the batch of step t follows from (seed, t), on device.
+
+A user with n training interactions has n - 1 training targets (the first
+interaction has no history). They are tiled by K = ceil((n - 1) / L) windows
+of L targets; a random offset below the slack K L - (n - 1) shifts the tiling,
+so that every target lies in exactly one window, whatever the offset.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pin_jax.data.splits import Split, is_training
+from pin_jax.data.stored import Stored
+from pin_jax.types import Batch, InputError, Reading, at_least
+
+DRAWS = ("interactions", "users")
+
+
+class Sequences(NamedTuple):
+  """The interactions, compact; on the device, or yet on the host.
+
+  Attributes:
+    items: [N] int32, users contiguous.
+    starts: [U] int32, a user's first index into `items`.
+    targets: [U] int32, number of training targets.
+  """
+
+  items: jax.Array
+  starts: jax.Array
+  targets: jax.Array
+
+
+class Pool(NamedTuple):
+  """The users to draw from, sorted by group.
+
+  Attributes:
+    users: [P] int32.
+    targets: [P] int32, how many targets each of them has.
+    group_starts: [G+1] int32, borders of the groups in `users`.
+    window_starts: [P+1] int32, windows before each user of the pool.
+  """
+
+  users: jax.Array
+  targets: jax.Array
+  group_starts: jax.Array
+  window_starts: jax.Array
+
+
+def training_targets(split: Split) -> np.ndarray:
+  """Number of training targets of every user, max(train_end - 1, 0); [U]."""
+  return np.maximum(np.asarray(split.train_end, np.int64) - 1, 0)
+
+
+def make_sequences(split: Split) -> Sequences:
+  """Puts a split's interactions on the device; raises as `host_sequences`."""
+  return jax.tree.map(jnp.asarray, host_sequences(split))
+
+
+def host_sequences(split: Split) -> Sequences:
+  """A split's interactions on the host, or on disk where they are `Stored`.
+
+  Raises:
+    InputError: if there are 2^31 interactions or more (int32 offsets) that a
+      device is to hold.
+  """
+  interactions = split.interactions
+  streamed = isinstance(interactions, Stored)
+  if not streamed and interactions.num_interactions >= 2**31:
+    raise InputError(
+      f"{interactions.num_interactions} interactions exceed int32 offsets; "
+      "split the data"
+    )
+  targets = training_targets(split).astype(np.int32)
+  if streamed:
+    return Sequences(interactions.items, interactions.offsets[:-1], targets)
+  return Sequences(
+    np.asarray(interactions.items, np.int32),
+    interactions.offsets[:-1].astype(np.int32), targets,
+  )
+
+
+def make_pool(
+  targets: np.ndarray, groups: np.ndarray, *, num_groups: int, length: int
+) -> Pool:
+  """Collects the users of every group that have a training target.
+
+  Args:
+    targets: [U], training targets of each user.
+    groups: [U], group of each user; -1 leaves the user out.
+    num_groups: G.
+    length: L, targets a window.
+
+  Returns:
+    The pool.
+
+  Raises:
+    InputError: if a group has no user with a training target, for arrays of
+      other shapes or values, or for more windows than int32 counts.
+  """
+  at_least(1, num_groups=num_groups, length=length)
+  targets, groups = np.asarray(targets), np.asarray(groups)
+  if targets.ndim != 1 or targets.shape != groups.shape:
+    raise InputError(
+      f"targets has shape {targets.shape} but groups {groups.shape}; give one "
+      "of each for every user"
+    )
+  if groups.size and not -1 <= groups.min() <= groups.max() < num_groups:
+    raise InputError(
+      f"groups span {groups.min()}..{groups.max()}; give -1..{num_groups - 1}"
+    )
+  users, borders = _by_group(
+    np.where(targets > 0, groups, -1), num_groups, "two training interactions; "
+    "lower num_groups or change the rule of the groups",
+  )
+  counts = targets[users]
+  windows = -(-counts // length)
+  starts = np.concatenate([[0], np.cumsum(windows, dtype=np.int64)])
+  if starts[-1] >= 2**31:
+    raise InputError(
+      f"length={length} makes {starts[-1]} windows, beyond int32; give a "
+      "longer one, or fewer users"
+    )
+  arrays = users, counts, borders, starts
+  return Pool(*(jnp.asarray(x, jnp.int32) for x in arrays))
+
+
+def _by_group(
+  groups: np.ndarray, num_groups: int, needed: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """(users by group, where each group begins [G+1]); group -1 is left out."""
+  kept = np.flatnonzero(groups >= 0)
+  users = kept[np.argsort(groups[kept], kind="stable")]
+  sizes = np.bincount(groups[users], minlength=num_groups)
+  if (sizes == 0).any():
+    raise InputError(
+      f"group {int(np.argmin(sizes))} of {num_groups} has no user with {needed}"
+    )
+  return users, np.concatenate([[0], np.cumsum(sizes)])
+
+
+def training_activeness(sequences: Sequences, users: jax.Array) -> jax.Array:
+  """Training interactions of users, 1 for none; int32, whatever is read."""
+  return sequences.targets[users] + 1
+
+
+class Windows(NamedTuple):
+  """Which windows a batch has; leading axes [...].
+
+  Attributes:
+    users: int32 user indices.
+    first: int32 index of the window's first target, may be negative.
+    count: int32 number of the user's targets.
+    only_last: bool, whether it has but the last of its targets.
+  """
+
+  users: jax.Array
+  first: jax.Array
+  count: jax.Array
+  only_last: jax.Array
+
+
+def draw_batch(
+  key: jax.Array,
+  sequences: Sequences,
+  pool: Pool,
+  *,
+  batch_size: int,
+  length: int,
+  draw: str,
+) -> Batch:
+  """Draws `batch_size` windows of every group, with replacement.
+
+  Args:
+    key: the step's key; the batch is a function of it.
+    sequences: the interactions.
+    pool: the users of the G groups.
+    batch_size: B, windows a group.
+    length: L.
+    draw: see `draw_windows`.
+
+  Returns:
+    Batch with leading axes [G, B].
+  """
+  windows = draw_windows(
+    key, pool, batch_size=batch_size, length=length, draw=draw
+  )
+  return cut_windows(sequences, *windows[:3], length=length)
+
+
+def draw_windows(
+  key: jax.Array,
+  pool: Pool,
+  *,
+  batch_size: int,
+  length: int,
+  draw: str,
+) -> Windows:
+  """Draws which windows `draw_batch` cuts.
+
+  draw = 'interactions' draws windows uniformly: with the mean over positions
+  a group's loss estimates the mean over its interactions. draw = 'users'
+  draws users uniformly, then the window of a uniform target of theirs: with
+  the mean over users the loss is the mean over users of their mean loss.
+
+  Args:
+    key: the step's key; the windows are a function of it.
+    pool: the users of the G groups.
+    batch_size: B, windows a group.
+    length: L.
+    draw: 'interactions' or 'users'.
+
+  Returns:
+    Windows [G, B].
+
+  Raises:
+    InputError: for another `draw`.
+  """
+  if draw not in DRAWS:
+    raise InputError(f"draw={draw!r} is unknown; use one of {DRAWS}")
+  pick_key, inner_key, offset_key = jax.random.split(key, 3)
+  groups = pool.group_starts.shape[0] - 1
+  shape = (groups, batch_size)
+  first, last = pool.group_starts[:-1, None], pool.group_starts[1:, None]
+  if draw == "users":
+    index = jax.random.randint(pick_key, shape, first, last)
+  else:
+    low, high = pool.window_starts[first], pool.window_starts[last]
+    window = jax.random.randint(pick_key, shape, low, high)
+    find = lambda x: jnp.searchsorted(pool.window_starts, x, side="right") - 1
+    index = find(window)
+  users, count = pool.users[index], pool.targets[index]
+  slack = -count % length
+  offset = jax.random.randint(offset_key, shape, 0, slack + 1)
+  if draw == "users":
+    target = jax.random.randint(inner_key, shape, 0, count)
+    tile = (target + offset) // length
+  else:
+    tile = window - pool.window_starts[index]
+  return Windows(users, tile * length - offset, count, jnp.zeros(shape, bool))
+
+
+def target_chances(
+  split: Split, *, length: int, draw: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """How often each training target is expected in a window of `draw_batch`.
+
+  Windows by 'interactions' hold every target alike. The window of a uniform
+  target of a user's n, drawn by 'users', holds target i = 0 .. n-1 with the
+  chance E[size of the window around i] / n. With the slack s and
+  T(m) = 1 + .. + m that size is
+
+    L - (T(min(s, L-1-i)) + T(min(s, L-1-(n-1-i)))) / (s + 1)
+
+  since an offset below s + 1 cuts what the first and the last window lose.
+
+  Args:
+    split: holds the targets.
+    length: L.
+    draw: 'interactions' or 'users'.
+
+  Returns:
+    of all training targets, [T] each: their index into the interactions, their
+    user, and the chance, in a unit that is the same for all.
+  """
+  rows = np.flatnonzero(is_training(split, skip=1))
+  starts = split.interactions.offsets[:-1]
+  users = np.searchsorted(starts, rows, side="right") - 1
+  if draw == "interactions":
+    return rows, users, np.ones(len(rows))
+  count = training_targets(split)[users]
+  slack = -count % length
+  lost = 0
+  before = rows - starts[users] - 1
+  for place in (before, count - 1 - before):
+    most = np.clip(length - 1 - place, 0, slack)
+    lost = lost + most * (most + 1) / 2
+  return rows, users, (length - lost / (slack + 1)) / count
+
+
+def cut_windows(
+  sequences: Sequences,
+  users: jax.Array,
+  first: jax.Array,
+  count: jax.Array,
+  *,
+  length: int,
+) -> Batch:
+  """Cuts the targets first .. first + L - 1 that exist, right-aligned.
+
+  Args:
+    sequences: the interactions.
+    users: [...] user indices.
+    first: [...] index of the window's first target, may be negative.
+    count: [...] number of the user's targets.
+    length: L.
+
+  Returns:
+    Batch with leading axes [...].
+  """
+  last = jnp.minimum(first + length, count) - 1
+  target = last[..., None] - jnp.arange(length - 1, -1, -1)
+  real = target >= jnp.maximum(first, 0)[..., None]
+  index = sequences.starts[users][..., None] + jnp.maximum(target, 0)
+  take = lambda i: jnp.where(real, sequences.items[i], 0)
+  return Batch(
+    users, take(index), take(index + 1), last,
+    training_activeness(sequences, users),
+  )
+
+
+class HeldOut(NamedTuple):
+  """Users by group, each with one held-out target.
+
+  Attributes:
+    users: [n] int32 user indices, by group.
+    group_starts: [G+1] int32, where each group begins in `users`.
+    positions: [U] int32, in-user position of the target.
+  """
+
+  users: jax.Array
+  group_starts: jax.Array
+  positions: jax.Array
+
+
+def make_held_out(
+  positions: np.ndarray, groups: np.ndarray, *, num_groups: int
+) -> HeldOut:
+  """Collects the users of every group that have a held-out target.
+
+  Args:
+    positions: [U], position of the target; -1 = none.
+    groups: [U], group of each user; -1 leaves the user out.
+    num_groups: G.
+
+  Returns:
+    What `draw_held_out` draws from.
+
+  Raises:
+    InputError: if a group has no user with a held-out target.
+  """
+  users, starts = _by_group(
+    np.where(np.asarray(positions) >= 0, groups, -1), num_groups,
+    "a validation target; change split.validation or groups.head_share",
+  )
+  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
+  return HeldOut(as_int32(users), as_int32(starts), as_int32(positions))
+
+
+def draw_held_out(
+  key: jax.Array,
+  sequences: Sequences,
+  held_out: HeldOut,
+  *,
+  batch_size: int,
+  length: int,
+) -> Batch:
+  """Draws `batch_size` users of every group, with replacement.
+
+  Args:
+    key: the step's key; the batch is a function of it.
+    sequences: the interactions.
+    held_out: the users of the G groups.
+    batch_size: B, users a group.
+    length: L.
+
+  Returns:
+    Batch with leading axes [G, B]: the history before the held-out target, and
+    that target alone, in the last column.
+  """
+  windows = draw_held_out_windows(
+    key, held_out, batch_size=batch_size, length=length
+  )
+  batch = cut_windows(sequences, *windows[:3], length=length)
+  only_last = jnp.arange(length) == length - 1
+  return batch._replace(targets=jnp.where(only_last, batch.targets, 0))
+
+
+def draw_held_out_windows(
+  key: jax.Array, held_out: HeldOut, *, batch_size: int, length: int
+) -> Windows:
+  """Draws which windows `draw_held_out` cuts, [G, B]; arguments are its."""
+  starts = held_out.group_starts
+  shape = (starts.shape[0] - 1, batch_size)
+  index = jax.random.randint(key, shape, starts[:-1, None], starts[1:, None])
+  users = held_out.users[index]
+  position = held_out.positions[users]
+  return Windows(users, position - length, position, jnp.ones(shape, bool))
+
+
+def read_back(
+  sequences: Sequences, users: jax.Array, last: jax.Array, count: int
+) -> Reading:
+  """The `count` items up to a position, the newest first.
+
+  Args:
+    sequences: the interactions.
+    users: [...] user indices.
+    last: [...] in-user position of the newest item; may be negative.
+    count: H.
+
+  Returns:
+    Reading with leading axes [...].
+  """
+  index = last[..., None] - jnp.arange(count)
+  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
+  items = jnp.where(index >= 0, sequences.items[flat], 0)
+  return Reading(users, items, flat)

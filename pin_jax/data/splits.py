@@ -1,0 +1,257 @@
+"""Splits: which of a user's interactions train, validate and test."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pin_jax.data.interactions import Interactions
+from pin_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+  """Positions within each user's history that train, validate and test.
+
+  The history of a target is everything of that user before its position: the
+  test history includes the validation target.
+
+  Attributes:
+    interactions: The users that the split keeps.
+    train_end: [U] int32; a user's first train_end interactions are training.
+    validation: [U] int32 position of the validation target, -1 = none.
+    test: [U] int32 position of the test target, -1 = none.
+    protocol: One line that every table of results prints.
+    notes: users_dropped, and the numbers of targets.
+  """
+
+  interactions: Interactions
+  train_end: np.ndarray
+  validation: np.ndarray
+  test: np.ndarray
+  protocol: str
+  notes: Mapping[str, int | float | str]
+
+  @property
+  def activeness(self) -> np.ndarray:
+    """[U] int64 number of training interactions of each user."""
+    return self.train_end.astype(np.int64)
+
+
+def leave_one_out(interactions: Interactions) -> Split:
+  """Tests on each user's last interaction, validates on the one before it.
+
+  Args:
+    interactions: The data; users with fewer than three interactions are
+      dropped and counted in the notes.
+
+  Returns:
+    The split.
+
+  Raises:
+    InputError: if no user has three interactions.
+  """
+  keep = interactions.lengths >= 3
+  if not keep.any():
+    raise InputError(
+      f"no user of {interactions.name!r} has 3 interactions (longest: "
+      f"{interactions.lengths.max()}); leave-one-out needs them, so check the "
+      "user column or max_history"
+    )
+  kept = _select(interactions, keep)
+  lengths = kept.lengths.astype(np.int32)
+  return _split(
+    kept,
+    train_end=lengths - 2,
+    validation=lengths - 2,
+    test=lengths - 1,
+    protocol="leave-one-out: a user's last interaction is the test target, "
+    "the second-last the validation target",
+    users_dropped=int((~keep).sum()),
+  )
+
+
+def temporal(
+  interactions: Interactions, *, validation_time: float, test_time: float
+) -> Split:
+  """Trains before one time, validates before another, tests from then on.
+
+  train < validation_time <= validation target < test_time <= test target,
+  where a target is the user's first interaction in its period.
+
+  Args:
+    interactions: The data, with times; users without training interactions
+      are dropped and counted in the notes.
+    validation_time: The first time that no longer trains.
+    test_time: The first time of the test period.
+
+  Returns:
+    The split; a user without interactions in a period has no target there.
+
+  Raises:
+    InputError: if times are absent or in the wrong order, if no user has
+      training interactions, or if no user has a target in one of the periods.
+  """
+  _check_times(interactions)
+  if not -math.inf < validation_time < test_time < math.inf:
+    raise InputError(
+      f"validation_time={validation_time} is not before test_time={test_time}; "
+      "give ascending times"
+    )
+  train_end = _count_before(interactions, validation_time)
+  test_start = _count_before(interactions, test_time)
+  keep = train_end > 0
+  if not keep.any():
+    raise InputError(
+      f"no user of {interactions.name!r} has an interaction before "
+      f"validation_time={validation_time} (earliest: "
+      f"{interactions.times.min()}); give a later time"
+    )
+  train_end, test_start = train_end[keep], test_start[keep]
+  kept = _select(interactions, keep)
+  return _split(
+    kept,
+    train_end=train_end,
+    validation=np.where(test_start > train_end, train_end, -1),
+    test=np.where(kept.lengths > test_start, test_start, -1),
+    protocol=f"temporal: training < {validation_time} <= validation target < "
+    f"{test_time} <= test target; targets are a user's first in the period",
+    users_dropped=int((~keep).sum()),
+  )
+
+
+def temporal_fractions(
+  interactions: Interactions, *, validation: float = 0.1, test: float = 0.1
+) -> Split:
+  """Calls `temporal` with times that leave about these shares of interactions.
+
+  Args:
+    interactions: The data, with times.
+    validation: Share of all interactions in the validation period.
+    test: Share of all interactions in the test period.
+
+  Returns:
+    The split. Interactions at equal times are never separated.
+
+  Raises:
+    InputError: for shares that are not positive or leave nothing to train on,
+      and as `temporal` does.
+  """
+  _check_times(interactions)
+  for name, share in (("validation", validation), ("test", test)):
+    if not isinstance(share, int | float):
+      raise InputError(f"{name}={share!r} is no number; give a share")
+  if not (validation > 0 and test > 0 and validation + test < 1):
+    raise InputError(
+      f"validation={validation}, test={test} are no shares; give positive "
+      "numbers whose sum is below 1"
+    )
+  validation_time, test_time = np.quantile(
+    interactions.times, [1 - validation - test, 1 - test], method="higher"
+  ).tolist()
+  return temporal(
+    interactions, validation_time=validation_time, test_time=test_time
+  )
+
+
+def _check_times(interactions: Interactions) -> None:
+  """Raises InputError where times are absent."""
+  if interactions.times is None:
+    raise InputError(
+      f"{interactions.name!r} has no times, which a temporal split needs; "
+      "name the time column or use leave_one_out"
+    )
+
+
+def _count_before(interactions: Interactions, time: float) -> np.ndarray:
+  """Returns [U] int32 numbers of interactions before a time."""
+  if interactions.times.dtype.kind == "i":
+    time = math.ceil(time)  # whole numbers compare exactly, floats merge some
+  before = np.concatenate([[0], np.cumsum(interactions.times < time)])
+  return np.diff(before[interactions.offsets]).astype(np.int32)
+
+
+def _select(interactions: Interactions, keep: np.ndarray) -> Interactions:
+  """Returns the kept users; the same object where that is all of them."""
+  return interactions if keep.all() else interactions.select_users(keep)
+
+
+def _split(
+  interactions: Interactions,
+  *,
+  train_end: np.ndarray,
+  validation: np.ndarray,
+  test: np.ndarray,
+  protocol: str,
+  users_dropped: int,
+) -> Split:
+  """Builds a Split; raises InputError where a period has no target at all."""
+  targets = {}
+  for period, position in (("validation", validation), ("test", test)):
+    targets[f"{period}_targets"] = int((position >= 0).sum())
+    if not targets[f"{period}_targets"]:
+      raise InputError(
+        f"no user of {interactions.name!r} with training interactions has a "
+        f"{period} target ({protocol}); move the times"
+      )
+  return Split(
+    interactions=interactions,
+    train_end=train_end.astype(np.int32),
+    validation=validation.astype(np.int32),
+    test=test.astype(np.int32),
+    protocol=protocol,
+    notes={"users_dropped": users_dropped, **targets},
+  )
+
+
+def with_validation(split: Split, users: np.ndarray) -> Split:
+  """The split with some users' validation targets in the training prefix.
+
+  The test targets stay what they are. A validation target follows the prefix
+  directly, so that the longer prefix has no gap.
+
+  Args:
+    split: whose `validation` keeps its positions.
+    users: [U] bool, whose prefix grows; those without a target keep theirs.
+  """
+  grown = np.asarray(users, bool) & (split.validation >= 0)
+  return dataclasses.replace(
+    split, train_end=split.train_end + grown.astype(np.int32)
+  )
+
+
+def is_training(split: Split, *, skip: int = 0) -> np.ndarray:
+  """[I] bool, the interactions of the training prefix.
+
+  Args:
+    split: its validation and test parts do not train.
+    skip: leaves out a user's first interactions.
+  """
+  data = split.interactions
+  users = np.repeat(np.arange(data.num_users), data.lengths)
+  positions = np.arange(data.num_interactions) - data.offsets[:-1][users]
+  return (positions >= skip) & (positions < split.train_end[users])
+
+
+def training_counts(
+  split: Split, weights: ArrayLike | None = None, *, skip: int = 0
+) -> np.ndarray:
+  """How often each item occurs in the training interactions.
+
+  Args:
+    split: its validation and test parts are not counted.
+    weights: [U], what an interaction of each user counts; default 1.
+    skip: leaves out a user's first interactions.
+
+  Returns:
+    [V+1] float64; the first is 0.
+  """
+  data = split.interactions
+  users = np.repeat(np.arange(data.num_users), data.lengths)
+  train = is_training(split, skip=skip)
+  weights = np.ones(data.num_users) if weights is None else np.asarray(weights)
+  return np.bincount(
+    data.items[train], weights[users[train]], data.num_items + 1
+  )

@@ -1,0 +1,386 @@
+"""TFDS builders of public data sets, one record a user, without TensorFlow.
+
+`movielens` and `amazon_reviews` say what upstream publishes; here it becomes
+ArrayRecord files that `read_tfds` turns into `Interactions`.
+"""
+
+import contextlib
+import gzip
+import textwrap
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Protocol
+
+import numpy as np
+import polars as pl
+import tensorflow_datasets as tfds
+from etils import epath
+
+from pin_jax import disk
+from pin_jax.data import amazon_reviews, movielens
+from pin_jax.data.interactions import Interactions, from_columns
+from pin_jax.types import InputError
+
+_BLOCK_BYTES = 1 << 25
+_EXPANSION = 100  # ratings in text shrink to a tenth at most
+_LEAST_BYTES = 1 << 26  # an archive may always expand to so much
+_RECORDS_AT_ONCE = 4096
+_DAMAGE = (
+  zipfile.BadZipFile,
+  gzip.BadGzipFile,
+  zlib.error,
+  EOFError,
+  RuntimeError,  # zipfile: encrypted or of an unknown compression
+)
+
+
+class Upstream(Protocol):
+  """What a builder config knows about its file; see `movielens`."""
+
+  url: str
+  size: int | None
+  checksum: str | None
+  header: str | None
+  line: str
+  ids: type
+
+  def open(
+    self, archive: IO[bytes]
+  ) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """Streams the lines inside the archive."""
+
+  def parse(self, block: bytes) -> pl.DataFrame:
+    """Parses whole lines to columns user, item, rating and time."""
+
+
+def _file_name(config: Upstream) -> str:
+  return config.url.rpartition("/")[2]
+
+
+class _UserSequences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Prepares one record a user: items, ratings and times in time order.
+
+  Ties in time keep the order of the file. The archive is taken from the manual
+  directory if it is there, else downloaded, and read without extracting it.
+  """
+
+  VERSION = tfds.core.Version("1.0.0")
+  HOMEPAGE: str
+  CITATION: str
+
+  def __init__(
+    self, *, file_format: str = "array_record", **kwargs: Any
+  ) -> None:
+    super().__init__(file_format=file_format, **kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    item_dtype = np.int64 if self.builder_config.ids is int else np.str_
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.builder_config.description,
+      features=tfds.features.FeaturesDict({
+        "user_id": tfds.features.Text(),
+        "item_ids": tfds.features.Tensor(shape=(None,), dtype=item_dtype),
+        "ratings": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+        "timestamps": tfds.features.Tensor(shape=(None,), dtype=np.int64),
+      }),
+      homepage=self.HOMEPAGE,
+      citation=self.CITATION,
+    )
+
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+    archive = _fetch(self.builder_config, dl_manager)
+    return {"train": self._generate_examples(archive)}
+
+  def _generate_examples(
+    self, archive: epath.Path
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
+    frame = _read_ratings(archive, self.builder_config)
+    frame = frame.sort("user", "time", maintain_order=True)
+    runs = frame["user"].rle().struct.unnest()
+    offset = 0
+    for length, user in zip(runs["len"], runs["value"], strict=True):
+      rows = frame.slice(offset, length)
+      offset += length
+      yield (
+        str(user),
+        {
+          "user_id": str(user),
+          "item_ids": rows["item"].to_numpy(),
+          "ratings": rows["rating"].to_numpy(),
+          "timestamps": rows["time"].to_numpy(),
+        },
+      )
+
+
+def _url_infos(
+  configs: Sequence[Upstream],
+) -> dict[str, tfds.download.checksums.UrlInfo]:
+  """Checksums that TFDS compares with what it downloads, where known."""
+  return {
+    config.url: tfds.download.checksums.UrlInfo(
+      size=tfds.core.utils.Size(config.size),
+      checksum=config.checksum,
+      filename=_file_name(config),
+    )
+    for config in configs
+    if config.checksum is not None
+  }
+
+
+class MovieLens(_UserSequences, skip_registration=True):
+  """MovieLens ratings; ids are integers, times are in seconds."""
+
+  # TFDS has a `movielens` of its own (one record a rating); ours is therefore
+  # not registered under that name but found through `BUILDERS`.
+  name = "movielens"
+  BUILDER_CONFIGS = movielens.CONFIGS
+  HOMEPAGE = movielens.HOMEPAGE
+  CITATION = movielens.CITATION
+  url_infos = _url_infos(movielens.CONFIGS)
+
+
+class AmazonReviews(_UserSequences, skip_registration=True):
+  """Amazon Reviews, 5-core; ids are strings."""
+
+  name = "amazon_reviews"
+  BUILDER_CONFIGS = amazon_reviews.CONFIGS
+  HOMEPAGE = amazon_reviews.HOMEPAGE
+  CITATION = amazon_reviews.CITATION
+  url_infos = _url_infos(amazon_reviews.CONFIGS)
+
+
+BUILDERS: dict[str, type[_UserSequences]] = {
+  "movielens": MovieLens,
+  "amazon_reviews": AmazonReviews,
+}
+
+
+def read_tfds(
+  name: str,
+  *,
+  data_dir: epath.PathLike | None = None,
+  download: bool = True,
+  manual_dir: epath.PathLike | None = None,
+  **options: Any,
+) -> Interactions:
+  """Reads a public data set, preparing it on first use.
+
+  Args:
+    name: builder and config, as in `movielens/100k` or
+      `amazon_reviews/2014_Beauty`.
+    data_dir: where prepared data sets are; None = the default of TFDS.
+    download: whether to prepare a data set that is not in `data_dir` yet.
+    manual_dir: directory of archives that were downloaded by hand; None =
+      `downloads/manual` in `data_dir`.
+    **options: those of `from_columns`.
+
+  Returns:
+    The interactions with their original ids and times; ratings are left out.
+
+  Raises:
+    InputError: on an unknown name, a damaged archive or a failed download
+      (TFDS tries again for some minutes before it gives up). Of several
+      processes that read it first, one prepares it and the others wait.
+
+  Example:
+    >>> read_tfds("movielens/100k", k_core=5)  # doctest: +SKIP
+  """
+  data_dir, manual_dir = (
+    path if path is None else disk.place(key, path, here=True)
+    for key, path in (("data_dir", data_dir), ("manual_dir", manual_dir))
+  )
+  if data_dir is not None and set(str(data_dir)) & set("*?["):
+    raise InputError(
+      f"data_dir={data_dir} has one of *, ? and [, which TFDS takes for "
+      "patterns; use another"
+    )
+  builder = _builder(name, data_dir)
+  if not builder.is_prepared():
+    if not download:
+      raise InputError(
+        f"{name} is not prepared in {builder.data_path}: pass download=True,"
+        " or the data_dir it was prepared in"
+      )
+    with disk.one_at_a_time(builder.data_path.parent):
+      builder = _builder(name, data_dir)  # another process may have done it
+      if not builder.is_prepared():
+        builder.download_and_prepare(
+          download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+        )
+  source = builder.as_data_source(split="train")
+  columns = _read_columns(source, builder.builder_config.ids)
+  return from_columns(
+    columns["user"], columns["item"], columns["time"], name=name, **options
+  )
+
+
+def _builder(name: str, data_dir: epath.PathLike | None) -> _UserSequences:
+  dataset, _, config = str(name).partition("/")
+  if dataset not in BUILDERS:
+    raise InputError(f"unknown data set {name!r}: use one of {list(BUILDERS)}")
+  configs = [config.name for config in BUILDERS[dataset].BUILDER_CONFIGS]
+  if config not in configs:
+    raise InputError(
+      f"unknown config in {name!r}: follow {dataset + '/'!r} by one of"
+      f" {configs}"
+    )
+  return BUILDERS[dataset](config=config, data_dir=data_dir)
+
+
+def _read_columns(source: Sequence[dict[str, Any]], ids: type) -> pl.DataFrame:
+  """Gathers the records of a data source to columns user, item and time."""
+  frames = []
+  for start in range(0, len(source), _RECORDS_AT_ONCE):
+    stop = min(start + _RECORDS_AT_ONCE, len(source))
+    records = source.__getitems__(list(range(start, stop)))
+    lengths = [len(record["timestamps"]) for record in records]
+    users = _id_series([record["user_id"] for record in records], ids)
+    items = np.concatenate([record["item_ids"] for record in records])
+    frames.append(
+      pl.DataFrame({
+        "user": users.gather(np.repeat(np.arange(len(records)), lengths)),
+        "item": items if ids is int else _id_series(items.tolist(), ids),
+        "time": np.concatenate([record["timestamps"] for record in records]),
+      })
+    )
+  return pl.concat(frames)
+
+
+def _id_series(values: list[bytes], ids: type) -> pl.Series:
+  series = pl.Series(values, dtype=pl.Binary).cast(pl.String)
+  return series.cast(pl.Int64) if ids is int else series
+
+
+def _fetch(
+  config: Upstream, dl_manager: tfds.download.DownloadManager
+) -> epath.Path:
+  """Finds the archive in the manual directory, else downloads it."""
+  # The public property refuses a directory that is absent or empty.
+  manual_dir = dl_manager._manual_dir
+  archive = manual_dir / _file_name(config)
+  if archive.exists():
+    return archive
+  try:
+    return dl_manager.download(config.url)
+  except Exception as error:
+    raise InputError(
+      f"cannot download {config.url} ({_brief(error)}): try again, or download"
+      f" it by hand and save it as {_file_name(config)} in manual_dir,"
+      f" {manual_dir}"
+    ) from error
+
+
+def _read_ratings(archive: epath.Path, config: Upstream) -> pl.DataFrame:
+  """Reads the ratings in file order, or says what is wrong with the archive."""
+  frames, num_lines = [], 0
+  try:
+    with archive.open("rb") as file, config.open(file) as stream:
+      if config.header is not None:
+        _check_header(stream.readline(), config.header)
+        num_lines += 1
+      most = max(_EXPANSION * archive.stat().length, _LEAST_BYTES)
+      for block in _blocks(stream, most):
+        frames.append(_parse(block, num_lines, config))
+        num_lines += frames[-1].height
+    if not frames:
+      raise InputError("no ratings inside")
+  except InputError as error:
+    raise _unusable(archive, config, error) from error
+  except _DAMAGE as error:
+    reason = f"cannot be read, damaged or cut short ({_brief(error)})"
+    raise _unusable(archive, config, reason) from error
+  return pl.concat(frames)
+
+
+def _unusable(
+  archive: epath.Path, config: Upstream, reason: object
+) -> InputError:
+  return InputError(
+    f"{archive}: {reason}; delete it and download {config.url} again"
+  )
+
+
+def _check_header(line: bytes, header: str) -> None:
+  if line.strip() != header.encode():
+    raise InputError(f"line 1 is {_shown(line)}, expected {header!r}")
+
+
+def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
+  """Cuts a stream into blocks of whole lines, each ended by a newline.
+
+  Raises:
+    InputError: if it holds more bytes than `most`.
+  """
+  rest, read = b"", 0
+  while chunk := stream.read(_BLOCK_BYTES):
+    read += len(chunk)
+    if read > most:
+      raise InputError(f"expands to more than {most:,} bytes, as no ratings do")
+    lines, newline, tail = chunk.rpartition(b"\n")
+    if newline:
+      yield rest + lines + newline
+      rest = tail
+    else:
+      rest += tail
+  if rest:
+    yield rest + b"\n"
+
+
+def _parse(block: bytes, lines_before: int, config: Upstream) -> pl.DataFrame:
+  frame = _try_parse(block, config.parse)
+  if frame is not None:
+    return frame
+  line, text = _first_malformed(block, config.parse)
+  raise InputError(
+    f"line {lines_before + line} is {_shown(text)}, expected {config.line}"
+  )
+
+
+def _try_parse(
+  block: bytes, parse: Callable[[bytes], pl.DataFrame]
+) -> pl.DataFrame | None:
+  """Parses a block; None unless every line is a complete rating."""
+  try:
+    frame = parse(block)
+  except (pl.exceptions.PolarsError, ValueError):
+    return None
+  complete = (
+    frame.height == block.count(b"\n")
+    and not any(column.null_count() for column in frame)
+    and frame["rating"].is_finite().all()
+    and not any((frame[name] == "").any() for name in _string_columns(frame))
+  )
+  return frame if complete else None
+
+
+def _string_columns(frame: pl.DataFrame) -> list[str]:
+  return [name for name, dtype in frame.schema.items() if dtype == pl.String]
+
+
+def _first_malformed(
+  block: bytes, parse: Callable[[bytes], pl.DataFrame]
+) -> tuple[int, bytes]:
+  """Bisects a block to its first malformed line; returns its number from 1."""
+  lines = block.split(b"\n")[:-1]
+  start, stop = 0, len(lines)
+  while stop - start > 1:
+    middle = (start + stop) // 2
+    head = b"\n".join(lines[start:middle]) + b"\n"
+    if _try_parse(head, parse) is None:
+      stop = middle
+    else:
+      start = middle
+  return start + 1, lines[start]
+
+
+def _shown(line: bytes) -> str:
+  text = line.decode("utf-8", "replace").rstrip("\r\n")
+  return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _brief(error: Exception) -> str:
+  return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"

@@ -1,1 +1,0 @@
-"""Readers of interactions, and the simulator."""

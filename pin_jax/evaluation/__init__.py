@@ -1,0 +1,1 @@
+"""Evaluation: `ranking`, its `metrics` and their `statistics`."""

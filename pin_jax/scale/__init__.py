@@ -1,0 +1,1 @@
+"""What one device does not need: `sharding` and `streaming`."""
