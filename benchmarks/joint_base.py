@@ -1,6 +1,6 @@
 """The joint base as a system of benchmarks/throughput.py.
 
-SASRec as experiments/trainer.py builds it for the stage 'base' of
+SASRec as experiments/stages.py builds it for the stage 'base' of
 experiments/configs/beauty.py: its step, its dispatch, its ranker; with the
 softmax over the whole catalogue, width 64 and 255 windows a step.
 """
@@ -15,10 +15,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import logs
+from experiments.build import make_networks
 from experiments.configs import beauty
 from experiments.methods import METHODS
 from experiments.problem import Problem, make_problem, requests_for
-from experiments.trainer import Run, Trainer, make_networks, num_steps
+from experiments.stages import Run, Trainer, num_steps
 from pin_jax.evaluation import ranking
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.steps import Operands

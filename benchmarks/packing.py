@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.settings import BACKBONES
+from experiments.build import BACKBONES
 from pin_jax import aggregation
 from pin_jax.data import batches, files, splits
 from pin_jax.evaluation import ranking

@@ -55,7 +55,7 @@ from benchmarks.joint_base import full_softmax
 from experiments.configs import beauty
 from experiments.methods import METHODS
 from experiments.problem import make_problem
-from experiments.trainer import num_steps
+from experiments.stages import num_steps
 from third_party import driver
 from third_party.peers import protocol
 

@@ -8,12 +8,13 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import settings
+from experiments import settings, workdir
+from experiments.build import networks_of
 from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
-from experiments.trainer import Trainer, networks_of, routed
+from experiments.stages import Trainer, routed
 from pin_jax import disk, serving
 from pin_jax.evaluation import ranking
 from pin_jax.training import checkpoints
@@ -68,7 +69,7 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
       "experiments.main, or check the path"
     )
   path = directory / "config.json"
-  stored = settings.read_json(path, config={}, data="")
+  stored = workdir.read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
     defaults = default().to_dict()
     defaults["data"] = stored["config"]["data"]

@@ -36,6 +36,7 @@ from experiments import (
   truth,
   workdir,
 )
+from experiments.build import Networks, networks_of
 from experiments.configs.base import default
 from experiments.methods import (
   Method,
@@ -52,22 +53,20 @@ from experiments.problem import (
   prepare,
   requests_for,
 )
-from experiments.tables import (
-  MIN_SEEDS,
-  SUFFIXES,
-  few_seeds,
-  number_range,
-)
-from experiments.trainer import (
-  Networks,
+from experiments.stages import (
   Trainer,
   check_adjustment,
   check_candidates,
   check_loss,
   check_pools,
-  networks_of,
   num_steps,
   routed,
+)
+from experiments.tables import (
+  MIN_SEEDS,
+  SUFFIXES,
+  few_seeds,
+  number_range,
 )
 from pin_jax import disk
 from pin_jax.data import activeness
@@ -198,10 +197,10 @@ def claim_workdir(
       )
     _write_claim(path, mine)
     return
-  theirs = settings.read_json(path, config={}, data="")
+  theirs = workdir.read_json(path, config={}, data="")
   theirs["config"] = of_results(ConfigDict(theirs["config"]))
   defaults = {"config": of_results(default())}
-  for key, new, old in settings.differences(mine, theirs, defaults):
+  for key, new, old in schema.differences(mine, theirs, defaults):
     raise InputError(
       f"workdir {directory} belongs to another job: {key} is {old!r} there and "
       f"{new!r} here; use another --workdir or the same setting"

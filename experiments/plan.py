@@ -32,7 +32,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from experiments import commands, hlo, settings, sizes, trainer
+from experiments import build, commands, hlo, settings, sizes
 from experiments.problem import prepare
 from pin_jax import disk
 from pin_jax.data import batches
@@ -141,7 +141,7 @@ def make_plans(
       f"--topology: the rates of {kind!r} are not known; use one of "
       f"{list(CHIPS)}"
     )
-  networks = trainer.make_networks(config, sizes.items, devices)
+  networks = build.make_networks(config, sizes.items, devices)
   if not networks.layout.tables:
     raise InputError(
       f"config key backbone.name={config.backbone.name!r} has no item table to "
@@ -157,13 +157,13 @@ def make_plans(
 
 
 def train_program(
-  config: ConfigDict, networks: trainer.Networks, sizes: Sizes
+  config: ConfigDict, networks: build.Networks, sizes: Sizes
 ) -> tuple:
   """(jitted function, its abstract arguments) of `dispatch` steps."""
   layout, groups = networks.layout, config.groups.num_groups
   shares = np.full(groups, 1 / groups)
-  adjustment = trainer.make_adjustment(config.pin, shares, shares)
-  step, optimizer = trainer.make_backbone_step(
+  adjustment = build.make_adjustment(config.pin, shares, shares)
+  step, optimizer = build.make_backbone_step(
     config, networks, adjustment, _criterion(config, sizes), grouped=True,
     draw=config.pin.draw, mean=config.pin.mean, steps=config.backbone_steps,
   )
@@ -191,7 +191,7 @@ def train_program(
 
 
 def rank_program(
-  config: ConfigDict, networks: trainer.Networks, sizes: Sizes
+  config: ConfigDict, networks: build.Networks, sizes: Sizes
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
@@ -219,7 +219,7 @@ def _criterion(config: ConfigDict, sizes: Sizes) -> criteria.Criterion:
       "plan with 'uniform'"
     )
   return criteria.sampled(
-    trainer.make_sampled_loss(options, sizes.items),
+    build.make_sampled_loss(options, sizes.items),
     negatives.uniform(sizes.items), count=options.negatives,
     shared=options.candidates == "shared",
   )

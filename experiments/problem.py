@@ -1,19 +1,58 @@
 """The data of a job: split, groups, segments, prior, and their fingerprint."""
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import settings, sizes
+from experiments.methods import Learnt
 from pin_jax.aggregation import weightings
-from pin_jax.data import activeness, batches, splits
+from pin_jax.data import activeness, batches, files, simulator, splits, stored
+from pin_jax.data.interactions import Interactions
 from pin_jax.data.stored import Stored
 from pin_jax.models import memory
 from pin_jax.types import InputError, Requests
 
 SEGMENTS = ("tail", "head")
+
+
+def _load_simulator(
+  *, seed: int = 0, num_users: int = 4000, **options: Any
+) -> tuple[Interactions, simulator.World]:
+  world = simulator.make_world(seed=seed, **options)
+  drawn, _ = simulator.simulate(world, num_users=num_users, seed=seed + 1)
+  return drawn, world
+
+
+def _load_file(*, path: str, **options: Any) -> tuple[Interactions, None]:
+  return files.read(path, **options), None
+
+
+def _load_tfds(*, name: str, **options: Any) -> tuple[Interactions, None]:
+  from pin_jax.data import tfds  # slow to import, seldom used
+
+  return tfds.read_tfds(name, **options), None
+
+
+def _load_stored(
+  *, path: str, stream: bool = False
+) -> tuple[Interactions, None]:
+  return stored.read(path, stream=stream), None
+
+
+_SOURCES: dict[str, Callable[..., tuple]] = {
+  "simulator": _load_simulator,
+  "files": _load_file,
+  "stored": _load_stored,
+  "tfds": _load_tfds,
+}
+def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
+  """Loads the interactions, and the simulator's world where there is one."""
+  options = {k: v for k, v in data.items() if v is not None}
+  return _SOURCES[options.pop("source")](**options)
 
 
 class Problem(NamedTuple):
@@ -59,7 +98,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
     InputError: for a bad config, before the data are read, or bad data.
   """
   settings.check(sizes.for_any_data(config))
-  interactions, world = settings.load_data(config.data)
+  interactions, world = load_data(config.data)
   if config.split.protocol == "leave_one_out":
     split = splits.leave_one_out(interactions)
   else:
@@ -128,3 +167,18 @@ def fingerprint(problem: Problem) -> str:
   for array in (problem.split.train_end, problem.groups, problem.segments):
     digest.update(np.ascontiguousarray(array, np.int64).tobytes())
   return digest.hexdigest()[:16]
+
+
+def fitted_users(num_users: int) -> np.ndarray:
+  """[U] bool, the half of the users whose validation targets stage 2 learns."""
+  drawn = np.random.default_rng(0).permutation(num_users)
+  return drawn < num_users // 2
+
+
+def learnt_split(problem: Problem, learns: Learnt) -> splits.Split:
+  """The split with the validation targets that are learnt from."""
+  if learns == "none":
+    return problem.split
+  everybody = np.ones(len(problem.segments), bool)
+  users = everybody if learns == "all" else fitted_users(len(everybody))
+  return splits.with_validation(problem.split, users)

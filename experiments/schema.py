@@ -3,10 +3,12 @@
 `experiments.configs.base.default` and the checks at launch follow from it.
 """
 
+import difflib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from experiments.methods import METHODS
+from pin_jax.types import InputError
 
 MOST = 2**31 - 1  # of whole numbers, which go to int32
 NEEDED = ...  # the default of a key that has none
@@ -426,3 +428,28 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
   return of(config, "")
+
+
+def bad(key: str, value: Any, remedy: str) -> InputError:
+  """The error of a key that does not take a value."""
+  return InputError(f"config key {key}={value!r}: {remedy}")
+
+
+def nearest(key: str, known: Any) -> str:
+  """A hint at the key that was meant."""
+  near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+  return f"did you mean {near[0]}?" if near else f"known: {sorted(known)}"
+
+
+def differences(
+  mine: dict, theirs: dict, defaults: dict
+) -> Iterator[tuple[str, Any, Any]]:
+  """Yields (key, mine, theirs) wherever two nested dictionaries differ.
+
+  What `theirs` lacks is taken from `defaults`.
+  """
+  mine = dict(flatten(mine))
+  theirs = {**dict(flatten(defaults)), **dict(flatten(theirs))}
+  for key in sorted(mine.keys() | theirs.keys()):
+    if mine.get(key) != theirs.get(key):
+      yield key, mine.get(key), theirs.get(key)

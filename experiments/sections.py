@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from experiments import claims, commands, figures, plots, schema, settings
+from experiments import claims, commands, figures, plots, schema
 from experiments.claims import interval_text, p_text
 from experiments.configs.base import default
 from experiments.methods import learnt_by
@@ -631,7 +631,7 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   known = schema.canonical(default().to_dict())
   return {
     key: mine
-    for key, mine, theirs in settings.differences(config, known, known)
+    for key, mine, theirs in schema.differences(config, known, known)
     if mine != theirs and mine is not None
   }
 

@@ -31,7 +31,6 @@ from etils import epath
 
 from experiments import commands
 from experiments.logs import read_log
-from experiments.settings import read_json
 from experiments.tables import (
   SUFFIXES,
   check_same_users,
@@ -39,6 +38,7 @@ from experiments.tables import (
   model_rows,
   protocol_line,
 )
+from experiments.workdir import read_json
 from pin_jax import disk
 from pin_jax.types import InputError
 

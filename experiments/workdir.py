@@ -4,9 +4,11 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jaxlib
@@ -97,3 +99,22 @@ def _lock(handle: int, workdir: epath.Path) -> None:
     return
   os.ftruncate(handle, 0)
   os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def read_json(path: epath.Path, **needed: Any) -> dict[str, Any]:
+  """Reads a JSON object of a workdir.
+
+  Args:
+    path: of the file.
+    **needed: key -> any value of the type that the file must have there.
+
+  Raises:
+    InputError: if it is damaged.
+  """
+  with disk.reading(path, "delete it or use another workdir"):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key, like in {None: {}, **needed}.items():
+      value = content if key is None else content[key]
+      if not isinstance(value, type(like)):
+        raise TypeError(f"{key or 'it'} is {str(value)[:50]!r}")
+    return content

@@ -81,17 +81,17 @@ def child(marker, arguments):
   mark()
   from jax._src import compiler
 
-  from experiments import job, main, report, trainer
+  from experiments import job, main, report, stages
   from pin_jax.training import checkpoints, loop
 
   within(compiler, "compile_or_get_cached", "compile")
   within(checkpoints.Checkpoints, "save", "save")
-  within(trainer.Trainer, "train", "switch")
+  within(stages.Trainer, "train", "switch")
   within(job, "method_rows", "evaluation")
   within(report, "write_report", "report")
   within(loop, "_deliver", "step")  # waits for the steps
   results_within(loop, "compile_steps", "step")
-  results_within(trainer, "make_ranker", "evaluation")
+  results_within(stages, "make_ranker", "evaluation")
   sys.argv = ["experiments.main", *arguments]
   main.launch()
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from references import ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
-from experiments import logs, settings, trainer
+from experiments import build, logs, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
@@ -303,9 +303,9 @@ def tiny(**changes):
 
 def trained(made, workdir):
   problem = make_problem(made)
-  networks = trainer.networks_of(made, problem)
+  networks = build.networks_of(made, problem)
   progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
-  out = trainer.Trainer(
+  out = stages.Trainer(
     made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress
   )
   for stage in stages_of(selected(made)):

@@ -12,6 +12,8 @@ import pytest
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
   """Compiles each program once, for all workers and the programs they start."""
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
   root = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
     root = root.parent

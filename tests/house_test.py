@@ -3,8 +3,11 @@
 import ast
 import graphlib
 import pathlib
+import re
 
 import pytest
+
+from experiments import schema
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -207,3 +210,46 @@ def test_unsafe_calls_are_seen():
 def test_no_file_is_unpickled_or_extracted():
   for module, tree in SOURCES.items():
     assert list(_unsafe_calls(tree)) == [], module
+
+
+def _strings(tree):
+  """(line, text) of every string of a module, docstrings too."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+      yield node.lineno, node.value
+
+
+def _launchers_words(text):
+  """Flags, config keys and commands that a text names."""
+  flags = re.findall(r"(?<![\w-])--[a-z]\w*", text)
+  commands = re.findall(r"python -m |\bexperiments[./]\w+", text)
+  dotted = re.findall(r"(?<![\w.])[a-z_]+\.[a-z_]+\b(?!\()", text)
+  return flags + commands + [x for x in dotted if x in KEYS]
+
+
+KEYS = {
+  key for source in schema.SOURCES for key in schema.keys_of(source)
+  if "." in key
+}
+
+
+def test_words_of_the_launcher_are_seen():
+  for text in (
+    "set pin.weighting", "give --config", "python -m x", "experiments.main",
+  ):
+    assert _launchers_words(text), text
+  assert not _launchers_words("give `items`, a -- b, weights.max, optimizer")
+
+
+TO_MEND = (
+  "pin_jax.data.batches", "pin_jax.evaluation.ranking", "pin_jax.models",
+  "pin_jax.scale.sharding", "pin_jax.training",
+)
+
+
+def test_the_library_names_its_own_arguments_alone():
+  for module, tree in SOURCES.items():
+    mended = not any(_within(module, name) for name in TO_MEND)
+    if _within(module, "pin_jax") and mended:
+      for line, text in _strings(tree):
+        assert not _launchers_words(text), f"{module}:{line}"

@@ -18,8 +18,8 @@ import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 
+from experiments import build, job, problem, report, settings, stages, summaries
 from experiments import finished as finished_job
-from experiments import job, problem, report, settings, summaries, trainer
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
@@ -91,7 +91,7 @@ def test_every_method_has_one_row_a_user(finished):
 def test_rows_hold_each_users_held_out_item(finished):
   config, workdir, _ = finished
   rows = pl.read_parquet(workdir / "rows.parquet").filter(model="pin")
-  data, _ = settings.load_data(config.data)
+  data, _ = problem.load_data(config.data)
   for row in rows.iter_rows(named=True):
     start, end = data.offsets[row["user"]], data.offsets[row["user"] + 1]
     assert row["target"] == data.item_ids[data.items[end - 1] - 1]
@@ -197,7 +197,7 @@ def test_equal_budgets():
       steps, name = 0, plugin or backbone
       while name is not None:
         stage = by_name[name]
-        steps += trainer.num_steps(config, stage)
+        steps += stages.num_steps(config, stage)
         name = stage.start if stage.phase == "plugin" else None
       assert steps == 20, method.title
 
@@ -206,7 +206,7 @@ def test_a_rule_has_its_own_weighting():
   """The mean of the worst half of two groups: all weight on the worse."""
   config = _config()
   config.rules.cvar = "cvar:alpha=0.5"
-  adjust = lambda rule: trainer.stage_adjustment(
+  adjust = lambda rule: build.stage_adjustment(
     config, rule, np.full(2, 0.5), np.full(2, 0.5)
   ).rules
   losses = jnp.asarray([1.0, 3.0])
@@ -235,7 +235,7 @@ def test_controls_route_users_as_they_say(finished):
     stage, requests = job._served(method, method.serve[0], data, users)
     assert stage.name == method.serve[0][1]
     np.testing.assert_array_equal(requests.segments, expected[users])
-  segments, count = trainer.assigned(data, METHODS["pin_random"].stages[-1])
+  segments, count = stages.assigned(data, METHODS["pin_random"].stages[-1])
   assert count == 2 and segments.sum() == data.segments.sum()
   assert (segments != data.segments).any()
 
@@ -348,7 +348,7 @@ class _Trained:
   def prepare(self, stage):
     assert stage.name == "base"
     evaluator = lambda seed: {"best": {"tail": 0.1, "head": 0.2}}.get
-    return trainer.Run(None, None, None, None, None, evaluator, ("all",))
+    return stages.Run(None, None, None, None, None, evaluator, ("all",))
 
 
 @pytest.mark.parametrize(("methods", "seeds", "count"), [
@@ -421,7 +421,7 @@ def test_contradictory_adjustments_are_refused(tmp_path, pin, message):
 
 def _aggregated(config, prior, shares):
   """Weights [blocks][G] by name of a made-up tree."""
-  rules, blocks = trainer.make_adjustment(config.pin, prior, shares)
+  rules, blocks = build.make_adjustment(config.pin, prior, shares)
   params = {"items": jnp.ones(2), "block": {"kernel": jnp.ones(3)}}
   loss = lambda params, x, key: x * sum(
     jnp.sum(leaf) for leaf in jax.tree.leaves(params)
@@ -476,7 +476,7 @@ def test_no_rule_is_overwritten(setting, value):
   config = _config()
   config.pin[setting] = value
   with pytest.raises(InputError, match=f"pin.{setting}=.*repeated"):
-    trainer.make_adjustment(config.pin, np.ones(3), np.ones(3))
+    build.make_adjustment(config.pin, np.ones(3), np.ones(3))
 
 
 @pytest.mark.slow
@@ -727,16 +727,16 @@ def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
 
 def test_the_backbone_packs_as_many_rows_as_the_config_says():
   config = _config()
-  assert trainer.make_networks(config, 30).backbone.packed == 0
+  assert build.make_networks(config, 30).backbone.packed == 0
   config.backbone.pack_rows = 5
-  assert trainer.make_networks(config, 30).backbone.packed == 5
+  assert build.make_networks(config, 30).backbone.packed == 5
 
 
 def test_the_compute_type_reaches_the_encoder():
   config = _config()
   config.backbone.compute = "bfloat16"
   settings.check(config)
-  backbone = trainer.make_networks(config, 30).backbone
+  backbone = build.make_networks(config, 30).backbone
   params = jax.eval_shape(backbone.init, jax.random.key(0))
   history = jax.ShapeDtypeStruct((2, 6), np.int32)
   context = jax.eval_shape(backbone.encode, params, history)
@@ -744,21 +744,21 @@ def test_the_compute_type_reaches_the_encoder():
   assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
 
 
-@pytest.mark.parametrize("name", settings.BACKBONES)
+@pytest.mark.parametrize("name", build.BACKBONES)
 def test_naming_a_backbone_is_enough(name):
   config = base.amazon(None, "any.parquet")
   config.backbone.name = name
   settings.check(config)
-  options = settings.backbone_options(config.backbone)
+  options = build.backbone_options(config.backbone)
   assert {"length": 32, "width": 128, "dropout": 0.5}.items() <= options.items()
-  assert callable(settings.BACKBONES[name](30, **options).encode)
+  assert callable(build.BACKBONES[name](30, **options).encode)
 
 
 def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
   section = base.default().backbone.to_dict()
   taken = set()
-  for build in settings.BACKBONES.values():
-    for key, parameter in inspect.signature(build).parameters.items():
+  for make in build.BACKBONES.values():
+    for key, parameter in inspect.signature(make).parameters.items():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from experiments import commands, interruption, job, settings
+from experiments import commands, interruption, job, schema
 from pin_jax.training import loop
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
@@ -159,7 +159,7 @@ def test_a_workdir_of_before_a_key_is_still_the_jobs(tmp_path):
 
 
 def test_differences_fill_in_defaults():
-  found = settings.differences(
+  found = schema.differences(
     {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"a": {"b": 0, "c": 2}}
   )
   assert list(found) == [("a.b", 1, 3)]

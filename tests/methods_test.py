@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import finished, job, logs, settings, trainer
+from experiments import build, finished, job, logs, settings, stages, workdir
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
 from pin_jax import serving
@@ -33,10 +33,10 @@ def _config(**changes):
   return config
 
 
-def _trainer(config, problem, workdir):
+def _trainer(config, problem, directory):
   progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
-  return trainer.Trainer(
-    config, problem, trainer.networks_of(config, problem), epath.Path(workdir),
+  return stages.Trainer(
+    config, problem, build.networks_of(config, problem), epath.Path(directory),
     (0,), logs.NoLog(), progress,
   )
 
@@ -164,11 +164,11 @@ def _with_other_tests(problem):
 @pytest.fixture(scope="module")
 def refitted(tmp_path_factory, compile_quickly):
   """The workdir of a job with a last phase."""
-  workdir = tmp_path_factory.mktemp("runs") / "refit"
+  directory = tmp_path_factory.mktemp("runs") / "refit"
   console = rich.console.Console(file=io.StringIO(), width=200)
-  job.run(_config(), workdir, console)
+  job.run(_config(), directory, console)
   assert "all rows have learnt from" in console.file.getvalue()
-  return workdir
+  return directory
 
 
 def test_nothing_that_is_learnt_depends_on_a_test_target(refitted, tmp_path):
@@ -178,8 +178,8 @@ def test_nothing_that_is_learnt_depends_on_a_test_target(refitted, tmp_path):
   changed = problem.sequences.items != other.sequences.items
   assert changed.sum() == len(problem.segments)
   learnt = []
-  for data, workdir in ((problem, refitted), (other, tmp_path)):
-    made = _trainer(config, data, workdir)
+  for data, place in ((problem, refitted), (other, tmp_path)):
+    made = _trainer(config, data, place)
     for stage in job.stages_of(selected(config)):
       made.train(stage)  # the first time it is read
     evidence, before = map(made._networks.evidence, (True, False))
@@ -211,7 +211,7 @@ def test_refit_moves_backbones_and_leaves_gates(refitted):
       *map(jax.tree.leaves, (best["joint/refit"], best["joint"])), strict=True
     )
   )
-  cost = settings.read_json(epath.Path(refitted) / "summary.json")["cost"]
+  cost = workdir.read_json(epath.Path(refitted) / "summary.json")["cost"]
   refits = {name: x for name, x in cost.items() if name.endswith("/refit")}
   assert {*refits} == {
     "base/refit", "base-validation/refit", "joint/refit"

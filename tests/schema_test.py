@@ -9,7 +9,7 @@ from absl import flags
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
-from experiments import commands, job, schema, settings, sweep
+from experiments import build, commands, job, schema, sweep
 from experiments.configs import base, ml1m
 from pin_jax import aggregation
 from pin_jax.data import activeness, batches, interactions, simulator
@@ -27,9 +27,9 @@ KEYS = {
 @pytest.mark.parametrize(("name", "choices"), [
   ("groups.rule", activeness.GROUP_RULES),
   ("prior.kind", activeness.PRIORS),
-  ("backbone.name", settings.BACKBONES),
+  ("backbone.name", build.BACKBONES),
   ("backbone.compute", COMPUTE),
-  ("plugin.name", settings.PLUGINS),
+  ("plugin.name", build.PLUGINS),
   ("memory.channels", memory.CHANNELS),
   ("memory.relations", relations.RELATIONS),
   ("joint.draw", batches.DRAWS),

@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from toys import RULES
 
-from experiments import logs, settings, trainer
+from experiments import build, logs, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
@@ -59,12 +59,12 @@ def trained(made, workdir, names=tuple(STAGES)):
   """The trainer of a config once it has trained the stages."""
   settings.check(made)
   problem = make_problem(made)
-  networks = trainer.make_networks(made, ITEMS)
+  networks = build.make_networks(made, ITEMS)
   console = rich.console.Console(file=io.StringIO())
   workdir = epath.Path(workdir)
   workdir.mkdir(exist_ok=True)
   log, progress = logs.RunLog(workdir), logs.JobProgress(1000, console)
-  out = trainer.Trainer(made, problem, networks, workdir, (0,), log, progress)
+  out = stages.Trainer(made, problem, networks, workdir, (0,), log, progress)
   for name in names:
     out.train(STAGES[name])
   log.close()
@@ -114,7 +114,7 @@ def compute_ranks(cases, nearly=False, **changes):
   ranking.tile_for = catalogue.tile_for = lambda *_: TILE
   made = config(**changes)
   problem = make_problem(made)
-  networks = trainer.make_networks(made, ITEMS)
+  networks = build.make_networks(made, ITEMS)
   backbone, plugin = networks.backbone, networks.plugins["own"]
   params = backbone.init(jax.random.key(0))
   half = params["items"][1 : 1 + ITEMS // 2]
@@ -299,7 +299,7 @@ def test_what_does_not_go_over_devices_is_named(key, value, mesh):
     key, value = "mesh.model", 2
   with pytest.raises(InputError, match=f"{key}={value}"):
     settings.check(made)
-    trainer.make_networks(made, ITEMS)
+    build.make_networks(made, ITEMS)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from experiments import job, problem, schema, sizes, sweep
 from experiments.configs import base, files
-from experiments.trainer import check_pools
+from experiments.stages import check_pools
 from pin_jax.types import InputError
 
 

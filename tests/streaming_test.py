@@ -9,7 +9,7 @@ import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import settings, trainer
+from experiments import build, settings, stages
 from experiments.configs import base
 from experiments.logs import JobProgress, NoLog
 from experiments.methods import METHODS
@@ -286,11 +286,11 @@ def _config(path, stream):
 def _trained(config, workdir):
   settings.check(config)
   problem = make_problem(config)
-  networks = trainer.make_networks(
+  networks = build.make_networks(
     config, problem.split.interactions.num_items
   )
   progress = JobProgress(1, rich.console.Console(quiet=True))
-  out = trainer.Trainer(
+  out = stages.Trainer(
     config, problem, networks, epath.Path(workdir), (0,), NoLog(), progress
   )
   for stage in METHODS["pin"].stages:

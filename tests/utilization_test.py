@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import utilization
 from benchmarks.utilization import Sizes, forward_work
-from experiments import trainer
+from experiments import build
 from experiments.configs import base
 
 ITEMS, WIDTH, ROWS = 300, 128, 8
@@ -21,7 +21,7 @@ def _config(name, length, **options):
 
 def _counted(config, candidates):
   """XLA's count of all logits of rows without padding, compiled."""
-  backbone = trainer.make_networks(config, ITEMS).backbone
+  backbone = build.make_networks(config, ITEMS).backbone
   shape = (ROWS, config.backbone.length)
 
   def run(params, history):
