@@ -135,7 +135,7 @@ def test_all_groups_and_segments_have_targets(short, long, want):
   config = files.get_config("path=x")
   config.data = base.ConfigDict({"source": "files", "path": "x"})
   split = problem.splits.leave_one_out(
-    problem.settings.files.from_columns(*zip(*rows, strict=True))
+    problem.files.from_columns(*zip(*rows, strict=True))
   )
   config = sizes.fitted(config, lengths, split.activeness, 30)
   groups = config.groups
