@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import rich.console
@@ -69,7 +68,7 @@ from experiments.tables import (
   number_range,
 )
 from pin_jax import disk
-from pin_jax.data import activeness
+from pin_jax.data import activeness, batches
 from pin_jax.evaluation import ranking
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError, Interrupted, Requests
@@ -446,9 +445,8 @@ def _closeness(
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
-  history = ranking.read_windows(
-    problem.sequences, jnp.asarray(requests.users),
-    jnp.asarray(requests.positions), trainer.length,
+  history, _ = batches.last_items(
+    problem.sequences, requests.users, requests.positions, trainer.length
   )
   data = problem.split.interactions
   models = {

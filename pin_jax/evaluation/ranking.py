@@ -20,7 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.data.batches import Sequences, read_back, training_activeness
+from pin_jax.data.batches import (
+  Sequences,
+  last_items,
+  read_back,
+  training_activeness,
+)
 from pin_jax.data.interactions import Interactions
 from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
@@ -72,15 +77,6 @@ class Ranks(NamedTuple):
   candidates: np.ndarray
   rank_unmasked: np.ndarray
   candidates_unmasked: np.ndarray
-
-
-def read_windows(
-  sequences: Sequences, users: jax.Array, positions: jax.Array, length: int
-) -> jax.Array:
-  """The `length` items before a position, right-aligned; [...] -> [..., L]."""
-  index = positions[..., None] - jnp.arange(length, 0, -1)
-  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
-  return jnp.where(index >= 0, sequences.items[flat], 0)
 
 
 class States(NamedTuple):
@@ -210,7 +206,7 @@ def states_before(
 
   def of_rows(part: tuple[jax.Array, jax.Array]) -> PyTree:
     history = given(
-      frozen, read_windows(sequences, *part, length),
+      frozen, last_items(sequences, *part, length)[0],
       training_activeness(sequences, part[0]),
     )
     context = packing.encode(model.backbone, frozen, history)
