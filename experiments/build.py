@@ -510,7 +510,6 @@ def make_backbone_step(
   mean: str,
   steps: int,
   importance: Importance | None = None,
-  runs: int = 1,
 ) -> FirstStage:
   """Builds the step of stage 1 that the config describes.
 
@@ -524,7 +523,6 @@ def make_backbone_step(
     mean: see `position_weights`.
     steps: of the whole stage.
     importance: see `backbone_step`.
-    runs: seeds at once.
   """
   optimizer, schedule = make_optimizer(config, steps)
   by_rows = config.optimizer.tables == "row_sparse"
@@ -538,7 +536,7 @@ def make_backbone_step(
     blocks=adjustment.blocks,
     diagnose_every=config.pin.diagnose_every if grouped else 0,
     average=config.optimizer.average, importance=importance,
-    criterion=criterion, runs=runs, layout=networks.layout,
+    criterion=criterion, layout=networks.layout,
     row_sparse=by_rows,
   )
   return FirstStage(step, optimizer)

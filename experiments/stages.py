@@ -409,7 +409,6 @@ class Trainer:
     step, optimizer = make_backbone_step(
       config, self._networks, adjustment, criterion, grouped=stage.grouped,
       draw=draw, mean=mean, steps=steps, importance=importance,
-      runs=len(self._seeds),
     )
     backbone = self._networks.backbone
     if stage.reads_activeness:

@@ -27,7 +27,6 @@ from training_test import (
 from experiments import finished, job, report
 from experiments.configs import base
 from experiments.logs import read_log
-from pin_jax import aggregation
 from pin_jax.aggregation import weightings
 from pin_jax.models import gru4rec, plugins
 from pin_jax.training import checkpoints, loop
@@ -378,22 +377,6 @@ def test_cost_is_shared_out_among_the_running(monkeypatch):
   monkeypatch.setattr(loop.time, "process_time", lambda: next(now))
   results, _ = scripted([[0.1, 0.1], [0.1, 0.2, 0.2]], patience=1)
   assert [r.cpu_seconds for r in results] == [2 + 3, 2 + 3 + 3]
-
-
-def test_the_automatic_path_counts_the_memory_of_all_runs():
-  chosen = {}
-  for runs in (1, 1000):
-    loss = lambda params, x, key: jnp.sum(params * x)
-    fused = lambda params, x, keys, weights: (
-      jnp.vdot(weights, x @ params), x @ params
-    )
-    init, step = aggregation.aggregate(
-      loss, aggregation.backdoor([0.4, 0.6]), weighted_loss=fused, runs=runs
-    )
-    params = jnp.ones(10_000)
-    out = step(params, jnp.ones((2, 10_000)), jnp.zeros((2, 2)), init(params))
-    chosen[runs] = bool(jnp.isnan(out.gramian).all())
-  assert chosen == {1: False, 1000: True}  # `accumulated`, then `weighted`
 
 
 # The job.

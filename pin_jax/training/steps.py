@@ -111,7 +111,6 @@ def backbone_step(
   average: float = 0.0,
   importance: Importance | None = None,
   criterion: Criterion = SOFTMAX,
-  runs: int = 1,
   layout: Layout = LOCAL,
   row_sparse: bool = False,
 ) -> Step:
@@ -135,7 +134,6 @@ def backbone_step(
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
     criterion: what is minimised at every position.
-    runs: N, where the step goes through `many`; see `aggregation.aggregate`.
     layout: how batch and state are split over devices.
     row_sparse: the optimizer is a `sparse.row_sparse`, and the criterion draws
       negatives: the tables are read and written by rows.
@@ -150,7 +148,7 @@ def backbone_step(
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
       losses.group_loss, rules, path=path, blocks=blocks,
-      weighted_loss=losses.weighted_loss, gramians=losses.gramians, runs=runs,
+      weighted_loss=losses.weighted_loss,
     ).step
 
   cheap = aggregator(weighting, path)
