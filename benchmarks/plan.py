@@ -27,7 +27,7 @@ from experiments import build, commands, settings, sizes
 from pin_jax.data import batches
 from pin_jax.evaluation import catalogue, ranking
 from pin_jax.scale import sharding
-from pin_jax.training import criteria, negatives
+from pin_jax.training import losses, negatives
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.steps import Operands, TrainState, init_state
 from pin_jax.types import InputError, PyTree, Requests
@@ -94,7 +94,7 @@ def _train_program(
   shares = np.full(groups, 1 / groups)
   adjustment = build.make_adjustment(config.pin, shares, shares)
   step, optimizer = build.make_backbone_step(
-    config, networks, adjustment, _criterion(config, sizes), grouped=True,
+    config, networks, adjustment, _loss(config, sizes), grouped=True,
     draw=config.pin.draw, mean=config.pin.mean, steps=config.backbone_steps,
   )
 
@@ -137,16 +137,16 @@ def _rank_program(
   )
 
 
-def _criterion(config: ConfigDict, sizes: Sizes) -> criteria.Criterion:
+def _loss(config: ConfigDict, sizes: Sizes) -> losses.LossSpec:
   options = config.loss
   if options.name == "softmax":
-    return criteria.SOFTMAX
+    return losses.SOFTMAX
   if options.proposal != "uniform":
     raise InputError(
       f"config key loss.proposal={options.proposal!r} depends on the data; "
       "plan with 'uniform'"
     )
-  return criteria.sampled(
+  return losses.sampled(
     build.make_sampled_loss(options, sizes.items),
     negatives.uniform(sizes.items), count=options.negatives,
     shared=options.candidates == "shared",

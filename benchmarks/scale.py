@@ -29,7 +29,7 @@ import numpy as np
 from pin_jax import aggregation
 from pin_jax.data import batches
 from pin_jax.models.sasrec import sasrec
-from pin_jax.training import criteria, losses, negatives, sparse
+from pin_jax.training import losses, negatives, sparse
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import Operands, TrainState, backbone_step
@@ -112,7 +112,7 @@ def _make(
   step = backbone_step(
     backbone, aggregation.backdoor(np.ones(_GROUPS)), optimizer, schedule,
     batch_size=50, length=length, draw="interactions", mean="interactions",
-    criterion=criteria.sampled(
+    loss=losses.sampled(
       losses.sampled_softmax, negatives.uniform(num_items), count=256
     ),
     row_sparse=by_rows,

@@ -39,7 +39,7 @@ from pin_jax.models.precision import computed_in
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
 from pin_jax.training import (
-  criteria,
+  losses,
   negatives,
   optimizers,
   sparse,
@@ -418,14 +418,14 @@ def _block_of(leaf: str, patterns: Iterable[str]) -> str:
   return next((p for p in patterns if re.search(p, leaf)), OTHERS)
 
 
-def make_criterion(
+def make_loss(
   config: ConfigDict,
   split: splits.Split,
   groups: np.ndarray,
   *,
   num_groups: int,
   draw: str,
-) -> criteria.Criterion:
+) -> losses.LossSpec:
   """Builds what training minimises, as `loss` says.
 
   Args:
@@ -437,7 +437,7 @@ def make_criterion(
   """
   options = config.loss
   if options.name == "softmax":
-    return criteria.SOFTMAX
+    return losses.SOFTMAX
   num_items = split.interactions.num_items
   make = {
     "uniform": lambda: negatives.uniform(num_items),
@@ -453,7 +453,7 @@ def make_criterion(
   }
   shares = proposal_shares(options.proposal)
   parts = [(share, make[name]()) for name, share in shares.items()]
-  return criteria.sampled(
+  return losses.sampled(
     make_sampled_loss(options, num_items), negatives.mixture(parts),
     count=options.negatives, shared=options.candidates == "shared",
   )
@@ -461,14 +461,14 @@ def make_criterion(
 
 def make_sampled_loss(
   options: ConfigDict, num_items: int
-) -> criteria.SampledLoss:
+) -> losses.SampledLoss:
   """Builds the loss of sampled negatives that `loss.name` names.
 
   Raises:
     InputError: if gBCE has more negatives than there are items.
   """
   rate = options.negatives / max(num_items - 1, 1)
-  return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
+  return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
 def make_optimizer(config: ConfigDict, steps: int, prefix: str = "") -> tuple:
@@ -503,7 +503,7 @@ def make_backbone_step(
   config: ConfigDict,
   networks: Networks,
   adjustment: Adjustment,
-  criterion: criteria.Criterion,
+  loss: losses.LossSpec,
   *,
   grouped: bool,
   draw: str,
@@ -517,7 +517,7 @@ def make_backbone_step(
     config: the whole configuration.
     networks: what is trained, and where.
     adjustment: how the groups are weighted.
-    criterion: what is minimised.
+    loss: what is minimised.
     grouped: by groups, else jointly, as one.
     draw: see `draw_batch`.
     mean: see `position_weights`.
@@ -536,7 +536,7 @@ def make_backbone_step(
     blocks=adjustment.blocks,
     diagnose_every=config.pin.diagnose_every if grouped else 0,
     average=config.optimizer.average, importance=importance,
-    criterion=criterion, layout=networks.layout,
+    loss=loss, layout=networks.layout,
     row_sparse=by_rows,
   )
   return FirstStage(step, optimizer)

@@ -18,7 +18,7 @@ from experiments.build import (
   Ranker,
   make_adjustment,
   make_backbone_step,
-  make_criterion,
+  make_loss,
   make_optimizer,
   make_ranker,
   make_sampled_loss,
@@ -401,13 +401,11 @@ class Trainer:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-    criterion = make_criterion(
-      config, split, groups, num_groups=pools, draw=draw
-    )
+    loss = make_loss(config, split, groups, num_groups=pools, draw=draw)
     if stage.focal:
-      criterion = criterion._replace(focusing=config.loss.focusing)
+      loss = loss._replace(focusing=config.loss.focusing)
     step, optimizer = make_backbone_step(
-      config, self._networks, adjustment, criterion, grouped=stage.grouped,
+      config, self._networks, adjustment, loss, grouped=stage.grouped,
       draw=draw, mean=mean, steps=steps, importance=importance,
     )
     backbone = self._networks.backbone
@@ -474,7 +472,7 @@ class Trainer:
       self._networks.backbone, plugin, optimizer, schedule,
       batch_size=config.batch_size // count,
       length=self.length, draw=draw, mean=mean,
-      criterion=make_criterion(
+      loss=make_loss(
         config, problem.split, learnt, num_groups=count, draw=draw
       ),
       layout=self._layout,

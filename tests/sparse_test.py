@@ -11,7 +11,7 @@ from experiments import settings
 from experiments.configs import base
 from pin_jax.data.batches import Sequences, make_pool
 from pin_jax.models.gru4rec import gru4rec
-from pin_jax.training import criteria, negatives, sparse
+from pin_jax.training import losses, negatives, sparse
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.steps import Operands, backbone_step, init_state
 from pin_jax.types import InputError
@@ -101,8 +101,8 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
     "uniform": lambda: negatives.uniform(ITEMS),
     "in_batch": lambda: negatives.in_batch(np.stack([counts] * 2), groups),
   }[proposal]()
-  criterion = criteria.sampled(
-    criteria.SAMPLED_LOSSES["sampled_softmax"](0.1, 0), proposal, count=5,
+  loss = losses.sampled(
+    losses.SAMPLED_LOSSES["sampled_softmax"](0.1, 0), proposal, count=5,
     shared=shared,
   )
   backbone = gru4rec(ITEMS, length=LENGTH, width=4, dropout=0.2)
@@ -111,7 +111,7 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
   weighting = RULES[rule]([0.3, 0.7])
   step = backbone_step(
     backbone, weighting, optimizer, lambda t: 0.0, batch_size=3, length=LENGTH,
-    draw="interactions", mean="interactions", criterion=criterion,
+    draw="interactions", mean="interactions", loss=loss,
     row_sparse=row_sparse, diagnose_every=2,
   )
   params = backbone.init(jax.random.key(0))

@@ -26,11 +26,12 @@ from pin_jax.models import packing
 from pin_jax.models.conditioned import given
 from pin_jax.scale import sharding, streaming
 from pin_jax.scale.sharding import LOCAL, Layout
-from pin_jax.training import criteria, sparse
-from pin_jax.training.criteria import SOFTMAX, Criterion
+from pin_jax.training import sparse
+from pin_jax.training.losses import SOFTMAX, LossSpec
 from pin_jax.training.objectives import (
   GroupBatch,
   group_losses,
+  group_negatives,
   next_item_loss,
   plugin_head,
   position_weights,
@@ -110,7 +111,7 @@ def backbone_step(
   diagnose_every: int = 0,
   average: float = 0.0,
   importance: Importance | None = None,
-  criterion: Criterion = SOFTMAX,
+  loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
   row_sparse: bool = False,
 ) -> Step:
@@ -133,16 +134,16 @@ def backbone_step(
     average: decay of the moving average of params, 0 = none.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
-    criterion: what is minimised at every position.
+    loss: what is minimised at every position.
     layout: how batch and state are split over devices.
-    row_sparse: the optimizer is a `sparse.row_sparse`, and the criterion draws
+    row_sparse: the optimizer is a `sparse.row_sparse`, and the loss draws
       negatives: the tables are read and written by rows.
 
   Returns:
     The step.
   """
   losses = group_losses(
-    backbone, mean=mean, criterion=criterion, layout=layout
+    backbone, mean=mean, loss=loss, layout=layout
   )
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
@@ -164,11 +165,9 @@ def backbone_step(
   ) -> Told:
     out = telling(params, groups, keys, state)
     if groups.negatives is None:  # those of the groups, not of what is dealt
-      groups = groups._replace(negatives=jax.vmap(
-        lambda key, batch: criteria.draw(
-          criterion, criteria.split_key(criterion, key)[1], batch
-        )
-      )(keys, groups.batch))
+      groups = groups._replace(
+        negatives=group_negatives(loss, keys, groups.batch)
+      )
     key = jax.random.fold_in(keys[0], _NEGATIVES)
     dealt = telling(params, dealt_anew(key, groups), keys, state)
     cosines = aggregation.cosines(dealt.gramian)
@@ -184,7 +183,7 @@ def backbone_step(
     t: jax.Array, state: TrainState, groups: GroupBatch, keys: jax.Array
   ) -> tuple[Told, PyTree, PyTree]:
     view = sparse.view(
-      state.params, groups, keys, criterion=criterion, tables=backbone.tables,
+      state.params, groups, keys, loss=loss, tables=backbone.tables,
       layout=layout,
     )
     told = aggregate(t, view.params, view.groups, keys, state.weighting)
@@ -289,7 +288,7 @@ def plugin_step(
   length: int,
   draw: str,
   mean: str,
-  criterion: Criterion = SOFTMAX,
+  loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
@@ -307,15 +306,15 @@ def plugin_step(
     draw: see `draw_batch`; 'validation' learns from the held-out targets of
       `operands.pool`, a HeldOut.
     mean: see `position_weights`.
-    criterion: what is minimised at every position.
+    loss: what is minimised at every position.
     layout: how the batch is split over devices.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
-  loss = next_item_loss(
-    with_reading(backbone), plugin_head(backbone, plugin),
-    criterion=criterion, layout=layout,
+  total = next_item_loss(
+    with_reading(backbone), plugin_head(backbone, plugin), loss=loss,
+    layout=layout,
   )
 
   def encode(
@@ -341,8 +340,8 @@ def plugin_step(
         operands.sequences, users, batch.last[:, None] + columns, plugin.recent
       )
     weights = position_weights(batch.targets, mean)
-    negatives = criteria.draw(criterion, key, batch)
-    return loss(
+    negatives = loss.draw(key, batch)
+    return total(
       params, (jax.lax.stop_gradient(frozen), operands.evidence),
       (context, reading), batch.targets, weights, negatives=negatives,
     )[0]
