@@ -40,7 +40,12 @@ from pin_jax.evaluation import catalogue, ranking
 from pin_jax.scale import sharding
 from pin_jax.training import criteria, negatives
 from pin_jax.training.loop import compile_steps
-from pin_jax.training.steps import Operands, TrainState, init_state
+from pin_jax.training.steps import (
+  Operands,
+  TrainState,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import InputError, PyTree, Requests
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
@@ -163,16 +168,19 @@ def train_program(
   layout, groups = networks.layout, config.groups.num_groups
   shares = np.full(groups, 1 / groups)
   adjustment = build.make_adjustment(config.pin, shares, shares)
-  step, optimizer = build.make_backbone_step(
-    config, networks, adjustment, _criterion(config, sizes), grouped=True,
-    draw=config.pin.draw, mean=config.pin.mean, steps=config.backbone_steps,
+  optimizer = build.make_optimizer(
+    config, "backbone", config.backbone_steps, networks.backbone
+  )
+  step = backbone_step(
+    networks.backbone, adjustment, optimizer,
+    batches.Draw(
+      build.windows_of_step(config, grouped=True), config.backbone.length,
+      config.pin.draw, config.pin.mean,
+    ), criterion=_criterion(config, sizes), layout=layout,
   )
 
   def start(key: jax.Array) -> TrainState:
-    return init_state(
-      networks.backbone.init(key), optimizer, adjustment.rules,
-      blocks=adjustment.blocks, average=config.optimizer.average > 0,
-    )
+    return init_state(networks.backbone.init(key), optimizer, adjustment)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   pool = batches.Pool(
