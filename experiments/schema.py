@@ -243,7 +243,6 @@ KEYS = {
     # 'auto', or a name of pin_jax.aggregation.aggregator.PATHS.
     "path": _text(
       "auto", "auto", "stacked", "sequential", "accumulated", "weighted",
-      "two_pass",
     ),
     "diagnose_every": _whole(10, 0),  # steps between Gramians; 0 = off
     "clip_importance": _positive(10.0),

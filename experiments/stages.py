@@ -399,7 +399,6 @@ class Trainer:
       )
     else:
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
-    adjustment = adjustment._replace(runs=len(self._seeds))
     draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
     importance = None
     if stage.exact:

@@ -27,7 +27,6 @@ from training_test import (
 from experiments import finished, job, report
 from experiments.configs import base
 from experiments.logs import read_log
-from pin_jax import aggregation
 from pin_jax.aggregation import weightings
 from pin_jax.data.batches import Draw
 from pin_jax.models import gru4rec, plugins
@@ -77,13 +76,13 @@ def key_of(seed, name):
   return jax.random.fold_in(jax.random.key(seed), name)
 
 
-def stage_1(backbone, *, diagnose_every=4, runs=1):
+def stage_1(backbone, *, diagnose_every=4):
   """-> (step, seed -> (state, operands)) with state in every part."""
   sequences, pool = data_of(
     random_sequences([3, 5, 7, 9, 12, 4]), [0, 0, 1, 1, 1, 0], LENGTH
   )
   rule = weightings.streaming_dro([0.4, 0.6], 0.1)
-  adjustment = Adjustment(rule, diagnose_every=diagnose_every, runs=runs)
+  adjustment = Adjustment(rule, diagnose_every=diagnose_every)
   optimizer = make_optimizer(
     STEPS, learning_rate=0.05, warmup=3, average=0.8
   )
@@ -183,7 +182,7 @@ def unrolled(step, state, operands):
 def test_the_state_of_run_k_is_that_of_seed_k(name):
   backbone, tolerance = BACKBONES[name]
   step, start = stage_1(backbone)
-  several = many(stage_1(backbone, runs=len(SEEDS))[0])
+  several = many(step)
   together = jax.jit(lambda *args: unrolled(several, *args))(*joined(start))
   alone = jax.jit(lambda *args: unrolled(step, *args))
   for k, seed in enumerate(SEEDS):
@@ -374,22 +373,6 @@ def test_cost_is_shared_out_among_the_running(monkeypatch):
   monkeypatch.setattr(loop.time, "process_time", lambda: next(now))
   results, _ = scripted([[0.1, 0.1], [0.1, 0.2, 0.2]], patience=1)
   assert [r.cpu_seconds for r in results] == [2 + 3, 2 + 3 + 3]
-
-
-def test_the_automatic_path_counts_the_memory_of_all_runs():
-  chosen = {}
-  for runs in (1, 1000):
-    loss = lambda params, x, key: jnp.sum(params * x)
-    fused = lambda params, x, keys, weights: (
-      jnp.vdot(weights, x @ params), x @ params
-    )
-    init, step = aggregation.aggregate(
-      loss, aggregation.backdoor([0.4, 0.6]), weighted_loss=fused, runs=runs
-    )
-    params = jnp.ones(10_000)
-    out = step(params, jnp.ones((2, 10_000)), jnp.zeros((2, 2)), init(params))
-    chosen[runs] = bool(jnp.isnan(out.gramian).all())
-  assert chosen == {1: False, 1000: True}  # `accumulated`, then `weighted`
 
 
 # The job.

@@ -85,14 +85,12 @@ class Adjustment(NamedTuple):
     path: see `aggregation.aggregate`.
     diagnose_every: every so many steps the log has the whole Gramian and, next
       to it, that of `dealt_anew`; 0 = what the path forms anyway.
-    runs: N, how many runs the step goes through `many` with.
   """
 
   rules: aggregation.Rules
   blocks: aggregation.Blocks | None = None
   path: str = "auto"
   diagnose_every: int = 0
-  runs: int = 1
 
 
 Log = dict[str, jax.Array]
@@ -188,12 +186,12 @@ def _aggregator(
 ) -> Callable[..., tuple[aggregation.Aggregate, Log]]:
   """(t, params, groups, keys, state) -> (what one aggregation yields, noise).
   """
-  rules, blocks, path, every, runs = adjustment
+  rules, blocks, path, every = adjustment
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
       losses.group_loss, rules, path=path, blocks=blocks,
-      weighted_loss=losses.weighted_loss, gramians=losses.gramians, runs=runs,
+      weighted_loss=losses.weighted_loss,
     ).step
 
   cheap = aggregator(rules, path)
