@@ -29,7 +29,12 @@ from pin_jax.evaluation import catalogue, ranking
 from pin_jax.scale import sharding
 from pin_jax.training import losses, negatives
 from pin_jax.training.loop import compile_steps
-from pin_jax.training.steps import Operands, TrainState, init_state
+from pin_jax.training.steps import (
+  Operands,
+  TrainState,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import InputError, PyTree, Requests
 
 # GB of HBM by `device_kind`: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e.
@@ -93,16 +98,20 @@ def _train_program(
   layout, groups = networks.layout, config.groups.num_groups
   shares = np.full(groups, 1 / groups)
   adjustment = build.make_adjustment(config.pin, shares, shares)
-  step, optimizer = build.make_backbone_step(
-    config, networks, adjustment, _loss(config, sizes), grouped=True,
-    draw=config.pin.draw, mean=config.pin.mean, steps=config.backbone_steps,
+  optimizer = build.make_optimizer(
+    config, "backbone", config.backbone_steps, networks.backbone
+  )
+  draw = batches.Draw(
+    build.windows_of_step(config, grouped=True), config.backbone.length,
+    config.pin.draw, config.pin.mean,
+  )
+  step = backbone_step(
+    networks.backbone, adjustment, optimizer, draw,
+    loss=_loss(config, sizes), layout=layout,
   )
 
   def start(key: jax.Array) -> TrainState:
-    return init_state(
-      networks.backbone.init(key), optimizer, adjustment.rules,
-      blocks=adjustment.blocks, average=config.optimizer.average > 0,
-    )
+    return init_state(networks.backbone.init(key), optimizer, adjustment)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   pool = batches.Pool(
