@@ -36,7 +36,7 @@ from experiments import build, commands, hlo, settings, sizes
 from experiments.problem import prepare
 from pin_jax import disk
 from pin_jax.data import batches
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.scale import sharding
 from pin_jax.training import criteria, negatives
 from pin_jax.training.loop import compile_steps
@@ -195,18 +195,16 @@ def rank_program(
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
-  chunk = catalogue.users_at_once(sizes.items, layout)
-  model = ranking.Model(networks.backbone, None)
-  run = catalogue.rank_program(
-    model, num_items=sizes.items, length=config.backbone.length,
-    layout=layout,
+  run, chunk = ranking.rank_program(
+    ranking.Model(networks.backbone, None), num_items=sizes.items,
+    length=config.backbone.length, layout=layout,
   )
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   row = _whole(jax.ShapeDtypeStruct((1, chunk), jnp.int32), layout)
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
   weights = ranking.Weights(_by_rule(params, layout), None)
   requests = Requests(row, row, row)
-  return run, (weights, _sequences(sizes, layout), requests, seen)
+  return run, (weights, _sequences(sizes, layout), (requests,), seen)
 
 
 def _criterion(config: ConfigDict, sizes: Sizes) -> criteria.Criterion:

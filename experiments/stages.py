@@ -68,7 +68,7 @@ from pin_jax.types import (
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
-_CHUNKS_READ = 16  # chunks of users whose histories are read at once
+_USERS_READ = 4096  # users whose histories are read at once
 
 
 class Run(NamedTuple):
@@ -170,7 +170,7 @@ class Trainer:
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
-          users=_CHUNKS_READ * self._config.evaluation.user_chunk,
+          users=_USERS_READ,
         )
       self._rankers[plugin] = rank
     return self._rankers[plugin]
@@ -681,10 +681,13 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     return
   for part in ("validation", "test"):
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
-    ranking.draw_unseen(
-      problem.split.interactions, requests_for(problem, part, users),
-      count=config.evaluation.negatives, seed=config.evaluation.seed,
-    )
+    try:
+      ranking.draw_unseen(
+        problem.split.interactions, requests_for(problem, part, users),
+        count=config.evaluation.negatives, seed=config.evaluation.seed,
+      )
+    except InputError as error:
+      raise InputError(f"config key evaluation.negatives: {error}") from error
 
 
 def check_adjustment(
