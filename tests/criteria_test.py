@@ -19,6 +19,7 @@ from pin_jax.training import criteria, negatives, objectives
 from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
+  Adjustment,
   Operands,
   backbone_step,
   init_state,
@@ -297,18 +298,16 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
     _proposal(proposal, split, groups), count=4, shared=name != "bce",
   )
   weighting = aggregation.backdoor([0.5, 0.5])
-  optimizer, schedule = make_optimizer(
-    40, learning_rate=0.2, warmup=0
-  )
+  optimizer = make_optimizer(40, learning_rate=0.2, warmup=0)
+  adjustment = Adjustment(weighting, path=path)
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=8, length=5,
-    draw="interactions", mean="interactions", path=path, criterion=criterion,
+    backbone, adjustment, optimizer, batches.Draw(8, 5), criterion=criterion
   )
   params = backbone.init(jax.random.key(0))
   operands = Operands(jax.random.key(1), sequences, pool, None)
   losses = []
   state = fit(
-    step, init_state(params, optimizer, weighting), operands,
+    step, init_state(params, optimizer, adjustment), operands,
     name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
     evaluate_every=40, dispatch=40,
     on_steps=lambda t, log: losses.append(log["loss"]),
@@ -325,14 +324,11 @@ def test_plugins_learn_the_ring_from_negatives(ring):
     criteria.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
     _proposal("in_batch", split, groups), count=4,
   )
-  optimizer, schedule = make_optimizer(
-    40, learning_rate=0.2, warmup=0
-  )
+  optimizer = make_optimizer(40, learning_rate=0.2, warmup=0)
   frozen = {"table": jnp.eye(ITEMS + 1)}
   plugin = plugins.bottleneck(ITEMS + 1, hidden=16)
   step = plugin_step(
-    backbone, plugin, optimizer, schedule, batch_size=8, length=5,
-    draw="interactions", mean="interactions", criterion=criterion,
+    backbone, plugin, optimizer, batches.Draw(8, 5), criterion=criterion
   )
   start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
     jax.random.key(2)

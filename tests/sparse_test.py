@@ -9,11 +9,17 @@ from toys import RULES, assert_trees_close
 
 from experiments import settings
 from experiments.configs import base
-from pin_jax.data.batches import Sequences, make_pool
+from pin_jax.data.batches import Draw, Sequences, make_pool
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.training import criteria, negatives, sparse
 from pin_jax.training.loop import compile_steps
-from pin_jax.training.steps import Operands, backbone_step, init_state
+from pin_jax.training.optimizers import Optimizer
+from pin_jax.training.steps import (
+  Adjustment,
+  Operands,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -109,13 +115,16 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
   if row_sparse:
     optimizer = sparse.row_sparse(optimizer, backbone.tables)
   weighting = RULES[rule]([0.3, 0.7])
+  optimizer = Optimizer(
+    optimizer, lambda t: 0.0, tables=backbone.tables if row_sparse else ()
+  )
+  adjustment = Adjustment(weighting, diagnose_every=2)
   step = backbone_step(
-    backbone, weighting, optimizer, lambda t: 0.0, batch_size=3, length=LENGTH,
-    draw="interactions", mean="interactions", criterion=criterion,
-    row_sparse=row_sparse, diagnose_every=2,
+    backbone, adjustment, optimizer, Draw(3, LENGTH),
+    criterion=criterion,
   )
   params = backbone.init(jax.random.key(0))
-  state = init_state(params, optimizer, weighting)
+  state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(2), sequences, pool, None)
   state, logs = compile_steps(step)(state, operands, 0, num_steps)
   return params, state, logs

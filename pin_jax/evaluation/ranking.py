@@ -189,14 +189,17 @@ class Program(NamedTuple):
       Requests, interactions of a chunk's histories at most or 0) -> leaves
       [chunks, users, ...].
     users: of a chunk, all of one segment.
+    nothing: what there is for no request.
   """
 
   run: Callable[[Weights, Sequences, tuple, int], PyTree]
   users: int
+  nothing: PyTree
 
 
 def _compiled(
-  of_chunk: Callable[..., PyTree], users: int, layout: Layout = LOCAL
+  of_chunk: Callable[..., PyTree], users: int, nothing: PyTree,
+  layout: Layout = LOCAL,
 ) -> Program:
   """Of (weights, sequences, requests, ..., size) -> leaves [users, ...]."""
 
@@ -207,7 +210,7 @@ def _compiled(
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
     return sharding.replicate(jax.lax.map(one, rows), layout)
 
-  return Program(run, users)
+  return Program(run, users, nothing)
 
 
 def _evaluate(
@@ -215,13 +218,15 @@ def _evaluate(
   requests: Requests, *rest: np.ndarray, masked: bool = False,
 ) -> PyTree:
   """Runs a program on requests (and more of them): leaves [n, ...]."""
+  if not len(requests.users):
+    return program.nothing
   index = _chunk_index(model, requests, program.users)
   take = lambda x: np.asarray(x, np.int32)[index]
   rows = jax.tree.map(take, (requests, *rest))
   size = 0
   if masked:  # A power of two, so that few programs serve all requests.
-    largest = rows[0].positions.sum(1, dtype=np.int64).max(initial=1)
-    size = 1 << (int(largest) - 1).bit_length()
+    largest = int(rows[0].positions.sum(1, dtype=np.int64).max())
+    size = 1 << max(largest - 1, 0).bit_length()
 
   def place(x: np.ndarray) -> np.ndarray:
     out = np.zeros((len(requests.users), *x.shape[2:]), x.dtype)
@@ -241,7 +246,7 @@ def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
   segments = np.asarray(requests.segments)
   if model.plugin is None:
     segments = np.zeros_like(segments)
-  chunks = [np.zeros(0, np.int64)]
+  chunks = []
   for segment in np.unique(segments):
     own = np.flatnonzero(segments == segment)
     chunks.append(np.pad(own, (0, -len(own) % users), mode="edge"))
@@ -417,7 +422,8 @@ def rank_program(
       1 + above_all + 0.5 * tied_all, others_all + 1,
     )
 
-  return _compiled(of_chunk, shape.users * layout.data, layout)
+  nothing = Ranks(*(np.zeros(0) for _ in Ranks._fields))
+  return _compiled(of_chunk, shape.users * layout.data, nothing, layout)
 
 
 def make_ranker(
@@ -551,7 +557,9 @@ def make_sampled_ranker(
     candidates = jnp.concatenate([target[:, None], drawn], axis=1)
     return score_items(model, states, candidates)
 
-  program = _compiled(of_chunk, chunk_of(interactions.num_items).users)
+  program = _compiled(
+    of_chunk, chunk_of(interactions.num_items).users, np.zeros((0, 1 + count))
+  )
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
@@ -580,5 +588,5 @@ def make_log_probabilities(
     logits = _score_in_chunks(model, states, shape.items, num_items, None)
     return jax.nn.log_softmax(logits[:, 1:], axis=-1)
 
-  program = _compiled(of_chunk, shape.users)
+  program = _compiled(of_chunk, shape.users, np.zeros((0, num_items)))
   return functools.partial(_evaluate, model, program)

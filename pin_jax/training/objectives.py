@@ -18,7 +18,6 @@ from pin_jax.training.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 MEANS = ("interactions", "users")
-_ITEM_BLOCK = 4096
 
 
 def position_weights(
@@ -167,14 +166,10 @@ class GroupLosses(NamedTuple):
     weighted_loss: (params, GroupBatch [G], keys [G], weights [G]) ->
       (sum_g w_g L_g, losses [G]): one softmax over the positions of all groups;
       None for sampled negatives, which are each group's own.
-    gramians: (params, GroupBatch [G], keys [G]) -> (losses [G], [G, G] of
-      every leaf), in blocks of items; None for sampled negatives, a focal loss,
-      or where the backbone has no table.
   """
 
   group_loss: aggregation.GroupLoss
   weighted_loss: aggregation.WeightedLoss | None
-  gramians: aggregation.Gramians | None
 
 
 def group_losses(
@@ -222,12 +217,8 @@ def group_losses(
     value, losses = loss(params, groups.batch, of_positions, weights, keys)
     return value, losses.sum((1, 2))
 
-  if criterion.draw is not None:
-    return GroupLosses(group_loss, None, None)
-  gramians = None
-  if backbone.tables and layout.model == 1 and not criterion.focusing:
-    gramians = table_gramians(backbone, mean=mean, chunk=chunk)
-  return GroupLosses(group_loss, weighted_loss, gramians)
+  fused = weighted_loss if criterion.draw is None else None
+  return GroupLosses(group_loss, fused)
 
 
 WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
@@ -349,156 +340,5 @@ def _packed_loss(loss: Callable[..., tuple], backbone: Backbone) -> WindowsLoss:
       (source, jnp.arange(len(source))), -(-packed.used // backbone.packed),
     )
     return value, packing.take(_merge(losses), packed.place)
-
-  return run
-
-
-class _FirstPass(NamedTuple):
-  """What is left of a group once its loss is known: no table, no logits.
-
-  Attributes:
-    loss: scalar.
-    others: gradient of the params that are no table.
-    items: [B * L] the history's items.
-    lookups: gradient of their rows, by table.
-    states: [B * L, ...] states, those with a target first.
-    targets: [B * L] their targets.
-    weights: [B * L] their weights.
-    log_norms: [B * L] log sum_v exp(logit_v).
-  """
-
-  loss: jax.Array
-  others: PyTree
-  items: jax.Array
-  lookups: dict[str, jax.Array]
-  states: PyTree
-  targets: jax.Array
-  weights: jax.Array
-  log_norms: jax.Array
-
-
-def table_gramians(
-  backbone: Backbone, *, mean: str, chunk: int = 128, block: int = _ITEM_BLOCK
-) -> aggregation.Gramians:
-  """Gramians of the group gradients without G gradients of the item table.
-
-  A group's gradient of the table has two parts: rows that its histories look up
-  (a few), and sum_i w_i (softmax_iv - [v = target_i]) r_i of the softmax (all
-  rows). The first pass keeps the lookups' gradients, the states and the
-  softmax's normalisers; the second forms the gradients of a block of items, of
-  all groups, adds up their products and forgets them. Ours.
-
-  Args:
-    backbone: one with tables.
-    mean: see `position_weights`.
-    chunk: positions whose logits are alive at a time.
-    block: items whose gradients are alive at a time.
-  """
-  head = backbone_head(backbone)
-
-  def split_head(
-    others: PyTree, tables: PyTree, states: PyTree, candidates: None
-  ) -> jax.Array:
-    return head({**others, **tables}, None, states, candidates)
-
-  def block_loss(
-    tables: PyTree, shared: PyTree, states: PyTree, known: PyTree
-  ) -> jax.Array:
-    """A linear form in the block's logits whose gradient is the loss's."""
-    others, items = shared
-    targets, log_norms = known
-    logits = split_head(others, tables, states, None)
-    softmax = jnp.where(items > 0, jnp.exp(logits - log_norms[:, None]), 0)
-    slope = softmax - (items == targets[:, None])
-    return jnp.sum(jax.lax.stop_gradient(slope) * logits, -1)
-
-  total = chunked(criteria.row_loss(SOFTMAX, split_head), chunk)
-  block_total = chunked(block_loss, chunk)
-
-  def first_pass(
-    params: PyTree, tables: PyTree, group: GroupBatch, key: jax.Array
-  ) -> _FirstPass:
-    others = {k: v for k, v in params.items() if k not in tables}
-    history, targets = group.batch.history, group.batch.targets
-    items, (rows, columns) = history.reshape(-1), real_first(targets)
-    slots = jnp.where(items > 0, 1 + jnp.arange(len(items)), 0)
-    index = jnp.concatenate([jnp.zeros(1, items.dtype), items])
-
-    def states_of(others: PyTree, lookups: PyTree) -> PyTree:
-      read = slots.reshape(history.shape)
-      context = backbone.encode(
-        {**others, **lookups}, given(others, read, group.batch.activeness), key
-      )
-      return backbone.at(context, rows, columns)
-
-    lookups = {name: table[index] for name, table in tables.items()}
-    states, pull = jax.vjp(states_of, others, lookups)
-    targets, weights = (
-      x[rows, columns]
-      for x in (targets, position_weights(targets, mean, group.importance))
-    )
-    (loss, losses), (of_others, of_states) = jax.value_and_grad(
-      total, (0, 2), has_aux=True
-    )(
-      others, (tables, None), states, (targets, None), weights,
-      jnp.ones(len(items)),
-    )
-    through_states, of_lookups = pull(of_states)
-    chosen = backbone.score(
-      params, backbone.represent(params, states, targets[:, None]),
-      targets[:, None],
-    )[:, 0]
-    log_norms = chosen + losses / jnp.where(weights != 0, weights, 1)
-    return _FirstPass(
-      loss, jax.tree.map(jnp.add, of_others, through_states), items,
-      {name: x[1:] for name, x in of_lookups.items()}, states, targets,
-      weights, log_norms,
-    )
-
-  def block_gradient(
-    others: PyTree, part: PyTree, items: jax.Array, group: _FirstPass
-  ) -> PyTree:
-    gradient = jax.grad(lambda *args: block_total(*args)[0])(
-      part, (others, items), group.states, (group.targets, group.log_norms),
-      group.weights, jnp.ones(len(group.weights)),
-    )
-    row = group.items - items[0]
-    row = jnp.where((row >= 0) & (row < len(items)), row, len(items))
-    return {
-      name: x.at[row].add(group.lookups[name], mode="drop")
-      for name, x in gradient.items()
-    }
-
-  def run(
-    params: PyTree, groups: GroupBatch, keys: jax.Array
-  ) -> tuple[jax.Array, PyTree]:
-    tables = {name: params[name] for name in backbone.tables}
-    others = {k: v for k, v in params.items() if k not in tables}
-    size = len(next(iter(tables.values())))
-    width = min(block, size)
-    passed = jax.lax.map(
-      lambda group: first_pass(params, tables, *group), (groups, keys)
-    )
-
-    def add(index: jax.Array, products: PyTree) -> PyTree:
-      first = jnp.minimum(index * width, size - width)
-      items = first + jnp.arange(width)
-      part = jax.tree.map(
-        lambda x: jax.lax.dynamic_slice_in_dim(x, first, width), tables
-      )
-      gradients = jax.lax.map(
-        lambda group: block_gradient(others, part, items, group), passed
-      )
-      new = items >= index * width  # the last block reaches back
-      keep = lambda x: jnp.where(new.reshape(-1, *[1] * (x.ndim - 2)), x, 0)
-      return jax.tree.map(
-        lambda total, x: total + aggregation.leaf_gramian(keep(x)),
-        products, gradients,
-      )
-
-    zero = {name: jnp.zeros((len(keys),) * 2, jnp.float32) for name in tables}
-    products = jax.lax.fori_loop(0, -(-size // width), add, zero)
-    products |= jax.tree.map(aggregation.leaf_gramian, passed.others)
-    return passed.loss, products
 
   return run
