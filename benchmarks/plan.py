@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import build, commands, settings, sizes
 from pin_jax.data import batches
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.scale import sharding
 from pin_jax.training import losses, negatives
 from pin_jax.training.loop import compile_steps
@@ -132,8 +132,7 @@ def _rank_program(
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
-  chunk = catalogue.users_at_once(sizes.items, layout)
-  run = catalogue.rank_program(
+  run, chunk, _ = ranking.rank_program(
     ranking.Model(networks.backbone, None), num_items=sizes.items,
     length=config.backbone.length, layout=layout,
   )
@@ -142,7 +141,7 @@ def _rank_program(
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
   weights = ranking.Weights(_by_rule(params, layout), None)
   return run, (
-    weights, _sequences(sizes, layout), Requests(row, row, row), seen
+    weights, _sequences(sizes, layout), (Requests(row, row, row),), seen
   )
 
 

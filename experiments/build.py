@@ -20,7 +20,7 @@ from experiments.problem import SEGMENTS, Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.models import plugins, relations
 from pin_jax.models.conditioned import conditioned
 from pin_jax.models.din import din
@@ -503,14 +503,8 @@ def make_ranker(
   length = config.backbone.length
   if options.protocol == "sampled":
     return ranking.make_sampled_ranker(
-      model, data, count=options.negatives, seed=options.seed,
-      length=length, user_chunk=options.user_chunk,
-    )
-  if layout.tables:
-    return catalogue.make_ranker(
-      model, num_items=data.num_items, length=length, layout=layout
+      model, data, count=options.negatives, seed=options.seed, length=length
     )
   return ranking.make_ranker(
-    model, num_items=data.num_items, item_chunk=options.item_chunk,
-    length=length, user_chunk=options.user_chunk,
+    model, num_items=data.num_items, length=length, layout=layout
   )

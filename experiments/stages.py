@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs
+from experiments import logs, schema
 from experiments.build import (
   Networks,
   Ranker,
@@ -70,7 +70,7 @@ from pin_jax.types import (
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
-_CHUNKS_READ = 16  # chunks of users whose histories are read at once
+_USERS_READ = 4096  # users whose histories are read at once
 
 
 class Run(NamedTuple):
@@ -172,7 +172,7 @@ class Trainer:
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
-          users=_CHUNKS_READ * self._config.evaluation.user_chunk,
+          users=_USERS_READ,
         )
       self._rankers[plugin] = rank
     return self._rankers[plugin]
@@ -664,10 +664,11 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     return
   for part in ("validation", "test"):
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
-    ranking.draw_unseen(
-      problem.split.interactions, requests_for(problem, part, users),
-      count=config.evaluation.negatives, seed=config.evaluation.seed,
-    )
+    with schema.section("evaluation.negatives"):
+      ranking.draw_unseen(
+        problem.split.interactions, requests_for(problem, part, users),
+        count=config.evaluation.negatives, seed=config.evaluation.seed,
+      )
 
 
 def check_adjustment(

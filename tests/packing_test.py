@@ -264,7 +264,6 @@ def test_ranks_equal_those_of_one_history_a_row():
   def rank(backbone):
     ranker = ranking.make_ranker(
       ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH,
-      user_chunk=7,
     )
     return ranker(ranking.Weights(params, None), sequences, requests)
 
