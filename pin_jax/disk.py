@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO
 
 import filelock
 import polars as pl

@@ -304,7 +304,7 @@ class TestTimes:
   ])
   def test_bad(self, write, texts, line, value):
     rows = "".join(f"1,2,{text}\n" for text in texts)
-    with pytest.raises(InputError, match=f"line {line}: time column.*= {value}"):
+    with pytest.raises(InputError, match=f"line {line}: time.*= {value}"):
       files.read(write("a.csv", "user,item,time\n" + rows))
 
   def test_bad_in_parquet(self, tmp_path):

@@ -15,7 +15,7 @@ from experiments.logs import JobProgress, NoLog
 from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
 from pin_jax.data import batches, stored
-from pin_jax.data.interactions import Interactions, from_columns
+from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
 from pin_jax.models.gru4rec import gru4rec

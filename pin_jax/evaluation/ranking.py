@@ -160,29 +160,14 @@ def _states_before(
   users, positions, segments = requests
   own = jax.tree.map(lambda x: x[segments[0]], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
-<<<<<<< HEAD
-
-  def of_rows(part: tuple[jax.Array, jax.Array]) -> PyTree:
-    history = given(
-      frozen, last_items(sequences, *part, length)[0],
-      training_activeness(sequences, part[0]),
-    )
-    context = packing.encode(model.backbone, frozen, history)
-    return model.backbone.at(
-      context, jnp.arange(size), jnp.full(size, length - 1)
-    )
-
-  states = by_tiles(of_rows, (users, positions), size)
-=======
   history = given(
-    frozen, read_windows(sequences, users, positions, length),
+    frozen, last_items(sequences, users, positions, length)[0],
     training_activeness(sequences, users),
   )
   context = packing.encode(model.backbone, frozen, history)
   states = model.backbone.at(
     context, jnp.arange(len(users)), jnp.full(len(users), length - 1)
   )
->>>>>>> main
   reading = None
   if model.plugin is not None and model.plugin.recent:
     reading = read_back(sequences, users, positions - 1, model.plugin.recent)
