@@ -7,6 +7,7 @@ what was changed since is refused.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -54,7 +55,7 @@ def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
         f"its form is {about['schema']}, this version reads {_SCHEMA}"
       )
     items, lengths, user_ids, item_ids = (
-      np.load(directory / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+      _mapped(directory / f"{name}.npy")
       for name in ("items", "lengths", "user_ids", "item_ids")
     )
     made = (Stored if stream else Interactions)(
@@ -130,8 +131,8 @@ def write_chunks(
       if written != total:
         raise ValueError(f"{written} items for {total} interactions")
       whole = Interactions(
-        name, np.load(directory / "items.npy", mmap_mode="r"),
-        offsets_of(lengths), None, user_ids, item_ids,
+        name, _mapped(directory / "items.npy"), offsets_of(lengths), None,
+        user_ids, item_ids,
       )
       about = {
         "schema": _SCHEMA, "name": name, "notes": notes,
@@ -164,6 +165,12 @@ def _plain(values: np.ndarray) -> np.ndarray:
     bad = values[np.argmax(plain != values)]
     raise ValueError(f"the id {bad!r} ends with NUL or is no text; rename it")
   return plain
+
+
+def _mapped(path: os.PathLike) -> np.ndarray:
+  """An array on disk: nothing is allocated for what its header promises."""
+  array = np.load(os.fspath(path), mmap_mode="r", allow_pickle=False)
+  return array.view(np.ndarray)
 
 
 def _ids(values: np.ndarray) -> np.ndarray:
