@@ -16,7 +16,7 @@ from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
 from experiments.stages import Trainer, routed
 from pin_jax import disk, serving
-from pin_jax.evaluation import ranking
+from pin_jax.models import plugins
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError
 
@@ -146,7 +146,9 @@ def _made(
     own = count - 1 - own if method.swapped else own
     newcomers.append(first[entry] + own)
   return serving.make(
-    trainer.model(stage and stage.plugin), slots, problem.split,
+    trainer.model(
+      stage and stage.plugin, method.stage(entry[0]).reads_activeness
+    ), slots, problem.split,
     segments=problem.segments, served_by=served_by, newcomers=newcomers,
     length=trainer.length, origin=origin,
     remembered=trainer.remembered.train_end,
@@ -154,8 +156,8 @@ def _made(
 
 
 def _one_by_one(
-  weights: ranking.Weights, count: int
-) -> list[ranking.Weights]:
+  weights: plugins.Weights, count: int
+) -> list[plugins.Weights]:
   """The weights of each of `count` plugins that are stacked."""
   own = lambda k: jax.tree.map(lambda x: x[k], weights.plugins)
   return [weights._replace(plugins=own(k)) for k in range(count)]

@@ -36,7 +36,8 @@ from experiments import build, commands, hlo, settings, sizes
 from experiments.problem import prepare
 from pin_jax import disk
 from pin_jax.data import batches
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import catalogue
+from pin_jax.models import plugins
 from pin_jax.scale import sharding
 from pin_jax.training import criteria, negatives
 from pin_jax.training.loop import compile_steps
@@ -196,7 +197,7 @@ def rank_program(
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
   chunk = catalogue.users_at_once(sizes.items, layout)
-  model = ranking.Model(networks.backbone, None)
+  model = plugins.Model(networks.backbone, None)
   run = catalogue.rank_program(
     model, num_items=sizes.items, length=config.backbone.length,
     layout=layout,
@@ -204,7 +205,7 @@ def rank_program(
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   row = _whole(jax.ShapeDtypeStruct((1, chunk), jnp.int32), layout)
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
-  weights = ranking.Weights(_by_rule(params, layout), None)
+  weights = plugins.Weights(_by_rule(params, layout), None)
   requests = Requests(row, row, row)
   return run, (weights, _sequences(sizes, layout), requests, seen)
 

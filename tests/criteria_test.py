@@ -170,7 +170,7 @@ def test_plugins_see_the_same_logits():
 
   value, grad = run(
     objectives.plugin_head(backbone, plugin), params, (frozen, None),
-    (context, None), objectives.with_reading(backbone),
+    (context, None), objectives.with_plugin_context(backbone),
   )
   want, _ = run(
     objectives.backbone_head(backbone), frozen, None, context, backbone

@@ -13,9 +13,7 @@ from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation.metrics import ndcg
 from pin_jax.evaluation.ranking import (
-  Model,
   Requests,
-  Weights,
   draw_unseen,
   make_log_probabilities,
   make_ranker,
@@ -23,7 +21,7 @@ from pin_jax.evaluation.ranking import (
   read_windows,
 )
 from pin_jax.models import sasrec as lib
-from pin_jax.models.plugins import bottleneck, init_stacked
+from pin_jax.models.plugins import Model, Weights, bottleneck, init_stacked
 from pin_jax.types import Backbone, InputError, Plugin
 
 ITEMS, LENGTH, WIDTH, USERS = 30, 5, 4, 23

@@ -24,38 +24,16 @@ from pin_jax.data.batches import Sequences, read_back, training_activeness
 from pin_jax.data.interactions import Interactions
 from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
+from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
 from pin_jax.types import (
-  Backbone,
   InputError,
-  Plugin,
+  PluginContext,
   PyTree,
-  Reading,
   Requests,
   at_least,
 )
-
-
-class Model(NamedTuple):
-  """The functions of what is evaluated; `plugin` is None without plugins."""
-
-  backbone: Backbone
-  plugin: Plugin | None
-
-
-class Weights(NamedTuple):
-  """The parameters of what is evaluated.
-
-  Attributes:
-    backbone: of the backbone.
-    plugins: of the plugins, leaves [S, ...]; None without.
-    evidence: what the plugins read besides, or None.
-  """
-
-  backbone: PyTree
-  plugins: PyTree
-  evidence: PyTree = None
 
 
 class Ranks(NamedTuple):
@@ -88,13 +66,13 @@ class States(NamedTuple):
 
   Attributes:
     states: the backbone's, leading axis M.
-    reading: what the plugin reads of the history, or None.
+    context: what the plugin reads of the history, or None.
     weights: of the segment: its plugin's own, the backbone's as the plugin
       wants them.
   """
 
   states: PyTree
-  reading: Reading | None
+  context: PluginContext | None
   weights: Weights
 
 
@@ -154,8 +132,7 @@ def score_items(
   For `candidates` and `items` see `plugins.logits`.
   """
   return plugins.logits(
-    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
-    rows.states, rows.reading, candidates, items,
+    model, rows.weights, rows.states, rows.context, candidates, items
   )
 
 
@@ -170,17 +147,14 @@ def score_in_tiles(
   columns = jnp.pad(index, (0, pad)).reshape(tiles, tile.items)
   plain = model.plugin and model.plugin._replace(mix=None)
 
-  def of_rows(part: tuple[PyTree, Reading | None]) -> jax.Array:
-    own = rows._replace(states=part[0], reading=part[1])
+  def of_rows(part: tuple[PyTree, PluginContext | None]) -> jax.Array:
+    own = rows._replace(states=part[0], context=part[1])
     some = lambda items: score_items(model._replace(plugin=plain), own, items)
     logits = jnp.moveaxis(jax.lax.map(some, columns), 0, 1)
     logits = logits.reshape(tile.rows, -1)[:, : len(index)]
-    return plugins.mixed(
-      *model, rows.weights.plugins, rows.weights.backbone,
-      rows.weights.evidence, *part, logits, candidates,
-    )
+    return plugins.mixed(model, rows.weights, *part, logits, candidates)
 
-  return by_tiles(of_rows, (rows.states, rows.reading), tile.rows)
+  return by_tiles(of_rows, (rows.states, rows.context), tile.rows)
 
 
 def states_before(
@@ -210,7 +184,7 @@ def states_before(
 
   def of_rows(part: tuple[jax.Array, jax.Array]) -> PyTree:
     history = given(
-      frozen, read_windows(sequences, *part, length),
+      model.backbone, read_windows(sequences, *part, length),
       training_activeness(sequences, part[0]),
     )
     context = packing.encode(model.backbone, frozen, history)
@@ -219,10 +193,10 @@ def states_before(
     )
 
   states = by_tiles(of_rows, (users, positions), size)
-  reading = None
+  context = None
   if model.plugin is not None and model.plugin.recent:
-    reading = read_back(sequences, users, positions - 1, model.plugin.recent)
-  return States(states, reading, Weights(frozen, own, weights.evidence))
+    context = read_back(sequences, users, positions - 1, model.plugin.recent)
+  return States(states, context, Weights(frozen, own, weights.evidence))
 
 
 def count_above(
@@ -520,10 +494,10 @@ def make_sampled_ranker(
       candidates = jnp.concatenate([target[:, None], drawn], axis=1)
 
       def of_rows(part: tuple) -> jax.Array:
-        own = states._replace(states=part[0], reading=part[1])
+        own = states._replace(states=part[0], context=part[1])
         return score_items(model, own, part[2])
 
-      parts = (states.states, states.reading, candidates)
+      parts = (states.states, states.context, candidates)
       return by_tiles(of_rows, parts, tile.rows)
 
     return jax.lax.map(one, (requests, negatives))

@@ -23,7 +23,7 @@ from pin_jax.data.batches import (
   read_back,
 )
 from pin_jax.models import packing
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
 from pin_jax.scale import sharding, streaming
 from pin_jax.scale.sharding import LOCAL, Layout
 from pin_jax.training import criteria, sparse
@@ -34,7 +34,7 @@ from pin_jax.training.objectives import (
   next_item_loss,
   plugin_head,
   position_weights,
-  with_reading,
+  with_plugin_context,
 )
 from pin_jax.types import (
   Backbone,
@@ -316,7 +316,7 @@ def plugin_step(
     The step; its state's leaves lead with [S].
   """
   loss = next_item_loss(
-    with_reading(backbone), plugin_head(backbone, plugin),
+    with_plugin_context(backbone), plugin_head(backbone, plugin),
     criterion=criterion, layout=layout,
   )
 
@@ -324,7 +324,7 @@ def plugin_step(
     params: PyTree, frozen: PyTree, batch: Batch
   ) -> tuple[PyTree, PyTree]:
     """(context, the backbone's params as the plugin wants them)."""
-    history = given(frozen, batch.history, batch.activeness)
+    history = given(backbone, batch.history, batch.activeness)
     if plugin.adapt is None:
       context = packing.encode(backbone, frozen, history)
       return jax.lax.stop_gradient(context), frozen
@@ -335,18 +335,18 @@ def plugin_step(
     params: PyTree, operands: Operands, batch: Batch, key: jax.Array
   ) -> jax.Array:
     context, frozen = encode(params, operands.frozen, batch)
-    reading = None
+    of_plugin = None
     if plugin.recent:
       columns = jnp.arange(1 - length, 1)
       users = jnp.broadcast_to(batch.users[:, None], batch.history.shape)
-      reading = read_back(
+      of_plugin = read_back(
         operands.sequences, users, batch.last[:, None] + columns, plugin.recent
       )
     weights = position_weights(batch.targets, mean)
     negatives = criteria.draw(criterion, key, batch)
     return loss(
       params, (jax.lax.stop_gradient(frozen), operands.evidence),
-      (context, reading), batch.targets, weights, negatives=negatives,
+      (context, of_plugin), batch.targets, weights, negatives=negatives,
     )[0]
 
   def next_batch(operands: Operands, t: jax.Array) -> Batch:
