@@ -106,7 +106,8 @@ def make_plugin(
     options[key] *= widen
   if config.plugin.name == "gated":
     options["own_repeats"] = repeats
-  return build(like, config.backbone.width, memory_options(config), options)
+  with schema.section("plugin"):
+    return build(like, config.backbone.width, memory_options(config), options)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -243,8 +244,9 @@ def make_networks(
     repeats: `Problem.repeats`.
   """
   options = backbone_options(config.backbone)
-  backbone = BACKBONES[config.backbone.name](num_items, **options)
-  backbone = computed_in(backbone, config.backbone.compute)
+  with schema.section("backbone"):
+    backbone = BACKBONES[config.backbone.name](num_items, **options)
+    backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   if config.backbone.reads_activeness:
     backbone = conditioned(backbone)
@@ -271,7 +273,8 @@ def networks_of(config: ConfigDict, problem: Problem) -> Networks:
   """
   num_items = problem.split.interactions.num_items
   options = memory_options(config)
-  memory.check(options, num_items)
+  with schema.section("memory"):
+    memory.check(options, num_items)
   made = make_networks(config, num_items, repeats=problem.repeats)
 
   @functools.cache

@@ -3,6 +3,7 @@
 `experiments.configs.base.default` and the checks at launch follow from it.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -428,6 +429,28 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
   return of(config, "")
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+  """Says of an InputError of the library what of the config it comes from.
+
+  The library names its own arguments; those of a builder bear the names of the
+  section's keys, so that 'config section backbone: heads=3 ...' says it all.
+
+  Args:
+    name: a section such as 'backbone', or a key such as 'pin.weighting'.
+
+  Raises:
+    InputError: that of the block; what names the config already is left alone.
+  """
+  try:
+    yield
+  except InputError as error:
+    if str(error).startswith("config "):
+      raise
+    kind = "section" if isinstance(KEYS.get(name), dict) else "key"
+    raise InputError(f"config {kind} {name}: {error}") from error
 
 
 def bad(key: str, value: Any, remedy: str) -> InputError:

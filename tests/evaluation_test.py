@@ -21,6 +21,7 @@ from pin_jax.evaluation.ranking import (
   read_windows,
 )
 from pin_jax.models import sasrec as lib
+from pin_jax.models.backbones import tied_score
 from pin_jax.models.plugins import Model, Weights, bottleneck, init_stacked
 from pin_jax.types import Backbone, InputError, Plugin
 
@@ -56,9 +57,9 @@ def _bag():
   return Backbone(
     init=lambda key: None,
     encode=lambda p, history, key: jnp.cumsum(p["items"][history], axis=1),
-    at=lib.take_position,
-    represent=lib.add_candidate_axis,
-    score=lib.tied_score,
+    at=lambda context, rows, columns: context[rows, columns],
+    represent=lambda params, states, candidates: states[:, None],
+    score=tied_score,
   )
 
 

@@ -16,6 +16,7 @@ from pin_jax.data import activeness, batches, interactions, simulator
 from pin_jax.models import memory
 from pin_jax.models.precision import COMPUTE
 from pin_jax.training import criteria, objectives
+from pin_jax.types import InputError
 from tests import tiny
 
 KEYS = {
@@ -173,3 +174,18 @@ def test_none_is_none_on_the_command_line():
   assert holder.value.data.user is None
   assert holder.value.data.max_history is None
   assert commands.Console  # whose module registers the parsers
+
+
+@pytest.mark.parametrize(("name", "said", "words"), [
+  ("backbone", "heads=3: too many",
+   "config section backbone: heads=3: too many"),
+  ("pin.weighting", "c=-1: too small",
+   "config key pin.weighting: c=-1: too small"),
+  ("backbone", "config key dispatch=0: no", "config key dispatch=0: no"),
+])  # fmt: skip
+def test_an_error_of_the_library_says_which_section_it_comes_from(
+  name, said, words
+):
+  with pytest.raises(InputError) as raised, schema.section(name):
+    raise InputError(said)
+  assert str(raised.value) == words
