@@ -360,13 +360,11 @@ def lookup(memory: Memory, context: PluginContext, options: Options) -> Scores:
   popularity = jnp.maximum(memory.interactions[near], 1)
   factor = jnp.where(near > 0, popularity**-options.popularity_power, 0) * age
   scores = counts / (totals[..., None] + options.shrink) * factor
-  join = lambda x, y: jnp.concatenate([x, y]).reshape(-1, len(recent), (
-    recent.shape[1] * near.shape[-1]
-  ))
-  return Scores(
-    join(jnp.broadcast_to(near, scores.shape), memory.related[:, recent]),
-    join(scores, memory.related_scores[:, recent] * age),
-  )
+  near = jnp.broadcast_to(near, scores.shape)
+  items = jnp.concatenate([near, memory.related[:, recent]])
+  related = memory.related_scores[:, recent] * age
+  flat = lambda x: x.reshape(*x.shape[:-2], -1)
+  return Scores(flat(items), flat(jnp.concatenate([scores, related])))
 
 
 def _own_transitions(
@@ -419,7 +417,7 @@ def dense(
     slots = jnp.full(num_items + 1, count).at[candidates].set(jnp.arange(count))
 
   def one(items: jax.Array, scores: jax.Array) -> jax.Array:
-    nothing = jnp.zeros((len(items), count))
+    nothing = jnp.zeros((items.shape[0], count))
     return nothing.at[row, slots[items]].add(scores, mode="drop")
 
   out = jax.vmap(one)(*found)
