@@ -35,8 +35,8 @@ class _ActivationUnit(nn.Module):
   def __call__(self, past: jax.Array, candidates: jax.Array) -> jax.Array:
     """Weights [M, L, C] of past [M, L, D] for candidates [(M,) C, D].
 
-    W [e_h, e_c, e_h - e_c, e_h * e_c] splits into a part of the item, a part
-    of the candidate and one product, so that no [M, L, C, 4 D] is formed.
+    W [e_h, e_c, e_h - e_c, e_h * e_c] is a sum of what the item gives, what the
+    candidate gives and one product, so that no [M, L, C, 4 D] is formed.
     """
     width = past.shape[-1]
     kernel = self.param(
