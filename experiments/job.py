@@ -171,7 +171,6 @@ def model_log_probabilities(
         stage and stage.plugin, method.stage(serve[0]).reads_activeness
       ),
       num_items=problem.split.interactions.num_items, length=trainer.length,
-      user_chunk=256,
     )
     out[chosen] = compute(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests

@@ -37,7 +37,7 @@ from experiments import (
 )
 from experiments.events import read_events
 from pin_jax import archives
-from pin_jax.training import checkpoints, finite
+from pin_jax.training import checkpoints, steps
 from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.training.loop import fit
 from tests import tiny
@@ -363,7 +363,7 @@ def _(folder, say):
 @row("gradient not finite, skipped", 0)
 def _(folder, say):
   logged = []
-  result = _fit(folder, finite.skipping(_step(gradient_at=9)), logged)
+  result = _fit(folder, steps.skipping(_step(gradient_at=9)), logged)
   skipped = np.concatenate([log["skipped"] for log in logged])
   np.testing.assert_array_equal(np.flatnonzero(skipped), [9])
   assert result.last_step == 12
@@ -372,7 +372,7 @@ def _(folder, say):
 @row("loss not finite, skipped", 0)
 def _(folder, say):
   logged = []
-  _fit(folder, finite.skipping(_step(loss_at=5)), logged)
+  _fit(folder, steps.skipping(_step(loss_at=5)), logged)
   skipped = np.concatenate([log["skipped"] for log in logged])
   np.testing.assert_array_equal(np.flatnonzero(skipped), [5])
   store = Checkpoints(folder / "checkpoints" / "toy")
