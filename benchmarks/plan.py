@@ -25,11 +25,16 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import build, commands, settings, sizes
 from pin_jax.data import batches
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.scale import sharding
-from pin_jax.training import criteria, negatives
+from pin_jax.training import losses, negatives
 from pin_jax.training.loop import compile_steps
-from pin_jax.training.steps import Operands, TrainState, init_state
+from pin_jax.training.steps import (
+  Operands,
+  TrainState,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import InputError, PyTree, Requests
 
 # GB of HBM by `device_kind`: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e.
@@ -93,16 +98,20 @@ def _train_program(
   layout, groups = networks.layout, config.groups.num_groups
   shares = np.full(groups, 1 / groups)
   adjustment = build.make_adjustment(config.pin, shares, shares)
-  step, optimizer = build.make_backbone_step(
-    config, networks, adjustment, _criterion(config, sizes), grouped=True,
-    draw=config.pin.draw, mean=config.pin.mean, steps=config.backbone_steps,
+  optimizer = build.make_optimizer(
+    config, "backbone", config.backbone_steps, networks.backbone
+  )
+  draw = batches.Draw(
+    build.windows_of_step(config, grouped=True), config.backbone.length,
+    config.pin.draw, config.pin.mean,
+  )
+  step = backbone_step(
+    networks.backbone, adjustment, optimizer, draw,
+    loss=_loss(config, sizes), layout=layout,
   )
 
   def start(key: jax.Array) -> TrainState:
-    return init_state(
-      networks.backbone.init(key), optimizer, adjustment.rules,
-      blocks=adjustment.blocks, average=config.optimizer.average > 0,
-    )
+    return init_state(networks.backbone.init(key), optimizer, adjustment)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   pool = batches.Pool(
@@ -123,8 +132,7 @@ def _rank_program(
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
-  chunk = catalogue.users_at_once(sizes.items, layout)
-  run = catalogue.rank_program(
+  run, chunk, _ = ranking.rank_program(
     ranking.Model(networks.backbone, None), num_items=sizes.items,
     length=config.backbone.length, layout=layout,
   )
@@ -133,20 +141,20 @@ def _rank_program(
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
   weights = ranking.Weights(_by_rule(params, layout), None)
   return run, (
-    weights, _sequences(sizes, layout), Requests(row, row, row), seen
+    weights, _sequences(sizes, layout), (Requests(row, row, row),), seen
   )
 
 
-def _criterion(config: ConfigDict, sizes: Sizes) -> criteria.Criterion:
+def _loss(config: ConfigDict, sizes: Sizes) -> losses.LossSpec:
   options = config.loss
   if options.name == "softmax":
-    return criteria.SOFTMAX
+    return losses.SOFTMAX
   if options.proposal != "uniform":
     raise InputError(
       f"config key loss.proposal={options.proposal!r} depends on the data; "
       "plan with 'uniform'"
     )
-  return criteria.sampled(
+  return losses.sampled(
     build.make_sampled_loss(options, sizes.items),
     negatives.uniform(sizes.items), count=options.negatives,
     shared=options.candidates == "shared",

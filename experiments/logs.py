@@ -14,7 +14,7 @@ from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from pin_jax import disk
-from pin_jax.training.finite import SKIPPED
+from pin_jax.training.steps import SKIPPED
 
 
 class _Records(RecordWriter):
