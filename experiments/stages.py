@@ -11,12 +11,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs
+from experiments import logs, schema
 from experiments.build import (
   Networks,
   Ranker,
   make_adjustment,
-  make_criterion,
+  make_loss,
   make_optimizer,
   make_ranker,
   make_sampled_loss,
@@ -70,7 +70,7 @@ from pin_jax.types import (
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
-_CHUNKS_READ = 16  # chunks of users whose histories are read at once
+_USERS_READ = 4096  # users whose histories are read at once
 
 
 class Run(NamedTuple):
@@ -172,7 +172,7 @@ class Trainer:
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
-          users=_CHUNKS_READ * self._config.evaluation.user_chunk,
+          users=_USERS_READ,
         )
       self._rankers[plugin] = rank
     return self._rankers[plugin]
@@ -405,15 +405,13 @@ class Trainer:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-    criterion = make_criterion(
-      config, split, groups, num_groups=pools, draw=draw.draw
-    )
+    loss = make_loss(config, split, groups, num_groups=pools, draw=draw.draw)
     if stage.focal:
-      criterion = criterion._replace(focusing=config.loss.focusing)
+      loss = loss._replace(focusing=config.loss.focusing)
     optimizer = self._optimizer(stage, steps)
     step = backbone_step(
       self._networks.backbone, adjustment, optimizer, draw,
-      criterion=criterion, importance=importance, layout=self._layout,
+      loss=loss, importance=importance, layout=self._layout,
     )
     backbone = self._networks.backbone
     if stage.reads_activeness:
@@ -469,7 +467,7 @@ class Trainer:
       learnt = np.where(fitted_users(len(segments)), segments, -1)
     step = plugin_step(
       self._networks.backbone, plugin, optimizer, draw,
-      criterion=make_criterion(
+      loss=make_loss(
         config, problem.split, learnt, num_groups=count, draw=draw.draw
       ),
       layout=self._layout,
@@ -666,10 +664,11 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     return
   for part in ("validation", "test"):
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
-    ranking.draw_unseen(
-      problem.split.interactions, requests_for(problem, part, users),
-      count=config.evaluation.negatives, seed=config.evaluation.seed,
-    )
+    with schema.section("evaluation.negatives"):
+      ranking.draw_unseen(
+        problem.split.interactions, requests_for(problem, part, users),
+        count=config.evaluation.negatives, seed=config.evaluation.seed,
+      )
 
 
 def check_adjustment(
