@@ -92,7 +92,8 @@ def method_rows(
   columns = {}
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
-    ranks = trainer.ranker(stage and stage.plugin)(
+    reads_activeness = method.stage(serve[0]).reads_activeness
+    ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
     for key, values in ranks._asdict().items():
@@ -165,7 +166,9 @@ def model_log_probabilities(
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
     compute = ranking.make_log_probabilities(
-      trainer.model(stage and stage.plugin),
+      trainer.model(
+        stage and stage.plugin, method.stage(serve[0]).reads_activeness
+      ),
       num_items=problem.split.interactions.num_items, length=trainer.length,
     )
     out[chosen] = compute(
@@ -372,7 +375,7 @@ def _compute(
   workdir.write_rows(directory / name, rows)
   summary = {
     **_summary(config, problem, closeness), "cost": cost,
-    "command": options.command, "versions": logs.versions(),
+    "command": options.command, "versions": workdir.provenance(),
   }
   disk.write({
     directory / "summary.json": json.dumps(summary, indent=2) + "\n"
@@ -415,7 +418,6 @@ def _train_all(
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
     log.close()
-    progress.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():

@@ -14,7 +14,7 @@ import numpy as np
 
 from pin_jax.data.splits import Split, is_training
 from pin_jax.data.stored import Stored
-from pin_jax.types import Batch, InputError, Reading, at_least
+from pin_jax.types import Batch, InputError, PluginContext, at_least
 
 DRAWS = ("interactions", "users")
 
@@ -440,8 +440,8 @@ def draw_held_out_windows(
 
 def read_back(
   sequences: Sequences, users: jax.Array, last: jax.Array, count: int
-) -> Reading:
+) -> PluginContext:
   """The `count` items up to in-user position `last`, the newest first; [...].
   """
   items, index = last_items(sequences, users, last + 1, count)
-  return Reading(users, items[..., ::-1], index[..., ::-1])
+  return PluginContext(users, items[..., ::-1], index[..., ::-1])
