@@ -14,7 +14,7 @@ from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
-from experiments.stages import Trainer, routed
+from experiments.stages import Trainer, routed, same_job
 from pin_jax import disk, serving
 from pin_jax.evaluation import ranking
 from pin_jax.training import checkpoints
@@ -114,12 +114,14 @@ def _trainer(
   first = config.seeds.index(seed) // config.num_seeds * config.num_seeds
   store = functools.partial(
     checkpoints.Checkpoints,
-    about={"config": of_results(config), "data": fingerprint(problem)},
+    check=same_job(
+      {"config": of_results(config), "data": fingerprint(problem)}
+    ),
   )
   networks = networks_of(config, problem)
   return Trainer(
     config, problem, networks, directory,
-    tuple(config.seeds[first : first + config.num_seeds]), store=store,
+    tuple(config.seeds[first : first + config.num_seeds]), store,
   )
 
 

@@ -2,16 +2,18 @@
 
 import contextlib
 import functools
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs
+from experiments import logs, schema
 from experiments.build import (
   Networks,
   Ranker,
@@ -39,34 +41,10 @@ from pin_jax.evaluation import metrics, ranking
 from pin_jax.models import plugins
 from pin_jax.models.conditioned import conditioned
 from pin_jax.scale import sharding, streaming
-from pin_jax.training import (
-  checkpoints,
-  loop,
-  propensity,
-)
-from pin_jax.training.loop import FitResult
-from pin_jax.training.loop import results as fit_results
-from pin_jax.training.optimizers import Optimizer
-from pin_jax.training.steps import (
-  SKIPPED,
-  Adjustment,
-  Operands,
-  Step,
-  TrainState,
-  backbone_keys,
-  backbone_step,
-  init_state,
-  join_runs,
-  many,
-  plugin_step,
-  skipping,
-)
-from pin_jax.types import (
-  InputError,
-  PyTree,
-  Requests,
-  TrainingError,
-)
+from pin_jax.training import loop, propensity, steps
+from pin_jax.training.checkpoints import Checkpoints
+from pin_jax.training.steps import Adjustment, Operands, TrainState
+from pin_jax.types import InputError, PyTree, Requests
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
@@ -78,23 +56,53 @@ class Run(NamedTuple):
 
   Attributes:
     step: of one seed.
-    windows: (key, t, targets, pool) -> which windows the step reads; None
-      where it cannot read them from disk.
+    windows: (key, t, pool) -> which windows the step reads; None where it
+      cannot read them from disk.
     pool: whom to draw from.
     start: seed -> state before step 0.
     frozen: seed -> params that stay as they are.
-    evaluator: seed -> (params -> validation values by name).
-    criteria: names of those that select, the others are only logged; none
-      where the last step is kept.
+    evaluate: (seed, params) -> validation values by name.
+    select: names of those that select, the others are only logged; none where
+      the last step is kept.
   """
 
-  step: Step
+  step: steps.Step
   windows: Callable[..., batches.Windows] | None
-  pool: batches.Pool
+  pool: batches.Pool | batches.HeldOut
   start: Callable[[int], TrainState]
   frozen: Callable[[int], PyTree]
-  evaluator: Callable[[int], Callable[[PyTree], dict[str, float]]]
-  criteria: tuple[str, ...]
+  evaluate: Callable[[int, PyTree], dict[str, float]]
+  select: tuple[str, ...]
+
+
+class Monitor(NamedTuple):
+  """Follows the training of stages.
+
+  Attributes:
+    log: takes every step and validation.
+    progress: counts the steps.
+    interrupted: whether to save and end.
+  """
+
+  log: logs.RunLog | logs.NoLog
+  progress: logs.JobProgress
+  interrupted: Callable[[], bool] = lambda: False
+
+  def take(self, name: str, event: tuple, num_steps: int) -> None:
+    """Logs and counts an event of the run of a name and of so many steps."""
+    match event:
+      case loop.Started(run, step):
+        self.log.rewind(name, step)
+        self.progress.skip(max(step, 0))
+        if run == 0 and step < num_steps:
+          self.progress.begin(name)
+      case loop.Steps(_, start, log):
+        self.log.steps(name, start, log)
+        self.progress.advance(name, len(log["loss"]))
+      case loop.Validation(_, step, values):
+        self.log.evaluation(name, step, values)
+      case loop.Result(last_step=step):
+        self.progress.skip(num_steps - step)
 
 
 class Trainer:
@@ -103,6 +111,14 @@ class Trainer:
   Each stage is trained once and resumes where it can. Several seeds share the
   steps' dispatches and the checkpoints; each has its own selection, its own
   patience and its own logs, as if it were alone.
+
+  Attributes:
+    trained: stage -> seed -> result.
+    cost: run -> steps, best steps and validation.
+    cpu_seconds: run -> processor time.
+    length: L.
+    sequences: the interactions on the devices; None where they are on disk.
+    streams: whether they are.
   """
 
   def __init__(
@@ -112,11 +128,7 @@ class Trainer:
     networks: Networks,
     workdir: epath.Path,
     seeds: tuple[int, ...],
-    log: logs.RunLog | logs.NoLog | None = None,
-    progress: logs.JobProgress | None = None,
-    *,
-    store: Callable[..., checkpoints.Checkpoints] = checkpoints.Checkpoints,
-    interrupted: Callable[[], bool] = lambda: False,
+    store: Callable[..., Checkpoints] = Checkpoints,
   ) -> None:
     """Prepares what the stages share.
 
@@ -126,42 +138,25 @@ class Trainer:
       networks: its backbone and plugin.
       workdir: where checkpoints go.
       seeds: what to train at once.
-      log: takes every step and validation, a `RunLog` or `NoLog`; None where
-        nothing is trained.
-      progress: counts the steps; None likewise.
       store: opens the checkpoints of a directory.
-      interrupted: see `fit_many`.
     """
-    self._store, self._interrupted = store, interrupted
-    self._layout = networks.layout
-    self._config, self._networks = config, networks
-    self._problem = problem
+    self._config, self._problem, self._networks = config, problem, networks
+    self._layout, self._store = networks.layout, store
+    self._directory, self._seeds = workdir / "checkpoints", seeds
+    self.streams = isinstance(problem.split.interactions, Stored)
     self.sequences = None if self.streams else sharding.spread_flat(
       problem.sequences, self._layout
     )
-    self._workdir, self._seeds = workdir, seeds
-    self._log, self._progress = log, progress
+    self.length = config.backbone.length
+    self.trained: dict[str, dict[int, loop.Result]] = {}
     self.cost: dict[str, dict[str, Any]] = {}
     self.cpu_seconds: dict[str, float] = {}
-    self.length = config.backbone.length
     self._rankers: dict[str | None, Ranker] = {}
-    self.trained: dict[str, dict[int, FitResult]] = {}
-
-  @property
-  def tables(self) -> tuple[str, ...]:
-    """Of the checkpoints, whose rows may be padded for another mesh."""
-    one = len(self._seeds) == 1  # leaves of several lead with their number
-    return self._networks.backbone.tables if one else ()
 
   @property
   def remembered(self) -> splits.Split:
     """The split whose training prefix the memory holds when test users come."""
     return learnt_split(self._problem, "all" if self._config.refit else "none")
-
-  @property
-  def streams(self) -> bool:
-    """Whether the interactions stay on disk."""
-    return isinstance(self._problem.split.interactions, Stored)
 
   def ranker(self, plugin: str | None) -> Ranker:
     """The ranking function, with a kind of plugin or none; compiled once."""
@@ -190,97 +185,73 @@ class Trainer:
       return ranking.Weights(self._best(backbone, seed), None)
     return ranking.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
-      self._evidence(plugin.plugin, refit=bool(self._config.refit)),
+      self._evidence(plugin, refit=bool(self._config.refit)),
     )
 
   def _evidence(
-    self, plugin: str, *, refit: bool = False
+    self, stage: Stage, *, refit: bool = False
   ) -> plugins.Evidence | None:
-    """What a kind of plugin reads besides, None where that is nothing."""
-    mixes = self._networks.plugins[plugin].mix is not None
+    """What the plugins of a stage read besides, None where that is nothing."""
+    mixes = self._networks.plugins[stage.plugin].mix is not None
     return self._networks.evidence(refit) if mixes else None
 
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
 
-  def train(self, stage: Stage) -> None:
+  def _checkpoints(self, stage: Stage) -> Checkpoints:
+    """Those of a stage, one for all seeds at once.
+
+    Tables may be padded for another mesh; not those of several seeds, whose
+    leaves lead with their number.
+    """
+    name = self.run_name(stage, self._seeds[0])
+    several = len(self._seeds) > 1
+    if several:
+      name = f"seeds{'-'.join(map(str, self._seeds))}/{stage.name}"
+    tables = () if several else self._networks.backbone.tables
+    directory = self._directory / name.replace("/", "-")
+    return self._store(directory, tables=tables)
+
+  def run_name(self, stage: Stage, seed: int) -> str:
+    """The stage's name in logs; led by the seed where there are several."""
+    several = len(self._config.seeds) > 1
+    return f"seed{seed}/{stage.name}" if several else stage.name
+
+  def train(self, stage: Stage, monitor: Monitor | None = None) -> None:
     """Trains a stage, or reads its finished checkpoint."""
-    steps = num_steps(self._config, stage)
-    seeds = self._seeds
-    runs = [self.run_name(stage, seed) for seed in seeds]
-    store = self._store(
-      self._workdir / "checkpoints" / self.directory(stage), tables=self.tables
+    quiet = rich.console.Console(quiet=True)
+    monitor = monitor or Monitor(logs.NoLog(), logs.JobProgress(1, quiet))
+    config, seeds, run = self._config, self._seeds, self.prepare(stage)
+    plan = loop.Plan(
+      num_steps(config, stage), config.validation.every, run.select,
+      dispatch=config.dispatch, patience=config.validation.patience,
+      stacked=stage.kind == "plugin",
+      evaluate_first=bool(
+        run.select and (stage.kind == "plugin" or stage.start)
+      ),
+      names=tuple(self.run_name(stage, seed) for seed in seeds),
     )
-    run = self.prepare(stage)
-    operands = self.operands(stage, run)
-    evaluators = [run.evaluator(seed) for seed in seeds]
-    counted = [0] * len(seeds)
-    skips: list[np.ndarray] = [np.zeros(0)] * len(seeds)  # since a validation
-    validations: list[dict[str, float]] = [{} for _ in seeds]
-
-    def evaluate(k: int, params: PyTree) -> np.ndarray:
-      validations[k] = evaluators[k](params)
-      return np.array([validations[k][name] for name in run.criteria])
-
-    def advance(k: int, count: int, resumed: bool = False) -> None:
-      counted[k] += count
-      if resumed:
-        self._progress.skip(count)
-      else:
-        self._progress.advance(runs[k], count)
-
-    def on_resume(k: int, t: int) -> None:
-      self._log.rewind(runs[k], t)
-      advance(k, max(t, 0), resumed=True)
-      if k == 0 and t < steps:
-        self._progress.begin(runs[0])
-
-    def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
-      self._log.steps(runs[k], start, log)
-      advance(k, len(log["loss"]))
-      skips[k] = np.append(skips[k], log.get(SKIPPED, ()))
-
-    def on_evaluation(k: int, t: int, values: np.ndarray) -> None:
-      self._log.evaluation(runs[k], t, validations[k])
-      since, skips[k] = skips[k], np.zeros(0)
-      if 2 * since.sum() > len(since):
-        raise TrainingError(
-          f"{runs[k]}: {since.sum():.0f} of the {len(since)} steps before step "
-          f"{t} were not finite and skipped; lower optimizer.learning_rate or "
-          "optimizer.clip"
-        )
-
-    with contextlib.closing(store):
-      results = loop.fit_many(
-        self.step(run), self.start(run), operands,
-        names=runs,
-        num_steps=steps,
-        evaluate=evaluate if run.criteria else None,
-        evaluate_every=self._config.validation.every,
-        dispatch=self._config.dispatch,
-        patience=self._config.validation.patience,
-        stacked=stage.kind == "plugin",
-        evaluate_first=bool(
-          run.criteria and (stage.kind == "plugin" or stage.start)
-        ),
-        checkpoints=store,
-        on_steps=on_steps,
-        on_evaluation=on_evaluation,
-        on_resume=on_resume,
-        interrupted=self._interrupted,
-        stream=self._stream(stage, run, steps) if self.streams else None,
-      )
-    self.trained[stage.name] = dict(zip(seeds, results, strict=True))
-    for k, result in enumerate(results):
-      self.cost[runs[k]] = {
+    self.trained[stage.name] = {}
+    with contextlib.closing(self._checkpoints(stage)) as checkpoints:
+      for event in loop.run(
+        self.step(run), self.start(run), self.operands(stage, run), plan,
+        lambda k, params: run.evaluate(seeds[k], params),
+        checkpoints=checkpoints, interrupted=monitor.interrupted,
+        stream=self._stream(stage, run) if self.streams else None,
+      ):
+        monitor.take(plan.names[event.run], event, plan.num_steps)
+        if isinstance(event, loop.Result):
+          self.trained[stage.name][seeds[event.run]] = event
+    for name, result in zip(
+      plan.names, self.trained[stage.name].values(), strict=True
+    ):
+      self.cost[name] = {
         "steps": result.last_step,
         "best_steps": result.best_steps,
-        "validation": result.best_values if run.criteria else [],
-        **self._log.skipped(runs[k]),
+        "validation": result.best_values if run.select else [],
+        **monitor.log.skipped(name),
       }
-      self.cpu_seconds[runs[k]] = round(result.cpu_seconds, 1)
-      if counted[k] < steps:
-        advance(k, steps - counted[k], resumed=True)
+      self.cpu_seconds[name] = round(result.cpu_seconds, 1)
 
   def read(self, stage: Stage) -> None:
     """Reads the selected parameters of a finished stage; writes nothing.
@@ -289,80 +260,239 @@ class Trainer:
       InputError: if its newest checkpoint is absent or damaged, or belongs to
         another job.
     """
-    path = self._workdir / "checkpoints" / self.directory(stage)
-    if not path.exists():
-      raise InputError(
-        f"{path} is absent; run the job again in another workdir"
-      )
     run = self.prepare(stage)
     state = jax.eval_shape(lambda: self.start(run))
     best = state.params if state.average is None else state.average
-    with contextlib.closing(self._store(path, tables=self.tables)) as store:
-      (_, best), record = store.newest((state, best))
-    self.trained[stage.name] = dict(
-      zip(self._seeds, fit_results(best, record, path), strict=True)
-    )
+    with contextlib.closing(self._checkpoints(stage)) as checkpoints:
+      (_, best), record = checkpoints.newest((state, best))
+      found = loop.results(best, record, checkpoints.directory)
+    self.trained[stage.name] = dict(zip(self._seeds, found, strict=True))
 
   def prepare(self, stage: Stage) -> Run:
     """What a stage is trained with; the stages it builds on are trained."""
-    build = {
-      "backbone": self.backbone_run,
+    return {
+      "backbone": self._backbone_run,
       "plugin": self._plugin_run,
       "classifier": self._classifier_run,
-    }[stage.kind]
-    return build(stage, num_steps(self._config, stage))
+    }[stage.kind](stage)
 
-  def step(self, run: Run) -> Step:
+  def step(self, run: Run) -> steps.Step:
     """The step of all seeds at once, as `non_finite` says."""
     step = run.step
     if self._config.non_finite == "skip":
-      step = sharding.kept(skipping(step), self._layout)
-    return step if len(self._seeds) == 1 else many(step)
+      step = sharding.kept(steps.skipping(step), self._layout)
+    return step if len(self._seeds) == 1 else steps.many(step)
 
   def start(self, run: Run) -> TrainState:
     """The state of all seeds before the first step."""
-    return join_runs([run.start(seed) for seed in self._seeds])
+    return steps.join_runs([run.start(seed) for seed in self._seeds])
 
   def operands(self, stage: Stage, run: Run) -> Operands:
     """What the steps of all seeds read."""
-    seeds = self._seeds
-    keys = lambda: join_runs([
-      _stage_key(seed, stage.name) for seed in seeds
+    keys = lambda: steps.join_runs([
+      _stage_key(seed, stage.name) for seed in self._seeds
     ])
     return Operands(
       sharding.built(keys, self._layout)(),
       self.sequences, None if self.streams else run.pool,
-      join_runs([run.frozen(seed) for seed in seeds]),
-      self._evidence(stage.plugin) if stage.kind == "plugin" else None,
+      steps.join_runs([run.frozen(seed) for seed in self._seeds]),
+      self._evidence(stage) if stage.kind == "plugin" else None,
     )
 
-  def _stream(
-    self, stage: Stage, run: Run, steps: int
-  ) -> streaming.Stream:
+  def _stream(self, stage: Stage, run: Run) -> streaming.Stream:
     """The batches of a stage, of the one seed that is trained at a time."""
-    sequences = self._problem.sequences
     return streaming.Stream(
-      sequences, run.windows, (run.pool,),
-      key=_stage_key(self._seeds[0], stage.name), num_steps=steps,
+      self._problem.sequences, run.windows, (run.pool,),
+      key=_stage_key(self._seeds[0], stage.name),
+      num_steps=num_steps(self._config, stage),
       dispatch=self._config.dispatch, length=self.length, layout=self._layout,
     )
 
-  def run_name(self, stage: Stage, seed: int) -> str:
-    """The stage's name in logs; led by the seed where there are several."""
-    several = len(self._config.seeds) > 1
-    return f"seed{seed}/{stage.name}" if several else stage.name
-
-  def directory(self, stage: Stage) -> str:
-    """The name of the checkpoints' directory, one for all seeds at once."""
-    first, *others = (self.run_name(stage, seed) for seed in self._seeds)
-    if others:
-      first = f"seeds{'-'.join(map(str, self._seeds))}/{stage.name}"
-    return first.replace("/", "-")
-
-  def _optimizer(self, stage: Stage, steps: int) -> Optimizer:
-    return make_optimizer(
-      self._config, stage.kind, steps, self._networks.backbone
+  def _backbone_run(self, stage: Stage) -> Run:
+    config, problem, layout = self._config, self._problem, self._layout
+    split = learnt_split(problem, stage.learns)
+    groups, count = drawn_from(config, problem, stage)
+    adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
+    if stage.grouped:
+      shares = target_shares(problem, config.groups.num_groups, split)
+      adjustment = stage_adjustment(config, stage.rule, problem.prior, shares)
+    draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
+    criterion = make_criterion(
+      config, split, groups, num_groups=count, draw=draw.draw
     )
+    if stage.focal:
+      criterion = criterion._replace(focusing=config.loss.focusing)
+    backbone, importance = self._networks.backbone, None
+    if stage.exact:
+      importance = propensity.fitted_importance(
+        backbone, clip=config.pin.clip_importance
+      )
+    optimizer = self._optimizer(stage)
+    step = steps.backbone_step(
+      backbone, adjustment, optimizer, draw, criterion=criterion,
+      importance=importance, layout=layout,
+    )
+    if stage.reads_activeness:
+      backbone = conditioned(backbone)
+    init = sharding.built(backbone.init, layout)
+
+    def start(seed: int) -> TrainState:
+      params = (
+        self._best(stage.start, seed) if stage.start
+        else init(_stage_key(seed, "init"))
+      )
+      return steps.init_state(params, optimizer, adjustment, layout=layout)
+
+    def frozen(seed: int) -> PyTree:
+      shares = propensity.event_shares(
+        problem.split, groups, num_groups=count, length=self.length,
+        draw=draw.draw, mean=draw.mean,
+      )
+      return {
+        "backbone": self._best("base", seed),
+        "classifier": self._best(stage.exact, seed),
+        "shares": sharding.put_replicated(shares.astype(np.float32), layout),
+      }
+
+    return Run(
+      step,
+      lambda key, t, pool: draw.windows(steps.backbone_keys(key, t)[0], pool),
+      self._pool(split, groups, count), start,
+      frozen if stage.exact else lambda seed: None,
+      self._backbone_evaluation(stage),
+      () if stage.learns == "all" else (stage.users,),
+    )
+
+  def _backbone_evaluation(
+    self, stage: Stage
+  ) -> Callable[[int, PyTree], dict[str, float]]:
+    """NDCG of the stage's users and, where they are all, of the segments."""
+    rank = self.ranker(None)
+    requests = self._validation(stage.users, stage.learns == "half")
+
+    def evaluate(seed: int, params: PyTree) -> dict[str, float]:
+      weights = ranking.Weights(params, None)
+      ranks = rank(weights, self.sequences, requests)
+      values = metrics.ndcg(ranks.rank, CUTOFF)
+      chosen = {stage.users: float(values.mean())}
+      if stage.users != "all":
+        return chosen
+      return _means(values, requests.segments, SEGMENTS) | chosen
+
+    return evaluate
+
+  def _plugin_run(self, stage: Stage) -> Run:
+    config, problem, layout = self._config, self._problem, self._layout
+    plugin = self._networks.plugins[stage.plugin]
+    segments, count = assigned(problem, stage)
+    optimizer = self._optimizer(stage)
+    draw = self._draw(stage, config.batch_size // count)
+    learnt = segments
+    if draw.draw == "validation":
+      learnt = np.where(fitted_users(len(segments)), segments, -1)
+      pool = batches.make_held_out(
+        problem.split.validation, learnt, num_groups=count
+      )
+      if not self.streams:
+        pool = sharding.put_replicated(pool, layout)
+    else:
+      pool = self._pool(problem.split, segments, count)
+    criterion = make_criterion(
+      config, problem.split, learnt, num_groups=count, draw=draw.draw
+    )
+    init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
+
+    def start(seed: int) -> TrainState:
+      params = init(plugin, _stage_key(seed, stage.name + "/init"), count)
+      return steps.init_state(params, optimizer, stacked=True, layout=layout)
+
+    parts = SEGMENTS if stage.assign == "activeness" else _PARTS
+    return Run(
+      steps.plugin_step(
+        self._networks.backbone, plugin, optimizer, draw, criterion=criterion,
+        layout=layout,
+      ),
+      lambda key, t, pool: draw.windows(jax.random.fold_in(key, t), pool),
+      pool, start, lambda seed: self._best(stage.start, seed),
+      self._plugin_evaluation(stage, segments, draw.draw == "validation"),
+      parts if count > 1 else ("all",),
+    )
+
+  def _plugin_evaluation(
+    self, stage: Stage, segments: np.ndarray, half: bool
+  ) -> Callable[[int, PyTree], dict[str, float]]:
+    """NDCG of the segments, of all, and of what random plugins serve."""
+    requests = self._validation("all", half)
+    actual = requests.segments
+    routed = segments[requests.users].astype(np.int32)
+    requests = requests._replace(segments=routed)
+    rank = self.ranker(stage.plugin)
+
+    def evaluate(seed: int, params: PyTree) -> dict[str, float]:
+      weights = ranking.Weights(
+        self._best(stage.start, seed), params, self._evidence(stage)
+      )
+      ranks = rank(weights, self.sequences, requests)
+      values = metrics.ndcg(ranks.rank, CUTOFF)
+      named = _means(values, actual, SEGMENTS) | {"all": float(values.mean())}
+      if stage.assign == "random":
+        named |= _means(values, routed, _PARTS)
+      return named
+
+    return evaluate
+
+  def _classifier_run(self, stage: Stage) -> Run:
+    config, problem, layout = self._config, self._problem, self._layout
+    backbone, optimizer = self._networks.backbone, self._optimizer(stage)
+    draw = self._draw(stage, config.batch_size)
+    step = propensity.classifier_step(backbone, optimizer, draw)
+    groups = sharding.put_replicated(problem.groups.astype(np.int32), layout)
+    pool = self._pool(problem.split, np.zeros_like(problem.groups), 1)
+
+    def start(seed: int) -> TrainState:
+      params = propensity.init_classifier(
+        _stage_key(seed, stage.name + "/init"), config.backbone.width,
+        config.groups.num_groups,
+      )
+      return steps.init_state(params, optimizer, layout=layout)
+
+    @functools.cache
+    def held_out(seed: int) -> batches.Batch:
+      many = draw._replace(batch_size=4 * config.batch_size)
+      key = _stage_key(seed, stage.name + "/validation")
+      batch = many.batch(key, self.sequences, pool)
+      return jax.tree.map(lambda x: x[0], batch)
+
+    fit = jax.jit(functools.partial(
+      propensity.classifier_fit, backbone, mean=draw.mean
+    ))
+
+    def evaluate(seed: int, params: PyTree) -> dict[str, float]:
+      frozen = self._best(stage.start, seed)
+      found = fit(frozen, params, held_out(seed), groups)
+      return {key: float(value) for key, value in found._asdict().items()}
+
+    return Run(
+      sharding.kept(step, layout), None, pool, start,
+      lambda seed: {
+        "backbone": self._best(stage.start, seed), "groups": groups
+      }, evaluate, ("log_likelihood",),
+    )
+
+  def _optimizer(self, stage: Stage) -> steps.Optimizer:
+    return make_optimizer(
+      self._config, stage.kind, num_steps(self._config, stage),
+      self._networks.backbone,
+    )
+
+  def _draw(self, stage: Stage, batch_size: int) -> batches.Draw:
+    config = self._config
+    return batches.Draw(batch_size, self.length, *{
+      "joint": (config.joint.draw, config.joint.mean),
+      "groups": (config.pin.draw, config.pin.mean),
+      "uniform": ("users", "users"),
+      "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
+    }[stage.sampling])
 
   def _pool(
     self, split: splits.Split, groups: np.ndarray, num_groups: int
@@ -376,189 +506,6 @@ class Trainer:
     flat = sharding.spread_flat(pool, self._layout)
     return flat._replace(
       group_starts=sharding.put_replicated(pool.group_starts, self._layout)
-    )
-
-  def _draw(self, stage: Stage, batch_size: int) -> batches.Draw:
-    config = self._config
-    return batches.Draw(batch_size, self.length, *{
-      "joint": (config.joint.draw, config.joint.mean),
-      "groups": (config.pin.draw, config.pin.mean),
-      "uniform": ("users", "users"),
-      "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
-    }[stage.sampling])
-
-  def backbone_run(self, stage: Stage, steps: int) -> Run:
-    """What stage 1 is fitted with."""
-    config, problem = self._config, self._problem
-    split = learnt_split(problem, stage.learns)
-    shares = target_shares(problem, config.groups.num_groups, split)
-    groups, pools = drawn_from(config, problem, stage)
-    if stage.grouped:
-      adjustment = stage_adjustment(
-        config, stage.rule, problem.prior, shares
-      )
-    else:
-      adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
-    draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
-    importance = None
-    if stage.exact:
-      importance = propensity.fitted_importance(
-        self._networks.backbone, clip=config.pin.clip_importance
-      )
-    criterion = make_criterion(
-      config, split, groups, num_groups=pools, draw=draw.draw
-    )
-    if stage.focal:
-      criterion = criterion._replace(focusing=config.loss.focusing)
-    optimizer = self._optimizer(stage, steps)
-    step = backbone_step(
-      self._networks.backbone, adjustment, optimizer, draw,
-      criterion=criterion, importance=importance, layout=self._layout,
-    )
-    backbone = self._networks.backbone
-    if stage.reads_activeness:
-      backbone = conditioned(backbone)
-    init = sharding.built(backbone.init, self._layout)
-
-    def start(seed: int) -> TrainState:
-      params = (
-        self._best(stage.start, seed) if stage.start
-        else init(_stage_key(seed, "init"))
-      )
-      return init_state(params, optimizer, adjustment, layout=self._layout)
-
-    def frozen(seed: int) -> PyTree:
-      if not stage.exact:
-        return None
-      return {
-        "backbone": self._best("base", seed),
-        "classifier": self._best(stage.exact, seed),
-        "shares": sharding.put_replicated(np.asarray(propensity.event_shares(
-          problem.split, groups, num_groups=pools, length=self.length,
-          draw=draw.draw, mean=draw.mean,
-        ), np.float32), self._layout),
-      }
-
-    rank = self.ranker(None)
-    requests = self._validation(stage.users, stage.learns == "half")
-    segments = problem.segments[requests.users]
-
-    def evaluate(params: PyTree) -> dict[str, float]:
-      weights = ranking.Weights(params, None)
-      ranks = rank(weights, self.sequences, requests)
-      values = metrics.ndcg(ranks.rank, CUTOFF)
-      of_segments = _means(values, segments, SEGMENTS)
-      chosen = {stage.users: float(values.mean())}
-      return {**of_segments, **chosen} if stage.users == "all" else chosen
-
-    windows = lambda key, t, pool: draw.windows(backbone_keys(key, t)[0], pool)
-    return Run(
-      step, windows, self._pool(split, groups, pools), start, frozen,
-      lambda seed: evaluate, () if stage.learns == "all" else (stage.users,),
-    )
-
-  def _plugin_run(self, stage: Stage, steps: int) -> Run:
-    config, problem = self._config, self._problem
-    plugin = self._networks.plugins[stage.plugin]
-    segments, count = assigned(problem, stage)
-    optimizer = self._optimizer(stage, steps)
-    draw = self._draw(stage, config.batch_size // count)
-    held_out = draw.draw == "validation"
-    learnt = segments
-    if held_out:
-      learnt = np.where(fitted_users(len(segments)), segments, -1)
-    step = plugin_step(
-      self._networks.backbone, plugin, optimizer, draw,
-      criterion=make_criterion(
-        config, problem.split, learnt, num_groups=count, draw=draw.draw
-      ),
-      layout=self._layout,
-    )
-    init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
-
-    def start(seed: int) -> TrainState:
-      key = _stage_key(seed, stage.name + "/init")
-      params = init(plugin, key, count)
-      return init_state(
-        params, optimizer, stacked=True, layout=self._layout
-      )
-
-    requests = self._validation("all", held_out)
-    pool = None
-    if held_out:
-      pool = batches.make_held_out(
-        problem.split.validation, learnt, num_groups=count
-      )
-      if not self.streams:
-        pool = sharding.put_replicated(pool, self._layout)
-    requests = requests._replace(
-      segments=segments[requests.users].astype(np.int32)
-    )
-    rank = self.ranker(stage.plugin)
-
-    actual = problem.segments[requests.users]
-    parts = SEGMENTS if stage.assign == "activeness" else _PARTS
-
-    def evaluate(seed: int, params: PyTree) -> dict[str, float]:
-      weights = ranking.Weights(
-        self._best(stage.start, seed), params, self._evidence(stage.plugin)
-      )
-      ranks = rank(weights, self.sequences, requests)
-      values = metrics.ndcg(ranks.rank, CUTOFF)
-      named = _means(values, actual, SEGMENTS) | {"all": float(values.mean())}
-      if stage.assign == "random":
-        named |= _means(values, requests.segments, _PARTS)
-      return named
-
-    windows = lambda key, t, pool: draw.windows(
-      jax.random.fold_in(key, t), pool
-    )
-    return Run(
-      step, windows, pool or self._pool(problem.split, segments, count), start,
-      lambda seed: self._best(stage.start, seed),
-      lambda seed: functools.partial(evaluate, seed),
-      parts if count > 1 else ("all",),
-    )
-
-  def _classifier_run(self, stage: Stage, steps: int) -> Run:
-    config, problem = self._config, self._problem
-    backbone = self._networks.backbone
-    optimizer = self._optimizer(stage, steps)
-    draw = self._draw(stage, config.batch_size)
-    step = propensity.classifier_step(backbone, optimizer, draw)
-    groups = sharding.put_replicated(
-      problem.groups.astype(np.int32), self._layout
-    )
-    pool = self._pool(problem.split, np.zeros_like(problem.groups), 1)
-
-    def start(seed: int) -> TrainState:
-      params = propensity.init_classifier(
-        _stage_key(seed, stage.name + "/init"), config.backbone.width,
-        config.groups.num_groups,
-      )
-      return init_state(params, optimizer, layout=self._layout)
-
-    def frozen(seed: int) -> PyTree:
-      return {"backbone": self._best(stage.start, seed), "groups": groups}
-
-    def evaluator(seed: int) -> Callable[[PyTree], dict[str, float]]:
-      held_out = draw._replace(batch_size=4 * config.batch_size).batch(
-        _stage_key(seed, stage.name + "/validation"), self.sequences, pool
-      )
-      held_out = jax.tree.map(lambda x: x[0], held_out)
-      fit = jax.jit(functools.partial(
-        propensity.classifier_fit, backbone, mean=draw.mean
-      ))
-      params_of_backbone = self._best(stage.start, seed)
-      return lambda params: {
-        name: float(value) for name, value in fit(
-          params_of_backbone, params, held_out, groups
-        )._asdict().items()
-      }
-
-    return Run(
-      sharding.kept(step, self._layout), None, pool, start, frozen, evaluator,
-      ("log_likelihood",),
     )
 
   def _validation(self, users: str, half: bool) -> Requests:
@@ -579,6 +526,30 @@ class Trainer:
     if half:
       chosen = chosen[~fitted_users(len(problem.segments))[chosen]]
     return requests_for(problem, "validation", chosen)
+
+
+def same_job(
+  about: dict[str, Any], accepted: tuple[str, ...] = ()
+) -> Callable[[dict[str, Any]], None]:
+  """A check that a checkpoint belongs to the job that `about` describes.
+
+  A name that only one of them knows is no difference: it is of a version that
+  had no such thing. What differs in the `accepted` sections is let pass.
+  """
+  mine = dict(schema.flatten(json.loads(json.dumps(about))))
+
+  def check(theirs: dict[str, Any]) -> None:
+    theirs = dict(schema.flatten(theirs))
+    for key in sorted(mine.keys() & theirs.keys()):
+      section = key.partition(".")[0]
+      if mine[key] != theirs[key] and section not in accepted:
+        or_so = ", or --other_versions" if section == "versions" else ""
+        raise InputError(
+          f"{key} is {theirs[key]!r} there and {mine[key]!r} here; use what it "
+          f"was made with{or_so}, or another workdir"
+        )
+
+  return check
 
 
 def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:

@@ -30,6 +30,7 @@ from experiments import (
   recommend,
   report,
 )
+from experiments.stages import same_job
 from pin_jax import serving
 from pin_jax.data import (
   activeness,
@@ -46,8 +47,8 @@ from pin_jax.evaluation import metrics, ranking
 from pin_jax.evaluation import statistics as intervals
 from pin_jax.models import plugins
 from pin_jax.models.sasrec import sasrec
+from pin_jax.training import loop
 from pin_jax.training.checkpoints import Checkpoints
-from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.types import Requests
 from tests import tiny, toys
@@ -380,12 +381,9 @@ def _(folder):
   make_optimizer(10, learning_rate=-1)
 
 
-@row("fit: dispatch", "dispatch=3", "evaluate_every=4", "divisor")
+@row("loop: dispatch", "dispatch=3", "evaluate_every=4", "divisor")
 def _(folder):
-  fit(
-    None, None, None, name="run", num_steps=4, evaluate=None,
-    evaluate_every=4, dispatch=3,
-  )
+  list(loop.run(None, None, None, loop.Plan(4, 4, dispatch=3)))
 
 
 TREE = {"x": np.ones(3, np.float32)}
@@ -399,7 +397,7 @@ def _saved(folder, **about):
 
 
 def _restored(folder, like=None, **about):
-  store = Checkpoints(folder, about=about)
+  store = Checkpoints(folder, check=same_job(about))
   try:
     store.restore(like or TREE)
   finally:

@@ -55,11 +55,14 @@ def child(marker, arguments):
       phases.pop()
       mark()
 
-  def within(owner, attribute, name):
+  def within(owner, attribute, name, inside=None):
     inner = getattr(owner, attribute)
 
     def outer(*args, **kwargs):
-      with phase(name):
+      now = phase(name) if inside in (None, phases[-1]) else (
+        contextlib.nullcontext()
+      )
+      with now:
         return inner(*args, **kwargs)
 
     setattr(owner, attribute, outer)
@@ -79,6 +82,7 @@ def child(marker, arguments):
     setattr(owner, attribute, outer)
 
   mark()
+  import jax
   from jax._src import compiler
 
   from experiments import job, main, report, stages
@@ -89,7 +93,7 @@ def child(marker, arguments):
   within(stages.Trainer, "train", "switch")
   within(job, "method_rows", "evaluation")
   within(report, "write_report", "report")
-  within(loop, "_deliver", "step")  # waits for the steps
+  within(jax, "device_get", "step", inside="switch")  # waits for the steps
   results_within(loop, "compile_steps", "step")
   results_within(stages, "make_ranker", "evaluation")
   sys.argv = ["experiments.main", *arguments]

@@ -15,8 +15,7 @@ from pin_jax import aggregation
 from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.models import plugins, sasrec
-from pin_jax.training import criteria, negatives, objectives
-from pin_jax.training.loop import fit
+from pin_jax.training import criteria, loop, negatives, objectives
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -305,16 +304,14 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
   )
   params = backbone.init(jax.random.key(0))
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  losses = []
-  state = fit(
+  _, steps, result = loop.run(
     step, init_state(params, optimizer, adjustment), operands,
-    name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
-    evaluate_every=40, dispatch=40,
-    on_steps=lambda t, log: losses.append(log["loss"]),
+    loop.Plan(40, 40, dispatch=40),
   )
   assert _accuracy(params["table"]) < 0.3
-  assert _accuracy(state.best["table"]) == 1
-  assert losses[0][-5:].mean() < 0.8 * losses[0][0].mean()
+  assert _accuracy(result.best["table"]) == 1
+  losses = steps.logs["loss"]
+  assert losses[-5:].mean() < 0.8 * losses[0].mean()
 
 
 def test_plugins_learn_the_ring_from_negatives(ring):
@@ -334,10 +331,9 @@ def test_plugins_learn_the_ring_from_negatives(ring):
     jax.random.key(2)
   )
   operands = Operands(jax.random.key(1), sequences, pool, frozen)
-  result = fit(
+  *_, result = loop.run(
     step, init_state(start, optimizer, stacked=True), operands,
-    name="plugins", num_steps=40, stacked=True, evaluate_every=40,
-    dispatch=40, evaluate=lambda p: np.zeros(2),
+    loop.Plan(40, 40, dispatch=40),
   )
   for segment in range(2):
     own = jax.tree.map(lambda x, s=segment: x[s], result.best)

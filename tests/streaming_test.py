@@ -5,13 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import build, settings, stages
 from experiments.configs import base
-from experiments.logs import JobProgress, NoLog
 from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
 from pin_jax.data import batches, stored
@@ -289,10 +287,7 @@ def _trained(config, workdir):
   networks = build.make_networks(
     config, problem.split.interactions.num_items
   )
-  progress = JobProgress(1, rich.console.Console(quiet=True))
-  out = stages.Trainer(
-    config, problem, networks, epath.Path(workdir), (0,), NoLog(), progress
-  )
+  out = stages.Trainer(config, problem, networks, epath.Path(workdir), (0,))
   for stage in METHODS["pin"].stages:
     out.train(stage)
   return fingerprint(problem), out
