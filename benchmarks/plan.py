@@ -25,9 +25,9 @@ from ml_collections import ConfigDict, config_flags
 
 from experiments import build, commands, settings, sizes
 from pin_jax.data import batches
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.scale import sharding
-from pin_jax.training import criteria, negatives
+from pin_jax.training import losses, negatives
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.steps import (
   Operands,
@@ -107,7 +107,7 @@ def _train_program(
   )
   step = backbone_step(
     networks.backbone, adjustment, optimizer, draw,
-    criterion=_criterion(config, sizes), layout=layout,
+    loss=_loss(config, sizes), layout=layout,
   )
 
   def start(key: jax.Array) -> TrainState:
@@ -132,8 +132,7 @@ def _rank_program(
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
-  chunk = catalogue.users_at_once(sizes.items, layout)
-  run = catalogue.rank_program(
+  run, chunk, _ = ranking.rank_program(
     ranking.Model(networks.backbone, None), num_items=sizes.items,
     length=config.backbone.length, layout=layout,
   )
@@ -142,20 +141,20 @@ def _rank_program(
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
   weights = ranking.Weights(_by_rule(params, layout), None)
   return run, (
-    weights, _sequences(sizes, layout), Requests(row, row, row), seen
+    weights, _sequences(sizes, layout), (Requests(row, row, row),), seen
   )
 
 
-def _criterion(config: ConfigDict, sizes: Sizes) -> criteria.Criterion:
+def _loss(config: ConfigDict, sizes: Sizes) -> losses.LossSpec:
   options = config.loss
   if options.name == "softmax":
-    return criteria.SOFTMAX
+    return losses.SOFTMAX
   if options.proposal != "uniform":
     raise InputError(
       f"config key loss.proposal={options.proposal!r} depends on the data; "
       "plan with 'uniform'"
     )
-  return criteria.sampled(
+  return losses.sampled(
     build.make_sampled_loss(options, sizes.items),
     negatives.uniform(sizes.items), count=options.negatives,
     shared=options.candidates == "shared",

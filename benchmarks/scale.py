@@ -29,7 +29,7 @@ import numpy as np
 from pin_jax import aggregation
 from pin_jax.data import batches
 from pin_jax.models.sasrec import sasrec
-from pin_jax.training import criteria, losses, negatives, sparse
+from pin_jax.training import losses, negatives, sparse
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
@@ -121,7 +121,7 @@ def _make(
   adjustment = Adjustment(aggregation.backdoor(np.ones(_GROUPS)))
   step = backbone_step(
     backbone, adjustment, optimizer, batches.Draw(50, length),
-    criterion=criteria.sampled(
+    loss=losses.sampled(
       losses.sampled_softmax, negatives.uniform(num_items), count=256
     ),
   )

@@ -20,7 +20,7 @@ from experiments.problem import SEGMENTS, Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.models import plugins, relations
 from pin_jax.models.conditioned import conditioned
 from pin_jax.models.din import din
@@ -39,7 +39,7 @@ from pin_jax.models.precision import computed_in
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
 from pin_jax.training import (
-  criteria,
+  losses,
   negatives,
   optimizers,
   sparse,
@@ -406,14 +406,14 @@ def stage_adjustment(
   return make_adjustment(pin, prior, shares, f"rules.{rule}")
 
 
-def make_criterion(
+def make_loss(
   config: ConfigDict,
   split: splits.Split,
   groups: np.ndarray,
   *,
   num_groups: int,
   draw: str,
-) -> criteria.Criterion:
+) -> losses.LossSpec:
   """Builds what training minimises, as `loss` says.
 
   Args:
@@ -425,7 +425,7 @@ def make_criterion(
   """
   options = config.loss
   if options.name == "softmax":
-    return criteria.SOFTMAX
+    return losses.SOFTMAX
   num_items = split.interactions.num_items
   make = {
     "uniform": lambda: negatives.uniform(num_items),
@@ -441,7 +441,7 @@ def make_criterion(
   }
   shares = proposal_shares(options.proposal)
   parts = [(share, make[name]()) for name, share in shares.items()]
-  return criteria.sampled(
+  return losses.sampled(
     make_sampled_loss(options, num_items), negatives.mixture(parts),
     count=options.negatives, shared=options.candidates == "shared",
   )
@@ -449,14 +449,14 @@ def make_criterion(
 
 def make_sampled_loss(
   options: ConfigDict, num_items: int
-) -> criteria.SampledLoss:
+) -> losses.SampledLoss:
   """Builds the loss of sampled negatives that `loss.name` names.
 
   Raises:
     InputError: if gBCE has more negatives than there are items.
   """
   rate = options.negatives / max(num_items - 1, 1)
-  return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
+  return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
 def make_optimizer(
@@ -503,14 +503,8 @@ def make_ranker(
   length = config.backbone.length
   if options.protocol == "sampled":
     return ranking.make_sampled_ranker(
-      model, data, count=options.negatives, seed=options.seed,
-      length=length, user_chunk=options.user_chunk,
-    )
-  if layout.tables:
-    return catalogue.make_ranker(
-      model, num_items=data.num_items, length=length, layout=layout
+      model, data, count=options.negatives, seed=options.seed, length=length
     )
   return ranking.make_ranker(
-    model, num_items=data.num_items, item_chunk=options.item_chunk,
-    length=length, user_chunk=options.user_chunk,
+    model, num_items=data.num_items, length=length, layout=layout
   )

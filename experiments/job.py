@@ -170,7 +170,6 @@ def model_log_probabilities(
     compute = ranking.make_log_probabilities(
       trainer.model(stage and stage.plugin),
       num_items=problem.split.interactions.num_items, length=trainer.length,
-      user_chunk=256,
     )
     out[chosen] = compute(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests

@@ -309,10 +309,6 @@ KEYS = {
     "protocol": _text("full", "full", "sampled"),
     "negatives": _whole(99, most=2**24),
     "seed": _whole(0, 0),
-    # What one device holds of the scores at a time; results do not depend on
-    # it. A larger catalogue is scored twice. A mesh goes by small tiles.
-    "user_chunk": _whole(256, most=2**20),
-    "item_chunk": _whole(65_536),
   },
   "dispatch": _whole(10, most=10**6),  # steps a dispatch
   # Devices: every batch is split over `data` of them, the item tables over
@@ -377,7 +373,8 @@ SOURCES = {
 
 # Keys of older versions, on which no result depends.
 RETIRED = {
-  f"claims.assumed_{name}" for name in ("ndcg", "correlation", "seed_spread")
+  *(f"claims.assumed_{x}" for x in ("ndcg", "correlation", "seed_spread")),
+  *(f"evaluation.{x}_chunk" for x in ("user", "item")),
 }
 
 

@@ -18,7 +18,7 @@ from experiments.build import (
   Networks,
   Ranker,
   make_adjustment,
-  make_criterion,
+  make_loss,
   make_optimizer,
   make_ranker,
   make_sampled_loss,
@@ -48,7 +48,7 @@ from pin_jax.types import InputError, PyTree, Requests
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
-_CHUNKS_READ = 16  # chunks of users whose histories are read at once
+_USERS_READ = 4096  # users whose histories are read at once
 
 
 class Run(NamedTuple):
@@ -167,7 +167,7 @@ class Trainer:
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
-          users=_CHUNKS_READ * self._config.evaluation.user_chunk,
+          users=_USERS_READ,
         )
       self._rankers[plugin] = rank
     return self._rankers[plugin]
@@ -317,11 +317,9 @@ class Trainer:
       shares = target_shares(problem, config.groups.num_groups, split)
       adjustment = stage_adjustment(config, stage.rule, problem.prior, shares)
     draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
-    criterion = make_criterion(
-      config, split, groups, num_groups=count, draw=draw.draw
-    )
+    loss = make_loss(config, split, groups, num_groups=count, draw=draw.draw)
     if stage.focal:
-      criterion = criterion._replace(focusing=config.loss.focusing)
+      loss = loss._replace(focusing=config.loss.focusing)
     backbone, importance = self._networks.backbone, None
     if stage.exact:
       importance = propensity.fitted_importance(
@@ -329,8 +327,8 @@ class Trainer:
       )
     optimizer = self._optimizer(stage)
     step = steps.backbone_step(
-      backbone, adjustment, optimizer, draw, criterion=criterion,
-      importance=importance, layout=layout,
+      backbone, adjustment, optimizer, draw, loss=loss, importance=importance,
+      layout=layout,
     )
     if stage.reads_activeness:
       backbone = conditioned(backbone)
@@ -397,7 +395,7 @@ class Trainer:
         pool = sharding.put_replicated(pool, layout)
     else:
       pool = self._pool(problem.split, segments, count)
-    criterion = make_criterion(
+    loss = make_loss(
       config, problem.split, learnt, num_groups=count, draw=draw.draw
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
@@ -409,7 +407,7 @@ class Trainer:
     parts = SEGMENTS if stage.assign == "activeness" else _PARTS
     return Run(
       steps.plugin_step(
-        self._networks.backbone, plugin, optimizer, draw, criterion=criterion,
+        self._networks.backbone, plugin, optimizer, draw, loss=loss,
         layout=layout,
       ),
       lambda key, t, pool: draw.windows(jax.random.fold_in(key, t), pool),
@@ -637,10 +635,11 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     return
   for part in ("validation", "test"):
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
-    ranking.draw_unseen(
-      problem.split.interactions, requests_for(problem, part, users),
-      count=config.evaluation.negatives, seed=config.evaluation.seed,
-    )
+    with schema.section("evaluation.negatives"):
+      ranking.draw_unseen(
+        problem.split.interactions, requests_for(problem, part, users),
+        count=config.evaluation.negatives, seed=config.evaluation.seed,
+      )
 
 
 def check_adjustment(

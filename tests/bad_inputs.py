@@ -358,14 +358,14 @@ def _(folder):
   sasrec(10, length=4, width=10, heads=3)
 
 
-@row("ranker: chunk", "user_chunk=0", "at least 1")
+@row("ranker: chunk", "item_chunk=0", "at least 1")
 def _(folder):
   ranking.make_ranker(
-    ranking.Model(None, None), num_items=5, length=3, user_chunk=0
+    ranking.Model(None, None), num_items=5, length=3, item_chunk=0
   )
 
 
-@row("candidates: too many", "evaluation.negatives=9", "at most")
+@row("candidates: too many", "count=9 is more", "at most")
 def _(folder):
   requests = Requests(*np.array([[0], [2], [0]]))
   ranking.draw_unseen(_data(), requests, count=9, seed=0)

@@ -11,7 +11,7 @@ from experiments import settings
 from experiments.configs import base
 from pin_jax.data.batches import Draw, Sequences, make_pool
 from pin_jax.models.gru4rec import gru4rec
-from pin_jax.training import criteria, negatives, sparse
+from pin_jax.training import losses, negatives, sparse
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.optimizers import Optimizer
 from pin_jax.training.steps import (
@@ -107,8 +107,8 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
     "uniform": lambda: negatives.uniform(ITEMS),
     "in_batch": lambda: negatives.in_batch(np.stack([counts] * 2), groups),
   }[proposal]()
-  criterion = criteria.sampled(
-    criteria.SAMPLED_LOSSES["sampled_softmax"](0.1, 0), proposal, count=5,
+  loss = losses.sampled(
+    losses.SAMPLED_LOSSES["sampled_softmax"](0.1, 0), proposal, count=5,
     shared=shared,
   )
   backbone = gru4rec(ITEMS, length=LENGTH, width=4, dropout=0.2)
@@ -121,7 +121,7 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
   adjustment = Adjustment(weighting, diagnose_every=2)
   step = backbone_step(
     backbone, adjustment, optimizer, Draw(3, LENGTH),
-    criterion=criterion,
+    loss=loss,
   )
   params = backbone.init(jax.random.key(0))
   state = init_state(params, optimizer, adjustment)

@@ -19,12 +19,13 @@ from pin_jax.models import packing
 from pin_jax.models.conditioned import given
 from pin_jax.scale import sharding, streaming
 from pin_jax.scale.sharding import LOCAL, Layout
-from pin_jax.training import criteria, sparse
-from pin_jax.training.criteria import SOFTMAX, Criterion
+from pin_jax.training import sparse
+from pin_jax.training.losses import SOFTMAX, LossSpec
 from pin_jax.training.objectives import (
   GroupBatch,
   GroupLosses,
   group_losses,
+  group_negatives,
   next_item_loss,
   plugin_head,
   position_weights,
@@ -104,7 +105,7 @@ def backbone_step(
   optimizer: Optimizer,
   draw: Draw,
   *,
-  criterion: Criterion = SOFTMAX,
+  loss: LossSpec = SOFTMAX,
   importance: Importance | None = None,
   layout: Layout = LOCAL,
 ) -> Step:
@@ -113,10 +114,10 @@ def backbone_step(
   Args:
     backbone: the model.
     adjustment: how the groups' gradients are combined.
-    optimizer: applied to the one gradient. With `tables`, the criterion draws
+    optimizer: applied to the one gradient. With `tables`, the loss draws
       negatives, and the tables are read and written by rows.
     draw: how the windows of every group are drawn.
-    criterion: what is minimised at every position.
+    loss: what is minimised at every position.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
     layout: how batch and state are split over devices.
@@ -124,10 +125,8 @@ def backbone_step(
   Returns:
     The step.
   """
-  losses = group_losses(
-    backbone, mean=draw.mean, criterion=criterion, layout=layout
-  )
-  aggregate = _aggregator(losses, adjustment, criterion)
+  losses = group_losses(backbone, mean=draw.mean, loss=loss, layout=layout)
+  aggregate = _aggregator(losses, adjustment, loss)
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -142,7 +141,7 @@ def backbone_step(
     params, rows = state.params, {}
     if optimizer.tables:
       view = sparse.view(
-        params, groups, keys, criterion=criterion, tables=optimizer.tables,
+        params, groups, keys, loss=loss, tables=optimizer.tables,
         layout=layout,
       )
       params, groups, rows = view.params, view.groups, {"rows": view.rows}
@@ -182,7 +181,7 @@ def _next_batch(
 
 
 def _aggregator(
-  losses: GroupLosses, adjustment: Adjustment, criterion: Criterion
+  losses: GroupLosses, adjustment: Adjustment, loss: LossSpec
 ) -> Callable[..., tuple[aggregation.Aggregate, Log]]:
   """(t, params, groups, keys, state) -> (what one aggregation yields, noise).
   """
@@ -202,11 +201,9 @@ def _aggregator(
   ) -> tuple[aggregation.Aggregate, Log]:
     out = whole(params, groups, keys, state)
     if groups.negatives is None:  # those of the groups, not of what is dealt
-      groups = groups._replace(negatives=jax.vmap(
-        lambda key, batch: criteria.draw(
-          criterion, criteria.split_key(criterion, key)[1], batch
-        )
-      )(keys, groups.batch))
+      groups = groups._replace(
+        negatives=group_negatives(loss, keys, groups.batch)
+      )
     key = jax.random.fold_in(keys[0], _NEGATIVES)
     dealt = whole(params, dealt_anew(key, groups), keys, state)
     cosines = aggregation.cosines(dealt.gramian)
@@ -291,7 +288,7 @@ def plugin_step(
   optimizer: Optimizer,
   draw: Draw,
   *,
-  criterion: Criterion = SOFTMAX,
+  loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
@@ -305,15 +302,15 @@ def plugin_step(
     optimizer: applied to each segment by itself.
     draw: how the windows of every segment are drawn; by 'validation' from
       `operands.pool`, a HeldOut.
-    criterion: what is minimised at every position.
+    loss: what is minimised at every position.
     layout: how the batch is split over devices.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
-  loss = next_item_loss(
-    with_reading(backbone), plugin_head(backbone, plugin),
-    criterion=criterion, layout=layout,
+  total = next_item_loss(
+    with_reading(backbone), plugin_head(backbone, plugin), loss=loss,
+    layout=layout,
   )
 
   def segment_loss(
@@ -328,8 +325,8 @@ def plugin_step(
         operands.sequences, users, batch.last[:, None] + columns, plugin.recent
       )
     weights = position_weights(batch.targets, draw.mean)
-    negatives = criteria.draw(criterion, key, batch)
-    return loss(
+    negatives = loss.draw(key, batch)
+    return total(
       params, (jax.lax.stop_gradient(frozen), operands.evidence),
       (context, reading), batch.targets, weights, negatives=negatives,
     )[0]
