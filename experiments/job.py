@@ -56,10 +56,7 @@ from experiments.problem import (
 from experiments.stages import (
   Monitor,
   Trainer,
-  check_adjustment,
-  check_candidates,
-  check_loss,
-  check_pools,
+  check,
   num_steps,
   routed,
   same_job,
@@ -311,10 +308,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   config, problem = prepare(config)
   settings.check(config)  # with the sizes that the data gave
   networks = networks_of(config, problem)
-  check_adjustment(config, problem, networks)
-  check_loss(config, problem)
-  check_candidates(config, problem)
-  check_pools(config, problem)
+  check(config, problem, networks)
   return config, problem, networks
 
 

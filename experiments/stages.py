@@ -17,11 +17,10 @@ from experiments import logs, schema
 from experiments.build import (
   Networks,
   Ranker,
-  make_adjustment,
+  check_adjustments,
   make_loss,
   make_optimizer,
   make_ranker,
-  make_sampled_loss,
   stage_adjustment,
   windows_of_step,
 )
@@ -302,7 +301,7 @@ class Trainer:
   def _stream(self, stage: Stage, run: Run) -> streaming.Stream:
     """The batches of a stage, of the one seed that is trained at a time."""
     return streaming.Stream(
-      self._problem.sequences, run.windows, (run.pool,),
+      self._problem.sequences, run.windows, run.pool,
       key=_stage_key(self._seeds[0], stage.name),
       num_steps=num_steps(self._config, stage),
       dispatch=self._config.dispatch, length=self.length, layout=self._layout,
@@ -311,11 +310,15 @@ class Trainer:
   def _backbone_run(self, stage: Stage) -> Run:
     config, problem, layout = self._config, self._problem, self._layout
     split = learnt_split(problem, stage.learns)
-    groups, count = drawn_from(config, problem, stage)
-    adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
     if stage.grouped:
-      shares = target_shares(problem, config.groups.num_groups, split)
-      adjustment = stage_adjustment(config, stage.rule, problem.prior, shares)
+      groups, count = problem.groups, config.groups.num_groups
+      shares = np.bincount(groups, batches.training_targets(split), count)
+      adjustment = stage_adjustment(
+        config, stage.rule, problem.prior, shares / shares.sum()
+      )
+    else:
+      groups, count = np.where(in_segment(problem, stage.users), 0, -1), 1
+      adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
     draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
     loss = make_loss(config, split, groups, num_groups=count, draw=draw.draw)
     if stage.focal:
@@ -394,7 +397,7 @@ class Trainer:
       if not self.streams:
         pool = sharding.put_replicated(pool, layout)
     else:
-      pool = self._pool(problem.split, segments, count)
+      pool = self._pool(problem.split, segments, count, "groups.head_share")
     loss = make_loss(
       config, problem.split, learnt, num_groups=count, draw=draw.draw
     )
@@ -493,12 +496,14 @@ class Trainer:
     }[stage.sampling])
 
   def _pool(
-    self, split: splits.Split, groups: np.ndarray, num_groups: int
+    self, split: splits.Split, groups: np.ndarray, num_groups: int,
+    section: str = "groups",
   ) -> batches.Pool:
-    pool = batches.make_pool(
-      batches.training_targets(split), groups, num_groups=num_groups,
-      length=self.length,
-    )
+    with schema.section(section):
+      pool = batches.make_pool(
+        batches.training_targets(split), groups, num_groups=num_groups,
+        length=self.length,
+      )
     if self.streams:
       return pool
     flat = sharding.spread_flat(pool, self._layout)
@@ -582,85 +587,26 @@ def _stage_key(seed: int, name: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def target_shares(
-  problem: Problem, num_groups: int, split: splits.Split
-) -> np.ndarray:
-  """[G] share of a split's training targets in each group."""
-  targets = batches.training_targets(split)
-  counts = np.bincount(problem.groups, targets, num_groups)
-  return counts / counts.sum()
+def check(config: ConfigDict, problem: Problem, networks: Networks) -> None:
+  """Raises InputError where the data do not allow what the config asks for.
 
-
-def check_loss(config: ConfigDict, problem: Problem) -> None:
-  """Raises InputError where the catalogue does not allow `loss`."""
-  if config.loss.name != "softmax":
-    make_sampled_loss(config.loss, problem.split.interactions.num_items)
-
-
-def drawn_from(
-  config: ConfigDict, problem: Problem, stage: Stage
-) -> tuple[np.ndarray, int]:
-  """([U] group that a stage 1 draws each user for, -1 for none; how many)."""
-  if stage.grouped:
-    return problem.groups, config.groups.num_groups
-  return np.where(in_segment(problem, stage.users), 0, -1), 1
-
-
-def check_pools(config: ConfigDict, problem: Problem) -> None:
-  """Raises InputError where a stage has a part without training targets."""
-  held_out = config.pin.plugin_draw == "validation"
+  Every stage is prepared, and what is then there is thrown away.
+  """
+  data, options = problem.split.interactions, config.evaluation
+  params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
+  check_adjustments(config, problem.prior, params)
+  trainer = Trainer(
+    config, problem, networks, epath.Path(), tuple(config.seeds[:1])
+  )
   for stage in stages_of(selected(config)):
-    if stage.kind == "plugin" and not (
-      held_out and stage.sampling == "plugin"
-    ):
-      segments, count = assigned(problem, stage)
-      if not np.bincount(segments[problem.targets > 0], minlength=count).all():
-        raise InputError(
-          f"config key groups.head_share={config.groups.head_share}: a segment "
-          "has no user with two training interactions, so that its plugin has "
-          "nothing to learn; give a smaller share"
-        )
-    if stage.kind == "backbone":
-      groups, count = drawn_from(config, problem, stage)
-      split = learnt_split(problem, stage.learns)
-      batches.make_pool(
-        batches.training_targets(split), groups, num_groups=count,
-        length=config.backbone.length,
-      )
-
-
-def check_candidates(config: ConfigDict, problem: Problem) -> None:
-  """Raises InputError where a user leaves too few items to sample."""
-  if config.evaluation.protocol == "full":
-    return
-  for part in ("validation", "test"):
+    trainer.prepare(stage)
+  for part in ("validation", "test") if options.protocol == "sampled" else ():
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
     with schema.section("evaluation.negatives"):
       ranking.draw_unseen(
-        problem.split.interactions, requests_for(problem, part, users),
-        count=config.evaluation.negatives, seed=config.evaluation.seed,
+        data, requests_for(problem, part, users), count=options.negatives,
+        seed=options.seed,
       )
-
-
-def check_adjustment(
-  config: ConfigDict, problem: Problem, networks: Networks
-) -> None:
-  """Raises InputError where PIN's or a rule's settings are contradictory."""
-  shares = target_shares(problem, config.groups.num_groups, problem.split)
-  for rule in config.rules:
-    stage_adjustment(config, rule, problem.prior, shares)
-  made = make_adjustment(config.pin, problem.prior, shares)
-  params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
-  try:
-    aggregation.aggregate(
-      lambda *_: None, made.rules, path=made.path, blocks=made.blocks
-    ).init(params)
-  except ValueError as error:
-    raise InputError(
-      f"config keys pin.path={config.pin.path!r}, pin.weighting="
-      f"{config.pin.weighting!r}, pin.blocks={tuple(config.pin.blocks)}: "
-      f"{error}"
-    ) from error
 
 
 def num_steps(config: ConfigDict, stage: Stage) -> int:

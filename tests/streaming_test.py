@@ -207,7 +207,7 @@ def _drawn(split, draw):
     return (
       lambda key, t, pool: batches.draw_held_out_windows(
         jax.random.fold_in(key, t), pool, **sizes
-      ), (pool,),
+      ), pool,
       lambda key: batches.draw_held_out(key, on_device, pool, **sizes),
     )
   pool = batches.make_pool(
@@ -216,7 +216,7 @@ def _drawn(split, draw):
   return (
     lambda key, t, pool: batches.draw_windows(
       jax.random.fold_in(key, t), pool, draw=draw, **sizes
-    ), (pool,),
+    ), pool,
     lambda key: batches.draw_batch(key, on_device, pool, draw=draw, **sizes),
   )
 
@@ -226,12 +226,12 @@ def _drawn(split, draw):
 ])
 def test_batches_are_those_of_the_device(data, path, draw):
   """In order, from the start again, of another size, and the last twice."""
-  windows, drawn_from, batch = _drawn(leave_one_out(data), draw)
+  windows, pool, batch = _drawn(leave_one_out(data), draw)
   batch = jax.jit(batch)
   sequences = batches.host_sequences(leave_one_out(stored.read(path)))
   key = jax.random.key(3)
   stream = streaming.Stream(
-    sequences, windows, drawn_from, key=key, num_steps=STEPS,
+    sequences, windows, pool, key=key, num_steps=STEPS,
     dispatch=DISPATCH, length=LENGTH, layout=sharding.LOCAL,
   )
   for t, count in ((0, 4), (4, 2), (0, 4), (5, 1), (4, 2), (4, 2)):
