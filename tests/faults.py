@@ -29,8 +29,8 @@ from experiments import (
   interruption,
   job,
   logs,
-  recommend,
   report,
+  serve,
   summaries,
   workdir,
 )
@@ -221,8 +221,8 @@ OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
     [job], output=to, drawings=to / "figures", num_resamples=20
   ),
   "summary": lambda job, to: summaries.write(summaries.read(job), to),
-  "recommendations": lambda job, to: recommend._writer(
-    epath.Path(to) / "recs.parquet"
+  "recommendations": lambda job, to: serve.writer(
+    to / "recs.parquet"
   )(_JOB_ROWS),
   "exported model": lambda job, to: archives.write(
     to / "m.pin", {}, {"x": bytes(9000)}

@@ -18,8 +18,16 @@ import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import build, job, problem, report, settings, stages, summaries
-from experiments import finished as finished_job
+from experiments import (
+  build,
+  job,
+  problem,
+  report,
+  serve,
+  settings,
+  stages,
+  summaries,
+)
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
@@ -121,7 +129,7 @@ def test_validations_are_logged_by_segment_too(finished):
 
 def positions(workdir, method, **options):
   """(rows, position of each user's target in its list; nan where masked)."""
-  recommender = finished_job.recommender(workdir, method=method)
+  recommender = serve.recommender(workdir, method=method)
   requests = serving.of_users(recommender, prefix="validation")
   table = serving.recommend(recommender, requests, k=30, **options)
   rows = pl.read_parquet(workdir / "rows.parquet").filter(
@@ -162,11 +170,11 @@ def test_serving_refuses_a_checkpoint_that_is_damaged(finished, tmp_path):
   (stage / str(newest) / "record" / "metadata").write_text("{")
   before = sorted(copy.rglob("*"))
   with pytest.raises(InputError, match="base/.* cannot be read"):
-    finished_job.recommender(copy, method="base")
+    serve.recommender(copy, method="base")
   assert sorted(copy.rglob("*")) == before
   shutil.rmtree(stage)
   with pytest.raises(InputError, match="base is absent"):
-    finished_job.recommender(copy, method="base")
+    serve.recommender(copy, method="base")
 
 
 def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
@@ -781,7 +789,7 @@ def test_every_backbone_and_plugin_is_served(tmp_path, backbone, plugin):
   _, found = positions(tmp_path, "pin", mask_history=False)
   assert len(found) == 80
   assert found["position"].to_list() == found["rank_unmasked"].to_list()
-  made = finished_job.recommender(tmp_path)
+  made = serve.recommender(tmp_path)
   serving.save(made, tmp_path / "model.pin")
   loaded = serving.load(tmp_path / "model.pin")
   lists = [

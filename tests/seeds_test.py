@@ -24,7 +24,7 @@ from training_test import (
   random_sequences,
 )
 
-from experiments import finished, job, report
+from experiments import job, report, serve
 from experiments.configs import base
 from experiments.logs import read_log
 from pin_jax.aggregation import weightings
@@ -483,7 +483,7 @@ def test_every_stage_trains_seeds_at_once(tmp_path):
     jobs.append(run_job(config, tmp_path / str(num_seeds)))
   assert_jobs_equal(*jobs)
   served = [
-    finished.recommender(tmp_path / n, method="pin_exact", seed=1).slots
+    serve.recommender(tmp_path / n, method="pin_exact", seed=1).slots
     for n in ("1", "2")
   ]
   assert_trees_close(*served, 1e-3)
