@@ -55,7 +55,7 @@ class JointBase:
     self.trainer, run, self.operands = prepare(
       config, self.problem, os.path.dirname(data), seed
     )
-    self.state = run.start(seed)
+    self.state = run.start()
     self.ndcg = lambda params: run.evaluate(seed, params)["all"]
     self.start = jax.device_get(self.state)
     self.run = compile_steps(run.step)

@@ -170,9 +170,10 @@ def make_networks(
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   if config.backbone.reads_activeness:
     backbone = conditioned(backbone)
-  layout = sharding.make_layout(
-    backbone, num_items, devices=devices, **config.mesh
-  )
+  with schema.section("mesh"):
+    layout = sharding.make_layout(
+      backbone, num_items, devices=devices, **config.mesh
+    )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
   made = {

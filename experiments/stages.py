@@ -51,15 +51,15 @@ _USERS_READ = 4096  # users whose histories are read at once
 
 
 class Run(NamedTuple):
-  """A stage ready for training; what the seeds differ in is by seed.
+  """A stage ready for training, of all seeds at once.
 
   Attributes:
-    step: of one seed.
+    step: as `non_finite` says.
     windows: (key, t, pool) -> which windows the step reads; None where it
       cannot read them from disk.
     pool: whom to draw from.
-    start: seed -> state before step 0.
-    frozen: seed -> params that stay as they are.
+    start: () -> state before step 0.
+    frozen: () -> params that stay as they are.
     evaluate: (seed, params) -> validation values by name.
     select: names of those that select, the others are only logged; none where
       the last step is kept.
@@ -68,8 +68,8 @@ class Run(NamedTuple):
   step: steps.Step
   windows: Callable[..., batches.Windows] | None
   pool: batches.Pool | batches.HeldOut
-  start: Callable[[int], TrainState]
-  frozen: Callable[[int], PyTree]
+  start: Callable[[], TrainState]
+  frozen: Callable[[], PyTree]
   evaluate: Callable[[int, PyTree], dict[str, float]]
   select: tuple[str, ...]
 
@@ -197,19 +197,18 @@ class Trainer:
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
 
-  def _checkpoints(self, stage: Stage) -> Checkpoints:
-    """Those of a stage, one for all seeds at once.
-
-    Tables may be padded for another mesh; not those of several seeds, whose
-    leaves lead with their number.
-    """
+  def _path(self, stage: Stage) -> epath.Path:
+    """Where the checkpoints of a stage are, one for all seeds at once."""
     name = self.run_name(stage, self._seeds[0])
-    several = len(self._seeds) > 1
-    if several:
+    if len(self._seeds) > 1:
       name = f"seeds{'-'.join(map(str, self._seeds))}/{stage.name}"
+    return self._directory / name.replace("/", "-")
+
+  def _checkpoints(self, stage: Stage) -> Checkpoints:
+    """Tables may be padded for another mesh; several seeds are on no mesh."""
+    several = len(self._seeds) > 1
     tables = () if several else self._networks.backbone.tables
-    directory = self._directory / name.replace("/", "-")
-    return self._store(directory, tables=tables)
+    return self._store(self._path(stage), tables=tables)
 
   def run_name(self, stage: Stage, seed: int) -> str:
     """The stage's name in logs; led by the seed where there are several."""
@@ -233,7 +232,7 @@ class Trainer:
     self.trained[stage.name] = {}
     with contextlib.closing(self._checkpoints(stage)) as checkpoints:
       for event in loop.run(
-        self.step(run), self.start(run), self.operands(stage, run), plan,
+        run.step, run.start(), self.operands(stage, run), plan,
         lambda k, params: run.evaluate(seeds[k], params),
         checkpoints=checkpoints, interrupted=monitor.interrupted,
         stream=self._stream(stage, run) if self.streams else None,
@@ -259,12 +258,17 @@ class Trainer:
       InputError: if its newest checkpoint is absent or damaged, or belongs to
         another job.
     """
-    run = self.prepare(stage)
-    state = jax.eval_shape(lambda: self.start(run))
+    state = jax.eval_shape(self.prepare(stage).start)
     best = state.params if state.average is None else state.average
-    with contextlib.closing(self._checkpoints(stage)) as checkpoints:
-      (_, best), record = checkpoints.newest((state, best))
-      found = loop.results(best, record, checkpoints.directory)
+    path, saved = self._path(stage), None
+    if path.exists():
+      with contextlib.closing(self._checkpoints(stage)) as checkpoints:
+        saved = checkpoints.restore((state, best), older=False)
+    if not saved:
+      raise InputError(
+        f"{path} is absent or empty; run the job again in another workdir"
+      )
+    found = loop.results(saved[0][1], saved[1], path)
     self.trained[stage.name] = dict(zip(self._seeds, found, strict=True))
 
   def prepare(self, stage: Stage) -> Run:
@@ -275,26 +279,21 @@ class Trainer:
       "classifier": self._classifier_run,
     }[stage.kind](stage)
 
-  def step(self, run: Run) -> steps.Step:
-    """The step of all seeds at once, as `non_finite` says."""
-    step = run.step
+  def _step(self, step: steps.Step) -> steps.Step:
     if self._config.non_finite == "skip":
       step = sharding.kept(steps.skipping(step), self._layout)
     return step if len(self._seeds) == 1 else steps.many(step)
 
-  def start(self, run: Run) -> TrainState:
-    """The state of all seeds before the first step."""
-    return steps.join_runs([run.start(seed) for seed in self._seeds])
+  def _each(self, of_seed: Callable[[int], PyTree]) -> Callable[[], PyTree]:
+    """() -> what the seeds have, joined."""
+    return lambda: steps.join_runs([of_seed(seed) for seed in self._seeds])
 
   def operands(self, stage: Stage, run: Run) -> Operands:
     """What the steps of all seeds read."""
-    keys = lambda: steps.join_runs([
-      _stage_key(seed, stage.name) for seed in self._seeds
-    ])
+    keys = self._each(lambda seed: _stage_key(seed, stage.name))
     return Operands(
       sharding.built(keys, self._layout)(),
-      self.sequences, None if self.streams else run.pool,
-      steps.join_runs([run.frozen(seed) for seed in self._seeds]),
+      self.sequences, None if self.streams else run.pool, run.frozen(),
       self._evidence(stage) if stage.kind == "plugin" else None,
     )
 
@@ -356,29 +355,37 @@ class Trainer:
       }
 
     return Run(
-      step,
+      self._step(step),
       lambda key, t, pool: draw.windows(steps.backbone_keys(key, t)[0], pool),
-      self._pool(split, groups, count), start,
-      frozen if stage.exact else lambda seed: None,
-      self._backbone_evaluation(stage),
+      self._pool(split, groups, count), self._each(start),
+      self._each(frozen) if stage.exact else lambda: None,
+      self._evaluation(
+        stage, self._validation(stage.users, stage.learns == "half"),
+        (*SEGMENTS, "all") if stage.users == "all" else (stage.users,),
+      ),
       () if stage.learns == "all" else (stage.users,),
     )
 
-  def _backbone_evaluation(
-    self, stage: Stage
+  def _evaluation(
+    self, stage: Stage, requests: Requests, names: Sequence[str]
   ) -> Callable[[int, PyTree], dict[str, float]]:
-    """NDCG of the stage's users and, where they are all, of the segments."""
-    rank = self.ranker(None)
-    requests = self._validation(stage.users, stage.learns == "half")
+    """(seed, params) -> NDCG of segments, of all, of what plugins serve."""
+    segments = self._problem.segments[requests.users]
+    plugged = stage.kind == "plugin"
+    rank = self.ranker(stage.plugin if plugged else None)
 
     def evaluate(seed: int, params: PyTree) -> dict[str, float]:
       weights = ranking.Weights(params, None)
+      if plugged:
+        weights = ranking.Weights(
+          self._best(stage.start, seed), params, self._evidence(stage)
+        )
       ranks = rank(weights, self.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
-      chosen = {stage.users: float(values.mean())}
-      if stage.users != "all":
-        return chosen
-      return _means(values, requests.segments, SEGMENTS) | chosen
+      named = _means(values, segments, SEGMENTS)
+      named |= _means(values, requests.segments, _PARTS)
+      named |= {"all": float(values.mean()), stage.users: float(values.mean())}
+      return {name: named[name] for name in names}
 
     return evaluate
 
@@ -407,40 +414,25 @@ class Trainer:
       params = init(plugin, _stage_key(seed, stage.name + "/init"), count)
       return steps.init_state(params, optimizer, stacked=True, layout=layout)
 
+    step = steps.plugin_step(
+      self._networks.backbone, plugin, optimizer, draw, loss=loss,
+      layout=layout,
+    )
+    requests = self._validation("all", draw.draw == "validation")
+    requests = requests._replace(
+      segments=segments[requests.users].astype(np.int32)
+    )
     parts = SEGMENTS if stage.assign == "activeness" else _PARTS
     return Run(
-      steps.plugin_step(
-        self._networks.backbone, plugin, optimizer, draw, loss=loss,
-        layout=layout,
-      ),
+      self._step(step),
       lambda key, t, pool: draw.windows(jax.random.fold_in(key, t), pool),
-      pool, start, lambda seed: self._best(stage.start, seed),
-      self._plugin_evaluation(stage, segments, draw.draw == "validation"),
+      pool, self._each(start),
+      self._each(lambda seed: self._best(stage.start, seed)),
+      self._evaluation(
+        stage, requests, tuple(dict.fromkeys((*SEGMENTS, "all", *parts)))
+      ),
       parts if count > 1 else ("all",),
     )
-
-  def _plugin_evaluation(
-    self, stage: Stage, segments: np.ndarray, half: bool
-  ) -> Callable[[int, PyTree], dict[str, float]]:
-    """NDCG of the segments, of all, and of what random plugins serve."""
-    requests = self._validation("all", half)
-    actual = requests.segments
-    routed = segments[requests.users].astype(np.int32)
-    requests = requests._replace(segments=routed)
-    rank = self.ranker(stage.plugin)
-
-    def evaluate(seed: int, params: PyTree) -> dict[str, float]:
-      weights = ranking.Weights(
-        self._best(stage.start, seed), params, self._evidence(stage)
-      )
-      ranks = rank(weights, self.sequences, requests)
-      values = metrics.ndcg(ranks.rank, CUTOFF)
-      named = _means(values, actual, SEGMENTS) | {"all": float(values.mean())}
-      if stage.assign == "random":
-        named |= _means(values, routed, _PARTS)
-      return named
-
-    return evaluate
 
   def _classifier_run(self, stage: Stage) -> Run:
     config, problem, layout = self._config, self._problem, self._layout
@@ -473,11 +465,12 @@ class Trainer:
       found = fit(frozen, params, held_out(seed), groups)
       return {key: float(value) for key, value in found._asdict().items()}
 
+    frozen = lambda seed: {
+      "backbone": self._best(stage.start, seed), "groups": groups
+    }
     return Run(
-      sharding.kept(step, layout), None, pool, start,
-      lambda seed: {
-        "backbone": self._best(stage.start, seed), "groups": groups
-      }, evaluate, ("log_likelihood",),
+      self._step(sharding.kept(step, layout)), None, pool, self._each(start),
+      self._each(frozen), evaluate, ("log_likelihood",),
     )
 
   def _optimizer(self, stage: Stage) -> steps.Optimizer:

@@ -289,6 +289,8 @@ def test_what_does_not_go_over_devices_is_named(key, value, mesh):
   made.methods = ("base", "pin")
   if key == "plugin.name":
     key, value = "mesh.model", 2
+  elif key == "mesh.model":
+    key = "section mesh: data=1, model"
   with pytest.raises(InputError, match=f"{key}={value}"):
     settings.check(made)
     build.make_networks(made, ITEMS)

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pin_jax.data.batches import Sequences, Windows, training_activeness
-from pin_jax.data.stored import Slices
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import Layout
 from pin_jax.types import Batch, PyTree, Requests
@@ -200,16 +199,15 @@ def _nearer(
 ) -> tuple[Sequences, Requests]:
   """The histories of the requests and their targets, and users renumbered."""
   lengths = requests.positions.astype(np.int64) + 1
-  offsets = np.concatenate([[0], np.cumsum(lengths)])
-  size = 1 << max(int(offsets[-1]) - 1, 1).bit_length()  # few shapes
-  slices = Slices(
-    sequences.items, sequences.starts[requests.users], offsets, size
+  starts = np.cumsum(lengths) - lengths
+  row = np.repeat(np.arange(len(lengths)), lengths)
+  size = 1 << max(len(row) - 1, 1).bit_length()  # few shapes
+  items = np.zeros(size, np.int32)
+  place = sequences.starts[requests.users][row] + np.arange(len(row))
+  items[: len(row)] = sequences.items[place - starts[row]]
+  targets = sequences.targets[requests.users]
+  near = Sequences(
+    items, starts.astype(np.int32), np.asarray(targets, np.int32)
   )
   numbers = np.arange(len(lengths), dtype=np.int32)
-  starts = offsets[:-1].astype(np.int32)
-  targets = np.asarray(sequences.targets[requests.users], np.int32)
-  near = Sequences(
-    sharding.spread_pieces(slices.read, size, np.int32, layout),
-    *sharding.spread_flat((starts, targets), layout),
-  )
-  return near, requests._replace(users=numbers)
+  return sharding.spread_flat(near, layout), requests._replace(users=numbers)

@@ -107,20 +107,24 @@ class Checkpoints:
       ),
     ))
 
-  def restore(self, like: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+  def restore(
+    self, like: PyTree, *, older: bool = True
+  ) -> tuple[PyTree, dict[str, Any]] | None:
     """The newest intact checkpoint; None where nothing was ever saved.
 
     Newer ones that are damaged are named by `say` and deleted.
 
     Args:
       like: arrays, or their shapes and types, in the tree that was saved.
+      older: whether an older one will do where the newest is damaged.
 
     Raises:
       InputError: if none is intact, or if the newest intact one belongs to
         something else or holds another tree.
     """
+    steps = self.steps()[::-1]
     damaged: dict[int, _Damage] = {}
-    for step in reversed(self.steps()):
+    for step in steps if older else steps[:1]:
       try:
         restored = self._read(step, like)
       except _Damage as damage:
@@ -137,34 +141,13 @@ class Checkpoints:
         self._manager.reload()
       return restored
     if damaged:
-      newest = max(damaged)
+      nor = " and there is no older one that can" if older else ""
       raise InputError(
-        f"checkpoint {self.directory / str(newest)} cannot be read "
-        f"({damaged[newest]}) and there is no older one that can; delete "
-        f"{self.directory} to train the run again, or use another directory"
+        f"checkpoint {self.directory / str(steps[0])} cannot be read "
+        f"({damaged[steps[0]]}){nor}; restore it from a copy, or delete "
+        f"{self.directory} to train the run again"
       )
     return None
-
-  def newest(self, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
-    """The newest checkpoint, which must be intact; deletes nothing.
-
-    Args:
-      like: as of `restore`.
-
-    Raises:
-      InputError: if it is absent or damaged, belongs to something else or
-        holds another tree.
-    """
-    *_, step = [None, *self.steps()]
-    if step is None:
-      raise InputError(f"{self.directory} holds no checkpoint; train again")
-    try:
-      return self._read(step, like)
-    except _Damage as damage:
-      raise InputError(
-        f"checkpoint {self.directory / str(step)} cannot be read ({damage}); "
-        "restore it from a copy, or train again elsewhere"
-      ) from damage
 
   def wait(self) -> None:
     """Returns once everything saved is on disk; removes what is too old.

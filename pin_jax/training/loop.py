@@ -247,19 +247,17 @@ class _Runs:
     self, plan: Plan, state: TrainState, checkpoints: Checkpoints | None
   ) -> None:
     self._plan, self._checkpoints = plan, checkpoints
-    self._count = len(plan.names)
     self.best = copied(_served(state))
-    self.progress = [Progress(0, [], [], 0, 0.0)] * self._count
+    self.progress = [Progress(0, [], [], 0, 0.0)] * len(plan.names)
     self.resumed = False
     self._skipped: list[list[int]] = [[] for _ in plan.names]
     self._clock = time.process_time()
 
   def live(self) -> list[int]:
     """The runs that patience has not stopped."""
-    patience = self._plan.patience
     return [
       k for k, one in enumerate(self.progress)
-      if not 0 < patience <= one.stale
+      if not 0 < self._plan.patience <= one.stale
     ]
 
   def restore(self, state: TrainState) -> TrainState:
@@ -288,31 +286,44 @@ class _Runs:
     raise Interrupted(f"{self._plan.names[0]}: interrupted after step {t}")
 
   def read(self, pending: tuple[int, PyTree] | None) -> Iterator[Steps]:
-    """Waits for a dispatch, (first step, logs); checks its losses."""
+    """Waits for a dispatch, (first step, logs); checks its losses.
+
+    A gradient that is not finite shows in the loss of the next step, or in the
+    parameters before a validation.
+    """
     if pending is None:
       return
     start, logs = pending[0], jax.device_get(pending[1])
-    own = {
-      k: jax.tree.map(lambda x, k=k: x[:, k], logs) if self._count > 1 else logs
-      for k in self.live()
-    }
+    own = {k: logs for k in self.live()}
+    if len(self.progress) > 1:
+      own = {k: jax.tree.map(lambda x, k=k: x[:, k], logs) for k in own}
     for k, log in own.items():
-      _check_losses(log, self._plan.names[k], start)
+      loss, skipped = log["loss"], log.get(SKIPPED, np.zeros(len(log["loss"])))
+      bad = np.argwhere(~np.isfinite(loss[skipped == 0]))
+      if len(bad):
+        first, *group = bad[0].tolist()
+        step = start + np.flatnonzero(skipped == 0)[first]
+        raise TrainingError(
+          f"{self._plan.names[k]}: the loss of group {group} is "
+          f"{loss[skipped == 0][tuple(bad[0])]} at step {step}; {_REMEDY}"
+        )
+      self._skipped[k] += skipped.tolist()
     for k, log in own.items():
-      self._skipped[k] += np.ravel(log.get(SKIPPED, ())).tolist()
       yield Steps(k, start, log)
 
   def validate(
     self, t: int, state: TrainState, evaluate: Callable[..., Any] | None
   ) -> Iterator[Validation]:
     """Validates and selects after t steps; saves."""
-    live, better = self.live(), {}
+    live, served = self.live(), _served(state)
+    slots = len(self._plan.select) or 1
+    better = np.zeros((len(self.progress), slots), bool)
     for k in live:
       self._check(k, t, state)
     for k in live:
       values = [float(t)]  # the last is best
       if self._plan.select:
-        found = evaluate(k, _of_run(_served(state), k, self._count))
+        found = evaluate(k, self._own(served, k))
         yield Validation(k, t, found)
         values = [found[name] for name in self._plan.select]
       self.progress[k], better[k] = _compare(self.progress[k], t, values)
@@ -321,48 +332,32 @@ class _Runs:
     for k in live:
       total = self.progress[k].cpu_seconds + share
       self.progress[k] = self.progress[k]._replace(cpu_seconds=total)
-    nothing = np.zeros(len(self.progress[0].values), bool)
-    chosen = np.stack([better.get(k, nothing) for k in range(self._count)])
-    stacked = self._plan.stacked
-    self.best = _select(chosen, _served(state), self.best, stacked)
+    self.best = _select(better, served, self.best, self._plan.stacked)
     self.save(t, state)
 
   def _check(self, k: int, t: int, state: TrainState) -> None:
     """Raises TrainingError where run k cannot go on after t steps."""
-    name, skipped = self._plan.names[k], self._skipped[k]
-    if not all_finite(_of_run(state.params, k, self._count)):
+    if not all_finite(self._own(state.params, k)):
       raise TrainingError(
-        f"{name}: a parameter is not finite after step {t - 1}; {_REMEDY}"
+        f"{self._plan.names[k]}: a parameter is not finite after step {t - 1}; "
+        f"{_REMEDY}"
       )
+    skipped = self._skipped[k]
     if 2 * sum(skipped) > len(skipped):
       raise TrainingError(
-        f"{name}: {sum(skipped)} of the {len(skipped)} steps before step {t} "
-        "were not finite and skipped; lower the learning rate or the clipping "
-        "norm"
+        f"{self._plan.names[k]}: {sum(skipped):.0f} of the {len(skipped)} "
+        f"steps before step {t} were not finite and skipped; lower the "
+        "learning rate or the clipping norm"
       )
     skipped.clear()
+
+  def _own(self, tree: PyTree, k: int) -> PyTree:
+    """The part of run k."""
+    return _of_run(tree, k, len(self.progress))
 
 
 def _served(state: TrainState) -> PyTree:
   return state.params if state.average is None else state.average
-
-
-def _check_losses(log: dict[str, np.ndarray], name: str, start: int) -> None:
-  """Raises TrainingError at the first loss [count, ...] that is not finite.
-
-  A gradient that is not finite shows in the loss of the next step, or in the
-  parameters before a validation.
-  """
-  loss = log["loss"]
-  skipped = log.get(SKIPPED, np.zeros(len(loss)))
-  skipped = np.reshape(skipped, skipped.shape + (1,) * (loss.ndim - 1))
-  bad = np.argwhere(~(np.isfinite(loss) | (skipped > 0)))
-  if len(bad):
-    offset, group = bad[0][0], bad[0][1:].tolist()
-    raise TrainingError(
-      f"{name}: the loss of group {group} is {loss[tuple(bad[0])]} at step "
-      f"{start + offset}; {_REMEDY}"
-    )
 
 
 def _to_record(progress: list[Progress]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _next_batch(
     batch = draw.batch(key, operands.sequences, operands.pool)
   else:
     batch = streaming.batch_of(operands.streamed, t)
-  return sharding.split_rows(batch, layout, 1)
+  return sharding.lay(batch, layout, None, sharding.DATA)
 
 
 def _aggregator(
