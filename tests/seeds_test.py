@@ -9,7 +9,6 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import polars as pl
 import pytest
 import rich.console
@@ -252,39 +251,6 @@ def test_a_look_every_few_steps_stays_a_branch():
     ]
   one, together, at_own_steps = np.subtract(conds[4], conds[0])
   assert one == together > at_own_steps
-
-
-def test_runs_may_differ_in_what_the_optimizer_keeps():
-  rates = (0.3, 0.01)
-  tuned = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
-
-  def step_of(optimizer):
-    def step(state, operands, t):
-      noise = jax.random.normal(jax.random.fold_in(operands.key, t))
-      loss = lambda w: (w - noise) ** 2
-      value, grad = jax.value_and_grad(loss)(state.params)
-      updates, kept = optimizer.update(grad, state.optimizer)
-      params = optax.apply_updates(state.params, updates)
-      return state._replace(params=params, optimizer=kept), {"loss": value}
-
-    return step
-
-  states = []
-  for rate in rates:
-    kept = tuned.init(jnp.float32(1))
-    kept.hyperparams["learning_rate"] = jnp.float32(rate)
-    states.append(TrainState(jnp.float32(1), kept, (), None))
-  keys = join_runs([key_of(s, 0) for s in range(2)])
-  after, _ = unrolled(
-    many(step_of(tuned)), join_runs(states),
-    Operands(keys, None, None, None),
-  )
-  for k, rate in enumerate(rates):
-    w = 1.0
-    for t in range(STEPS):
-      noise = jax.random.normal(jax.random.fold_in(keys[k], t))
-      w -= rate * 2 * (w - float(noise))
-    np.testing.assert_allclose(after.params[k], w, rtol=1e-4)
 
 
 # The loop alone, with a step that counts and scripted values.
