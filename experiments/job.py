@@ -369,7 +369,7 @@ def _compute(
   workdir.write_rows(directory / name, rows)
   summary = {
     **_summary(config, problem, closeness), "cost": cost,
-    "command": options.command, "versions": logs.versions(),
+    "command": options.command, "versions": workdir.provenance(),
   }
   disk.write({
     directory / "summary.json": json.dumps(summary, indent=2) + "\n"
@@ -410,7 +410,6 @@ def _train_all(
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
     log.close()
-    progress.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():
