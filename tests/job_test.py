@@ -428,7 +428,7 @@ def test_contradictory_adjustments_are_refused(tmp_path, pin, message):
 
 def _aggregated(config, prior, shares):
   """Weights [blocks][G] by name of a made-up tree."""
-  rules, blocks = build.make_adjustment(config.pin, prior, shares)
+  rules, blocks, *_ = build.make_adjustment(config.pin, prior, shares)
   params = {"items": jnp.ones(2), "block": {"kernel": jnp.ones(3)}}
   loss = lambda params, x, key: x * sum(
     jnp.sum(leaf) for leaf in jax.tree.leaves(params)
