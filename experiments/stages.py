@@ -38,7 +38,8 @@ from pin_jax.data import batches, splits
 from pin_jax.data.stored import Stored
 from pin_jax.evaluation import metrics, ranking
 from pin_jax.models import plugins
-from pin_jax.models.conditioned import conditioned
+from pin_jax.models.backbones import conditioned
+from pin_jax.models.memory import Memory
 from pin_jax.scale import sharding, streaming
 from pin_jax.training import loop, propensity, steps
 from pin_jax.training.checkpoints import Checkpoints
@@ -150,46 +151,54 @@ class Trainer:
     self.trained: dict[str, dict[int, loop.Result]] = {}
     self.cost: dict[str, dict[str, Any]] = {}
     self.cpu_seconds: dict[str, float] = {}
-    self._rankers: dict[str | None, Ranker] = {}
+    self._rankers: dict[tuple, Ranker] = {}
 
   @property
   def remembered(self) -> splits.Split:
     """The split whose training prefix the memory holds when test users come."""
     return learnt_split(self._problem, "all" if self._config.refit else "none")
 
-  def ranker(self, plugin: str | None) -> Ranker:
-    """The ranking function, with a kind of plugin or none; compiled once."""
-    if plugin not in self._rankers:
+  def ranker(
+    self, plugin: str | None, reads_activeness: bool = False
+  ) -> Ranker:
+    """The ranking function of a `model`; compiled once."""
+    kind = plugin, reads_activeness
+    if kind not in self._rankers:
       rank = make_ranker(
-        self._config, self._problem, self.model(plugin), self._layout
+        self._config, self._problem, self.model(*kind), self._layout
       )
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
           users=_USERS_READ,
         )
-      self._rankers[plugin] = rank
-    return self._rankers[plugin]
+      self._rankers[kind] = rank
+    return self._rankers[kind]
 
-  def model(self, plugin: str | None) -> ranking.Model:
-    """The functions of what is evaluated."""
+  def model(
+    self, plugin: str | None, reads_activeness: bool = False
+  ) -> plugins.Model:
+    """The functions of what is evaluated, with a kind of plugin or none."""
     chosen = plugin and self._networks.plugins[plugin]
-    return ranking.Model(self._networks.backbone, chosen)
+    backbone = self._networks.backbone
+    if reads_activeness:
+      backbone = conditioned(backbone)
+    return plugins.Model(backbone, chosen)
 
   def weights(
     self, seed: int, backbone: str, plugin: Stage | None
-  ) -> ranking.Weights:
+  ) -> plugins.Weights:
     """The trained parameters of a seed's two stages."""
     if plugin is None:
-      return ranking.Weights(self._best(backbone, seed), None)
-    return ranking.Weights(
+      return plugins.Weights(self._best(backbone, seed), None)
+    return plugins.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
       self._evidence(plugin, refit=bool(self._config.refit)),
     )
 
   def _evidence(
     self, stage: Stage, *, refit: bool = False
-  ) -> plugins.Evidence | None:
+  ) -> Memory | None:
     """What the plugins of a stage read besides, None where that is nothing."""
     mixes = self._networks.plugins[stage.plugin].mix is not None
     return self._networks.evidence(refit) if mixes else None
@@ -322,7 +331,8 @@ class Trainer:
     loss = make_loss(config, split, groups, num_groups=count, draw=draw.draw)
     if stage.focal:
       loss = loss._replace(focusing=config.loss.focusing)
-    backbone, importance = self._networks.backbone, None
+    backbone = self.model(None, stage.reads_activeness).backbone
+    importance = None
     if stage.exact:
       importance = propensity.fitted_importance(
         backbone, clip=config.pin.clip_importance
@@ -332,8 +342,6 @@ class Trainer:
       backbone, adjustment, optimizer, draw, loss=loss, importance=importance,
       layout=layout,
     )
-    if stage.reads_activeness:
-      backbone = conditioned(backbone)
     init = sharding.built(backbone.init, layout)
 
     def start(seed: int) -> TrainState:
@@ -372,12 +380,14 @@ class Trainer:
     """(seed, params) -> NDCG of segments, of all, of what plugins serve."""
     segments = self._problem.segments[requests.users]
     plugged = stage.kind == "plugin"
-    rank = self.ranker(stage.plugin if plugged else None)
+    rank = self.ranker(
+      stage.plugin if plugged else None, stage.reads_activeness
+    )
 
     def evaluate(seed: int, params: PyTree) -> dict[str, float]:
-      weights = ranking.Weights(params, None)
+      weights = plugins.Weights(params, None)
       if plugged:
-        weights = ranking.Weights(
+        weights = plugins.Weights(
           self._best(stage.start, seed), params, self._evidence(stage)
         )
       ranks = rank(weights, self.sequences, requests)

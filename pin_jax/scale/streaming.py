@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pin_jax.data.batches import Sequences, Windows, training_activeness
+from pin_jax.data.batches import Sequences, Windows, cut_windows
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import Layout
 from pin_jax.types import Batch, PyTree, Requests
@@ -94,7 +94,7 @@ class Stream:
     steps = jax.device_put(np.arange(t, t + count, dtype=np.int32), self._host)
     windows = jax.device_get(self._draw(key, steps, pool))
     return {
-      (rows.start, rows.stop): read_windows(
+      (rows.start, rows.stop): cut_windows(
         self._sequences, Windows(*(x[..., rows] for x in windows)),
         length=self._length,
       )
@@ -132,35 +132,6 @@ class Stream:
 
 
 _SPLIT = PartitionSpec(None, None, sharding.DATA)
-
-
-def read_windows(
-  sequences: Sequences, windows: Windows, *, length: int
-) -> Batch:
-  """What `batches.cut_windows` cuts, from disk.
-
-  Args:
-    sequences: on disk.
-    windows: [...].
-    length: L.
-
-  Returns:
-    Batch with leading axes [...], on the host.
-  """
-  users, first, count, only_last = windows
-  last = np.minimum(first + length, count) - 1
-  target = last[..., None] - np.arange(length - 1, -1, -1)
-  real = target >= np.maximum(first, 0)[..., None]
-  start = sequences.starts[users][..., None]
-  # A window and the item after it are contiguous but for the padding.
-  place = start + np.maximum(last[..., None] - np.arange(length - 1, -2, -1), 0)
-  items = sequences.items[place]
-  history = np.where(real, items[..., :-1], 0)
-  kept = real & (~only_last[..., None] | (np.arange(length) == length - 1))
-  return Batch(
-    users, history, np.where(kept, items[..., 1:], 0), last,
-    training_activeness(sequences, users),
-  )
 
 
 def make_ranker(
