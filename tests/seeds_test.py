@@ -13,7 +13,6 @@ import polars as pl
 import pytest
 import rich.console
 from etils import epath
-from ml_collections import ConfigDict
 from toys import assert_trees_close, bigram
 from training_test import (
   NUM_ITEMS,
@@ -24,7 +23,6 @@ from training_test import (
 )
 
 from experiments import job, report, serve
-from experiments.configs import base
 from experiments.logs import read_log
 from pin_jax.aggregation import weightings
 from pin_jax.data.batches import Draw
@@ -42,6 +40,7 @@ from pin_jax.training.steps import (
   plugin_step,
 )
 from pin_jax.types import TrainingError
+from tests import tiny
 
 LENGTH, STEPS, SEEDS = 4, 20, (0, 1, 5)
 # The toy's few products are summed in one order with and without the axis; the
@@ -356,19 +355,11 @@ def test_cost_is_shared_out_among_the_running(monkeypatch):
 
 
 def tiny_config(num_seeds):
-  config = base.default()
-  config.data = ConfigDict({
-    "source": "simulator", "seed": 0, "num_users": 60, "num_items": 30,
-    "borders": (4, 6, 9, 30),
-  })
-  config.groups.num_groups = 3
-  config.backbone.update(length=6, width=8, blocks=1, dropout=0.1)
-  config.plugin.hidden, config.batch_size = 4, 24
+  config = tiny.get_config()
   config.backbone_steps, config.plugin_steps = 12, 8
   config.classifier_steps = 8
   config.pin.diagnose_every = 4
   config.dispatch, config.validation.every = 4, 4
-  config.methods = ("base", "pin")
   config.seeds, config.num_seeds = (0, 1), num_seeds
   return config
 
