@@ -42,10 +42,10 @@ FORMS = ("observational", "prior_shifted", "interventional")
 
 
 def make_world(confounding):
-  return simulator.make_world(
-    seed=9, num_items=NUM_ITEMS, borders=BORDERS, confounding=confounding,
+  return simulator.make_world(simulator.WorldSpec(
+    num_items=NUM_ITEMS, borders=BORDERS, confounding=confounding,
     scale=2.5, rank=4, prior_decay=0.5,
-  )
+  ), seed=9)
 
 
 def one_item_windows():

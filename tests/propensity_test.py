@@ -15,10 +15,10 @@ from pin_jax.types import Backbone, Batch
 
 NUM_ITEMS = 6
 NUM_GROUPS = 3
-WORLD = simulator.make_world(
-  seed=9, num_items=NUM_ITEMS, borders=(5, 8, 20, 61), confounding=0.9,
+WORLD = simulator.make_world(simulator.WorldSpec(
+  num_items=NUM_ITEMS, borders=(5, 8, 20, 61), confounding=0.9,
   rank=4, prior_decay=0.5,
-)
+), seed=9)
 
 
 def last_item(width=NUM_ITEMS + 1):
