@@ -41,7 +41,9 @@ from pin_jax.training.steps import (
 )
 from pin_jax.types import InputError, PyTree, Requests
 
-world = simulator.make_world(seed=0, num_items=40, borders=(5, 8, 14, 40))
+world = simulator.make_world(
+  simulator.WorldSpec(num_items=40, borders=(5, 8, 14, 40)), seed=0
+)
 drawn, _ = simulator.simulate(world, num_users=600, seed=1)
 who = np.repeat(np.arange(drawn.num_users), drawn.lengths)
 days = np.arange(len(who)) - drawn.offsets[who]  # a behaviour a day

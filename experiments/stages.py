@@ -328,7 +328,7 @@ class Trainer:
       groups, count = np.where(in_segment(problem, stage.users), 0, -1), 1
       adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
     draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
-    loss = make_loss(config, split, groups, num_groups=count, draw=draw.draw)
+    loss = make_loss(config, split, groups, count, draw)
     if stage.focal:
       loss = loss._replace(focusing=config.loss.focusing)
     backbone = self.model(None, stage.reads_activeness).backbone
@@ -352,10 +352,7 @@ class Trainer:
       return steps.init_state(params, optimizer, adjustment, layout=layout)
 
     def frozen(seed: int) -> PyTree:
-      shares = propensity.event_shares(
-        problem.split, groups, num_groups=count, length=self.length,
-        draw=draw.draw, mean=draw.mean,
-      )
+      shares = propensity.event_shares(problem.split, groups, count, draw)
       return {
         "backbone": self._best("base", seed),
         "classifier": self._best(stage.exact, seed),
@@ -415,9 +412,7 @@ class Trainer:
         pool = sharding.put_replicated(pool, layout)
     else:
       pool = self._pool(problem.split, segments, count, "groups.head_share")
-    loss = make_loss(
-      config, problem.split, learnt, num_groups=count, draw=draw.draw
-    )
+    loss = make_loss(config, problem.split, learnt, count, draw)
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))
 
     def start(seed: int) -> TrainState:

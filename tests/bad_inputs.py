@@ -183,16 +183,15 @@ def _(folder):
 def _world(name, value, *words):
   """A world with one parameter set."""
   ROWS[f"simulator: {name}={value!r}"] = (
-    lambda folder: simulator.make_world(**{"seed": 0, name: value}),
+    lambda folder: simulator.WorldSpec(**{name: value}),
     (f"{name}=", *words),
   )
 
 
 _world("num_items", 10**9, "at most")
 _world("borders", (4, "a"), "(4, 'a')", "ascending lengths")
-_world("scale", 1e308, "give -50 to 50")
 _world("rank", float("nan"), "whole number")
-_world("seed", -1, "at least 0")
+_world("confounding", 1.5, "give 0 to 1")
 
 
 @row("simulate: users", "num_users=2147483648", "less than 2^31")
