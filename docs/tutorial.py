@@ -82,9 +82,8 @@ print(data.user_ids[0], "bought", data.item_ids[data.items[:3] - 1], "first")
 # # 3. The split, and who is active
 #
 # The last behaviour of each user is for the test, the one before it for
-# validation. Activeness counts what is left for training. `groups` are the
-# strata that the adjustment sums over, `segments` (0 tail, 1 head) share a
-# plugin.
+# validation. Activeness counts what is left for training. The adjustment sums
+# over `groups`; users of a segment (0 tail, 1 head) share a plugin.
 
 # %%
 NUM_GROUPS, LENGTH, WIDTH = 3, 3, 16
