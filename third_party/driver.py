@@ -41,10 +41,10 @@ from experiments import (
   logs,
   report,
   settings,
-  summaries,
   workdir,
 )
 from experiments.problem import Problem, fingerprint, prepare
+from experiments.results import key_of, read_rows
 from pin_jax import disk
 from pin_jax.data.splits import Split
 from pin_jax.types import InputError
@@ -129,7 +129,7 @@ def run(
   beside: epath.PathLike | None = None,
   command: str = "",
   console: rich.console.Console | None = None,
-) -> pl.DataFrame:
+) -> None:
   """Runs a library's model, or what is left to run, and prints the tables.
 
   Args:
@@ -140,9 +140,6 @@ def run(
     beside: workdir of finished results to compare with.
     command: how it was launched, for the summary.
     console: where to print; standard output by default.
-
-  Returns:
-    The comparison table, or that of the one model.
 
   Raises:
     InputError: for any bad input, and with what the library said last if its
@@ -189,7 +186,7 @@ def run(
       for run, result in zip(summary["cost"], results.values(), strict=True)
     }
     _write(directory, pl.concat(rows), summary, seconds, other)
-  return report.write_report(directory, console=console)
+  report.write_report([directory], console=console)
 
 
 def check_plan(config: ConfigDict, plan: Plan) -> None:
@@ -388,7 +385,7 @@ def _results_beside(
   path: epath.Path, problem: Problem, plan: Plan, title: str
 ) -> _Beside:
   """Reads finished results; raises InputError where they do not compare."""
-  rows, suffix = summaries.read_rows(path)
+  rows, suffix = read_rows(path)
   if suffix:
     raise InputError(
       f"--beside={path} ranked sampled candidates and other libraries rank the "
@@ -429,7 +426,7 @@ def _check_rows(
       f"--beside={path} holds other users or targets than the configuration's "
       "data; use the configuration of that job"
     )
-  own = rows.filter(pl.col("model") == summary["base"])["seed"].unique()
+  own = rows.filter(model=key_of(summary["base"]))["seed"].unique()
   if set(own) != set(plan.seeds):
     raise InputError(
       f"--beside={path} has seeds {sorted(own)} and here are "
@@ -450,7 +447,7 @@ def _write(
     rows = pl.concat([other.rows, rows])
     for key in ("cost", "versions"):
       summary[key] = {**other.summary.get(key, {}), **summary[key]}
-    summary["base"] = other.summary["base"]
+    summary["base"] = key_of(other.summary["base"])
     summary["closeness"] = other.summary.get("closeness", [])
     summary["command"] = "\n".join(
       filter(None, [other.summary.get("command"), summary["command"]])
