@@ -86,7 +86,7 @@ def compile_step(
   losses = objectives.group_losses(backbone, mean="interactions")
   aggregator = aggregation.aggregate(
     losses.group_loss, weighting, path=path,
-    weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+    weighted_loss=losses.weighted_loss,
   )
   optimizer = optax.adamw(1e-3)
   keys = jax.random.split(jax.random.key(_SEED.value), len(batch.users))
@@ -146,8 +146,7 @@ def cases(num_items: int, groups: int) -> list[Case]:
 
 def _open_paths(reads: str) -> list[str]:
   """The chosen paths that serve such a rule and differ from each other."""
-  known = ("accumulated", "weighted")
-  closed = ("two_pass",) if reads == "nothing" else known
+  closed = () if reads == "nothing" else ("accumulated", "weighted")
   return [path for path in _PATHS.value if path not in closed]
 
 

@@ -21,7 +21,12 @@ from pin_jax import aggregation
 from pin_jax.data import batches, files, splits
 from pin_jax.evaluation import ranking
 from pin_jax.training.optimizers import make_optimizer
-from pin_jax.training.steps import Operands, backbone_step, init_state
+from pin_jax.training.steps import (
+  Adjustment,
+  Operands,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import Backbone, PyTree, Requests
 
 
@@ -73,15 +78,11 @@ def workloads(
   pool = batches.make_pool(
     targets, np.zeros(len(targets), int), num_groups=1, length=args.length
   )
-  sizes = {"batch_size": args.batch_size, "length": args.length}
-
-  optimizer, schedule = make_optimizer(100)
-  weighting = aggregation.backdoor(np.ones(1))
-  step = jax.jit(backbone_step(
-    backbone, weighting, optimizer, schedule, draw="interactions",
-    mean="interactions", **sizes,
-  ))
-  state = init_state(params, optimizer, weighting)
+  optimizer = make_optimizer(100)
+  adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
+  draw = batches.Draw(args.batch_size, args.length)
+  step = jax.jit(backbone_step(backbone, adjustment, optimizer, draw))
+  state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), sequences, pool, None)
   model = ranking.Model(backbone, None)
   rank = ranking.make_ranker(

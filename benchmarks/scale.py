@@ -29,10 +29,16 @@ import numpy as np
 from pin_jax import aggregation
 from pin_jax.data import batches
 from pin_jax.models.sasrec import sasrec
-from pin_jax.training import criteria, losses, negatives, sparse
+from pin_jax.training import losses, negatives, sparse
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.optimizers import make_optimizer
-from pin_jax.training.steps import Operands, TrainState, backbone_step
+from pin_jax.training.steps import (
+  Adjustment,
+  Operands,
+  TrainState,
+  backbone_step,
+  init_state,
+)
 
 _GROUPS, _STEPS, _ITEMS, _USERS, _PER_USER = 5, 5, 10_000, 10_000, 10
 
@@ -105,24 +111,26 @@ def _make(
   """(() -> processor seconds a step, planned memory) of one size."""
   length = 50
   backbone = sasrec(num_items, length=length, width=width)
-  optimizer, schedule = make_optimizer(10_000)
-  by_rows = tables == "row_sparse"
-  if by_rows:
-    optimizer = sparse.row_sparse(optimizer, backbone.tables)
+  optimizer = make_optimizer(10_000)
+  if tables == "row_sparse":
+    optimizer = optimizer._replace(
+      transformation=sparse.row_sparse(
+        optimizer.transformation, backbone.tables
+      ), tables=backbone.tables,
+    )
+  adjustment = Adjustment(aggregation.backdoor(np.ones(_GROUPS)))
   step = backbone_step(
-    backbone, aggregation.backdoor(np.ones(_GROUPS)), optimizer, schedule,
-    batch_size=50, length=length, draw="interactions", mean="interactions",
-    criterion=criteria.sampled(
+    backbone, adjustment, optimizer, batches.Draw(50, length),
+    loss=losses.sampled(
       losses.sampled_softmax, negatives.uniform(num_items), count=256
     ),
-    row_sparse=by_rows,
   )
 
   @jax.jit  # alike everywhere: drawing would take more memory than training
   def start(key: jax.Array) -> TrainState:
     shapes = jax.eval_shape(backbone.init, key)
     params = jax.tree.map(lambda x: jnp.full(x.shape, 0.01), shapes)
-    return TrainState(params, optimizer.init(params), (), None)
+    return init_state(params, optimizer, adjustment)
 
   state = start(jax.random.key(0))
   operands = Operands(

@@ -34,6 +34,7 @@ from pin_jax.training import objectives
 from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
+  Adjustment,
   Operands,
   backbone_step,
   init_state,
@@ -177,19 +178,17 @@ def train_backbone(
   """Stage 1 with a group for every entry of the prior."""
   count = len(prior)
   pool = batches.make_pool(targets, groups, num_groups=count, length=LENGTH)
-  rule = aggregation.backdoor(prior)
-  optimizer, schedule = make_optimizer(steps, learning_rate=1e-2)
-  step = backbone_step(
-    backbone, rule, optimizer, schedule, batch_size=BATCH // count,
-    length=LENGTH, draw="interactions", mean="interactions",
-  )
+  adjustment = Adjustment(aggregation.backdoor(prior))
+  optimizer = make_optimizer(steps, learning_rate=1e-2)
+  draw = batches.Draw(BATCH // count, LENGTH)
+  step = backbone_step(backbone, adjustment, optimizer, draw)
 
   def evaluate(params: PyTree) -> np.ndarray:
     ranks = rank(ranking.Weights(params, None), sequences, validation)
     return metrics.ndcg(ranks.rank, 10).mean(keepdims=True)
 
   return fit(
-    step, init_state(params, optimizer, rule),
+    step, init_state(params, optimizer, adjustment),
     Operands(jax.random.key(3), sequences, pool, None),
     name=f"{count} groups", num_steps=steps, evaluate=evaluate,
     evaluate_every=EVERY, dispatch=EVERY,
@@ -208,11 +207,10 @@ adjusted = train_backbone(groups, prior, BACKBONE_STEPS)
 # %%
 plugin = plugins.bottleneck(WIDTH)
 rank_plugged = ranker(plugin)
-optimizer, schedule = make_optimizer(PLUGIN_STEPS, learning_rate=5e-3)
+optimizer = make_optimizer(PLUGIN_STEPS, learning_rate=5e-3)
 by_segment = batches.make_pool(targets, segments, num_groups=2, length=LENGTH)
 step = plugin_step(
-  backbone, plugin, optimizer, schedule, batch_size=BATCH // 2, length=LENGTH,
-  draw="interactions", mean="interactions",
+  backbone, plugin, optimizer, batches.Draw(BATCH // 2, LENGTH)
 )
 
 

@@ -20,7 +20,7 @@ from experiments.problem import SEGMENTS, Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.models import plugins, relations
 from pin_jax.models.conditioned import conditioned
 from pin_jax.models.din import din
@@ -39,16 +39,13 @@ from pin_jax.models.precision import computed_in
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
 from pin_jax.training import (
-  criteria,
+  losses,
   negatives,
   optimizers,
   sparse,
 )
-from pin_jax.training.steps import (
-  Importance,
-  Step,
-  backbone_step,
-)
+from pin_jax.training.optimizers import Optimizer
+from pin_jax.training.steps import Adjustment
 from pin_jax.types import (
   Backbone,
   InputError,
@@ -356,13 +353,6 @@ def make_weighting(
   return weighting if own else preceded_by(prior, weighting)
 
 
-class Adjustment(NamedTuple):
-  """How PIN aggregates: a weighting, or one for each block of parameters."""
-
-  rules: aggregation.Rules
-  blocks: aggregation.Blocks | None
-
-
 def make_adjustment(
   pin: ConfigDict, prior: np.ndarray, shares: np.ndarray,
   key: str = "pin.weighting",
@@ -379,6 +369,7 @@ def make_adjustment(
     InputError: for an unknown or contradictory setting.
   """
   weighting = make_weighting(key, pin.weighting, prior, shares)
+  given = {"path": pin.path, "diagnose_every": pin.diagnose_every}
   named = named_blocks(pin.blocks)
   if named and pin.granularity == "tensor":
     raise InputError(
@@ -390,13 +381,14 @@ def make_adjustment(
       pattern: make_weighting("pin.blocks", spec, prior, shares)
       for pattern, spec in named.items()
     }
-    return Adjustment(
-      {**rules, OTHERS: weighting}, lambda leaf: _block_of(leaf, named)
+    block_of = lambda leaf: next(
+      (p for p in named if re.search(p, leaf)), OTHERS
     )
+    return Adjustment({**rules, OTHERS: weighting}, block_of, **given)
   by_tensor = pin.granularity == "tensor" or (
     pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
   )
-  return Adjustment(weighting, str if by_tensor else None)
+  return Adjustment(weighting, str if by_tensor else None, **given)
 
 
 def stage_adjustment(
@@ -414,18 +406,14 @@ def stage_adjustment(
   return make_adjustment(pin, prior, shares, f"rules.{rule}")
 
 
-def _block_of(leaf: str, patterns: Iterable[str]) -> str:
-  return next((p for p in patterns if re.search(p, leaf)), OTHERS)
-
-
-def make_criterion(
+def make_loss(
   config: ConfigDict,
   split: splits.Split,
   groups: np.ndarray,
   *,
   num_groups: int,
   draw: str,
-) -> criteria.Criterion:
+) -> losses.LossSpec:
   """Builds what training minimises, as `loss` says.
 
   Args:
@@ -437,7 +425,7 @@ def make_criterion(
   """
   options = config.loss
   if options.name == "softmax":
-    return criteria.SOFTMAX
+    return losses.SOFTMAX
   num_items = split.interactions.num_items
   make = {
     "uniform": lambda: negatives.uniform(num_items),
@@ -453,7 +441,7 @@ def make_criterion(
   }
   shares = proposal_shares(options.proposal)
   parts = [(share, make[name]()) for name, share in shares.items()]
-  return criteria.sampled(
+  return losses.sampled(
     make_sampled_loss(options, num_items), negatives.mixture(parts),
     count=options.negatives, shared=options.candidates == "shared",
   )
@@ -461,34 +449,38 @@ def make_criterion(
 
 def make_sampled_loss(
   options: ConfigDict, num_items: int
-) -> criteria.SampledLoss:
+) -> losses.SampledLoss:
   """Builds the loss of sampled negatives that `loss.name` names.
 
   Raises:
     InputError: if gBCE has more negatives than there are items.
   """
   rate = options.negatives / max(num_items - 1, 1)
-  return criteria.SAMPLED_LOSSES[options.name](rate, options.calibration)
+  return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
-def make_optimizer(config: ConfigDict, steps: int, prefix: str = "") -> tuple:
-  """(optimizer, schedule) of a stage; `prefix` is that of its rate's key."""
+def make_optimizer(
+  config: ConfigDict, kind: str, steps: int, backbone: Backbone
+) -> Optimizer:
+  """The optimizer of a kind of stage; the first alone averages, or has rows."""
   options = config.optimizer.to_dict()
-  del options["average"], options["tables"]  # not the optimizer's own
+  tables = options.pop("tables")
   rates = {
-    kind: options.pop(f"{kind}learning_rate")
-    for kind in ("plugin_", "classifier_", "")
+    "backbone": options.pop("learning_rate"),
+    "plugin": options.pop("plugin_learning_rate"),
+    "classifier": options.pop("classifier_learning_rate"),
   }
-  return optimizers.make_optimizer(
-    max(steps, 1), learning_rate=rates[prefix], **options
+  if kind != "backbone":
+    options["average"] = 0.0
+  made = optimizers.make_optimizer(
+    max(steps, 1), learning_rate=rates[kind], **options
   )
-
-
-class FirstStage(NamedTuple):
-  """The step of stage 1 and the optimizer whose state it carries."""
-
-  step: Step
-  optimizer: Any
+  if kind != "backbone" or tables == "dense":
+    return made
+  return made._replace(
+    transformation=sparse.row_sparse(made.transformation, backbone.tables),
+    tables=backbone.tables,
+  )
 
 
 def windows_of_step(config: ConfigDict, *, grouped: bool) -> int:
@@ -497,51 +489,6 @@ def windows_of_step(config: ConfigDict, *, grouped: bool) -> int:
   if grouped:
     return rows
   return config.joint.batch_size or rows * config.groups.num_groups
-
-
-def make_backbone_step(
-  config: ConfigDict,
-  networks: Networks,
-  adjustment: Adjustment,
-  criterion: criteria.Criterion,
-  *,
-  grouped: bool,
-  draw: str,
-  mean: str,
-  steps: int,
-  importance: Importance | None = None,
-  runs: int = 1,
-) -> FirstStage:
-  """Builds the step of stage 1 that the config describes.
-
-  Args:
-    config: the whole configuration.
-    networks: what is trained, and where.
-    adjustment: how the groups are weighted.
-    criterion: what is minimised.
-    grouped: by groups, else jointly, as one.
-    draw: see `draw_batch`.
-    mean: see `position_weights`.
-    steps: of the whole stage.
-    importance: see `backbone_step`.
-    runs: seeds at once.
-  """
-  optimizer, schedule = make_optimizer(config, steps)
-  by_rows = config.optimizer.tables == "row_sparse"
-  if by_rows:
-    optimizer = sparse.row_sparse(optimizer, networks.backbone.tables)
-  step = backbone_step(
-    networks.backbone, adjustment.rules, optimizer, schedule,
-    batch_size=windows_of_step(config, grouped=grouped),
-    length=config.backbone.length, draw=draw, mean=mean,
-    path=config.pin.path if grouped else "auto",
-    blocks=adjustment.blocks,
-    diagnose_every=config.pin.diagnose_every if grouped else 0,
-    average=config.optimizer.average, importance=importance,
-    criterion=criterion, runs=runs, layout=networks.layout,
-    row_sparse=by_rows,
-  )
-  return FirstStage(step, optimizer)
 
 
 Ranker = ranking.RankFn | ranking.SampledRankFn
@@ -556,14 +503,8 @@ def make_ranker(
   length = config.backbone.length
   if options.protocol == "sampled":
     return ranking.make_sampled_ranker(
-      model, data, count=options.negatives, seed=options.seed,
-      length=length, user_chunk=options.user_chunk,
-    )
-  if layout.tables:
-    return catalogue.make_ranker(
-      model, num_items=data.num_items, length=length, layout=layout
+      model, data, count=options.negatives, seed=options.seed, length=length
     )
   return ranking.make_ranker(
-    model, num_items=data.num_items, item_chunk=options.item_chunk,
-    length=length, user_chunk=options.user_chunk,
+    model, num_items=data.num_items, length=length, layout=layout
   )

@@ -162,7 +162,6 @@ def model_log_probabilities(
     compute = ranking.make_log_probabilities(
       trainer.model(stage and stage.plugin),
       num_items=problem.split.interactions.num_items, length=trainer.length,
-      user_chunk=256,
     )
     out[chosen] = compute(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
@@ -274,10 +273,9 @@ def run(
   )
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  processes.together(lambda: settings.check(sizes.for_any_data(config)))
+  fitted, problem, networks = processes.together(lambda: _prepare(config))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
-  fitted, problem, networks = processes.together(lambda: _prepare(config))
   if line := sizes.told(config, fitted):
     console.print(line, markup=False)
   config = fitted
@@ -297,7 +295,9 @@ def run(
 def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them, before anything is written.
   """
+  settings.check(sizes.for_any_data(config))
   config, problem = prepare(config)
+  settings.check(config)  # with the sizes that the data gave
   networks = networks_of(config, problem)
   check_adjustment(config, problem, networks)
   check_loss(config, problem)

@@ -21,7 +21,7 @@ from etils import epath
 
 from experiments.events import EventFile
 from pin_jax import disk
-from pin_jax.training.finite import SKIPPED
+from pin_jax.training.steps import SKIPPED
 
 
 class RunLog:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import settings, sizes
+from experiments import sizes
 from experiments.methods import Learnt
 from pin_jax.aggregation import weightings
 from pin_jax.data import activeness, batches, files, simulator, splits, stored
@@ -49,6 +49,8 @@ _SOURCES: dict[str, Callable[..., tuple]] = {
   "stored": _load_stored,
   "tfds": _load_tfds,
 }
+
+
 def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
   """Loads the interactions, and the simulator's world where there is one."""
   options = {k: v for k, v in data.items() if v is not None}
@@ -89,15 +91,14 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
   """Loads the data, splits it and derives groups, segments and the prior.
 
   Args:
-    config: as it is once every override is known.
+    config: as it is once every override is known, and checked.
 
   Returns:
     The config with its sizes fitted to the data, and the problem.
 
   Raises:
-    InputError: for a bad config, before the data are read, or bad data.
+    InputError: for bad data.
   """
-  settings.check(sizes.for_any_data(config))
   interactions, world = load_data(config.data)
   if config.split.protocol == "leave_one_out":
     split = splits.leave_one_out(interactions)
@@ -109,7 +110,6 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
     )
   kept = split.interactions
   config = sizes.fitted(config, kept.lengths, split.activeness, kept.num_items)
-  settings.check(config)
   targets = batches.training_targets(split)
   if not targets.any():
     raise InputError(

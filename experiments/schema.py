@@ -3,6 +3,7 @@
 `experiments.configs.base.default` and the checks at launch follow from it.
 """
 
+import contextlib
 import difflib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -242,7 +243,6 @@ KEYS = {
     # 'auto', or a name of pin_jax.aggregation.aggregator.PATHS.
     "path": _text(
       "auto", "auto", "stacked", "sequential", "accumulated", "weighted",
-      "two_pass",
     ),
     "diagnose_every": _whole(10, 0),  # steps between Gramians; 0 = off
     "clip_importance": _positive(10.0),
@@ -309,10 +309,6 @@ KEYS = {
     "protocol": _text("full", "full", "sampled"),
     "negatives": _whole(99, most=2**24),
     "seed": _whole(0, 0),
-    # What one device holds of the scores at a time; results do not depend on
-    # it. A larger catalogue is scored twice. A mesh goes by small tiles.
-    "user_chunk": _whole(256, most=2**20),
-    "item_chunk": _whole(65_536),
   },
   "dispatch": _whole(10, most=10**6),  # steps a dispatch
   # Devices: every batch is split over `data` of them, the item tables over
@@ -377,7 +373,8 @@ SOURCES = {
 
 # Keys of older versions, on which no result depends.
 RETIRED = {
-  f"claims.assumed_{name}" for name in ("ndcg", "correlation", "seed_spread")
+  *(f"claims.assumed_{x}" for x in ("ndcg", "correlation", "seed_spread")),
+  *(f"evaluation.{x}_chunk" for x in ("user", "item")),
 }
 
 
@@ -428,6 +425,28 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
   return of(config, "")
+
+
+@contextlib.contextmanager
+def section(name: str) -> Iterator[None]:
+  """Says of an InputError of the library what of the config it comes from.
+
+  The library names its own arguments; those of a builder bear the names of the
+  section's keys, so that 'config section backbone: heads=3 ...' says it all.
+
+  Args:
+    name: a section such as 'backbone', or a key such as 'pin.weighting'.
+
+  Raises:
+    InputError: that of the block; what names the config already is left alone.
+  """
+  try:
+    yield
+  except InputError as error:
+    if str(error).startswith("config "):
+      raise
+    kind = "section" if isinstance(KEYS.get(name), dict) else "key"
+    raise InputError(f"config {kind} {name}: {error}") from error
 
 
 def bad(key: str, value: Any, remedy: str) -> InputError:

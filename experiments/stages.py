@@ -11,14 +11,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs
+from experiments import logs, schema
 from experiments.build import (
-  Adjustment,
   Networks,
   Ranker,
   make_adjustment,
-  make_backbone_step,
-  make_criterion,
+  make_loss,
   make_optimizer,
   make_ranker,
   make_sampled_loss,
@@ -43,21 +41,25 @@ from pin_jax.models.conditioned import conditioned
 from pin_jax.scale import sharding, streaming
 from pin_jax.training import (
   checkpoints,
-  finite,
   loop,
   propensity,
 )
 from pin_jax.training.loop import FitResult
 from pin_jax.training.loop import results as fit_results
+from pin_jax.training.optimizers import Optimizer
 from pin_jax.training.steps import (
+  SKIPPED,
+  Adjustment,
   Operands,
   Step,
   TrainState,
   backbone_keys,
+  backbone_step,
   init_state,
   join_runs,
   many,
   plugin_step,
+  skipping,
 )
 from pin_jax.types import (
   InputError,
@@ -68,7 +70,7 @@ from pin_jax.types import (
 
 CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
-_CHUNKS_READ = 16  # chunks of users whose histories are read at once
+_USERS_READ = 4096  # users whose histories are read at once
 
 
 class Run(NamedTuple):
@@ -170,7 +172,7 @@ class Trainer:
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
-          users=_CHUNKS_READ * self._config.evaluation.user_chunk,
+          users=_USERS_READ,
         )
       self._rankers[plugin] = rank
     return self._rankers[plugin]
@@ -236,7 +238,7 @@ class Trainer:
     def on_steps(k: int, start: int, log: dict[str, np.ndarray]) -> None:
       self._log.steps(runs[k], start, log)
       advance(k, len(log["loss"]))
-      skips[k] = np.append(skips[k], log.get(finite.SKIPPED, ()))
+      skips[k] = np.append(skips[k], log.get(SKIPPED, ()))
 
     def on_evaluation(k: int, t: int, values: np.ndarray) -> None:
       self._log.evaluation(runs[k], t, validations[k])
@@ -314,7 +316,7 @@ class Trainer:
     """The step of all seeds at once, as `non_finite` says."""
     step = run.step
     if self._config.non_finite == "skip":
-      step = sharding.kept(finite.skipping(step), self._layout)
+      step = sharding.kept(skipping(step), self._layout)
     return step if len(self._seeds) == 1 else many(step)
 
   def start(self, run: Run) -> TrainState:
@@ -357,8 +359,10 @@ class Trainer:
       first = f"seeds{'-'.join(map(str, self._seeds))}/{stage.name}"
     return first.replace("/", "-")
 
-  def _optimizer(self, steps: int, prefix: str = "") -> tuple:
-    return make_optimizer(self._config, steps, prefix)
+  def _optimizer(self, stage: Stage, steps: int) -> Optimizer:
+    return make_optimizer(
+      self._config, stage.kind, steps, self._networks.backbone
+    )
 
   def _pool(
     self, split: splits.Split, groups: np.ndarray, num_groups: int
@@ -374,14 +378,14 @@ class Trainer:
       group_starts=sharding.put_replicated(pool.group_starts, self._layout)
     )
 
-  def _sampling(self, stage: Stage) -> tuple[str, str]:
+  def _draw(self, stage: Stage, batch_size: int) -> batches.Draw:
     config = self._config
-    return {
+    return batches.Draw(batch_size, self.length, *{
       "joint": (config.joint.draw, config.joint.mean),
       "groups": (config.pin.draw, config.pin.mean),
       "uniform": ("users", "users"),
       "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
-    }[stage.sampling]
+    }[stage.sampling])
 
   def backbone_run(self, stage: Stage, steps: int) -> Run:
     """What stage 1 is fitted with."""
@@ -394,22 +398,20 @@ class Trainer:
         config, stage.rule, problem.prior, shares
       )
     else:
-      adjustment = Adjustment(aggregation.backdoor(np.ones(1)), None)
-    draw, mean = self._sampling(stage)
+      adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
+    draw = self._draw(stage, windows_of_step(config, grouped=stage.grouped))
     importance = None
     if stage.exact:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-    criterion = make_criterion(
-      config, split, groups, num_groups=pools, draw=draw
-    )
+    loss = make_loss(config, split, groups, num_groups=pools, draw=draw.draw)
     if stage.focal:
-      criterion = criterion._replace(focusing=config.loss.focusing)
-    step, optimizer = make_backbone_step(
-      config, self._networks, adjustment, criterion, grouped=stage.grouped,
-      draw=draw, mean=mean, steps=steps, importance=importance,
-      runs=len(self._seeds),
+      loss = loss._replace(focusing=config.loss.focusing)
+    optimizer = self._optimizer(stage, steps)
+    step = backbone_step(
+      self._networks.backbone, adjustment, optimizer, draw,
+      loss=loss, importance=importance, layout=self._layout,
     )
     backbone = self._networks.backbone
     if stage.reads_activeness:
@@ -421,10 +423,7 @@ class Trainer:
         self._best(stage.start, seed) if stage.start
         else init(_stage_key(seed, "init"))
       )
-      return init_state(
-        params, optimizer, adjustment.rules, blocks=adjustment.blocks,
-        average=config.optimizer.average > 0, layout=self._layout,
-      )
+      return init_state(params, optimizer, adjustment, layout=self._layout)
 
     def frozen(seed: int) -> PyTree:
       if not stage.exact:
@@ -434,7 +433,7 @@ class Trainer:
         "classifier": self._best(stage.exact, seed),
         "shares": sharding.put_replicated(np.asarray(propensity.event_shares(
           problem.split, groups, num_groups=pools, length=self.length,
-          draw=draw, mean=mean,
+          draw=draw.draw, mean=draw.mean,
         ), np.float32), self._layout),
       }
 
@@ -450,13 +449,7 @@ class Trainer:
       chosen = {stage.users: float(values.mean())}
       return {**of_segments, **chosen} if stage.users == "all" else chosen
 
-    sizes = {
-      "batch_size": windows_of_step(config, grouped=stage.grouped),
-      "length": self.length, "draw": draw,
-    }
-    windows = lambda key, t, pool: batches.draw_windows(
-      backbone_keys(key, t)[0], pool, **sizes
-    )
+    windows = lambda key, t, pool: draw.windows(backbone_keys(key, t)[0], pool)
     return Run(
       step, windows, self._pool(split, groups, pools), start, frozen,
       lambda seed: evaluate, () if stage.learns == "all" else (stage.users,),
@@ -466,17 +459,16 @@ class Trainer:
     config, problem = self._config, self._problem
     plugin = self._networks.plugins[stage.plugin]
     segments, count = assigned(problem, stage)
-    optimizer, schedule = self._optimizer(steps, "plugin_")
-    draw, mean = self._sampling(stage)
+    optimizer = self._optimizer(stage, steps)
+    draw = self._draw(stage, config.batch_size // count)
+    held_out = draw.draw == "validation"
     learnt = segments
-    if draw == "validation":
+    if held_out:
       learnt = np.where(fitted_users(len(segments)), segments, -1)
     step = plugin_step(
-      self._networks.backbone, plugin, optimizer, schedule,
-      batch_size=config.batch_size // count,
-      length=self.length, draw=draw, mean=mean,
-      criterion=make_criterion(
-        config, problem.split, learnt, num_groups=count, draw=draw
+      self._networks.backbone, plugin, optimizer, draw,
+      loss=make_loss(
+        config, problem.split, learnt, num_groups=count, draw=draw.draw
       ),
       layout=self._layout,
     )
@@ -489,9 +481,9 @@ class Trainer:
         params, optimizer, stacked=True, layout=self._layout
       )
 
-    requests = self._validation("all", draw == "validation")
+    requests = self._validation("all", held_out)
     pool = None
-    if draw == "validation":
+    if held_out:
       pool = batches.make_held_out(
         problem.split.validation, learnt, num_groups=count
       )
@@ -516,14 +508,9 @@ class Trainer:
         named |= _means(values, requests.segments, _PARTS)
       return named
 
-    sizes = {"batch_size": config.batch_size // count, "length": self.length}
-
-    def windows(key: jax.Array, t: jax.Array, pool: Any) -> batches.Windows:
-      key = jax.random.fold_in(key, t)
-      if draw == "validation":
-        return batches.draw_held_out_windows(key, pool, **sizes)
-      return batches.draw_windows(key, pool, draw=draw, **sizes)
-
+    windows = lambda key, t, pool: draw.windows(
+      jax.random.fold_in(key, t), pool
+    )
     return Run(
       step, windows, pool or self._pool(problem.split, segments, count), start,
       lambda seed: self._best(stage.start, seed),
@@ -534,12 +521,9 @@ class Trainer:
   def _classifier_run(self, stage: Stage, steps: int) -> Run:
     config, problem = self._config, self._problem
     backbone = self._networks.backbone
-    optimizer, schedule = self._optimizer(steps, "classifier_")
-    draw, mean = self._sampling(stage)
-    step = propensity.classifier_step(
-      backbone, optimizer, schedule, batch_size=config.batch_size,
-      length=self.length, draw=draw, mean=mean,
-    )
+    optimizer = self._optimizer(stage, steps)
+    draw = self._draw(stage, config.batch_size)
+    step = propensity.classifier_step(backbone, optimizer, draw)
     groups = sharding.put_replicated(
       problem.groups.astype(np.int32), self._layout
     )
@@ -556,13 +540,12 @@ class Trainer:
       return {"backbone": self._best(stage.start, seed), "groups": groups}
 
     def evaluator(seed: int) -> Callable[[PyTree], dict[str, float]]:
-      held_out = batches.draw_batch(
-        _stage_key(seed, stage.name + "/validation"), self.sequences, pool,
-        batch_size=4 * config.batch_size, length=self.length, draw=draw,
+      held_out = draw._replace(batch_size=4 * config.batch_size).batch(
+        _stage_key(seed, stage.name + "/validation"), self.sequences, pool
       )
       held_out = jax.tree.map(lambda x: x[0], held_out)
       fit = jax.jit(functools.partial(
-        propensity.classifier_fit, backbone, mean=mean
+        propensity.classifier_fit, backbone, mean=draw.mean
       ))
       params_of_backbone = self._best(stage.start, seed)
       return lambda params: {
@@ -681,10 +664,11 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
     return
   for part in ("validation", "test"):
     users = np.flatnonzero(getattr(problem.split, part) >= 0)
-    ranking.draw_unseen(
-      problem.split.interactions, requests_for(problem, part, users),
-      count=config.evaluation.negatives, seed=config.evaluation.seed,
-    )
+    with schema.section("evaluation.negatives"):
+      ranking.draw_unseen(
+        problem.split.interactions, requests_for(problem, part, users),
+        count=config.evaluation.negatives, seed=config.evaluation.seed,
+      )
 
 
 def check_adjustment(
@@ -694,11 +678,11 @@ def check_adjustment(
   shares = target_shares(problem, config.groups.num_groups, problem.split)
   for rule in config.rules:
     stage_adjustment(config, rule, problem.prior, shares)
-  rules, blocks = make_adjustment(config.pin, problem.prior, shares)
+  made = make_adjustment(config.pin, problem.prior, shares)
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   try:
     aggregation.aggregate(
-      lambda *_: None, rules, path=config.pin.path, blocks=blocks
+      lambda *_: None, made.rules, path=made.path, blocks=made.blocks
     ).init(params)
   except ValueError as error:
     raise InputError(

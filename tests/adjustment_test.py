@@ -26,7 +26,12 @@ from pin_jax.data.interactions import from_columns
 from pin_jax.training import objectives, propensity
 from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
-from pin_jax.training.steps import Operands, backbone_step, init_state
+from pin_jax.training.steps import (
+  Adjustment,
+  Operands,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import Batch
 
 NUM_ITEMS = 8
@@ -125,16 +130,16 @@ def train(
   _, sequences, by_group, together, _, _ = problem(confounding)
   backbone = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros)
   weighting = aggregation.backdoor(prior)
-  optimizer, schedule = make_optimizer(
+  optimizer = make_optimizer(
     num_steps, learning_rate=0.1, final=0.003, b2=0.99
   )
+  adjustment = Adjustment(weighting, path="accumulated")
   step = backbone_step(
-    backbone, weighting, optimizer, schedule,
-    batch_size=512 if groups else 1536, length=1, draw="interactions",
-    mean="interactions", path="accumulated", importance=importance,
+    backbone, adjustment, optimizer, batches.Draw(512 if groups else 1536, 1),
+    importance=importance,
   )
   state = init_state(
-    backbone.init(jax.random.key(0)), optimizer, weighting
+    backbone.init(jax.random.key(0)), optimizer, adjustment
   )
   pool = by_group if groups else together
   params, logs = run(step, state, sequences, pool, frozen, num_steps)
@@ -184,10 +189,8 @@ def exact_backdoor(confounding):
 def fitted_backdoor(confounding):
   _, sequences, _, together, prior, groups = problem(confounding)
   backbone = bigram(NUM_ITEMS, init=jax.nn.initializers.zeros)
-  optimizer, schedule = make_optimizer(300, learning_rate=0.02)
-  step = propensity.classifier_step(
-    backbone, optimizer, schedule, batch_size=1024, length=1
-  )
+  optimizer = make_optimizer(300, learning_rate=0.02)
+  step = propensity.classifier_step(backbone, optimizer, batches.Draw(1024, 1))
   params = propensity.init_classifier(
     jax.random.key(1), NUM_ITEMS + 1, NUM_GROUPS, hidden=16
   )

@@ -1,7 +1,5 @@
 """Aggregation against hand formulas, numpy and plain joint losses."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,12 +22,6 @@ NUM_GROUPS = 3
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-def test_docstring_example():
-  results = doctest.testmod(aggregation)
-  assert results.attempted > 0
-  assert results.failed == 0
-
-
 # The one-weight model: loss_g = s_g / 2 (theta - c_g)^2.
 
 SLOPES = np.array([1.0, 2.0, 0.5, 3.0])
@@ -43,8 +35,10 @@ def quadratic(theta, batch, key):
   return 0.5 * slope * (theta["w"] - centre) ** 2
 
 
-def one_weight(path, weighting, theta=1.5):
-  init, step = aggregation.aggregate(quadratic, weighting, path=path)
+def one_weight(path, weighting, fused=None, theta=1.5):
+  init, step = aggregation.aggregate(
+    quadratic, weighting, path=path, weighted_loss=fused
+  )
   run = jax.jit(step)
   as_float32 = lambda x: jnp.asarray(x, jnp.float32)
   return run(
@@ -87,10 +81,12 @@ def test_cheap_paths_say_what_they_do_not_know():
   products = one_weight("accumulated", aggregation.backdoor(PRIOR)).gramian
   np.testing.assert_allclose(np.diagonal(products), gradients**2, rtol=1e-5)
   assert np.isnan(products[~np.eye(4, dtype=bool)]).all()
-  for path in ("weighted", "two_pass"):
-    products = one_weight(path, aggregation.backdoor(PRIOR)).gramian
-    assert products.shape == (4, 4)
-    assert np.isnan(products).all()
+  fused = lambda theta, batches, keys, weights: (
+    lambda losses: (jnp.vdot(weights, losses), losses)
+  )(quadratic(theta, batches, None))
+  products = one_weight("weighted", aggregation.backdoor(PRIOR), fused).gramian
+  assert products.shape == (4, 4)
+  assert np.isnan(products).all()
 
 
 def by_loss_and_step():
@@ -103,7 +99,7 @@ def by_loss_and_step():
   return aggregation.Weighting(lambda: jnp.float32(2), update)
 
 
-@pytest.mark.parametrize("path", ["stacked", "sequential", "two_pass", "auto"])
+@pytest.mark.parametrize("path", ["stacked", "sequential", "auto"])
 def test_weighting_reads_gramian_losses_and_state(path):
   out = one_weight(path, by_loss_and_step())
   losses = SLOPES / 2 * (1.5 - CENTRES) ** 2
@@ -203,12 +199,6 @@ def test_unknown_path():
 def test_paths_of_known_weights_reject_rules_that_read_gradients(path):
   with pytest.raises(ValueError, match=f"{path}.*these read gradients"):
     aggregation.aggregate(quadratic, by_loss_and_step(), path=path)
-
-
-def test_unknown_reads():
-  rule = aggregation.backdoor([1])._replace(reads="everything")
-  with pytest.raises(ValueError, match="reads='everything' is unknown"):
-    aggregation.aggregate(quadratic, rule)
 
 
 @pytest.mark.parametrize("path", PATHS)

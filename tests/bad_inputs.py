@@ -23,12 +23,10 @@ from absl import app, flags
 
 from experiments import (
   commands,
-  export,
-  finished,
   job,
   main,
-  recommend,
   report,
+  serve,
 )
 from pin_jax import serving
 from pin_jax.data import (
@@ -357,14 +355,14 @@ def _(folder):
   sasrec(10, length=4, width=10, heads=3)
 
 
-@row("ranker: chunk", "user_chunk=0", "at least 1")
+@row("ranker: chunk", "item_chunk=0", "at least 1")
 def _(folder):
   ranking.make_ranker(
-    ranking.Model(None, None), num_items=5, length=3, user_chunk=0
+    ranking.Model(None, None), num_items=5, length=3, item_chunk=0
   )
 
 
-@row("candidates: too many", "evaluation.negatives=9", "at most")
+@row("candidates: too many", "count=9 is more", "at most")
 def _(folder):
   requests = Requests(*np.array([[0], [2], [0]]))
   ranking.draw_unseen(_data(), requests, count=9, seed=0)
@@ -645,9 +643,9 @@ def _words(program, name, *words):
   ROWS[f"{program}: {' '.join(map(repr, name))}"] = (action, words)
 
 
-_words("recommend", ["--users="], "'--users='", "unset shell variable")
-_words("recommend", ["--users", ""], "argument ''", "unset shell variable")
-_words("export", ["--output=hdfs://b/x"], "hdfs:// cannot be reached", "local")
+_words("serve", ["--users="], "'--users='", "unset shell variable")
+_words("serve", ["--users", ""], "argument ''", "unset shell variable")
+_words("serve", ["--export=hdfs://b/x"], "hdfs:// cannot be reached", "local")
 _words("report", ["runs/a", ""], "argument ''", "leave it out")
 
 
@@ -727,7 +725,7 @@ def _(folder):
 @row("workdir: unfinished, to serve", "holds no finished job", "to its end")
 def _(folder):
   job.claim_workdir(folder, tiny.get_config(), "0" * 16)
-  finished.recommender(folder)
+  serve.recommender(folder)
 
 
 def _finished(folder):
@@ -739,25 +737,20 @@ def _finished(folder):
 
 @row("workdir: method to serve", "method 'best' is not in", "['base', 'pin']")
 def _(folder):
-  finished.recommender(_finished(folder), method="best")
+  serve.recommender(_finished(folder), method="best")
 
 
 @row("workdir: seed to serve", "seed 3 is not in", "use one of [0]")
 def _(folder):
-  finished.recommender(_finished(folder), seed=3)
+  serve.recommender(_finished(folder), seed=3)
 
 
 @row("workdir: other data, to serve", "is of data 0000", "put back")
 def _(folder):
-  finished.recommender(_finished(folder))
+  serve.recommender(_finished(folder))
 
 
-@row("export: output", "no file in a directory that exists", "name another")
-def _(folder):
-  export.export(_finished(folder), folder / "x" / "m.pin", console=None)
-
-
-def _recommend(name, whom, *words, source=None, **options):
+def _serve(name, *words, **options):
   """The command; FOLDER stands for the row's folder."""
 
   def action(folder):
@@ -765,41 +758,48 @@ def _recommend(name, whom, *words, source=None, **options):
     (folder / "empty.txt").write_text("\n")
     (folder / "h.json").write_text('[{"user": "ann"}]')
     (folder / "f.json").write_text('[{"items": 1.5}]')
-    recommend.recommend(
-      recommend.Source(model="m.pin") if source is None else source,
-      recommend.Whom(**{
-        k: place(v) if isinstance(v, str) else v for k, v in whom.items()
-      }), console=None, **{k: place(v) for k, v in options.items()},
-    )
+    given = {
+      k: place(v) if isinstance(v, str) else v for k, v in options.items()
+    }
+    serve.serve(serve.Options(**given), console=None)
 
-  ROWS[f"recommend: {name}"] = (action, words)
+  ROWS[f"serve: {name}"] = (action, words)
 
 
-ANN = {"users": "ann"}
-_recommend("nobody", {}, "0 of --users", "give one")
-_recommend("both", {**ANN, "all_users": True}, "2 of --users", "give one")
-_recommend("no model", ANN, "--workdir=DIR", "--help",
-           source=recommend.Source())
-_recommend("file of users", {"users": "x.txt"}, "--users=x.txt does not exist")
-_recommend("no users", {"users": "FOLDER/empty.txt"}, "is empty", "name at")
-_recommend("an unset variable", {"users": ""}, "--users= is empty", "name at")
-_recommend("an unset variable among ids", {"users": "a,,b"}, "has an empty id")
-_recommend("histories of fractions", {"history": "FOLDER/f.json"},
-           "row 1 has no list", "`items`")
-_recommend("empty allow list", ANN, "--allow= is empty", allow="")
-_recommend("suffix of the output", ANN, "suffix '.csv'", "use one of",
-           output="x.csv")
-_recommend("folder of the output", ANN, "is no directory", "make it first",
-           output="FOLDER/x/recs.json")
-_recommend("suffix of histories", {"history": "h.csv"}, "suffix '.csv'",
-           "use one of")
-_recommend("absent histories", {"history": "FOLDER/n.json"}, "does not exist")
-_recommend("histories without items", {"history": "FOLDER/h.json"},
-           "give lists of items")
-_recommend("unreadable histories", {"history": "FOLDER/x.parquet"},
-           "does not exist", "check the path")
-_recommend("prefix of histories", {"history": "h.json", "prefix": "train"},
-           "--prefix=train", "leave it out")
+ANN = {"model": "m.pin", "users": "ann"}
+_serve("nobody", "0 of --users", "give one", model="m.pin")
+_serve("both", "2 of --users", "give one", **ANN, all_users=True)
+_serve("no model", "--workdir=DIR", "--help", users="ann")
+_serve("file of users", "--users=x.txt does not exist", model="m.pin",
+       users="x.txt")
+_serve("no users", "is empty", "name at", model="m.pin",
+       users="FOLDER/empty.txt")
+_serve("an unset variable", "--users= is empty", "name at", model="m.pin",
+       users="")
+_serve("an unset variable among ids", "has an empty id", model="m.pin",
+       users="a,,b")
+_serve("histories of fractions", "row 1 has no list", "`items`", model="m.pin",
+       history="FOLDER/f.json")
+_serve("empty allow list", "--allow= is empty", **ANN, allow="")
+_serve("suffix of the output", "suffix '.csv'", "use one of", **ANN,
+       output="x.csv")
+_serve("folder of the output", "is no directory", "make it first", **ANN,
+       output="FOLDER/x/recs.json")
+_serve("no output", "output='' is no path", **ANN, output="")
+_serve("suffix of histories", "suffix '.csv'", "use one of", model="m.pin",
+       history="h.csv")
+_serve("absent histories", "does not exist", model="m.pin",
+       history="FOLDER/n.json")
+_serve("histories without items", "give lists of items", model="m.pin",
+       history="FOLDER/h.json")
+_serve("unreadable histories", "does not exist", "check the path",
+       model="m.pin", history="FOLDER/x.parquet")
+_serve("prefix of histories", "--prefix=train", "leave it out", model="m.pin",
+       history="h.json", prefix="train")
+_serve("place of the export", "no file in a directory that exists",
+       "name another", workdir="w", export="FOLDER/x/m.pin")
+_serve("export and users", "recommends nothing", "neither", workdir="w",
+       export="m.pin", users="ann")
 
 
 def _in_workdir(name, prepare, *words):
@@ -860,7 +860,6 @@ _in_workdir(
     config, folder / "f" / "w"
   )), "f/w cannot be written", "name another place",
 )
-_recommend("no output", ANN, "output='' is no path", output="")
 
 
 @row("checkpoint: a pattern for a name", "has ? [ in it", "use a directory")
@@ -891,7 +890,7 @@ def _(folder):
 def _(folder):
   for name in ("config", "summary"):
     (folder / f"{name}.json").write_text("[]")
-  finished.recommender(folder)
+  serve.recommender(folder)
 
 
 def answer(name, folder):

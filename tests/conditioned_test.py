@@ -162,13 +162,12 @@ def test_every_path_has_the_gradient_of_the_sum_of_losses(name, model):
   seeing = aggregation.informed(rule)
   for path, packed, rules in (
     ("weighted", 0, rule), ("weighted", 2, rule), ("stacked", 0, seeing),
-    ("two_pass", 0, seeing),
   ):
     losses = objectives.group_losses(
       backbone._replace(packed=packed), mean="interactions", chunk=4
     )
     step = aggregation.aggregate(
-      losses.group_loss, rules, path=path, gramians=losses.gramians,
+      losses.group_loss, rules, path=path,
       weighted_loss=losses.weighted_loss,
     ).step
     out = jax.jit(step)(params, groups, keys, ())

@@ -17,7 +17,7 @@ import pytest
 from pin_jax.aggregation import weightings
 
 ROOT = pathlib.Path(__file__).parents[1]
-PATHS = ("stacked", "sequential", "two_pass")
+PATHS = ("stacked", "sequential")
 
 
 def compute():

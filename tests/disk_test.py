@@ -18,7 +18,7 @@ from etils import epath
 from summaries_test import make_workdir
 from toy_rows import make_rows
 
-from experiments import logs, recommend, report, summaries, tables, workdir
+from experiments import logs, report, serve, summaries, tables, workdir
 from experiments.tables import markdown_text
 from pin_jax import disk, serving
 from pin_jax.training.checkpoints import Checkpoints
@@ -64,12 +64,10 @@ def test_a_model_and_its_lists_are_read_back(tmp_path):
   job.mkdir(parents=True)
   model, lists = (str(job / f"[a]*?\n.{x}") for x in ("pin", "json"))
   serving.save(bad_inputs._recommender(), model, platforms=("cpu",))
-  console = rich.console.Console(file=open(os.devnull, "w"))
-  table = recommend.recommend(
-    recommend.Source(model=model), recommend.Whom(all_users=True), k=2,
-    mask_history=False, output=lists, console=console,
-  )
-  assert pl.read_json(pathlib.Path(lists)).height == table.height == 4
+  serve.serve(serve.Options(
+    model=model, all_users=True, k=2, mask_history=False, output=lists,
+  ), rich.console.Console(file=io.StringIO()))
+  assert pl.read_json(pathlib.Path(lists)).height == 4
 
 
 def test_the_report_reads_and_writes_hostile_paths(tmp_path):
@@ -255,7 +253,7 @@ def test_ids_are_printed_as_they_are_in_a_pipe():
     "source": ["model"] * 7,
   })
   console = rich.console.Console(file=io.StringIO(), width=80)
-  recommend._print(table, console)
+  serve.print_lists(table, console)
   head, *lines = console.file.getvalue().splitlines()
   assert head.split() == ["user", "segment", "source", "rank", "item", "score"]
   for line, user, item in zip(

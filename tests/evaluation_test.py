@@ -11,6 +11,7 @@ import sklearn.metrics
 from pin_jax.data.batches import make_sequences
 from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
+from pin_jax.evaluation import ranking
 from pin_jax.evaluation.metrics import ndcg
 from pin_jax.evaluation.ranking import (
   Model,
@@ -123,18 +124,21 @@ def test_the_fixtures_cover_the_edges(split, params, requests):
   assert (want[:, 0] % 1).any() and (want[:, 0] != want[:, 2]).any()
 
 
-@pytest.mark.parametrize(
-  ("user_chunk", "item_chunk"), [(256, 65_536), (7, 30), (9, 8)]
-)
+@pytest.fixture(params=[128, 5])
+def users_at_once(request, monkeypatch):
+  chunk = ranking.Chunk(request.param, 8)
+  monkeypatch.setattr(ranking, "chunk_of", lambda *_: chunk)
+
+
+@pytest.mark.parametrize("item_chunk", [65_536, 30, 8])
 @pytest.mark.parametrize("with_plugin", [False, True])
 def test_ranks_equal_a_loop_over_users(
-  split, sequences, params, requests, user_chunk, item_chunk, with_plugin
+  split, sequences, params, requests, users_at_once, item_chunk, with_plugin
 ):
   model = Model(_bag(), _scale() if with_plugin else None)
   factors = FACTORS if with_plugin else np.ones(2, np.float32)
   rank = make_ranker(
-    model, num_items=ITEMS, length=LENGTH,
-    user_chunk=user_chunk, item_chunk=item_chunk,
+    model, num_items=ITEMS, length=LENGTH, item_chunk=item_chunk
   )
   got = rank(Weights(params, factors), sequences, requests)
   want = np.asarray(list(_reference(split, params, requests, factors)))
@@ -145,9 +149,7 @@ def test_ranks_equal_a_loop_over_users(
 def test_a_request_does_not_depend_on_the_others(
   sequences, params, requests
 ):
-  rank = make_ranker(
-    Model(_bag(), None), num_items=ITEMS, length=LENGTH, user_chunk=5
-  )
+  rank = make_ranker(Model(_bag(), None), num_items=ITEMS, length=LENGTH)
   weights = Weights(params, None)
   together = rank(weights, sequences, requests)
   alone = rank(weights, sequences, Requests(*(x[8:9] for x in requests)))
@@ -203,27 +205,19 @@ def sasrec():
   return Model(backbone, plugin), Weights(params, plugins)
 
 
-@pytest.mark.parametrize(
-  ("user_chunk", "item_chunk"), [(1, 100), (256, 16), (6, 9)]
-)
+@pytest.mark.parametrize("item_chunk", [100, 16, 9])
 def test_ranks_do_not_depend_on_the_chunks(
-  sequences, requests, sasrec, user_chunk, item_chunk
+  sequences, requests, sasrec, item_chunk
 ):
   model, weights = sasrec
   sizes = {"num_items": ITEMS, "length": LENGTH}
   want = make_ranker(model, **sizes)(weights, sequences, requests)
-  got = make_ranker(
-    model, **sizes, user_chunk=user_chunk, item_chunk=item_chunk
-  )(weights, sequences, requests)
-  _assert_equal(got, want)
+  rank = make_ranker(model, **sizes, item_chunk=item_chunk)
+  _assert_equal(rank(weights, sequences, requests), want)
 
 
-@pytest.mark.parametrize(
-  ("user_chunk", "item_chunk"), [(1, 65_536), (200, 6000), (256, 2500)]
-)
-def test_ranks_are_those_of_other_chunks_to_the_last_bit(
-  user_chunk, item_chunk
-):
+@pytest.mark.parametrize("item_chunk", [6000, 2500])
+def test_ranks_are_those_of_other_chunks_to_the_last_bit(item_chunk):
   """All items score alike but for rounding, so ranks show every bit of it."""
   rng = np.random.default_rng(6)
   items, users = 6000, 300
@@ -238,13 +232,12 @@ def test_ranks_are_those_of_other_chunks_to_the_last_bit(
   }
   ranks = [
     make_ranker(
-      Model(backbone, None), num_items=items, length=20, user_chunk=chunk,
-      item_chunk=some,
+      Model(backbone, None), num_items=items, length=20, item_chunk=some
     )(
       Weights(params, None), make_sequences(split),
       Requests(np.arange(users), split.test, np.zeros(users)),
     )
-    for chunk, some in ((128, 10_000), (user_chunk, item_chunk))
+    for some in (10_000, item_chunk)
   ]
   assert len(np.unique(ranks[0].rank)) > 40
   _assert_equal(*ranks)
@@ -265,13 +258,11 @@ def test_only_the_perturbed_segment_moves(sequences, requests, sasrec):
   assert (after[~first] != before[~first]).any(-1).all()
 
 
-@pytest.mark.parametrize("user_chunk", [4, 256])
 def test_log_probabilities_equal_scipy(
-  split, sequences, params, requests, user_chunk
+  split, sequences, params, requests, users_at_once
 ):
   got = make_log_probabilities(
-    Model(_bag(), _scale()), num_items=ITEMS, length=LENGTH,
-    user_chunk=user_chunk,
+    Model(_bag(), _scale()), num_items=ITEMS, length=LENGTH
   )(Weights(params, FACTORS), sequences, requests)
   assert got.shape == (len(requests.users), ITEMS)
   np.testing.assert_allclose(np.exp(got).sum(-1), 1, rtol=1e-5)
@@ -368,21 +359,18 @@ def test_drawn_items_follow_from_seed_user_and_target(split, requests):
 
 
 def test_too_few_unseen_items_are_refused(split, requests):
-  with pytest.raises(InputError, match="evaluation.negatives=25 is more"):
+  with pytest.raises(InputError, match="count=25 is more"):
     draw_unseen(split.interactions, requests, count=25, seed=0)
 
 
-@pytest.mark.parametrize("user_chunk", [256, 7])
 @pytest.mark.parametrize("with_plugin", [False, True])
 def test_sampled_ranks_equal_a_loop_over_users(
-  split, sequences, params, requests, user_chunk, with_plugin
+  split, sequences, params, requests, users_at_once, with_plugin
 ):
   data = split.interactions
   factors = FACTORS if with_plugin else np.ones(2, np.float32)
   model = Model(_bag(), _scale() if with_plugin else None)
-  rank = make_sampled_ranker(
-    model, data, length=LENGTH, count=9, seed=3, user_chunk=user_chunk
-  )
+  rank = make_sampled_ranker(model, data, length=LENGTH, count=9, seed=3)
   got = rank(Weights(params, factors), sequences, requests)
   drawn = draw_unseen(data, requests, count=9, seed=3)
   assert got.negative_scores.shape == drawn.shape

@@ -30,14 +30,14 @@ from experiments import (
   interruption,
   job,
   logs,
-  recommend,
   report,
+  serve,
   summaries,
   workdir,
 )
 from experiments.events import read_events
 from pin_jax import archives
-from pin_jax.training import checkpoints, finite
+from pin_jax.training import checkpoints, steps
 from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.training.loop import fit
 from tests import tiny
@@ -223,8 +223,8 @@ OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
     [job], output=to, drawings=to / "figures", num_resamples=20
   ),
   "summary": lambda job, to: summaries.write(summaries.read(job), to),
-  "recommendations": lambda job, to: recommend._writer(
-    epath.Path(to) / "recs.parquet"
+  "recommendations": lambda job, to: serve.writer(
+    to / "recs.parquet"
   )(_JOB_ROWS),
   "exported model": lambda job, to: archives.write(
     to / "m.pin", {}, {"x": bytes(9000)}
@@ -363,7 +363,7 @@ def _(folder, say):
 @row("gradient not finite, skipped", 0)
 def _(folder, say):
   logged = []
-  result = _fit(folder, finite.skipping(_step(gradient_at=9)), logged)
+  result = _fit(folder, steps.skipping(_step(gradient_at=9)), logged)
   skipped = np.concatenate([log["skipped"] for log in logged])
   np.testing.assert_array_equal(np.flatnonzero(skipped), [9])
   assert result.last_step == 12
@@ -372,7 +372,7 @@ def _(folder, say):
 @row("loss not finite, skipped", 0)
 def _(folder, say):
   logged = []
-  _fit(folder, finite.skipping(_step(loss_at=5)), logged)
+  _fit(folder, steps.skipping(_step(loss_at=5)), logged)
   skipped = np.concatenate([log["skipped"] for log in logged])
   np.testing.assert_array_equal(np.flatnonzero(skipped), [5])
   store = Checkpoints(folder / "checkpoints" / "toy")

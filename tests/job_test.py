@@ -18,8 +18,16 @@ import scipy.stats
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import build, job, problem, report, settings, stages, summaries
-from experiments import finished as finished_job
+from experiments import (
+  build,
+  job,
+  problem,
+  report,
+  serve,
+  settings,
+  stages,
+  summaries,
+)
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.events import read_events
 from experiments.logs import read_log
@@ -122,7 +130,7 @@ def test_validations_are_logged_by_segment_too(finished):
 
 def positions(workdir, method, **options):
   """(rows, position of each user's target in its list; nan where masked)."""
-  recommender = finished_job.recommender(workdir, method=method)
+  recommender = serve.recommender(workdir, method=method)
   requests = serving.of_users(recommender, prefix="validation")
   table = serving.recommend(recommender, requests, k=30, **options)
   rows = pl.read_parquet(workdir / "rows.parquet").filter(
@@ -163,11 +171,11 @@ def test_serving_refuses_a_checkpoint_that_is_damaged(finished, tmp_path):
   (stage / str(newest) / "record" / "metadata").write_text("{")
   before = sorted(copy.rglob("*"))
   with pytest.raises(InputError, match="base/.* cannot be read"):
-    finished_job.recommender(copy, method="base")
+    serve.recommender(copy, method="base")
   assert sorted(copy.rglob("*")) == before
   shutil.rmtree(stage)
   with pytest.raises(InputError, match="base is absent"):
-    finished_job.recommender(copy, method="base")
+    serve.recommender(copy, method="base")
 
 
 def test_fine_tuned_serves_each_segment_by_its_own_stage(finished):
@@ -704,7 +712,8 @@ def _sets(**values):
     (_set("claims.power", 0.0), "claims.power=0.0: give a number"),
     (_set("evaluation.protocol", "quick"), "evaluation.protocol='quick'"),
     (_set("evaluation.negatives", 0), "evaluation.negatives=0"),
-    (_sets(evaluation__protocol="sampled"), "evaluation.negatives=99 is more"),
+    (_sets(evaluation__protocol="sampled"),
+     "evaluation.negatives: count=99 is more"),
     (_sets(loss__name="gbce", loss__proposal="in_batch"), "made for 'uniform'"),
     (_sets(loss__name="gbce", loss__negatives=30), "rate of 1.03448"),
     (_set("backbone.name", "gru"), "backbone.name='gru': use one of"),
@@ -784,7 +793,7 @@ def test_every_backbone_and_plugin_is_served(tmp_path, backbone, plugin):
   _, found = positions(tmp_path, "pin", mask_history=False)
   assert len(found) == 80
   assert found["position"].to_list() == found["rank_unmasked"].to_list()
-  made = finished_job.recommender(tmp_path)
+  made = serve.recommender(tmp_path)
   serving.save(made, tmp_path / "model.pin")
   loaded = serving.load(tmp_path / "model.pin")
   lists = [

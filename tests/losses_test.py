@@ -11,10 +11,10 @@ import pytest
 import scipy.special
 import scipy.stats
 
+from pin_jax.training.chunks import chunked
 from pin_jax.training.losses import (
   bayesian_personalized_ranking,
   binary_cross_entropy,
-  chunked,
   focal,
   gbce_power,
   sampled_softmax,
@@ -475,7 +475,7 @@ def test_gbce_in_the_limit_recovers_the_sampled_out_odds():
 
 @pytest.mark.parametrize(
   ("rate", "calibration", "message"),
-  [(1.2, 0.5, "rate of 1.2"), (0.0, 0.5, "rate of 0"), (0.5, -1, "=-1")],
+  [(1.2, 0.5, "rate=1.2"), (0.0, 0.5, "rate=0 "), (0.5, -1, "=-1")],
 )
 def test_gbce_refuses_bad_numbers(rate, calibration, message):
   with pytest.raises(InputError, match=message):

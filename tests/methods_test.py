@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import build, finished, job, logs, settings, stages, workdir
+from experiments import build, job, logs, serve, settings, stages, workdir
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
 from pin_jax import serving
@@ -199,7 +199,7 @@ def test_refit_moves_backbones_and_leaves_gates(refitted):
     made.read(stage)
   best = {name: runs[0].best for name, runs in made.trained.items()}
   for k, slot in enumerate(
-    finished.recommender(refitted, method="joint_plugins").slots
+    serve.recommender(refitted, method="joint_plugins").slots
   ):
     own = jax.tree.map(lambda x, k=k: x[k], best["joint/plugins"])
     jax.tree.map(np.testing.assert_array_equal, slot.plugins, own)
@@ -227,7 +227,7 @@ def test_refitted_rows_are_what_is_served(refitted):
   assert titles == ["base", "base + validation", "memory alone",
                     "joint + plugins"]
   for method in ("base", "joint_plugins"):
-    made = finished.recommender(refitted, method=method)
+    made = serve.recommender(refitted, method=method)
     table = serving.recommend(
       made, serving.of_users(made, prefix="validation"), k=30,
       mask_history=False,

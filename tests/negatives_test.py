@@ -12,7 +12,7 @@ import scipy.stats
 from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.training import negatives
-from pin_jax.training.losses import sampled_softmax
+from pin_jax.training.losses import sampled, sampled_softmax
 from pin_jax.types import Batch, InputError
 
 ITEMS = 6
@@ -59,9 +59,8 @@ NAMES = tuple(_proposals())
 def test_draws_follow_the_distribution(name, shared):
   proposal, mass = _proposals()[name]
   count = 40_000 if shared else 8_000
-  drawn = jax.jit(lambda key: negatives.draw_negatives(
-    proposal, key, BATCH, count=count, shared=shared
-  ))(jax.random.key(3))
+  draw = sampled(None, proposal, count=count, shared=shared).draw
+  drawn = jax.jit(draw)(jax.random.key(3), BATCH)
   assert drawn.items.shape == ((count,) if shared else (6, count))
   assert drawn.log_counts.shape == drawn.items.shape
   observed = np.bincount(np.ravel(drawn.items), minlength=ITEMS + 1)
@@ -151,9 +150,10 @@ def test_millions_of_items_are_drawn_alike(size):
 
 def test_the_key_decides_and_rows_differ():
   proposal = negatives.uniform(1000)
-  run = lambda seed, shared: np.asarray(negatives.draw_negatives(
-    proposal, jax.random.key(seed), BATCH, count=9, shared=shared
-  ).items)
+  run = lambda seed, shared: np.asarray(
+    sampled(None, proposal, count=9, shared=shared)
+    .draw(jax.random.key(seed), BATCH).items
+  )
   np.testing.assert_array_equal(run(0, True), run(0, True))
   assert (run(0, True) != run(1, True)).any()
   own = run(0, False)
@@ -161,10 +161,9 @@ def test_the_key_decides_and_rows_differ():
 
 
 def test_a_batch_without_targets_gives_no_items():
-  drawn = negatives.draw_negatives(
-    negatives.in_batch(COUNTS[None], np.zeros(1)), jax.random.key(0),
-    _batch([[0, 0]]), count=3, shared=True,
-  )
+  proposal = negatives.in_batch(COUNTS[None], np.zeros(1))
+  draw = sampled(None, proposal, count=3).draw
+  drawn = draw(jax.random.key(0), _batch([[0, 0]]))
   np.testing.assert_array_equal(drawn.items, 0)
 
 
@@ -232,9 +231,7 @@ def test_corrected_gradient_tends_to_that_of_the_full_softmax(name, shared):
     others_key, key = jax.random.split(key)
     others = jax.random.choice(others_key, ITEMS + 1, (4 * count,), p=chances)
     batch = _batch(jnp.concatenate([jnp.asarray([TARGET]), others])[None])
-    drawn = negatives.draw_negatives(
-      proposal, key, batch, count=count, shared=shared
-    )
+    drawn = sampled(None, proposal, count=count, shared=shared).draw(key, batch)
     items, logs = drawn if shared else (x[0] for x in drawn)
     logits = lambda x: sampled_softmax(
       x[TARGET - 1], x[items - 1], logs, items != TARGET

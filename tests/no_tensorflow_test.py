@@ -15,7 +15,7 @@ for module in pkgutil.walk_packages(pin_jax.__path__, "pin_jax."):
 """
 READ = """
 import sys
-from pin_jax.datasets.tfds import read_tfds
+from pin_jax.data.tfds import read_tfds
 data = read_tfds("movielens/100k", data_dir="data", manual_dir="manual")
 assert data.num_interactions == 4
 data = read_tfds("movielens/100k", data_dir="data", download=False)

@@ -16,7 +16,7 @@ from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
 from pin_jax.models.sasrec import sasrec
-from pin_jax.training import criteria, losses, negatives, objectives
+from pin_jax.training import losses, negatives, objectives
 from pin_jax.types import Batch, Requests, Rows
 
 LENGTH, WIDTH = 7, 4
@@ -130,10 +130,10 @@ def test_a_history_reads_nothing_of_its_neighbours(name):
 
 
 _PROPOSAL = negatives.uniform(ITEMS)
-CRITERIA = {
-  "softmax": criteria.SOFTMAX,
-  "shared": criteria.sampled(losses.sampled_softmax, _PROPOSAL, count=5),
-  "own": criteria.sampled(
+SPECS = {
+  "softmax": losses.SOFTMAX,
+  "shared": losses.sampled(losses.sampled_softmax, _PROPOSAL, count=5),
+  "own": losses.sampled(
     losses.sampled_softmax, _PROPOSAL, count=5, shared=False
   ),
 }
@@ -144,18 +144,18 @@ def _importance(shape):
 
 
 @pytest.mark.parametrize(
-  ("name", "criterion", "rows"),
+  ("name", "spec", "rows"),
   [("sasrec", "softmax", 3), ("gru4rec", "own", 64), ("hstu", "shared", 1),
    ("din", "own", 2)],
 )
-def test_group_loss_and_gradient_equal_the_plain_ones(name, criterion, rows):
+def test_group_loss_and_gradient_equal_the_plain_ones(name, spec, rows):
   backbone, params = _build(name, dropout=0.0)
   batch = _batch()
   group = objectives.GroupBatch(batch, _importance(batch.targets.shape))
 
   def run(backbone):
     loss = objectives.group_losses(
-      backbone, mean="users", criterion=CRITERIA[criterion], chunk=7
+      backbone, mean="users", loss=SPECS[spec], chunk=7
     ).group_loss
     return jax.jit(jax.value_and_grad(loss))(params, group, jax.random.key(2))
 
@@ -264,7 +264,6 @@ def test_ranks_equal_those_of_one_history_a_row():
   def rank(backbone):
     ranker = ranking.make_ranker(
       ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH,
-      user_chunk=7,
     )
     return ranker(ranking.Weights(params, None), sequences, requests)
 

@@ -62,7 +62,7 @@ def weigh_by_hand(weighting, gradients, losses, state):
 def paths_for(reads):
   """The paths that give a rule what it reads."""
   known = ["accumulated", "weighted"] if reads == "nothing" else []
-  return ["stacked", "sequential", "two_pass", *known]
+  return ["stacked", "sequential", *known]
 
 
 CASES = [
@@ -105,7 +105,7 @@ def test_every_rule_on_every_path_equals_numpy(name, path):
     np.testing.assert_allclose(flat(out.gradient), want, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("path", ["stacked", "sequential", "two_pass"])
+@pytest.mark.parametrize("path", ["stacked", "sequential"])
 def test_gramian_equals_numpy(path):
   losses, gradients = by_hand(START)
   out = run_steps(rule("upgrad"), path, steps=1)[0]
@@ -158,7 +158,7 @@ def test_narrow_parameters_add_up_in_float32(dtype, reads, blocks):
   for path in (*paths, "auto"):
     init, step = aggregation.aggregate(
       loss, rule, path=path, blocks=blocks,
-      weighted_loss=fused, gramians=lambda *_: 1 / 0,
+      weighted_loss=fused,
     )
     out = jax.jit(step)(
       params, jnp.zeros(size), jax.random.split(jax.random.key(0), size),
@@ -175,7 +175,7 @@ def test_narrow_parameters_add_up_in_float32(dtype, reads, blocks):
       np.testing.assert_allclose(squares, 3 * 300**2 + 2 / 64**2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["stacked", "accumulated", "two_pass", "auto"])
+@pytest.mark.parametrize("path", ["stacked", "accumulated", "auto"])
 def test_named_blocks_have_rules_of_their_own(path):
   """One tensor by the joint gradient, the other adjusted."""
   uniform = aggregation.backdoor(np.ones(SIZE))
@@ -225,23 +225,18 @@ def test_leaf_names():
   assert names == ["a/0", "a/1", "b/c"]
 
 
-@pytest.mark.parametrize(("reads", "options", "want"), [
-  ("nothing", {"fused": True, "backend": "gpu"}, "weighted"),
-  ("nothing", {"fused": False, "backend": "gpu"}, "accumulated"),
-  ("nothing", {"fused": True, "backend": "cpu"}, "accumulated"),
-  ("nothing", {"fused": True, "backend": "cpu", "size": 10**7}, "accumulated"),
-  ("nothing", {"fused": True, "backend": "cpu", "size": 10**8}, "weighted"),
-  ("nothing", {"fused": False, "backend": "cpu", "size": 9**9}, "accumulated"),
-  ("losses", {"fused": True, "backend": "cpu"}, "sequential"),
-  ("gradients", {"fused": True, "backend": "tpu"}, "stacked"),
-  # 5 x 100 bytes are more than a quarter of 1999, not more than one of 2000.
-  ("gradients", {"fused": True, "backend": "tpu", "memory": 1999}, "two_pass"),
-  ("gradients", {"fused": True, "backend": "tpu", "memory": 2000}, "stacked"),
+@pytest.mark.parametrize(("reads", "fused", "backend", "size", "want"), [
+  ("nothing", True, "gpu", 100, "weighted"),
+  ("nothing", False, "gpu", 100, "accumulated"),
+  ("nothing", True, "cpu", 5 * 10**7, "accumulated"),
+  ("nothing", True, "cpu", 5 * 10**7 + 1, "weighted"),
+  ("nothing", False, "cpu", 9**9, "accumulated"),
+  ("losses", True, "cpu", 100, "sequential"),
+  ("gradients", True, "tpu", 9**12, "stacked"),
 ])
-def test_automatic_path(reads, options, want):
-  options = {"memory": 10**9, "size": 100} | options
-  size = options.pop("size")
-  assert aggregation.choose_path(reads, 5, size, **options) == want
+def test_automatic_path(reads, fused, backend, size, want):
+  got = aggregation.choose_path(reads, size, fused=fused, backend=backend)
+  assert got == want
 
 
 def test_informed_rules_keep_their_weights_and_form_the_gramian():
@@ -306,26 +301,13 @@ def test_weighted_loss_equals_the_groups_one_by_one(mean):
   ))
 
 
-@pytest.mark.parametrize("block", [4, 7, 31, 64])
-def test_gramians_in_blocks_of_items_equal_numpy(block):
-  backbone, params, groups, _, values, grads = sequence_problem("users")
-  losses, products = jax.jit(objectives.table_gramians(
-    backbone, mean="users", chunk=8, block=block
-  ))(params, *groups)
-  np.testing.assert_allclose(losses, values, rtol=1e-5)
-  want = jax.tree.map(
-    lambda *g: np.array([[np.vdot(x, y) for y in g] for x in g]), *grads
-  )
-  assert_trees_close(products, want)
-
-
-@pytest.mark.parametrize("path", ["stacked", "sequential", "two_pass"])
+@pytest.mark.parametrize("path", ["stacked", "sequential"])
 def test_paths_agree_on_a_sequence_model(path):
   _, params, groups, losses, _, grads = sequence_problem("users")
   weighting = weightings.upgrad()
   run = jax.jit(aggregation.aggregate(
     losses.group_loss, weighting, path=path,
-    weighted_loss=losses.weighted_loss, gramians=losses.gramians,
+    weighted_loss=losses.weighted_loss,
   ).step)
   out = run(params, *groups, ())
   rows = np.stack([flat(g).astype(np.float64) for g in grads])
@@ -337,26 +319,3 @@ def test_paths_agree_on_a_sequence_model(path):
   np.testing.assert_allclose(
     flat(out.gradient), want, rtol=1e-5, atol=1e-5 * np.abs(want).max()
   )
-
-
-def largest_buffer(path, num_items, size=8):
-  """Bytes of the temporaries of one step, as the compiler plans them."""
-  backbone = sasrec.sasrec(num_items, length=4, width=64, blocks=1)
-  losses = objectives.group_losses(backbone, mean="users", chunk=4)
-  step = aggregation.aggregate(
-    losses.group_loss, weightings.upgrad(), path=path,
-    weighted_loss=losses.weighted_loss, gramians=losses.gramians,
-  ).step
-  shape = jax.ShapeDtypeStruct((size, 2, 4), jnp.int32)
-  groups = objectives.GroupBatch(Batch(shape, shape, shape), None)
-  params = jax.eval_shape(backbone.init, jax.random.key(0))
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-  compiled = jax.jit(step).lower(params, groups, keys, ()).compile()
-  return compiled.memory_analysis().temp_size_in_bytes
-
-
-def test_two_passes_never_hold_a_table_for_each_group():
-  num_items = 20_000
-  table = num_items * 64 * 4
-  assert largest_buffer("sequential", num_items) > 8 * table
-  assert largest_buffer("two_pass", num_items) < 4 * table

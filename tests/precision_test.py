@@ -21,7 +21,12 @@ from pin_jax.models.precision import computed_in
 from pin_jax.models.sasrec import sasrec
 from pin_jax.training import objectives
 from pin_jax.training.optimizers import make_optimizer
-from pin_jax.training.steps import Operands, backbone_step, init_state
+from pin_jax.training.steps import (
+  Adjustment,
+  Operands,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import Batch, InputError
 
 SIZES = {"length": LENGTH, "width": 8, "dropout": 0.25}
@@ -320,16 +325,13 @@ def _cycles(rows=60):
 
 def _training(backbone, learning_rate=0.1):
   """(step of (state, t), state before it)."""
-  optimizer, schedule = make_optimizer(
-    STEPS, learning_rate=learning_rate
-  )
-  rule = aggregation.backdoor([0.5, 0.5])
+  optimizer = make_optimizer(STEPS, learning_rate=learning_rate, average=0.9)
+  adjustment = Adjustment(aggregation.backdoor([0.5, 0.5]), path="sequential")
   step = backbone_step(
-    backbone, rule, optimizer, schedule, batch_size=16, length=7,
-    draw="interactions", mean="interactions", path="sequential", average=0.9,
+    backbone, adjustment, optimizer, batches.Draw(16, 7)
   )
   params = jax.jit(backbone.init)(jax.random.key(0))
-  state = init_state(params, optimizer, rule, average=True)
+  state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), *_cycles(), None)
   return lambda state, t: step(state, operands, t), state
 

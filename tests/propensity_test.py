@@ -294,10 +294,8 @@ def test_classifier_recovers_the_known_posterior():
   backbone = last_item()
   table = {"table": jnp.eye(NUM_ITEMS + 1)}
   before = np.array(table["table"])
-  optimizer, schedule = make_optimizer(300, learning_rate=0.02)
-  step = propensity.classifier_step(
-    backbone, optimizer, schedule, batch_size=1024, length=1
-  )
+  optimizer = make_optimizer(300, learning_rate=0.02)
+  step = propensity.classifier_step(backbone, optimizer, batches.Draw(1024, 1))
   params = propensity.init_classifier(
     jax.random.key(1), NUM_ITEMS + 1, NUM_GROUPS, hidden=16
   )

@@ -15,7 +15,8 @@ from pin_jax import aggregation
 from pin_jax.data import activeness, batches, interactions, simulator
 from pin_jax.models import memory, relations
 from pin_jax.models.precision import COMPUTE
-from pin_jax.training import criteria, objectives
+from pin_jax.training import losses, objectives
+from pin_jax.types import InputError
 from tests import tiny
 
 KEYS = {
@@ -36,7 +37,7 @@ KEYS = {
   ("pin.mean", objectives.MEANS),
   ("pin.plugin_draw", (*batches.DRAWS, "validation")),
   ("pin.path", ("auto", *aggregation.PATHS)),
-  ("loss.name", ("softmax", *criteria.SAMPLED_LOSSES)),
+  ("loss.name", ("softmax", *losses.SAMPLED_LOSSES)),
   ("data.duplicates", interactions.DUPLICATES),
   ("data.source", schema.SOURCES),
 ])  # fmt: skip
@@ -173,3 +174,18 @@ def test_none_is_none_on_the_command_line():
   assert holder.value.data.user is None
   assert holder.value.data.max_history is None
   assert commands.Console  # whose module registers the parsers
+
+
+@pytest.mark.parametrize(("name", "said", "words"), [
+  ("backbone", "heads=3: too many",
+   "config section backbone: heads=3: too many"),
+  ("pin.weighting", "c=-1: too small",
+   "config key pin.weighting: c=-1: too small"),
+  ("backbone", "config key dispatch=0: no", "config key dispatch=0: no"),
+])  # fmt: skip
+def test_an_error_of_the_library_says_which_section_it_comes_from(
+  name, said, words
+):
+  with pytest.raises(InputError) as raised, schema.section(name):
+    raise InputError(said)
+  assert str(raised.value) == words

@@ -24,16 +24,17 @@ from training_test import (
   random_sequences,
 )
 
-from experiments import finished, job, report
+from experiments import job, report, serve
 from experiments.configs import base
 from experiments.logs import read_log
-from pin_jax import aggregation
 from pin_jax.aggregation import weightings
+from pin_jax.data.batches import Draw
 from pin_jax.models import gru4rec, plugins
 from pin_jax.training import checkpoints, loop
 from pin_jax.training.loop import fit, fit_many
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
+  Adjustment,
   Operands,
   TrainState,
   backbone_step,
@@ -75,26 +76,23 @@ def key_of(seed, name):
   return jax.random.fold_in(jax.random.key(seed), name)
 
 
-def stage_1(backbone, *, diagnose_every=4, runs=1):
+def stage_1(backbone, *, diagnose_every=4):
   """-> (step, seed -> (state, operands)) with state in every part."""
   sequences, pool = data_of(
     random_sequences([3, 5, 7, 9, 12, 4]), [0, 0, 1, 1, 1, 0], LENGTH
   )
   rule = weightings.streaming_dro([0.4, 0.6], 0.1)
-  optimizer, schedule = make_optimizer(
-    STEPS, learning_rate=0.05, warmup=3
+  adjustment = Adjustment(rule, diagnose_every=diagnose_every)
+  optimizer = make_optimizer(
+    STEPS, learning_rate=0.05, warmup=3, average=0.8
   )
   step = backbone_step(
-    backbone, rule, optimizer, schedule, batch_size=3, length=LENGTH,
-    draw="interactions", mean="users", diagnose_every=diagnose_every,
-    average=0.8, runs=runs,
+    backbone, adjustment, optimizer, Draw(3, LENGTH, mean="users")
   )
   init = jax.jit(backbone.init)
 
   def start(seed):
-    state = init_state(
-      init(key_of(seed, 0)), optimizer, rule, average=True
-    )
+    state = init_state(init(key_of(seed, 0)), optimizer, adjustment)
     key = key_of(seed, 1)
     return state, Operands(key, sequences, pool, None)
 
@@ -107,12 +105,9 @@ def stage_2():
   sequences, pool = data_of(
     random_sequences([4, 6, 5, 7]), [0, 0, 1, 1], LENGTH
   )
-  optimizer, schedule = make_optimizer(
-    STEPS, learning_rate=0.05, warmup=0
-  )
+  optimizer = make_optimizer(STEPS, learning_rate=0.05, warmup=0)
   step = plugin_step(
-    backbone, plugin, optimizer, schedule, batch_size=2, length=LENGTH,
-    draw="users", mean="users",
+    backbone, plugin, optimizer, Draw(2, LENGTH, "users", "users")
   )
   init = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))
 
@@ -187,7 +182,7 @@ def unrolled(step, state, operands):
 def test_the_state_of_run_k_is_that_of_seed_k(name):
   backbone, tolerance = BACKBONES[name]
   step, start = stage_1(backbone)
-  several = many(stage_1(backbone, runs=len(SEEDS))[0])
+  several = many(step)
   together = jax.jit(lambda *args: unrolled(several, *args))(*joined(start))
   alone = jax.jit(lambda *args: unrolled(step, *args))
   for k, seed in enumerate(SEEDS):
@@ -380,22 +375,6 @@ def test_cost_is_shared_out_among_the_running(monkeypatch):
   assert [r.cpu_seconds for r in results] == [2 + 3, 2 + 3 + 3]
 
 
-def test_the_automatic_path_counts_the_memory_of_all_runs():
-  chosen = {}
-  for runs in (1, 1000):
-    loss = lambda params, x, key: jnp.sum(params * x)
-    fused = lambda params, x, keys, weights: (
-      jnp.vdot(weights, x @ params), x @ params
-    )
-    init, step = aggregation.aggregate(
-      loss, aggregation.backdoor([0.4, 0.6]), weighted_loss=fused, runs=runs
-    )
-    params = jnp.ones(10_000)
-    out = step(params, jnp.ones((2, 10_000)), jnp.zeros((2, 2)), init(params))
-    chosen[runs] = bool(jnp.isnan(out.gramian).all())
-  assert chosen == {1: False, 1000: True}  # `accumulated`, then `weighted`
-
-
 # The job.
 
 
@@ -496,7 +475,7 @@ def test_every_stage_trains_seeds_at_once(tmp_path):
     jobs.append(run_job(config, tmp_path / str(num_seeds)))
   assert_jobs_equal(*jobs)
   served = [
-    finished.recommender(tmp_path / n, method="pin_exact", seed=1).slots
+    serve.recommender(tmp_path / n, method="pin_exact", seed=1).slots
     for n in ("1", "2")
   ]
   assert_trees_close(*served, 1e-3)

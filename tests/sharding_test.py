@@ -21,7 +21,7 @@ from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
 from pin_jax import aggregation
-from pin_jax.evaluation import catalogue, ranking
+from pin_jax.evaluation import ranking
 from pin_jax.models import plugins, relations
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
@@ -32,7 +32,7 @@ STEPS, ITEMS = 50, 40
 CASES = {  # data, model
   "quick": ((4, 2),), "slow": ((8, 1), (1, 4)),
 }
-TILE = ranking.Tile(8, 12)  # one device goes by four, two by two pieces
+CHUNK = ranking.Chunk(8, 12)  # one device takes four, two take two each
 STAGES = {stage.name: stage for stage in METHODS["pin"].stages}
 
 
@@ -111,7 +111,7 @@ def compute_ranks(cases, nearly=False, **changes):
     nearly: whether the items' rows differ by no more than their last bits.
     **changes: of the config.
   """
-  ranking.tile_for = catalogue.tile_for = lambda *_: TILE
+  ranking.chunk_of = lambda *_: CHUNK
   made = config(**changes)
   problem = make_problem(made)
   networks = build.make_networks(made, ITEMS)
@@ -160,7 +160,7 @@ def compute_ranks(cases, nearly=False, **changes):
       sharding.spread_flat(problem.sequences, layout), requests,
     )
     model = ranking.Model(padded, plugin)
-    ranks = catalogue.make_ranker(model, **sizes, layout=layout)(*args)
+    ranks = ranking.make_ranker(model, **sizes, layout=layout)(*args)
     out["meshes"][f"{data} x {rows}"] = [x.tolist() for x in ranks]
   return out
 
@@ -256,7 +256,7 @@ def test_scores_are_those_of_one_device_to_the_last_bit(found):
   check_ranks(found["nearly"])
 
 
-def test_plugins_that_mix_read_the_items_of_a_piece(found):
+def test_plugins_that_mix_read_the_items_of_a_chunk(found):
   check_ranks(found["mixed"])
 
 

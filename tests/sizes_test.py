@@ -112,12 +112,12 @@ def test_a_failed_look_is_that_error_and_nothing_is_left(path, tmp_path):
   assert not (tmp_path / "w").exists()
 
 
-def test_a_bad_setting_is_named_before_the_data_are_read():
+def test_a_bad_setting_is_named_before_the_data_are_read(tmp_path):
   for key, value in {"dispatch": 0, "backbone.length": 0}.items():
     config = files.get_config("path=nowhere.csv")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(InputError, match=f"{key}={value}"):
-      problem.prepare(config)
+      job.run(config, tmp_path / "w")
 
 
 @pytest.mark.parametrize(("short", "long", "want"), [

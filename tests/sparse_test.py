@@ -9,11 +9,17 @@ from toys import RULES, assert_trees_close
 
 from experiments import settings
 from experiments.configs import base
-from pin_jax.data.batches import Sequences, make_pool
+from pin_jax.data.batches import Draw, Sequences, make_pool
 from pin_jax.models.gru4rec import gru4rec
-from pin_jax.training import criteria, negatives, sparse
+from pin_jax.training import losses, negatives, sparse
 from pin_jax.training.loop import compile_steps
-from pin_jax.training.steps import Operands, backbone_step, init_state
+from pin_jax.training.optimizers import Optimizer
+from pin_jax.training.steps import (
+  Adjustment,
+  Operands,
+  backbone_step,
+  init_state,
+)
 from pin_jax.types import InputError
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
@@ -101,21 +107,24 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
     "uniform": lambda: negatives.uniform(ITEMS),
     "in_batch": lambda: negatives.in_batch(np.stack([counts] * 2), groups),
   }[proposal]()
-  criterion = criteria.sampled(
-    criteria.SAMPLED_LOSSES["sampled_softmax"](0.1, 0), proposal, count=5,
+  loss = losses.sampled(
+    losses.SAMPLED_LOSSES["sampled_softmax"](0.1, 0), proposal, count=5,
     shared=shared,
   )
   backbone = gru4rec(ITEMS, length=LENGTH, width=4, dropout=0.2)
   if row_sparse:
     optimizer = sparse.row_sparse(optimizer, backbone.tables)
   weighting = RULES[rule]([0.3, 0.7])
+  optimizer = Optimizer(
+    optimizer, lambda t: 0.0, tables=backbone.tables if row_sparse else ()
+  )
+  adjustment = Adjustment(weighting, diagnose_every=2)
   step = backbone_step(
-    backbone, weighting, optimizer, lambda t: 0.0, batch_size=3, length=LENGTH,
-    draw="interactions", mean="interactions", criterion=criterion,
-    row_sparse=row_sparse, diagnose_every=2,
+    backbone, adjustment, optimizer, Draw(3, LENGTH),
+    loss=loss,
   )
   params = backbone.init(jax.random.key(0))
-  state = init_state(params, optimizer, weighting)
+  state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(2), sequences, pool, None)
   state, logs = compile_steps(step)(state, operands, 0, num_steps)
   return params, state, logs

@@ -252,7 +252,6 @@ def test_ranks_are_those_of_the_device(data, path):
   backbone = gru4rec(data.num_items, length=LENGTH, width=4)
   rank = ranking.make_ranker(
     ranking.Model(backbone, None), num_items=data.num_items, length=LENGTH,
-    user_chunk=16,
   )
   weights = ranking.Weights(backbone.init(jax.random.key(0)), None)
   users = np.random.default_rng(2).permutation(USERS)[:70].astype(np.int32)

@@ -12,8 +12,7 @@ import pytest
 import rich.console
 import tiny
 
-from experiments import finished as finished_jobs
-from experiments import job, report, summaries
+from experiments import job, report, serve, summaries
 from experiments.configs import base
 from experiments.problem import make_problem
 from pin_jax.data import files
@@ -223,7 +222,7 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
   with pytest.raises(InputError, match="peer is 'numpy' there and None here"):
     job.run(_ours(), path, console)
   with pytest.raises(InputError):
-    finished_jobs.recommender(path)
+    serve.recommender(path)
   # A third library beside the two.
   more = fake._replace(name="More")
   driver.run(
@@ -239,7 +238,7 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
   with pytest.raises(InputError, match="without the configuration of a job"):
     job.run(_ours(), path, console)
   with pytest.raises(InputError, match="holds no finished job"):
-    finished_jobs.recommender(path)
+    serve.recommender(path)
 
 
 class TestRefusals:

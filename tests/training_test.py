@@ -9,12 +9,14 @@ from toys import assert_trees_close, bigram
 
 from pin_jax import aggregation
 from pin_jax.data import batches, splits
+from pin_jax.data.batches import Draw
 from pin_jax.data.interactions import Interactions
 from pin_jax.models import plugins, sasrec
 from pin_jax.training import checkpoints, objectives
 from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
+  Adjustment,
   Operands,
   TrainState,
   backbone_step,
@@ -109,9 +111,9 @@ def test_effective_share_by_formula():
 
 
 def test_learning_rate_warms_up_and_decays_as_a_cosine():
-  _, schedule = make_optimizer(
+  schedule = make_optimizer(
     100, learning_rate=0.2, warmup=10, final=0.05
-  )
+  ).schedule
   for t in (0, 3, 10, 40, 100):
     expected = 0.2 * t / 10 if t < 10 else 0.2 * (
       0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * (t - 10) / 90))
@@ -145,19 +147,19 @@ def test_backbone_step_equals_optax_by_hand(draw, weighted):
   length = 7
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 1, 2], length)
   importance = np.random.default_rng(1).exponential(size=(3, 1, length))
-  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor(PRIOR)
-  optimizer, schedule = make_optimizer(
+  backbone = bigram(NUM_ITEMS)
+  adjustment = Adjustment(aggregation.backdoor(PRIOR), diagnose_every=1)
+  optimizer = make_optimizer(
     10, learning_rate=0.1, warmup=0, clip=0.05, weight_decay=0.01
   )
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=1, length=length,
-    draw=draw, mean=draw, diagnose_every=1,
+    backbone, adjustment, optimizer, Draw(1, length, draw, draw),
     importance=(
       (lambda frozen, batch: frozen["importance"]) if weighted else None
     ),
   )
   params = backbone.init(jax.random.key(0))
-  state = init_state(params, optimizer, weighting)
+  state = init_state(params, optimizer, adjustment)
   frozen = {"importance": jnp.asarray(importance, jnp.float32)}
   operands = Operands(jax.random.key(1), sequences, pool, frozen)
   after, log = jax.jit(step)(state, operands, jnp.int32(0))
@@ -222,18 +224,17 @@ def test_joint_training_is_one_group():
   data = random_sequences([2, 4, 6, 9, 12])
   sequences, pool = data_of(data, [0] * 5, length)
   backbone, params = small_sasrec(length)
-  weighting = aggregation.backdoor([1.0])
-  optimizer, schedule = make_optimizer(
+  adjustment = Adjustment(aggregation.backdoor([1.0]))
+  optimizer = make_optimizer(
     num_steps, learning_rate=0.03, warmup=2, clip=1.0, weight_decay=0.1
   )
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=batch_size,
-    length=length, draw="interactions", mean="interactions",
+    backbone, adjustment, optimizer, Draw(batch_size, length)
   )
   operands = Operands(jax.random.key(1), sequences, pool, None)
   delivered = []
   result = fit(
-    step, init_state(params, optimizer, weighting), operands,
+    step, init_state(params, optimizer, adjustment), operands,
     name="joint", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
     evaluate_every=num_steps, dispatch=num_steps,
     on_steps=lambda t, log: delivered.append(log["loss"][:, 0]),
@@ -270,16 +271,14 @@ def test_joint_training_is_one_group():
 
 def test_moving_average_by_formula():
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 1, 2], 3)
-  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor(PRIOR)
-  optimizer, schedule = make_optimizer(9, learning_rate=0.1, warmup=0)
+  backbone = bigram(NUM_ITEMS)
+  adjustment = Adjustment(aggregation.backdoor(PRIOR), path="weighted")
+  optimizer = make_optimizer(9, learning_rate=0.1, warmup=0, average=0.7)
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=2, length=3,
-    draw="users", mean="users", average=0.7, path="weighted",
+    backbone, adjustment, optimizer, Draw(2, 3, "users", "users")
   )
   params = backbone.init(jax.random.key(0))
-  initial = lambda: init_state(
-    params, optimizer, weighting, average=True
-  )
+  initial = lambda: init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), sequences, pool, None)
   state, run = initial(), jax.jit(step)
   expected = np.asarray(params["table"], np.float64)
@@ -304,14 +303,16 @@ def test_moving_average_by_formula():
 def told_of_steps(sequences, groups, *, every=1, steps=60):
   """Logs of steps that all begin with the same parameters."""
   data, pool = data_of(sequences, groups, 1)
-  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor([0.5, 0.5])
-  optimizer, schedule = make_optimizer(9, learning_rate=0.1)
+  backbone = bigram(NUM_ITEMS)
+  adjustment = Adjustment(
+    aggregation.backdoor([0.5, 0.5]), diagnose_every=every
+  )
+  optimizer = make_optimizer(9, learning_rate=0.1)
   step = jax.jit(backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=8, length=1,
-    draw="users", mean="users", diagnose_every=every,
+    backbone, adjustment, optimizer, Draw(8, 1, "users", "users")
   ))
   params = {"table": jnp.zeros((SIZE, SIZE))}
-  state = init_state(params, optimizer, weighting)
+  state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), data, pool, None)
   logs = [step(state, operands, jnp.int32(t))[1] for t in range(steps)]
   return {key: np.array([log[key] for log in logs]) for key in logs[0]}
@@ -375,12 +376,11 @@ def plugin_training(data, num_steps, *, clip=0.01, length=6):
   sequences, pool = data_of(data, SEGMENTS, length)
   backbone, frozen = small_sasrec(length, dropout=0.5)
   plugin = plugins.bottleneck(4)
-  optimizer, schedule = make_optimizer(
+  optimizer = make_optimizer(
     num_steps, learning_rate=0.05, warmup=0, clip=clip
   )
   step = plugin_step(
-    backbone, plugin, optimizer, schedule, batch_size=2, length=length,
-    draw="users", mean="users",
+    backbone, plugin, optimizer, Draw(2, length, "users", "users")
   )
   start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
     jax.random.key(2)
@@ -411,7 +411,7 @@ def test_stage_two_freezes_the_backbone():
 def test_stage_two_state_holds_plugin_params_only():
   plugin = plugins.bottleneck(4)
   start = plugins.init_stacked(plugin, jax.random.key(2), 2)
-  optimizer, _ = make_optimizer(4)
+  optimizer = make_optimizer(4)
   state = init_state(start, optimizer, stacked=True)
   shapes = {x.shape for x in jax.tree.leaves(start)} | {(2,)}
   assert {x.shape for x in jax.tree.leaves(state)} == shapes
@@ -581,15 +581,15 @@ def test_non_finite_loss_names_run_group_and_step():
 
 
 def test_state_given_to_fit_shares_no_buffer_with_params():
-  backbone, weighting = bigram(NUM_ITEMS), aggregation.backdoor([1.0])
-  optimizer, schedule = make_optimizer(2)
+  backbone = bigram(NUM_ITEMS)
+  adjustment = Adjustment(aggregation.backdoor([1.0]))
+  optimizer = make_optimizer(2, average=0.5)
   sequences, pool = data_of(GROUP_SEQUENCES, [0, 0, 0], 3)
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=2, length=3,
-    draw="users", mean="users",
+    backbone, adjustment, optimizer, Draw(2, 3, "users", "users")
   )
   params = backbone.init(jax.random.key(0))
-  state = init_state(params, optimizer, weighting, average=True)
+  state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), sequences, pool, None)
   fit(
     step, state, operands, name="donates", num_steps=2,
@@ -617,16 +617,14 @@ def resumable(directory, *, average, stop_at=None, evaluate_first=False):
   )
   backbone = bigram(NUM_ITEMS, dropout=0.3)
   params = backbone.init(jax.random.key(0))
-  weighting = aggregation.backdoor([0.4, 0.6])
-  optimizer, schedule = make_optimizer(
-    14, learning_rate=0.05, warmup=3
+  adjustment = Adjustment(aggregation.backdoor([0.4, 0.6]), path="sequential")
+  optimizer = make_optimizer(
+    14, learning_rate=0.05, warmup=3, average=0.8 if average else 0.0
   )
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=2, length=4,
-    draw="interactions", mean="users", average=0.8 if average else 0.0,
-    path="sequential",
+    backbone, adjustment, optimizer, Draw(2, 4, mean="users")
   )
-  state = init_state(params, optimizer, weighting, average=average)
+  state = init_state(params, optimizer, adjustment)
   shapes = jax.eval_shape(lambda: (state, params))
   operands = Operands(jax.random.key(1), sequences, pool, None)
   logs, values, resumed = {}, [], []

@@ -1,6 +1,6 @@
 """Ten million items and more users than fit a device, on a pod.
 
-  python -m experiments.plan --config=experiments/configs/industrial.py \
+  python -m benchmarks.plan --config=experiments/configs/industrial.py \
     --topology=v5e:4x4 --items=10000000 --users=100000000 \
     --interactions=2000000000
 

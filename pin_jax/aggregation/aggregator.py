@@ -31,7 +31,6 @@ that share a parameter and own one each; UPGrad lets neither loss rise.
   (True, [1.0, 1.0])
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -42,15 +41,14 @@ import numpy as np
 PyTree = Any
 GroupLoss = Callable[[PyTree, PyTree, jax.Array], jax.Array]
 WeightedLoss = Callable[..., tuple[jax.Array, jax.Array]]
-Gramians = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+Blocks = Callable[[str], str]
 
-READS = ("nothing", "losses", "gradients")
-# Copies of the gradient may take this share of a device's memory.
-_COPIES_SHARE = 0.25
+PATHS = ("stacked", "sequential", "accumulated", "weighted")
+_READS = ("nothing", "losses", "gradients")
 # Up to so many bytes of G gradients, one group at a time gains more from a
 # CPU's caches than passing over the parameters G times costs.
 _CACHED_BYTES = 50_000_000
-_GRAMIAN_BLOCK = 4096
+_GRAMIAN_CHUNK = 4096
 
 
 class Weighting(NamedTuple):
@@ -65,8 +63,11 @@ class Weighting(NamedTuple):
   """
 
   init: Callable[[], PyTree]
-  update: Callable[[jax.Array, jax.Array, PyTree], tuple[jax.Array, PyTree]]
+  update: Callable[..., tuple[Any, PyTree]]
   reads: str = "gradients"
+
+
+Rules = Weighting | Mapping[str, Weighting]
 
 
 class Aggregate(NamedTuple):
@@ -118,11 +119,7 @@ def backdoor(prior: Sequence[float]) -> Weighting:
 
 
 def normalised(prior: Sequence[float]) -> np.ndarray:
-  """The prior divided by its sum; [G] float32.
-
-  Raises:
-    ValueError: as `backdoor`.
-  """
+  """The prior divided by its sum, [G] float32; raises as `backdoor`."""
   prior = np.asarray(prior, np.float64)
   bad = prior.ndim != 1 or not np.isfinite(prior).all() or (prior < 0).any()
   if bad or prior.sum() <= 0:
@@ -135,13 +132,275 @@ def normalised(prior: Sequence[float]) -> np.ndarray:
 
 def gramian(grads: PyTree) -> jax.Array:
   """<grad_g, grad_h> summed over all leaves; [G, ...] -> [G, G] float32."""
-  return sum(leaf_gramian(leaf) for leaf in jax.tree.leaves(grads))
+  return sum(_leaf_gramian(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def leaf_gramian(leaf: jax.Array) -> jax.Array:
+def combine(weights: jax.Array, grads: PyTree) -> PyTree:
+  """sum_g weights_g * grads_g in float32 at least; leaves [G, ...] -> [...]."""
+
+  def of_leaf(leaf: jax.Array) -> jax.Array:
+    total = jnp.tensordot(weights, _wide(leaf), 1, precision="highest")
+    return total.astype(leaf.dtype)
+
+  return jax.tree.map(of_leaf, grads)
+
+
+def aggregate(
+  group_loss: GroupLoss,
+  weighting: Rules,
+  *,
+  path: str = "auto",
+  blocks: Blocks | None = None,
+  weighted_loss: WeightedLoss | None = None,
+) -> Aggregator:
+  """Builds the function that aggregates the gradients of G groups.
+
+  All paths yield the same gradient, in the types of the parameters; sums over
+  groups are formed in float32 at least. They differ in cost and by-products:
+
+    stacked      per-group gradients under vmap: the reference
+    sequential   the same, one group after another
+    accumulated  one group after another, never two gradients alive; for rules
+                 that read nothing; the Gramian's diagonal only
+    weighted     one backward pass of sum_g w_g L_g; for rules that read
+                 nothing, over the whole gradient; no Gramian. Without a
+                 `weighted_loss`, or with parameters narrower than float32, in
+                 which that would sum, it is `accumulated`
+
+  'auto' takes the cheapest that the rule allows. Where it reads nothing:
+  `weighted`, but `accumulated` on CPU as long as the parameters are small, for
+  its working set suits caches. Else `stacked`, and on CPU `sequential`.
+
+  Args:
+    group_loss: (params, batch, key) -> scalar loss of one group.
+    weighting: the rule for the weights, or one for each block by its name.
+    path: one of the above.
+    blocks: None = one rule over the whole gradient; else the name of a leaf
+      ('encoder/kernel') -> the block it belongs to. Each block gets weights
+      from its own Gramian and state: `blocks=str` is every tensor by itself.
+    weighted_loss: optional faster form of the losses, for weights that are
+      known beforehand: (params, batches, keys, weights [G]) -> (sum_g w_g L_g,
+      losses [G]).
+
+  Raises:
+    ValueError: for an unknown path, a rule that reads more than the path gives,
+      or (when params are first seen) blocks without a rule.
+  """
+  reads = _reads_of(weighting, path, blocks)
+  value_and_grad = jax.value_and_grad(
+    lambda params, batch, key: _wide(group_loss(params, batch, key))
+  )
+
+  def step(
+    params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
+  ) -> Aggregate:
+    algebra = _algebra(weighting, blocks, params)
+    groups = batches, keys
+    narrow = any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params))
+    fused = weighted_loss is not None and blocks is None and not narrow
+    chosen = path
+    if path == "auto":
+      size = len(keys) * _bytes(params)
+      chosen = choose_path(reads, size, fused=fused)
+    if chosen in ("stacked", "sequential"):
+      over_groups = _vmap if chosen == "stacked" else jax.lax.map
+      return _reference(
+        value_and_grad, over_groups, algebra, params, groups, state
+      )
+    unknown = jnp.full((len(keys), len(keys)), jnp.nan, jnp.float32)
+    weights, state = algebra.update(
+      algebra.gramian(jax.tree.map(lambda _: unknown, params)), unknown[0],
+      state,
+    )
+    if chosen == "accumulated" or not fused:
+      return _accumulated(
+        value_and_grad, algebra.combine, params, groups, weights, state
+      )
+    gradient, losses = jax.grad(weighted_loss, has_aux=True)(
+      params, *groups, weights
+    )
+    return Aggregate(gradient, losses, weights, unknown, state)
+
+  init = lambda params: initial_state(weighting, params, blocks)
+  return Aggregator(init, step)
+
+
+def _reference(
+  value_and_grad: Callable, over_groups: Callable, algebra: "_Algebra",
+  params: PyTree, groups: tuple[PyTree, jax.Array], state: PyTree,
+) -> Aggregate:
+  """The idea as it is printed; whole gradient or block by block."""
+  update, gramian, combine = algebra
+  losses, grads = over_groups(lambda x: value_and_grad(params, *x), groups)
+  products = gramian(grads)
+  weights, state = update(products, losses, state)
+  gradient = combine(weights, grads)
+  total = sum(jax.tree.leaves(products))
+  return Aggregate(gradient, losses, weights, total, state)
+
+
+def _vmap(function: Callable, groups: PyTree) -> PyTree:
+  return jax.vmap(function)(groups)
+
+
+def _accumulated(
+  value_and_grad: Callable, combine: Callable, params: PyTree,
+  groups: tuple[PyTree, jax.Array], weights: PyTree, state: PyTree,
+) -> Aggregate:
+  """Adds w_g grad_g to a sum in float32, group by group."""
+
+  def body(total: PyTree, group: PyTree) -> tuple[PyTree, PyTree]:
+    weights, batch, key = group
+    loss, grad = value_and_grad(params, batch, key)
+    weights, one = jax.tree.map(lambda x: _wide(x)[None], (weights, grad))
+    total = jax.tree.map(jnp.add, total, combine(weights, one))
+    return total, (loss, gramian(one)[0, 0])
+
+  zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
+  total, (losses, squares) = jax.lax.scan(body, zeros, (weights, *groups))
+  gradient = jax.tree.map(lambda x, p: x.astype(p.dtype), total, params)
+  diagonal = jnp.where(jnp.eye(len(losses), dtype=bool), squares, jnp.nan)
+  return Aggregate(gradient, losses, weights, diagonal, state)
+
+
+def choose_path(
+  reads: str, gradient_bytes: int, *, fused: bool, backend: str | None = None
+) -> str:
+  """The path that 'auto' takes; see `aggregate`.
+
+  Args:
+    reads: what the rules read.
+    gradient_bytes: size of the gradients of all groups.
+    fused: whether one weighted loss serves all groups and blocks.
+    backend: 'cpu', 'gpu' or 'tpu'; by default the one in use.
+  """
+  on_cpu = (backend or jax.default_backend()) == "cpu"
+  if reads != "nothing":
+    return "sequential" if on_cpu else "stacked"
+  cached = on_cpu and gradient_bytes <= _CACHED_BYTES
+  return "weighted" if fused and not cached else "accumulated"
+
+
+def _bytes(params: PyTree) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+
+
+def _reads_of(rules: Rules, path: str, blocks: Blocks | None) -> str:
+  """The most that the rules read; checks path and blocks against it."""
+  by_block = not isinstance(rules, Weighting)
+  if by_block and blocks is None:
+    raise ValueError(
+      f"weightings for the blocks {sorted(rules)} need blocks=: a function "
+      "from a leaf's name to its block's"
+    )
+  every = list(rules.values()) if by_block else [rules]
+  reads = max((rule.reads for rule in every), key=_READS.index)
+  if path not in ("auto", *PATHS):
+    raise ValueError(
+      f"path={path!r} is unknown; use one of {['auto', *PATHS]}"
+    )
+  if path in ("accumulated", "weighted") and reads != "nothing":
+    raise ValueError(
+      f"path={path!r} needs weights that read nothing, and these read {reads}; "
+      "use 'auto'"
+    )
+  if path == "weighted" and blocks is not None:
+    raise ValueError(
+      "path='weighted' has one backward pass, with the same weights for every "
+      "block; use 'accumulated' or 'auto'"
+    )
+  return reads
+
+
+def informed(weighting: Rules) -> Rules:
+  """The same rules, given gradients whether they read them or not.
+
+  'auto' then takes a path that forms the Gramian, for diagnosis.
+  """
+  if isinstance(weighting, Weighting):
+    return weighting._replace(reads="gradients")
+  return {name: informed(rule) for name, rule in weighting.items()}
+
+
+def initial_state(
+  weighting: Rules, params: PyTree, blocks: Blocks | None = None
+) -> PyTree:
+  """The state before the first step; arguments as of `aggregate`."""
+  if blocks is None:
+    return weighting.init()
+  names = _blocks_of(weighting, blocks, params)
+  if not isinstance(weighting, Weighting):
+    return {name: weighting[name].init() for name in dict.fromkeys(names)}
+  count = len(set(names))
+  return jax.tree.map(lambda x: jnp.stack([x] * count), weighting.init())
+
+
+# Blocks: parts of the gradient with weights of their own.
+
+
+class _Algebra(NamedTuple):
+  """The three functions of `_reference`, over dicts of blocks if there are."""
+
+  update: Callable[..., tuple[PyTree, PyTree]]
+  gramian: Callable[[PyTree], PyTree]
+  combine: Callable[[PyTree, PyTree], PyTree]
+
+
+def leaf_names(params: PyTree) -> list[str]:
+  """The leaves' names, such as 'Block_0/MLP_0/Dense_0/kernel'."""
+  paths = jax.tree_util.tree_leaves_with_path(params)
+  return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in paths]
+
+
+def _blocks_of(rules: Rules, blocks: Blocks, params: PyTree) -> list[str]:
+  """The block of each leaf."""
+  leaves = leaf_names(params)
+  names = [blocks(name) for name in leaves]
+  if not isinstance(rules, Weighting) and set(names) != set(rules):
+    raise ValueError(
+      f"the parameters have blocks {sorted(set(names))} and the weightings are "
+      f"for {sorted(rules)}; name the same ones (leaves: {leaves})"
+    )
+  return names
+
+
+def _algebra(rules: Rules, blocks: Blocks | None, params: PyTree) -> _Algebra:
+  if blocks is None:
+    return _Algebra(rules.update, gramian, combine)
+  of_leaf = _blocks_of(rules, blocks, params)
+  names = list(dict.fromkeys(of_leaf))
+
+  def products(grads: PyTree) -> dict[str, jax.Array]:
+    leaves = list(zip(of_leaf, jax.tree.leaves(grads), strict=True))
+    return {k: gramian([x for name, x in leaves if name == k]) for k in names}
+
+  def combined(weights: dict[str, jax.Array], grads: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(grads)
+    return structure.unflatten([
+      combine(weights[k], x) for k, x in zip(of_leaf, leaves, strict=True)
+    ])
+
+  def update(
+    gramians: dict[str, jax.Array], losses: jax.Array, state: PyTree
+  ) -> tuple[dict[str, jax.Array], PyTree]:
+    if isinstance(rules, Weighting):
+      stacked = jnp.stack([gramians[k] for k in names])
+      weights, state = jax.vmap(rules.update, (0, None, 0))(
+        stacked, losses, state
+      )
+      return dict(zip(names, weights, strict=True)), state
+    found = {k: rules[k].update(gramians[k], losses, state[k]) for k in names}
+    return {k: w for k, (w, _) in found.items()}, {
+      k: state for k, (_, state) in found.items()
+    }
+
+  return _Algebra(update, products, combined)
+
+
+def _leaf_gramian(leaf: jax.Array) -> jax.Array:
   """<x_g, x_h> of one leaf [G, ...]; [G, G] float32.
 
-  On CPU in blocks that stay in the cache: three to five times faster than one
+  On CPU in chunks that stay in the cache: three to five times faster than one
   product of a few very long rows.
   """
 
@@ -152,17 +411,25 @@ def leaf_gramian(leaf: jax.Array) -> jax.Array:
       preferred_element_type=jnp.float32,
     )
 
-  def blocked(x: jax.Array) -> jax.Array:
+  def chunked(x: jax.Array) -> jax.Array:
     flat = x.reshape(len(x), -1)
-    width = max(min(_GRAMIAN_BLOCK, flat.shape[1]), 1)
-    blocks = flat.shape[1] // width
+    width = max(min(_GRAMIAN_CHUNK, flat.shape[1]), 1)
+    count = flat.shape[1] // width
     take = lambda i: jax.lax.dynamic_slice_in_dim(flat, i * width, width, 1)
     return jax.lax.fori_loop(
-      0, blocks, lambda i, total: total + product(take(i)),
-      product(flat[:, blocks * width :]),
+      0, count, lambda i, total: total + product(take(i)),
+      product(flat[:, count * width :]),
     )
 
-  return jax.lax.platform_dependent(leaf, cpu=blocked, default=product)
+  return jax.lax.platform_dependent(leaf, cpu=chunked, default=product)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  """x in float32 where its type is narrower."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# What is logged of an aggregation.
 
 
 def cosines(gramian: jax.Array) -> jax.Array:
@@ -198,475 +465,3 @@ def effective_groups(weights: jax.Array) -> jax.Array:
   squares = jnp.sum(weights**2)
   total = jnp.sum(jnp.abs(weights)) ** 2
   return jnp.where(squares > 0, total / jnp.where(squares > 0, squares, 1), 0)
-
-
-def combine(weights: jax.Array, grads: PyTree) -> PyTree:
-  """sum_g weights_g * grads_g; leaves [G, ...] -> [...]."""
-  return jax.tree.map(lambda leaf: _combine_leaf(weights, leaf), grads)
-
-
-def _combine_leaf(weights: jax.Array, leaf: jax.Array) -> jax.Array:
-  total = jnp.tensordot(weights, _wide(leaf), 1, precision="highest")
-  return total.astype(leaf.dtype)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-  """x in float32 where its type is narrower."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-# Blocks: parts of the gradient with weights of their own.
-
-
-def leaf_names(params: PyTree) -> list[str]:
-  """The leaves' names, such as 'Block_0/MLP_0/Dense_0/kernel'."""
-  paths = jax.tree_util.tree_leaves_with_path(params)
-  return [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in paths]
-
-
-Blocks = Callable[[str], str]
-Rules = Weighting | Mapping[str, Weighting]
-
-
-class _Plan(NamedTuple):
-  """How the leaves of a tree fall into K blocks and what weighs them.
-
-  Attributes:
-    names: [K] the blocks, in the order of their first leaves.
-    of_leaf: the block of each leaf, an index into `names`.
-    init: () -> state.
-    update: (gramians [K, G, G], losses [G], state) -> (weights [K, G], state).
-    present: weights [K, G] -> what `Aggregate.weights` holds.
-  """
-
-  names: list[str]
-  of_leaf: list[int]
-  init: Callable[[], PyTree]
-  update: Callable[..., tuple[jax.Array, PyTree]]
-  present: Callable[[jax.Array], Any]
-
-
-def _whole(rule: Weighting, num_leaves: int) -> _Plan:
-  def update(
-    gramians: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
-    weights, state = rule.update(gramians[0], losses, state)
-    return weights[None], state
-
-  return _Plan(["all"], [0] * num_leaves, rule.init, update, lambda w: w[0])
-
-
-def _plan(rules: Rules, blocks: Blocks | None, params: PyTree) -> _Plan:
-  leaves = leaf_names(params)
-  if blocks is None:
-    return _whole(rules, len(leaves))
-  of_leaf = [blocks(name) for name in leaves]
-  names = list(dict.fromkeys(of_leaf))
-  of_leaf = [names.index(block) for block in of_leaf]
-  present = lambda w: dict(zip(names, w, strict=True))
-  if isinstance(rules, Weighting):
-    init = lambda: jax.tree.map(
-      lambda x: jnp.stack([x] * len(names)), rules.init()
-    )
-    update = jax.vmap(rules.update, (0, None, 0))
-    return _Plan(names, of_leaf, init, update, present)
-  if set(names) != set(rules):
-    raise ValueError(
-      f"the parameters have blocks {sorted(names)} and the weightings are for "
-      f"{sorted(rules)}; name the same ones (leaves: {leaves})"
-    )
-
-  def update(
-    gramians: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
-    out = {
-      name: rules[name].update(gramians[k], losses, state[name])
-      for k, name in enumerate(names)
-    }
-    weights = jnp.stack([out[name][0] for name in names])
-    return weights, {name: out[name][1] for name in names}
-
-  init = lambda: {name: rules[name].init() for name in names}
-  return _Plan(names, of_leaf, init, update, present)
-
-
-def _block_gramians(plan: _Plan, leaf_gramians: list[jax.Array]) -> jax.Array:
-  totals = [jnp.float32(0)] * len(plan.names)
-  for block, products in zip(plan.of_leaf, leaf_gramians, strict=True):
-    totals[block] = totals[block] + products
-  return jnp.stack(totals)
-
-
-def _leafwise(
-  plan: _Plan, weights: jax.Array, tree: PyTree, function: Callable
-) -> PyTree:
-  """Maps function(weights of the leaf's block, leaf) over a tree."""
-  leaves, structure = jax.tree.flatten(tree)
-  pairs = zip(plan.of_leaf, leaves, strict=True)
-  return structure.unflatten([function(weights[k], leaf) for k, leaf in pairs])
-
-
-# Paths.
-
-
-class _Problem(NamedTuple):
-  """What the paths share; see `aggregate`."""
-
-  group_loss: GroupLoss
-  weighted_loss: WeightedLoss | None
-  gramians: Gramians | None
-
-
-def aggregate(
-  group_loss: GroupLoss,
-  weighting: Rules,
-  *,
-  path: str = "auto",
-  blocks: Blocks | None = None,
-  weighted_loss: WeightedLoss | None = None,
-  gramians: Gramians | None = None,
-  runs: int = 1,
-) -> Aggregator:
-  """Builds the function that aggregates the gradients of G groups.
-
-  All paths yield the same gradient, in the types of the parameters; sums over
-  groups are formed in float32 at least. They differ in cost and by-products:
-
-    stacked      per-group gradients under vmap: the reference
-    sequential   the same, one group after another
-    accumulated  one group after another, never two gradients alive; for rules
-                 that read nothing; the Gramian's diagonal only
-    weighted     one backward pass of sum_g w_g L_g; for rules that read
-                 nothing, over the whole gradient; no Gramian. Without a
-                 `weighted_loss`, or with parameters narrower than float32, in
-                 which that would sum, the gradient is `accumulated`
-    two_pass     what the rule reads in a first pass, the weighted gradient in a
-                 second: never G gradients alive, whatever the rule. The Gramian
-                 comes from `gramians`; without it group by group against each
-                 other, at (G + 1) / 2 times the cost of all the gradients.
-
-  'auto' takes the cheapest that the rule allows. Where it reads nothing:
-  `weighted`, given a `weighted_loss`, but `accumulated` on CPU as long as the
-  parameters are small, for its working set suits caches. Else G gradients at
-  once, `stacked` on accelerators and `sequential` on CPU, as long as they fit a
-  quarter of the memory, and `two_pass` beyond.
-
-  Args:
-    group_loss: (params, batch, key) -> scalar loss of one group.
-    weighting: the rule for the weights, or one for each block by its name.
-    path: one of the above.
-    blocks: None = one rule over the whole gradient; else the name of a leaf
-      ('encoder/kernel') -> the block it belongs to. Each block gets weights
-      from its own Gramian and state: `blocks=str` is every tensor by itself.
-    weighted_loss: optional faster form of the losses, for the pass whose
-      weights are known: (params, batches, keys, weights [G]) -> (sum_g w_g L_g,
-      losses [G]).
-    gramians: optional form of the Gramian that never holds G gradients:
-      (params, batches, keys) -> (losses [G], tree of each leaf's [G, G]).
-    runs: how many of these are computed at once, under a `vmap` around the
-      step: 'auto' counts the memory of them all.
-
-  Returns:
-    The aggregator.
-
-  Raises:
-    ValueError: for an unknown path or rule, one that reads more than the path
-      gives, or (when params are first seen) blocks without a rule.
-  """
-  by_block = not isinstance(weighting, Weighting)
-  if by_block and blocks is None:
-    raise ValueError(
-      f"weightings for the blocks {sorted(weighting)} need blocks=: a function "
-      "from a leaf's name to its block's"
-    )
-  rules = list(weighting.values()) if by_block else [weighting]
-  for rule in rules:
-    if rule.reads not in READS:
-      raise ValueError(f"reads={rule.reads!r} is unknown; use one of {READS}")
-  reads = max((rule.reads for rule in rules), key=READS.index)
-  _check_path(path, reads, blocks is None)
-
-  def wide_loss(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
-    return _wide(group_loss(params, batch, key))
-
-  def step(
-    params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
-  ) -> Aggregate:
-    plan = _plan(weighting, blocks, params)
-    problem = _Problem(wide_loss, weighted_loss, gramians)
-    if any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params)):
-      problem = _Problem(wide_loss, None, None)
-    chosen = path
-    if path == "auto":
-      chosen = choose_path(
-        reads, len(keys), runs * _bytes(params),
-        fused=problem.weighted_loss is not None and blocks is None,
-      )
-    run = PATHS[chosen](problem, plan, reads)
-    return run(params, batches, keys, state)
-
-  init = lambda params: initial_state(weighting, params, blocks)
-  return Aggregator(init, step)
-
-
-def informed(weighting: Rules) -> Rules:
-  """The same rules, given gradients whether they read them or not.
-
-  'auto' then takes a path that forms the Gramian, for diagnosis.
-  """
-  if isinstance(weighting, Weighting):
-    return weighting._replace(reads="gradients")
-  return {name: informed(rule) for name, rule in weighting.items()}
-
-
-def initial_state(
-  weighting: Rules, params: PyTree, blocks: Blocks | None = None
-) -> PyTree:
-  """The state before the first step; arguments as of `aggregate`."""
-  return _plan(weighting, blocks, params).init()
-
-
-def _check_path(path: str, reads: str, whole: bool) -> None:
-  """Raises ValueError unless the path exists and gives what is read."""
-  if path != "auto" and path not in PATHS:
-    raise ValueError(
-      f"path={path!r} is unknown; use one of {['auto', *PATHS]}"
-    )
-  if path in ("accumulated", "weighted") and reads != "nothing":
-    raise ValueError(
-      f"path={path!r} needs weights that read nothing, and these read {reads}; "
-      "use 'auto'"
-    )
-  if path == "weighted" and not whole:
-    raise ValueError(
-      "path='weighted' has one backward pass, with the same weights for every "
-      "block; use 'accumulated' or 'auto'"
-    )
-
-
-def choose_path(
-  reads: str,
-  num_groups: int,
-  gradient_bytes: int,
-  *,
-  fused: bool,
-  backend: str | None = None,
-  memory: int | None = None,
-) -> str:
-  """The path that 'auto' takes; see `aggregate`.
-
-  Args:
-    reads: what the rules read.
-    num_groups: G.
-    gradient_bytes: size of one gradient.
-    fused: whether one weighted loss serves all groups and blocks.
-    backend: 'cpu', 'gpu' or 'tpu'; by default the one in use.
-    memory: bytes of a device; by default what the device says.
-
-  Returns:
-    One of PATHS.
-  """
-  on_cpu = (backend or jax.default_backend()) == "cpu"
-  if reads == "nothing":
-    cached = on_cpu and num_groups * gradient_bytes <= _CACHED_BYTES
-    return "weighted" if fused and not cached else "accumulated"
-  memory = _device_memory() if memory is None else memory
-  if num_groups * gradient_bytes > _COPIES_SHARE * memory:
-    return "two_pass"
-  return "sequential" if on_cpu else "stacked"
-
-
-def _device_memory() -> int:
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if "bytes_limit" in stats:
-    return stats["bytes_limit"]
-  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _bytes(params: PyTree) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-
-
-Run = Callable[[PyTree, PyTree, jax.Array, PyTree], Aggregate]
-
-
-def _unknown(size: int) -> jax.Array:
-  return jnp.full((size, size), jnp.nan, jnp.float32)
-
-
-def _known_weights(
-  plan: _Plan, size: int, state: PyTree
-) -> tuple[jax.Array, PyTree]:
-  """Weights [K, G] of rules that read nothing."""
-  nothing = jnp.full((len(plan.names), size, size), jnp.nan, jnp.float32)
-  return plan.update(nothing, nothing[0, 0], state)
-
-
-def _per_group(problem: _Problem, plan: _Plan, over_groups: Callable) -> Run:
-  value_and_grad = jax.value_and_grad(problem.group_loss)
-
-  def run(
-    params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
-  ) -> Aggregate:
-    one = lambda group: value_and_grad(params, *group)
-    losses, grads = over_groups(one, (batches, keys))
-    products = _block_gramians(
-      plan, [leaf_gramian(leaf) for leaf in jax.tree.leaves(grads)]
-    )
-    weights, state = plan.update(products, losses, state)
-    gradient = _leafwise(plan, weights, grads, _combine_leaf)
-    return Aggregate(
-      gradient, losses, plan.present(weights), products.sum(0), state
-    )
-
-  return run
-
-
-def _stacked(problem: _Problem, plan: _Plan, reads: str) -> Run:
-  del reads
-  return _per_group(problem, plan, lambda f, groups: jax.vmap(f)(groups))
-
-
-def _sequential(problem: _Problem, plan: _Plan, reads: str) -> Run:
-  del reads
-  return _per_group(problem, plan, jax.lax.map)
-
-
-def _accumulate(
-  problem: _Problem,
-  plan: _Plan,
-  weights: jax.Array,
-  params: PyTree,
-  groups: tuple[PyTree, jax.Array],
-) -> tuple[PyTree, jax.Array, jax.Array]:
-  """(sum_g w_kg grad_g, losses [G], ||grad_g||^2 [G]), group by group."""
-  value_and_grad = jax.value_and_grad(problem.group_loss)
-
-  def body(total: PyTree, group: PyTree) -> tuple[PyTree, PyTree]:
-    weights, batch, key = group
-    loss, grad = value_and_grad(params, batch, key)
-    grad = jax.tree.map(_wide, grad)
-    scaled = _leafwise(plan, weights, grad, jnp.multiply)
-    square = sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(grad))
-    return jax.tree.map(jnp.add, total, scaled), (loss, square)
-
-  zeros = jax.tree.map(lambda x: jnp.zeros_like(_wide(x)), params)
-  total, out = jax.lax.scan(body, zeros, (weights.T, *groups))
-  return jax.tree.map(lambda x, p: x.astype(p.dtype), total, params), *out
-
-
-def _accumulated(problem: _Problem, plan: _Plan, reads: str) -> Run:
-  del reads
-
-  def run(
-    params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
-  ) -> Aggregate:
-    weights, state = _known_weights(plan, len(keys), state)
-    total, losses, squares = _accumulate(
-      problem, plan, weights, params, (batches, keys)
-    )
-    diagonal = jnp.where(jnp.eye(len(keys), dtype=bool), squares, jnp.nan)
-    return Aggregate(total, losses, plan.present(weights), diagonal, state)
-
-  return run
-
-
-def _known_gradient(
-  problem: _Problem,
-  plan: _Plan,
-  weights: jax.Array,
-  params: PyTree,
-  groups: tuple[PyTree, jax.Array],
-) -> tuple[PyTree, jax.Array]:
-  """(sum_g w_kg grad_g, losses [G]), in one backward pass where that serves."""
-  if problem.weighted_loss is None or len(plan.names) > 1:
-    return _accumulate(problem, plan, weights, params, groups)[:2]
-  weighted = jax.grad(problem.weighted_loss, has_aux=True)
-  return weighted(params, *groups, weights[0])
-
-
-def _weighted(problem: _Problem, plan: _Plan, reads: str) -> Run:
-  del reads
-
-  def run(
-    params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
-  ) -> Aggregate:
-    weights, state = _known_weights(plan, len(keys), state)
-    gradient, losses = _known_gradient(
-      problem, plan, weights, params, (batches, keys)
-    )
-    return Aggregate(
-      gradient, losses, plan.present(weights), _unknown(len(keys)), state
-    )
-
-  return run
-
-
-def _two_pass(problem: _Problem, plan: _Plan, reads: str) -> Run:
-  if reads == "nothing":
-    known = _weighted if len(plan.names) == 1 else _accumulated
-    return known(problem, plan, reads)
-
-  def run(
-    params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
-  ) -> Aggregate:
-    groups = batches, keys
-    if reads == "gradients":
-      of_leaves = problem.gramians or _pairwise_gramians(problem.group_loss)
-      losses, products = of_leaves(params, *groups)
-      products = _block_gramians(plan, jax.tree.leaves(products))
-    else:
-      losses = jax.lax.map(lambda x: problem.group_loss(params, *x), groups)
-      products = jnp.stack([_unknown(len(keys))] * len(plan.names))
-    weights, state = plan.update(products, losses, state)
-    gradient, _ = _known_gradient(problem, plan, weights, params, groups)
-    return Aggregate(
-      gradient, losses, plan.present(weights), products.sum(0), state
-    )
-
-  return run
-
-
-def _pairwise_gramians(group_loss: GroupLoss) -> Gramians:
-  """Each gradient against those before it; two of them alive at a time."""
-  value_and_grad = jax.value_and_grad(group_loss)
-
-  def run(
-    params: PyTree, batches: PyTree, keys: jax.Array
-  ) -> tuple[jax.Array, PyTree]:
-    size = len(keys)
-    groups = jnp.arange(size), batches, keys
-    dot = lambda x, y: jnp.tensordot(
-      x, y, x.ndim, precision="highest", preferred_element_type=jnp.float32
-    )
-
-    def row(group: PyTree) -> tuple[jax.Array, PyTree]:
-      g, batch, key = group
-      loss, grad = value_and_grad(params, batch, key)
-
-      def entry(other: PyTree) -> PyTree:
-        h, batch, key = other
-        compute = lambda: jax.tree.map(
-          dot, grad, value_and_grad(params, batch, key)[1]
-        )
-        later = lambda: jax.tree.map(lambda x: jnp.float32(0), grad)
-        return jax.lax.cond(h < g, compute, later)
-
-      lower = jax.lax.map(entry, groups)
-      square = jax.tree.map(lambda x: dot(x, x), grad)
-      return loss, jax.tree.map(lambda x, s: x.at[g].set(s), lower, square)
-
-    losses, lower = jax.lax.map(row, groups)
-    mirror = lambda x: x + jnp.tril(x, -1).T
-    return losses, jax.tree.map(mirror, lower)
-
-  return run
-
-
-PATHS = {
-  "stacked": _stacked,
-  "sequential": _sequential,
-  "accumulated": _accumulated,
-  "weighted": _weighted,
-  "two_pass": _two_pass,
-}

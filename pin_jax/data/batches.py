@@ -49,6 +49,39 @@ class Pool(NamedTuple):
   window_starts: jax.Array
 
 
+class Draw(NamedTuple):
+  """How a batch is drawn, and how its positions count.
+
+  Attributes:
+    batch_size: B, windows a group (or segment).
+    length: L.
+    draw: 'interactions' or 'users', see `draw_windows`; 'validation' draws
+      users with their held-out target from a HeldOut.
+    mean: 'interactions' or 'users', see `objectives.position_weights`.
+  """
+
+  batch_size: int
+  length: int
+  draw: str = "interactions"
+  mean: str = "interactions"
+
+  def windows(self, key: jax.Array, pool: "Pool | HeldOut") -> "Windows":
+    """Which windows a key's batch has, [G, B]."""
+    sizes = {"batch_size": self.batch_size, "length": self.length}
+    if self.draw == "validation":
+      return draw_held_out_windows(key, pool, **sizes)
+    return draw_windows(key, pool, draw=self.draw, **sizes)
+
+  def batch(
+    self, key: jax.Array, sequences: Sequences, pool: "Pool | HeldOut"
+  ) -> Batch:
+    """The batch of a key, leading axes [G, B]."""
+    sizes = {"batch_size": self.batch_size, "length": self.length}
+    if self.draw == "validation":
+      return draw_held_out(key, sequences, pool, **sizes)
+    return draw_batch(key, sequences, pool, draw=self.draw, **sizes)
+
+
 def training_targets(split: Split) -> np.ndarray:
   """Number of training targets of every user, max(train_end - 1, 0); [U]."""
   return np.maximum(np.asarray(split.train_end, np.int64) - 1, 0)

@@ -1,4 +1,4 @@
-"""Evaluation: full ranking, in chunks of users and items; sampled ranking.
+"""Ranking: of the whole catalogue, over any devices; among sampled items.
 
 A user's target is ranked among the whole catalogue, once with the items of
 its history left out ('history masked'; the target always takes part) and once
@@ -9,10 +9,11 @@ protocol of older papers. Its numbers are not comparable with those of the full
 ranking, nor do they order models as these do (Krichene & Rendle, KDD 2020).
 
 How a product of matrices is rounded depends on its shape. So histories are
-encoded and items scored in tiles of one size, whatever the chunks, the number
-of requests or of devices: ranks are the same to the last bit.
+encoded and items scored in chunks of one size, whatever the number of requests,
+items or devices: ranks are the same to the last bit.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
 from pin_jax.models.conditioned import given
 from pin_jax.scale import sharding
+from pin_jax.scale.sharding import LOCAL, Layout
 from pin_jax.types import (
   Backbone,
   InputError,
@@ -83,6 +85,9 @@ def read_windows(
   return jnp.where(index >= 0, sequences.items[flat], 0)
 
 
+# Scores of a chunk of users.
+
+
 class States(NamedTuple):
   """Rows of one segment, ready to be scored.
 
@@ -98,51 +103,25 @@ class States(NamedTuple):
   weights: Weights
 
 
-class Tile(NamedTuple):
-  """The shape of what is computed at a time, of a kind of device.
+class Chunk(NamedTuple):
+  """The shape of what a device computes at a time.
 
   Attributes:
-    rows: histories.
+    users: histories.
     items: candidates; at least V + 1 where the catalogue is small.
   """
 
-  rows: int
+  users: int
   items: int
 
 
-def tile_for(num_items: int, platform: str | None = None) -> Tile:
-  """The tile of a catalogue of V items.
-
-  Args:
-    num_items: V.
-    platform: 'cpu', 'gpu' or 'tpu'; None = that of the default device.
+def chunk_of(num_items: int, layout: Layout = LOCAL) -> Chunk:
+  """The chunk of a catalogue of V items, by the kind of the layout's devices.
   """
-  small = (platform or jax.default_backend()) == "cpu"
-  rows, items = (128, 4096) if small else (256, 32_768)
-  return Tile(rows, min(items, 1 << num_items.bit_length()))
-
-
-def by_tiles(
-  run: Callable[[PyTree], PyTree], rows: PyTree, size: int
-) -> PyTree:
-  """run(rows) on `size` rows at a time; the last tile is filled up.
-
-  Args:
-    run: leaves [size, ...] -> leaves [size, ...]; rows do not interact.
-    rows: leaves [M, ...].
-    size: of a tile.
-  """
-  count = len(jax.tree.leaves(rows)[0])
-  tiles = -(-count // size)
-
-  def cut(x: jax.Array) -> jax.Array:
-    pad = [(0, tiles * size - count)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, pad, mode="edge").reshape(tiles, size, *x.shape[1:])
-
-  rows = jax.tree.map(cut, rows)
-  out = jax.lax.map(run, rows)
-  merge = lambda x: x.reshape(tiles * size, *x.shape[2:])[:count]
-  return jax.tree.map(merge, out)
+  device = layout.mesh and layout.mesh.devices.flat[0].platform
+  small = (device or jax.default_backend()) == "cpu"
+  users, items = (128, 4096) if small else (256, 32_768)
+  return Chunk(users, min(items, 1 << num_items.bit_length()))
 
 
 def score_items(
@@ -159,255 +138,216 @@ def score_items(
   )
 
 
-def score_in_tiles(
-  model: Model, rows: States, tile: Tile, num_items: int,
+def _score_in_chunks(
+  model: Model, rows: States, width: int, num_items: int,
   candidates: jax.Array | None,
 ) -> jax.Array:
-  """`score_items` of candidates [C], or None for 0..V, tile by tile."""
+  """`score_items` of [C] or, if None, 0..V; `width` at a time, mixed once."""
   index = jnp.arange(num_items + 1) if candidates is None else candidates
-  tiles = -(-len(index) // tile.items)
-  pad = tiles * tile.items - len(index)
-  columns = jnp.pad(index, (0, pad)).reshape(tiles, tile.items)
+  chunks = -(-len(index) // width)
+  columns = jnp.pad(index, (0, chunks * width - len(index)))
   plain = model.plugin and model.plugin._replace(mix=None)
-
-  def of_rows(part: tuple[PyTree, Reading | None]) -> jax.Array:
-    own = rows._replace(states=part[0], reading=part[1])
-    some = lambda items: score_items(model._replace(plugin=plain), own, items)
-    logits = jnp.moveaxis(jax.lax.map(some, columns), 0, 1)
-    logits = logits.reshape(tile.rows, -1)[:, : len(index)]
-    return plugins.mixed(
-      *model, rows.weights.plugins, rows.weights.backbone,
-      rows.weights.evidence, *part, logits, candidates,
-    )
-
-  return by_tiles(of_rows, (rows.states, rows.reading), tile.rows)
+  some = lambda items: score_items(model._replace(plugin=plain), rows, items)
+  logits = jax.lax.map(some, columns.reshape(chunks, width))
+  logits = jnp.moveaxis(logits, 0, 1).reshape(-1, chunks * width)
+  return plugins.mixed(
+    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
+    rows.states, rows.reading, logits[:, : len(index)], candidates,
+  )
 
 
-def states_before(
-  model: Model,
-  weights: Weights,
-  sequences: Sequences,
-  users: jax.Array,
-  positions: jax.Array,
-  segment: jax.Array,
+def _states_before(
+  model: Model, weights: Weights, sequences: Sequences, requests: Requests,
   length: int,
-  size: int,
 ) -> States:
-  """The states after the `length` items before a position; [B].
-
-  Args:
-    model: what is evaluated.
-    weights: of all segments.
-    sequences: the interactions.
-    users: [B].
-    positions: [B] in-user position of the target.
-    segment: scalar, that of all rows.
-    length: L.
-    size: rows of a tile.
-  """
-  own = jax.tree.map(lambda x: x[segment], weights.plugins)
+  """The states after the `length` items before the targets of a chunk."""
+  users, positions, segments = requests
+  own = jax.tree.map(lambda x: x[segments[0]], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
-
-  def of_rows(part: tuple[jax.Array, jax.Array]) -> PyTree:
-    history = given(
-      frozen, read_windows(sequences, *part, length),
-      training_activeness(sequences, part[0]),
-    )
-    context = packing.encode(model.backbone, frozen, history)
-    return model.backbone.at(
-      context, jnp.arange(size), jnp.full(size, length - 1)
-    )
-
-  states = by_tiles(of_rows, (users, positions), size)
+  history = given(
+    frozen, read_windows(sequences, users, positions, length),
+    training_activeness(sequences, users),
+  )
+  context = packing.encode(model.backbone, frozen, history)
+  states = model.backbone.at(
+    context, jnp.arange(len(users)), jnp.full(len(users), length - 1)
+  )
   reading = None
   if model.plugin is not None and model.plugin.recent:
     reading = read_back(sequences, users, positions - 1, model.plugin.recent)
   return States(states, reading, Weights(frozen, own, weights.evidence))
 
 
-def count_above(
-  logits: jax.Array, total: jax.Array, other: jax.Array, seen: jax.Array
-) -> jax.Array:
-  """Counts of some candidates, for `ranks_of`; [6, M] int32.
+# Chunk after chunk of requests.
 
-  Args:
-    logits: [M, C].
-    total: [M], the target's logit.
-    other: [M, C] bool, candidates that count and are not the target.
-    seen: [M, C] bool, items of the history.
+
+class Program(NamedTuple):
+  """What is compiled to evaluate requests.
+
+  Attributes:
+    run: (weights, sequences, leaves [chunks, users, ...] whose first are
+      Requests, interactions of a chunk's histories at most or 0) -> leaves
+      [chunks, users, ...].
+    users: of a chunk, all of one segment.
+    nothing: what there is for no request.
   """
-  above = other & ~(logits <= total[:, None])
-  tied = other & (logits == total[:, None])
-  terms = (above & ~seen, tied & ~seen, other & ~seen, above, tied, other)
-  return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+
+  run: Callable[[Weights, Sequences, tuple, int], PyTree]
+  users: int
+  nothing: PyTree
 
 
-def ranks_of(counts: jax.Array) -> Ranks:
-  """Ranks from the summed counts of `count_above`, ties at their average."""
-  above, tied, kept, above_all, tied_all, others = counts
-  return Ranks(
-    1 + above + 0.5 * tied, kept + 1, 1 + above_all + 0.5 * tied_all,
-    others + 1,
-  )
+def _compiled(
+  of_chunk: Callable[..., PyTree], users: int, nothing: PyTree,
+  layout: Layout = LOCAL,
+) -> Program:
+  """Of (weights, sequences, requests, ..., size) -> leaves [users, ...]."""
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def run(
+    weights: Weights, sequences: Sequences, rows: tuple, size: int
+  ) -> PyTree:
+    one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
+    return sharding.replicate(jax.lax.map(one, rows), layout)
+
+  return Program(run, users, nothing)
 
 
-RankFn = Callable[[Weights, Sequences, Requests], Ranks]
+def _evaluate(
+  model: Model, program: Program, weights: Weights, sequences: Sequences,
+  requests: Requests, *rest: np.ndarray, masked: bool = False,
+) -> PyTree:
+  """Runs a program on requests (and more of them): leaves [n, ...]."""
+  if not len(requests.users):
+    return program.nothing
+  index = _chunk_index(model, requests, program.users)
+  take = lambda x: np.asarray(x, np.int32)[index]
+  rows = jax.tree.map(take, (requests, *rest))
+  size = 0
+  if masked:  # A power of two, so that few programs serve all requests.
+    largest = int(rows[0].positions.sum(1, dtype=np.int64).max())
+    size = 1 << max(largest - 1, 0).bit_length()
+
+  def place(x: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(requests.users), *x.shape[2:]), x.dtype)
+    out[index] = x
+    return out
+
+  found = program.run(weights, sequences, rows, size)
+  return jax.tree.map(place, sharding.fetch(found))
 
 
-def make_ranker(
-  model: Model,
-  *,
-  num_items: int,
-  length: int,
-  user_chunk: int = 256,
-  item_chunk: int = 65_536,
-) -> RankFn:
-  """Builds the full ranking of users' targets.
-
-  Memory is bounded by user_chunk x min(V, item_chunk) scores. With one item
-  chunk the scores are computed once; with several, a first pass over the
-  chunks reads the target's score and a second counts the items above it, so
-  that ties are exact.
-
-  Args:
-    model: what is evaluated.
-    num_items: V.
-    length: L, what the model reads of a history.
-    user_chunk: users a chunk, up to a multiple of `tile_for`'s rows.
-    item_chunk: items a chunk.
-
-  Returns:
-    (weights, sequences, requests) -> Ranks.
-  """
-  at_least(
-    1, num_items=num_items, length=length, user_chunk=user_chunk,
-    item_chunk=item_chunk,
-  )
-  tile = tile_for(num_items)
-  chunks = -(-(num_items + 1) // item_chunk)
-  width = num_items + 1 if chunks == 1 else item_chunk
-
-  def rank_chunk(
-    weights: Weights, sequences: Sequences, requests: Requests, size: int
-  ) -> Ranks:
-    users, positions, segments = requests
-    states = states_before(
-      model, weights, sequences, users, positions, segments[0], length,
-      tile.rows,
-    )
-    target = sequences.items[sequences.starts[users] + positions][:, None]
-    row, seen = seen_items(sequences, users, positions, size)
-
-    def scores(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-      items = index * width + jnp.arange(width)
-      candidates = None if chunks == 1 else jnp.minimum(items, num_items)
-      return score_in_tiles(model, states, tile, num_items, candidates), items
-
-    def target_score(total: jax.Array, index: jax.Array) -> tuple:
-      logits, items = scores(index)
-      return total + jnp.where(items == target, logits, 0).sum(-1), None
-
-    def count(totals: jax.Array, index: jax.Array) -> tuple:
-      logits, items = scores(index)
-      return totals + counts(logits, items, total, index), None
-
-    def counts(
-      logits: jax.Array, items: jax.Array, total: jax.Array, index: jax.Array
-    ) -> jax.Array:
-      mask = jnp.zeros(logits.shape, bool)
-      column = seen - index * width
-      column = jnp.where((column >= 0) & (column < width), column, width)
-      mask = mask.at[row, column].set(True, mode="drop")
-      other = (items > 0) & (items <= num_items) & (items != target)
-      return count_above(logits, total, other, mask)
-
-    if chunks == 1:
-      logits, items = scores(jnp.int32(0))
-      total = jnp.take_along_axis(logits, target, axis=1)[:, 0]
-      out = counts(logits, items, total, jnp.int32(0))
-    else:
-      index = jnp.arange(chunks)
-      zero = jnp.zeros(users.shape, jnp.float32)
-      total, _ = jax.lax.scan(target_score, zero, index)
-      zeros = jnp.zeros((6, *users.shape), jnp.int32)
-      out, _ = jax.lax.scan(count, zeros, index)
-    return ranks_of(out)
-
-  def rank_all(
-    weights: Weights, sequences: Sequences, requests: Requests, size: int
-  ) -> Ranks:
-    one = lambda chunk: rank_chunk(weights, sequences, chunk, size)
-    return jax.lax.map(one, requests)
-
-  compiled = jax.jit(rank_all, static_argnums=3)
-
-  def rank(
-    weights: Weights, sequences: Sequences, requests: Requests
-  ) -> Ranks:
-    rows = len(requests.users)
-    if not rows:
-      return Ranks(*(np.zeros(0) for _ in Ranks._fields))
-    index = chunk_index(model, requests, user_chunk, tile.rows)
-    by_chunk = take_chunks(requests, index)
-    size = history_size(by_chunk)
-    out = sharding.fetch(compiled(weights, sequences, by_chunk, size))
-    return from_chunks(out, index, rows)
-
-  return rank
-
-
-def chunk_index(
-  model: Model, requests: Requests, user_chunk: int, multiple: int = 1
-) -> np.ndarray:
-  """Which request lies where, [chunks, chunk].
+def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
+  """Which request lies where, [chunks, users].
 
   A chunk is of one segment, where there are plugins; a segment's last chunk is
-  filled up with its last request. The size of a chunk is rounded up to a
-  multiple of `multiple`; few requests make a smaller one.
+  filled up with its last request.
   """
   segments = np.asarray(requests.segments)
   if model.plugin is None:
     segments = np.zeros_like(segments)
-  chunk = -(-min(user_chunk, len(segments)) // multiple) * multiple
-  parts = []
+  chunks = []
   for segment in np.unique(segments):
     own = np.flatnonzero(segments == segment)
-    parts.append(np.pad(own, (0, -len(own) % chunk), mode="edge"))
-  return np.concatenate(parts).reshape(-1, chunk)
+    chunks.append(np.pad(own, (0, -len(own) % users), mode="edge"))
+  return np.concatenate(chunks).reshape(-1, users)
 
 
-def take_chunks(tree: PyTree, index: np.ndarray) -> PyTree:
-  """Arrays [n, ...] -> int32 [chunks, chunk, ...]."""
-  return jax.tree.map(lambda x: np.asarray(x, np.int32)[index], tree)
+# Full ranking.
 
 
-def history_size(chunks: Requests) -> int:
-  """Interactions of a chunk's histories, at most.
+class _Scored(NamedTuple):
+  """A chunk of the catalogue.
 
-  A power of two, so that few programs serve all requests.
+  Attributes:
+    logits: [M, C].
+    items: [C] int32, which items they are of.
+    fresh: [C] bool, items 1..V that no chunk before has held.
+    column: items -> where they are, C = nowhere.
   """
-  largest = int(chunks.positions.sum(1, dtype=np.int64).max())
-  return 1 << max(largest - 1, 0).bit_length()
+
+  logits: jax.Array
+  items: jax.Array
+  fresh: jax.Array
+  column: Callable[[jax.Array], jax.Array]
 
 
-def from_chunks(tree: PyTree, index: np.ndarray, rows: int) -> PyTree:
-  """Arrays [chunks, chunk, ...] -> [n, ...], in the order of the requests."""
-
-  def place(x: np.ndarray) -> np.ndarray:
-    out = np.zeros((rows, *x.shape[2:]), x.dtype)
-    out[index.reshape(-1)] = np.asarray(x).reshape(-1, *x.shape[2:])
-    return out
-
-  return jax.tree.map(place, tree)
+# (number of chunks, function of states and a chunk's index)
+_Catalogue = tuple[int, Callable[[States, jax.Array], _Scored]]
 
 
-def seen_items(
-  sequences: Sequences, users: jax.Array, positions: jax.Array, size: int
+def _whole(model: Model, num_items: int, width: int, most: int) -> _Catalogue:
+  """The catalogue by `most` items, which are scored `width` at a time."""
+  chunks = -(-(num_items + 1) // most)
+  size = num_items + 1 if chunks == 1 else most
+
+  def scored(states: States, index: jax.Array) -> _Scored:
+    items = index * size + jnp.arange(size)
+    candidates = None if chunks == 1 else jnp.minimum(items, num_items)
+    logits = _score_in_chunks(model, states, width, num_items, candidates)
+
+    def column(of: jax.Array) -> jax.Array:
+      at = of - index * size
+      return jnp.where((at >= 0) & (at < size), at, size)
+
+    return _Scored(logits, items, (items > 0) & (items <= num_items), column)
+
+  return chunks, scored
+
+
+def _split(
+  model: Model, num_items: int, width: int, layout: Layout
+) -> _Catalogue:
+  """The catalogue by `width` items of every device along `model`.
+
+  Every device scores rows of the tables that it holds. The last chunk reaches
+  back where they do not come out even; a part smaller than a chunk is filled up
+  with zeros.
+  """
+  shards, own = layout.model, layout.rows // layout.model
+  part = max(own, width)
+
+  def cut(x: jax.Array, first: jax.Array) -> jax.Array:
+    by_shard = x.reshape(shards, own, *x.shape[1:])
+    by_shard = sharding.split_tables(by_shard, layout)
+    pad = [(0, 0), (0, part - own)] + [(0, 0)] * (x.ndim - 1)
+    by_shard = sharding.split_tables(jnp.pad(by_shard, pad), layout)
+    some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
+    rows = some.reshape(shards * width, *x.shape[1:])
+    return sharding.split_tables(rows, layout)
+
+  def scored(states: States, index: jax.Array) -> _Scored:
+    first = jnp.minimum(index * width, part - width)
+    row = first + jnp.arange(width)
+    items = (jnp.arange(shards)[:, None] * own + row).reshape(-1)
+    fresh = jnp.tile((row >= index * width) & (row < own), shards)
+    whole = states.weights.backbone
+    tables = {name: cut(whole[name], first) for name in layout.tables}
+    weights = states.weights._replace(backbone={**whole, **tables})
+    states = states._replace(weights=weights)
+    logits = score_items(model, states, None, items)
+
+    def column(of: jax.Array) -> jax.Array:
+      row = of % own - first
+      inside = (of >= 0) & (row >= 0) & (row < width)
+      return jnp.where(inside, of // own * width + row, shards * width)
+
+    return _Scored(
+      sharding.split_columns(logits, layout), items,
+      fresh & (items > 0) & (items <= num_items), column,
+    )
+
+  return -(-part // width), scored
+
+
+def _seen_items(
+  sequences: Sequences, requests: Requests, size: int
 ) -> tuple[jax.Array, jax.Array]:
   """(row, item) of every history item of the chunk, flat; [size] each.
 
   Rows past the end are out of bounds and dropped by a scatter.
   """
+  users, positions, _ = requests
   ends = jnp.cumsum(positions)
   slot = jnp.arange(size)
   row = jnp.searchsorted(ends, slot, side="right")
@@ -417,6 +357,113 @@ def seen_items(
   flat = sequences.starts[users[safe]] + jnp.where(real, inner, 0)
   return row, jnp.where(real, sequences.items[flat], -1)
 
+
+RankFn = Callable[[Weights, Sequences, Requests], Ranks]
+
+
+def rank_program(
+  model: Model,
+  *,
+  num_items: int,
+  length: int,
+  item_chunk: int = 65_536,
+  layout: Layout = LOCAL,
+) -> Program:
+  """The program of `make_ranker`."""
+  at_least(1, num_items=num_items, length=length, item_chunk=item_chunk)
+  shape = chunk_of(num_items, layout)
+  if layout.tables:
+    chunks, scored = _split(model, num_items, shape.items, layout)
+  else:
+    layout = LOCAL
+    chunks, scored = _whole(model, num_items, shape.items, item_chunk)
+
+  def of_chunk(
+    weights: Weights, sequences: Sequences, requests: Requests, size: int
+  ) -> Ranks:
+    requests = sharding.split_rows(requests, layout)
+    states = _states_before(model, weights, sequences, requests, length)
+    users, positions, _ = requests
+    target = sequences.items[sequences.starts[users] + positions][:, None]
+    row, seen = _seen_items(sequences, requests, size)
+
+    def score(found: _Scored) -> jax.Array:
+      if layout.mesh is None:
+        at = jnp.arange(len(users)), found.column(target[:, 0])
+        return found.logits.at[at].get(mode="fill", fill_value=0)
+      own = found.fresh & (found.items == target)  # every device its columns
+      return jnp.where(own, found.logits, 0).sum(-1)
+
+    def count(found: _Scored, total: jax.Array) -> jax.Array:
+      logits, total = found.logits, total[:, None]
+      masked = sharding.split_columns(jnp.zeros(logits.shape, bool), layout)
+      masked = masked.at[row, found.column(seen)].set(True, mode="drop")
+      other = found.fresh & (found.items != target)
+      above = other & ~(logits <= total)
+      tied = other & (logits == total)
+      terms = (above, tied, other)
+      terms = (*(x & ~masked for x in terms), *terms)
+      return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+
+    if chunks == 1:
+      found = scored(states, jnp.int32(0))
+      counts = count(found, score(found))
+    else:
+      zero = jnp.zeros(len(users))
+      by_chunk = functools.partial(jax.lax.fori_loop, 0, chunks)
+      total = by_chunk(lambda i, x: x + score(scored(states, i)), zero)
+      counts = by_chunk(
+        lambda i, x: x + count(scored(states, i), total),
+        jnp.zeros((6, len(users)), jnp.int32),
+      )
+    above, tied, others, above_all, tied_all, others_all = counts
+    return Ranks(
+      1 + above + 0.5 * tied, others + 1,
+      1 + above_all + 0.5 * tied_all, others_all + 1,
+    )
+
+  nothing = Ranks(*(np.zeros(0) for _ in Ranks._fields))
+  return _compiled(of_chunk, shape.users * layout.data, nothing, layout)
+
+
+def make_ranker(
+  model: Model,
+  *,
+  num_items: int,
+  length: int,
+  item_chunk: int = 65_536,
+  layout: Layout = LOCAL,
+) -> RankFn:
+  """Builds the full ranking of users' targets.
+
+  The scores of a chunk of users are kept at once if the catalogue is one chunk
+  of items. With several, a first pass over the chunks reads the target's score
+  and a second counts the items above it and level with it, so that ties are
+  exact. Over the devices of a mesh, users are split over `data` and every
+  device scores the items whose rows it holds; what crosses devices are counts,
+  never rows of the tables. The ranks are those of one device.
+
+  Args:
+    model: what is evaluated.
+    num_items: V.
+    length: L, what the model reads of a history.
+    item_chunk: items whose scores one device keeps at once.
+    layout: of the mesh; where it splits no tables, one device ranks.
+
+  Returns:
+    (weights, sequences, requests) -> Ranks.
+
+  Raises:
+    InputError: for a number below 1.
+  """
+  program = rank_program(
+    model, num_items=num_items, length=length, item_chunk=item_chunk,
+    layout=layout,
+  )
+  return functools.partial(_evaluate, model, program, masked=True)
+
+
+# Sampled ranking.
 
 def draw_unseen(
   interactions: Interactions, requests: Requests, *, count: int, seed: int
@@ -448,7 +495,7 @@ def draw_unseen(
     left = interactions.num_items - len(seen)
     if left < count:
       raise InputError(
-        f"evaluation.negatives={count} is more than the {left} items that user "
+        f"count={count} is more than the {left} items that user "
         f"{interactions.user_ids[user]!r} never interacts with; give at most "
         "that"
       )
@@ -487,7 +534,6 @@ def make_sampled_ranker(
   length: int,
   count: int = 99,
   seed: int = 0,
-  user_chunk: int = 256,
 ) -> SampledRankFn:
   """Builds the ranking of users' targets among drawn items.
 
@@ -497,85 +543,50 @@ def make_sampled_ranker(
     length: L, what the model reads of a history.
     count: C, drawn items a target.
     seed: see `draw_unseen`.
-    user_chunk: users a chunk.
 
   Returns:
     (weights, sequences, requests) -> SampledRanks.
   """
 
-  tile = tile_for(interactions.num_items)
-
-  @jax.jit
-  def score_all(
+  def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests,
-    negatives: jax.Array,
+    drawn: jax.Array, _: int,
   ) -> jax.Array:
-    def one(rows: tuple[Requests, jax.Array]) -> jax.Array:
-      (users, positions, segments), drawn = rows
-      states = states_before(
-        model, weights, sequences, users, positions, segments[0], length,
-        tile.rows,
-      )
-      target = sequences.items[sequences.starts[users] + positions]
-      candidates = jnp.concatenate([target[:, None], drawn], axis=1)
+    states = _states_before(model, weights, sequences, requests, length)
+    target = sequences.items[sequences.starts[requests[0]] + requests[1]]
+    candidates = jnp.concatenate([target[:, None], drawn], axis=1)
+    return score_items(model, states, candidates)
 
-      def of_rows(part: tuple) -> jax.Array:
-        own = states._replace(states=part[0], reading=part[1])
-        return score_items(model, own, part[2])
-
-      parts = (states.states, states.reading, candidates)
-      return by_tiles(of_rows, parts, tile.rows)
-
-    return jax.lax.map(one, (requests, negatives))
+  program = _compiled(
+    of_chunk, chunk_of(interactions.num_items).users, np.zeros((0, 1 + count))
+  )
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
   ) -> SampledRanks:
-    rows = len(requests.users)
-    if not rows:
-      nothing = np.zeros(0)
-      return SampledRanks(nothing, nothing, nothing, np.zeros((0, count)))
     drawn = draw_unseen(interactions, requests, count=count, seed=seed)
-    index = chunk_index(model, requests, user_chunk, tile.rows)
-    scores = sharding.fetch(score_all(
-      weights, sequences, *take_chunks((requests, drawn), index)
-    ))
-    scores = from_chunks(scores, index, rows)
+    scores = _evaluate(model, program, weights, sequences, requests, drawn)
+    rank = average_rank(scores, np.zeros(len(scores), np.int32))
     return SampledRanks(
-      np.asarray(average_rank(scores, np.zeros(rows, np.int32))),
-      np.full(rows, 1 + count), scores[:, 0], scores[:, 1:],
+      np.asarray(rank), np.full(len(scores), 1 + count), scores[:, 0],
+      scores[:, 1:],
     )
 
   return rank
 
 
 def make_log_probabilities(
-  model: Model, *, num_items: int, length: int, user_chunk: int = 256
+  model: Model, *, num_items: int, length: int
 ) -> Callable[[Weights, Sequences, Requests], np.ndarray]:
   """Builds (weights, sequences, requests) -> log softmax over items [n, V]."""
-  tile = tile_for(num_items)
+  shape = chunk_of(num_items)
 
-  @jax.jit
-  def compute(
-    weights: Weights, sequences: Sequences, requests: Requests
+  def of_chunk(
+    weights: Weights, sequences: Sequences, requests: Requests, _: int
   ) -> jax.Array:
-    users, positions, segments = requests
-    states = states_before(
-      model, weights, sequences, users, positions, segments[0], length,
-      tile.rows,
-    )
-    logits = score_in_tiles(model, states, tile, num_items, None)
-    return jax.nn.log_softmax(logits[:, 1 : num_items + 1], axis=-1)
+    states = _states_before(model, weights, sequences, requests, length)
+    logits = _score_in_chunks(model, states, shape.items, num_items, None)
+    return jax.nn.log_softmax(logits[:, 1:], axis=-1)
 
-  def run(
-    weights: Weights, sequences: Sequences, requests: Requests
-  ) -> np.ndarray:
-    out = np.zeros((len(requests.users), num_items), np.float32)
-    if not len(out):
-      return out
-    for index in chunk_index(model, requests, user_chunk, tile.rows):
-      part = take_chunks(requests, index)
-      out[index] = sharding.fetch(compute(weights, sequences, part))
-    return out
-
-  return run
+  program = _compiled(of_chunk, shape.users, np.zeros((0, num_items)))
+  return functools.partial(_evaluate, model, program)

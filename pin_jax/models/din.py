@@ -82,9 +82,8 @@ def din(
   A state is the items of its prefix and their dropout factors; they are
   embedded in `represent`. Candidates are handled in inner chunks whose
   activations are formed again in the backward pass, so that memory is
-  `max_elements` and the result [M, C, D], which `evaluation.item_chunk` and
-  `evaluation.user_chunk` bound. Every candidate costs L D `attention_hidden`
-  products: train on sampled candidates.
+  `max_elements` and the result [M, C, D]. Every candidate costs L D
+  `attention_hidden` products: train on sampled candidates.
 
   Args:
     num_items: V; item 0 is padding.

@@ -1,17 +1,61 @@
 """Losses: the last axis is the list, leading axes are batch, never reduced.
 
-The losses of sampled negatives take the target's logit and the negatives'
-logits; which items are negatives is `negatives.py`'s. `chunked` turns any
-per-row loss into a weighted sum whose memory does not grow with rows x
-catalogue.
+A `LossSpec` says what training minimises at every position: the cross-entropy
+over the whole catalogue, or a loss of the target against drawn negatives, which
+are then all that the model scores.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import InputError, PyTree
+from pin_jax.training.negatives import Negatives, Proposal
+from pin_jax.types import Batch, InputError
+
+SampledLoss = Callable[
+  [jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array
+]
+
+
+class LossSpec(NamedTuple):
+  """What is minimised at every position.
+
+  Attributes:
+    loss: (target's logit [M], negatives' [M, C], log_counts, where) -> [M];
+      None is the softmax over the catalogue.
+    draw: (key, batch [B]) -> Negatives; None where nothing is drawn.
+    focusing: gamma of `focal`; 0 leaves the loss as it is.
+  """
+
+  loss: SampledLoss | None = None
+  draw: Callable[[jax.Array, Batch], Negatives | None] = lambda *_: None
+  focusing: float = 0.0
+
+
+SOFTMAX = LossSpec()
+
+
+def sampled(
+  loss: SampledLoss, proposal: Proposal, *, count: int, shared: bool = True
+) -> LossSpec:
+  """The spec of a loss of sampled negatives.
+
+  Args:
+    loss: a value of `SAMPLED_LOSSES`, or like one.
+    proposal: what to draw from.
+    count: C.
+    shared: one list of negatives for all rows of a batch, else one for each of
+      its M = B L positions.
+  """
+
+  def draw(key: jax.Array, batch: Batch) -> Negatives:
+    shape = (count,) if shared else (batch.targets.size, count)
+    items = proposal.sample(key, batch, shape)
+    return Negatives(items, proposal.log_counts(items, batch, count))
+
+  return LossSpec(loss, draw)
 
 
 def softmax_cross_entropy(
@@ -149,12 +193,12 @@ def gbce_power(rate: float, calibration: float) -> float:
   """
   if not 0 < rate <= 1:
     raise InputError(
-      f"loss.negatives gives gBCE a sampling rate of {rate:g}, outside (0, 1]; "
-      "give at most the number of items less one"
+      f"rate={rate:g} is outside (0, 1]; sample at most as many negatives as "
+      "there are items, less one"
     )
   if not 0 <= calibration <= 1:
     raise InputError(
-      f"loss.calibration={calibration} is outside [0, 1]; give t such as 0.75"
+      f"calibration={calibration} is outside [0, 1]; give t such as 0.75"
     )
   return rate * (calibration * (1 - 1 / rate) + 1 / rate)
 
@@ -194,203 +238,23 @@ def _masked_sum(
   return jnp.where(where, terms, 0).sum(-1), where.sum(-1)
 
 
-RowLoss = Callable[[PyTree, PyTree, PyTree, PyTree], jax.Array]
+def _gbce(rate: float, calibration: float) -> SampledLoss:
+  power = gbce_power(rate, calibration)
+  return lambda positive, negatives, log_counts, where: (
+    binary_cross_entropy(positive, negatives, where, power=power)
+  )
 
 
-def chunked(
-  row_loss: RowLoss, chunk: int, axis: str | None = None
-) -> Callable[..., tuple]:
-  """Sum_i scale_i * weight_i * row_loss_i, one chunk of rows alive at a time.
-
-  The sum is `accumulated`; the chunks after the last row of non-zero weight
-  cost nothing. A row of zero weight repeats a real one, so that what it holds
-  cannot turn the gradient into NaN.
-
-  Args:
-    row_loss: (params, shared, inputs [M, ...], constants [M, ...]) -> [M].
-    chunk: rows a chunk; the last ones are a quarter of that, if it divides.
-    axis: name of a vmapped axis along which all go through as many chunks as
-      the one with the most rows, so that the loop stays one loop.
-
-  Returns:
-    f(params, shared, inputs, constants, weights [M], scale [M]) -> (scalar,
-    weight_i * row_loss_i [M]), float32. The scalar is differentiable in params
-    and the floating-point inputs, constant in the others; the rows are
-    constants.
-  """
-
-  def part(
-    params: PyTree, shared: PyTree, inputs: PyTree, constants: PyTree
-  ) -> tuple[jax.Array, jax.Array]:
-    shared, repeated = shared
-    constants, weights, scale = constants
-    real = weights != 0
-
-    def fill(x: jax.Array, other: jax.Array) -> jax.Array:
-      return jnp.where(real.reshape(-1, *[1] * (x.ndim - 1)), x, other)
-
-    inputs, constants = jax.tree.map(fill, (inputs, constants), repeated)
-    losses = row_loss(params, shared, inputs, constants)
-    losses = jnp.where(real, losses, 0) * weights
-    return jnp.sum(losses * scale), losses
-
-  total = accumulated(part, chunk, chunk // 4 if chunk % 4 == 0 else chunk)
-
-  def run(
-    params: PyTree,
-    shared: PyTree,
-    inputs: PyTree,
-    constants: PyTree,
-    weights: jax.Array,
-    scale: jax.Array,
-  ) -> tuple[jax.Array, jax.Array]:
-    real = weights != 0
-    used = jnp.max(jnp.where(real, jnp.arange(len(real)) + 1, 0))
-    used = used if axis is None else jax.lax.pmax(used, axis)
-    first = jnp.argmax(real)
-    repeated = jax.tree.map(lambda x: x[first], (inputs, constants))
-    return total(
-      params, (shared, repeated), inputs, (constants, weights, scale), used
-    )
-
-  return run
+def _without_counts(loss: Callable[..., jax.Array]) -> SampledLoss:
+  return lambda positive, negatives, log_counts, where: loss(
+    positive, negatives, where
+  )
 
 
-Part = Callable[
-  [PyTree, PyTree, PyTree, PyTree], tuple[jax.Array, jax.Array]
-]
-
-
-def accumulated(part: Part, chunk: int, rest: int) -> Callable[..., tuple]:
-  """Sum of a function over chunks of rows, its gradient formed on the way.
-
-  The gradient is formed in the forward pass, chunk by chunk, so neither pass
-  holds what more than a chunk needs and nothing is computed twice; that of
-  params adds up in float32 at least. Rows from
-  `used` on cost nothing but what fills up a chunk (under vmap: from the most
-  used on).
-
-  Args:
-    part: (params, shared, inputs [c, ...], constants [c, ...]) -> (scalar,
-      rows [c, ...] float32), called with c = `chunk` and c = `rest`.
-    chunk: rows a chunk, while so many are left.
-    rest: rows of the chunks after that, at most `chunk`.
-
-  Returns:
-    f(params, shared, inputs [M, ...], constants [M, ...], used) -> (scalar,
-    rows [M, ...]). The scalar is differentiable in params and the
-    floating-point inputs, constant in the others; the rows are constants, 0
-    from the last chunk on.
-  """
-
-  def pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, -len(x) % chunk)] + [(0, 0)] * (x.ndim - 1))
-
-  def loop(
-    body: Callable, carry: PyTree, rows: PyTree, used: jax.Array
-  ) -> PyTree:
-    """Runs body(carry, rows of the chunk, first row) over the rows in use."""
-    whole = (used + rest - 1) // chunk
-
-    def step(carry: PyTree, first: jax.Array, size: int) -> PyTree:
-      take = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size)
-      return body(carry, jax.tree.map(take, rows), first)
-
-    carry = jax.lax.fori_loop(
-      0, whole, lambda i, c: step(c, i * chunk, chunk), carry
-    )
-    if rest == chunk:
-      return carry
-    left = jnp.maximum(used - whole * chunk, 0)
-    return jax.lax.fori_loop(
-      0, -(-left // rest),
-      lambda i, c: step(c, whole * chunk + i * rest, rest), carry,
-    )
-
-  def put(whole: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0)
-
-  def no_rows(*arguments: PyTree) -> jax.Array:
-    _, rows = jax.eval_shape(part, *arguments)
-    count = len(jax.tree.leaves(arguments[2:])[0])
-    return pad(jnp.zeros((count, *rows.shape[1:]), jnp.float32))
-
-  def cut(tree: PyTree, like: PyTree) -> PyTree:
-    count = len(jax.tree.leaves(like)[0])
-    return jax.tree.map(lambda x: x[:count], tree)
-
-  @jax.custom_vjp
-  def total(
-    params: PyTree,
-    shared: PyTree,
-    inputs: PyTree,
-    constants: PyTree,
-    used: jax.Array,
-  ) -> tuple[jax.Array, jax.Array]:
-    def body(carry: PyTree, rows: PyTree, first: jax.Array) -> PyTree:
-      value, of_rows = part(params, shared, *rows)
-      return carry[0] + value, put(carry[1], of_rows, first)
-
-    zero = jnp.float32(0), no_rows(params, shared, inputs, constants)
-    padded = jax.tree.map(pad, (inputs, constants))
-    value, of_rows = loop(body, zero, padded, used)
-    return value, cut(of_rows, (inputs, constants))
-
-  def forward(
-    params: PyTree,
-    shared: PyTree,
-    inputs: PyTree,
-    constants: PyTree,
-    used: jax.Array,
-  ) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
-    def chunk_part(
-      params: PyTree, inputs: PyTree, constants: PyTree
-    ) -> tuple[jax.Array, jax.Array]:
-      return part(params, shared, inputs, constants)
-
-    def body(carry: PyTree, rows: PyTree, first: jax.Array) -> PyTree:
-      value, of_rows, of_params, of_inputs = carry
-      (more, new_rows), (params_part, inputs_part) = jax.value_and_grad(
-        chunk_part, (0, 1), has_aux=True, allow_int=True
-      )(params, *rows)
-      return (
-        value + more,
-        put(of_rows, new_rows, first),
-        jax.tree.map(jnp.add, of_params, params_part),
-        jax.tree.map(
-          lambda whole, x: put(whole, x, first) if _is_float(x) else whole,
-          of_inputs, inputs_part,
-        ),
-      )
-
-    padded = jax.tree.map(pad, (inputs, constants))
-    zero = (
-      jnp.float32(0),
-      no_rows(params, shared, inputs, constants),
-      jax.tree.map(_zeros_wide, params),
-      jax.tree.map(jnp.zeros_like, padded[0]),
-    )
-    value, of_rows, of_params, of_inputs = loop(body, zero, padded, used)
-    of_params = jax.tree.map(lambda x, p: x.astype(p.dtype), of_params, params)
-    rows = inputs, constants
-    return (value, cut(of_rows, rows)), (of_params, cut(of_inputs, rows))
-
-  def backward(residuals: PyTree, cotangents: tuple) -> tuple:
-    of_params, of_inputs = jax.tree.map(
-      lambda x: (x * cotangents[0]).astype(x.dtype) if _is_float(x) else None,
-      residuals,
-    )
-    return of_params, None, of_inputs, None, None
-
-  total.defvjp(forward, backward)
-  return total
-
-
-def _zeros_wide(x: jax.Array) -> jax.Array:
-  """Zeros like x, to add up in: float32 where x is narrower."""
-  wide = jnp.promote_types(x.dtype, jnp.float32) if _is_float(x) else x.dtype
-  return jnp.zeros(x.shape, wide)
-
-
-def _is_float(x: jax.Array) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.inexact)
+# name -> (sampling rate C / (V - 1), calibration t) -> loss
+SAMPLED_LOSSES: Mapping[str, Callable[[float, float], SampledLoss]] = {
+  "sampled_softmax": lambda rate, t: sampled_softmax,
+  "gbce": _gbce,
+  "bce": lambda rate, t: _without_counts(binary_cross_entropy),
+  "bpr": lambda rate, t: _without_counts(bayesian_personalized_ranking),
+}

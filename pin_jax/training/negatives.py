@@ -2,7 +2,7 @@
 
 A proposal says how items are drawn and how often each is expected, which is
 what corrects the softmax (logQ). Padding is never drawn; draws of a row's own
-target are masked by `criteria.row_loss`.
+target are masked by `objectives.row_loss`.
 """
 
 import math
@@ -43,26 +43,6 @@ class Proposal(NamedTuple):
 
   sample: Callable[[jax.Array, Batch, tuple[int, ...]], jax.Array]
   log_counts: Callable[[jax.Array, Batch, int], jax.Array]
-
-
-def draw_negatives(
-  proposal: Proposal, key: jax.Array, batch: Batch, *, count: int, shared: bool
-) -> Negatives:
-  """Draws the negatives of one batch.
-
-  Args:
-    proposal: what to draw from.
-    key: the draw is a function of it.
-    batch: [B] windows of length L.
-    count: C.
-    shared: one list for all rows, else one for each of the M = B L positions.
-
-  Returns:
-    Negatives of shape [C] or [M, C].
-  """
-  shape = (count,) if shared else (batch.targets.size, count)
-  items = proposal.sample(key, batch, shape)
-  return Negatives(items, proposal.log_counts(items, batch, count))
 
 
 def uniform(num_items: int) -> Proposal:

@@ -1,12 +1,28 @@
 """The optimizer of both stages: AdamW with warm-up, decay and clipping."""
 
+from typing import NamedTuple
 
 import optax
 
-from pin_jax.types import (
-  InputError,
-  at_least,
-)
+from pin_jax.types import InputError, at_least
+
+
+class Optimizer(NamedTuple):
+  """How gradients move the params of a stage.
+
+  Attributes:
+    transformation: of optax.
+    schedule: its learning rate by step, for the log.
+    average: decay of an exponential moving average of the params, which is then
+      what is validated and kept; 0 = none.
+    tables: the params that it updates by the rows that a step reads, where the
+      transformation is a `sparse.row_sparse`; else none.
+  """
+
+  transformation: optax.GradientTransformation
+  schedule: optax.Schedule
+  average: float = 0.0
+  tables: tuple[str, ...] = ()
 
 
 def make_optimizer(
@@ -18,7 +34,8 @@ def make_optimizer(
   b2: float = 0.98,
   weight_decay: float = 0.0,
   clip: float = 5.0,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  average: float = 0.0,
+) -> Optimizer:
   """AdamW with warm-up, cosine decay and gradient clipping.
 
   Args:
@@ -29,9 +46,7 @@ def make_optimizer(
     b2: decay of the second moment.
     weight_decay: decoupled decay, scaled by the learning rate.
     clip: largest global norm of the gradient.
-
-  Returns:
-    The transformation and its learning-rate schedule.
+    average: see `Optimizer`.
 
   Raises:
     InputError: if there is no step, or the learning rate is not positive.
@@ -43,8 +58,8 @@ def make_optimizer(
     0.0, learning_rate, min(warmup, num_steps // 2), max(num_steps, 2),
     final * learning_rate,
   )
-  optimizer = optax.chain(
+  transformation = optax.chain(
     optax.clip_by_global_norm(clip),
     optax.adamw(schedule, b2=b2, weight_decay=weight_decay),
   )
-  return optimizer, schedule
+  return Optimizer(transformation, schedule, average)

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pin_jax.data.batches import draw_batch, target_chances, training_targets
+from pin_jax.data.batches import Draw, target_chances, training_targets
 from pin_jax.data.splits import Split
 from pin_jax.models import packing
 from pin_jax.training.objectives import position_weights
+from pin_jax.training.optimizers import Optimizer
 from pin_jax.training.steps import Importance, Operands, Step, TrainState
 from pin_jax.types import Backbone, Batch, PyTree
 
@@ -140,40 +141,34 @@ def calibration_error(
 
 def classifier_step(
   backbone: Backbone,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
-  *,
-  batch_size: int,
-  length: int,
-  draw: str = "interactions",
-  mean: str = "interactions",
+  optimizer: Optimizer,
+  draw: Draw,
 ) -> Step:
   """One step of fitting P(d|x) on the windows that the groups are drawn from.
 
   `operands.frozen` holds `backbone` (params) and `groups` [U]; the pool has
-  one group, so that windows come in their natural proportion. `draw` and `mean`
-  are those of the groups' own step.
+  one group, so that windows come in their natural proportion. How they are
+  drawn is that of the groups' own step, but for their number.
   """
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
   ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batch = draw_batch(
-      jax.random.fold_in(operands.key, t), operands.sequences, operands.pool,
-      batch_size=batch_size, length=length, draw=draw,
+    batch = draw.batch(
+      jax.random.fold_in(operands.key, t), operands.sequences, operands.pool
     )
     batch = jax.tree.map(lambda x: x[0], batch)
     loss, grads = jax.value_and_grad(
       lambda p: classifier_loss(
         backbone, operands.frozen["backbone"], p, batch,
-        operands.frozen["groups"], mean,
+        operands.frozen["groups"], draw.mean,
       )
     )(state.params)
-    updates, opt_state = optimizer.update(
+    updates, opt_state = optimizer.transformation.update(
       grads, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    log = {"loss": loss[None], "learning_rate": schedule(t)}
+    log = {"loss": loss[None], "learning_rate": optimizer.schedule(t)}
     return state._replace(params=params, optimizer=opt_state), log
 
   return step

@@ -15,9 +15,8 @@ import optax
 
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import LOCAL, Layout
-from pin_jax.training import criteria
-from pin_jax.training.criteria import Criterion
-from pin_jax.training.objectives import GroupBatch
+from pin_jax.training.losses import LossSpec
+from pin_jax.training.objectives import GroupBatch, group_negatives
 from pin_jax.types import PyTree
 
 
@@ -125,7 +124,7 @@ def view(
   groups: GroupBatch,
   keys: jax.Array,
   *,
-  criterion: Criterion,
+  loss: LossSpec,
   tables: tuple[str, ...],
   layout: Layout = LOCAL,
 ) -> View:
@@ -136,7 +135,7 @@ def view(
     groups: [G, B] windows; the target of a position is the item that the next
       one reads, as `draw_batch` cuts them.
     keys: [G]; negatives are those that the group losses would draw from them.
-    criterion: one with sampled negatives.
+    loss: one of sampled negatives.
     tables: see `types.Backbone`.
     layout: the rows are brought to every device.
 
@@ -144,10 +143,7 @@ def view(
     The view; losses and gradients on it are those on the whole tables.
   """
   batch = sharding.replicate(groups.batch, layout)
-  draw = lambda key, batch: criteria.draw(
-    criterion, criteria.split_key(criterion, key)[1], batch
-  )
-  drawn = jax.vmap(draw)(keys, batch)
+  drawn = group_negatives(loss, keys, batch)
   parts = (
     jnp.zeros(1, jnp.int32), batch.history, batch.targets[..., -1], drawn.items
   )

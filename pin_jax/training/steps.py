@@ -14,38 +14,28 @@ import jax.numpy as jnp
 import optax
 
 from pin_jax import aggregation
-from pin_jax.data.batches import (
-  HeldOut,
-  Pool,
-  Sequences,
-  draw_batch,
-  draw_held_out,
-  read_back,
-)
+from pin_jax.data.batches import Draw, HeldOut, Pool, Sequences, read_back
 from pin_jax.models import packing
 from pin_jax.models.conditioned import given
 from pin_jax.scale import sharding, streaming
 from pin_jax.scale.sharding import LOCAL, Layout
-from pin_jax.training import criteria, sparse
-from pin_jax.training.criteria import SOFTMAX, Criterion
+from pin_jax.training import sparse
+from pin_jax.training.losses import SOFTMAX, LossSpec
 from pin_jax.training.objectives import (
   GroupBatch,
+  GroupLosses,
   group_losses,
+  group_negatives,
   next_item_loss,
   plugin_head,
   position_weights,
   with_reading,
 )
-from pin_jax.types import (
-  Backbone,
-  Batch,
-  Plugin,
-  PyTree,
-)
+from pin_jax.training.optimizers import Optimizer
+from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
+SKIPPED = "skipped"
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
-
-
 _NOISE = "noise_conflict_rate", "noise_cosine"  # of groups dealt at random
 
 
@@ -87,150 +77,150 @@ class Operands(NamedTuple):
   streamed: streaming.Streamed | None = None
 
 
-Step = Callable[
-  [TrainState, Operands, jax.Array], tuple[TrainState, dict[str, jax.Array]]
-]
+class Adjustment(NamedTuple):
+  """How the gradients of the groups become one.
+
+  Attributes:
+    rules: weighting of the groups, or one for each block of parameters.
+    blocks: see `aggregation.aggregate`.
+    path: see `aggregation.aggregate`.
+    diagnose_every: every so many steps the log has the whole Gramian and, next
+      to it, that of `dealt_anew`; 0 = what the path forms anyway.
+  """
+
+  rules: aggregation.Rules
+  blocks: aggregation.Blocks | None = None
+  path: str = "auto"
+  diagnose_every: int = 0
 
 
+Log = dict[str, jax.Array]
+Step = Callable[[TrainState, Operands, jax.Array], tuple[TrainState, Log]]
 Importance = Callable[[PyTree, Batch], jax.Array]
 
 
 def backbone_step(
   backbone: Backbone,
-  weighting: aggregation.Rules,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  adjustment: Adjustment,
+  optimizer: Optimizer,
+  draw: Draw,
   *,
-  batch_size: int,
-  length: int,
-  draw: str,
-  mean: str,
-  path: str = "auto",
-  blocks: aggregation.Blocks | None = None,
-  diagnose_every: int = 0,
-  average: float = 0.0,
+  loss: LossSpec = SOFTMAX,
   importance: Importance | None = None,
-  criterion: Criterion = SOFTMAX,
-  runs: int = 1,
   layout: Layout = LOCAL,
-  row_sparse: bool = False,
 ) -> Step:
   """One step of stage 1: group gradients, aggregation, update.
 
   Args:
     backbone: the model.
-    weighting: rule for the groups' weights, or one for each block.
-    optimizer: optax transformation.
-    schedule: its learning rate, for the log.
-    batch_size: B, windows a group.
-    length: L.
-    draw: see `draw_batch`.
-    mean: see `position_weights`.
-    path: see `aggregation.aggregate`.
-    blocks: see `aggregation.aggregate`.
-    diagnose_every: steps from one that takes a path with the whole Gramian to
-      the next, for the log, and beside it that of `dealt_anew`; 0 = none but
-      those that the path forms.
-    average: decay of the moving average of params, 0 = none.
+    adjustment: how the groups' gradients are combined.
+    optimizer: applied to the one gradient. With `tables`, the loss draws
+      negatives, and the tables are read and written by rows.
+    draw: how the windows of every group are drawn.
+    loss: what is minimised at every position.
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
-    criterion: what is minimised at every position.
-    runs: N, where the step goes through `many`; see `aggregation.aggregate`.
     layout: how batch and state are split over devices.
-    row_sparse: the optimizer is a `sparse.row_sparse`, and the criterion draws
-      negatives: the tables are read and written by rows.
 
   Returns:
     The step.
   """
-  losses = group_losses(
-    backbone, mean=mean, criterion=criterion, layout=layout
-  )
+  losses = group_losses(backbone, mean=draw.mean, loss=loss, layout=layout)
+  aggregate = _aggregator(losses, adjustment, loss)
+
+  def step(
+    state: TrainState, operands: Operands, t: jax.Array
+  ) -> tuple[TrainState, Log]:
+    draw_key, drop_key = backbone_keys(operands.key, t)
+    batch = _next_batch(draw, draw_key, operands, t, layout)
+    importances = None
+    if importance is not None:
+      importances = importance(operands.frozen, batch)
+    groups = GroupBatch(batch, importances)
+    keys = jax.random.split(drop_key, len(batch.users))
+    params, rows = state.params, {}
+    if optimizer.tables:
+      view = sparse.view(
+        params, groups, keys, loss=loss, tables=optimizer.tables,
+        layout=layout,
+      )
+      params, groups, rows = view.params, view.groups, {"rows": view.rows}
+    out, noise = aggregate(t, params, groups, keys, state.weighting)
+    updates, opt_state = optimizer.transformation.update(
+      out.gradient, state.optimizer, params, **rows
+    )
+    if rows:
+      params = sparse.add_rows(
+        state.params, updates, view.rows, optimizer.tables
+      )
+    else:
+      params = optax.apply_updates(params, updates)
+    log = gradient_log(out) | noise | {"learning_rate": optimizer.schedule(t)}
+    if importances is not None:
+      log["effective_share"] = effective_share(importances, batch.targets > 0)
+    average = state.average
+    if average is not None:
+      average = jax.tree.map(
+        lambda a, p: optimizer.average * a + (1 - optimizer.average) * p,
+        average, params,
+      )
+    return TrainState(params, opt_state, out.state, average), log
+
+  return sharding.kept(step, layout)
+
+
+def _next_batch(
+  draw: Draw, key: jax.Array, operands: Operands, t: jax.Array, layout: Layout
+) -> Batch:
+  """The batch of step t, its rows split over the devices."""
+  if operands.streamed is None:
+    batch = draw.batch(key, operands.sequences, operands.pool)
+  else:
+    batch = streaming.batch_of(operands.streamed, t)
+  return sharding.split_rows(batch, layout, 1)
+
+
+def _aggregator(
+  losses: GroupLosses, adjustment: Adjustment, loss: LossSpec
+) -> Callable[..., tuple[aggregation.Aggregate, Log]]:
+  """(t, params, groups, keys, state) -> (what one aggregation yields, noise).
+  """
+  rules, blocks, path, every = adjustment
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
     return aggregation.aggregate(
       losses.group_loss, rules, path=path, blocks=blocks,
-      weighted_loss=losses.weighted_loss, gramians=losses.gramians, runs=runs,
+      weighted_loss=losses.weighted_loss,
     ).step
 
-  cheap = aggregator(weighting, path)
-  telling = aggregator(aggregation.informed(weighting), "auto")
-
-  Told = tuple[aggregation.Aggregate, dict[str, jax.Array]]
-
-  def unlooked(*args: PyTree) -> Told:
-    return cheap(*args), dict.fromkeys(_NOISE, jnp.float32(jnp.nan))
+  cheap = aggregator(rules, path)
+  whole = aggregator(aggregation.informed(rules), "auto")
 
   def diagnosed(
     params: PyTree, groups: GroupBatch, keys: jax.Array, state: PyTree
-  ) -> Told:
-    out = telling(params, groups, keys, state)
+  ) -> tuple[aggregation.Aggregate, Log]:
+    out = whole(params, groups, keys, state)
     if groups.negatives is None:  # those of the groups, not of what is dealt
-      groups = groups._replace(negatives=jax.vmap(
-        lambda key, batch: criteria.draw(
-          criterion, criteria.split_key(criterion, key)[1], batch
-        )
-      )(keys, groups.batch))
+      groups = groups._replace(
+        negatives=group_negatives(loss, keys, groups.batch)
+      )
     key = jax.random.fold_in(keys[0], _NEGATIVES)
-    dealt = telling(params, dealt_anew(key, groups), keys, state)
+    dealt = whole(params, dealt_anew(key, groups), keys, state)
     cosines = aggregation.cosines(dealt.gramian)
-    found = aggregation.conflict_rate(cosines), aggregation.mean_cosine(cosines)
-    return out, dict(zip(_NOISE, found, strict=True))
+    noise = aggregation.conflict_rate(cosines), aggregation.mean_cosine(cosines)
+    return out, dict(zip(_NOISE, noise, strict=True))
 
-  def aggregate(t: jax.Array, *args: PyTree) -> Told:
-    if not diagnose_every:
+  def aggregate(
+    t: jax.Array, *args: PyTree
+  ) -> tuple[aggregation.Aggregate, Log]:
+    if not every:
       return cheap(*args), {}
-    return jax.lax.cond(t % diagnose_every == 0, diagnosed, unlooked, *args)
-
-  def sparse_update(
-    t: jax.Array, state: TrainState, groups: GroupBatch, keys: jax.Array
-  ) -> tuple[Told, PyTree, PyTree]:
-    view = sparse.view(
-      state.params, groups, keys, criterion=criterion, tables=backbone.tables,
-      layout=layout,
+    unknown = dict.fromkeys(_NOISE, jnp.float32(jnp.nan))
+    return jax.lax.cond(
+      t % every == 0, diagnosed, lambda *args: (cheap(*args), unknown), *args
     )
-    told = aggregate(t, view.params, view.groups, keys, state.weighting)
-    updates, opt_state = optimizer.update(
-      told[0].gradient, state.optimizer, view.params, rows=view.rows
-    )
-    params = sparse.add_rows(
-      state.params, updates, view.rows, backbone.tables
-    )
-    return told, params, opt_state
 
-  def step(
-    state: TrainState, operands: Operands, t: jax.Array
-  ) -> tuple[TrainState, dict[str, jax.Array]]:
-    draw_key, drop_key = backbone_keys(operands.key, t)
-    if operands.streamed is None:
-      batch = draw_batch(
-        draw_key, operands.sequences, operands.pool,
-        batch_size=batch_size, length=length, draw=draw,
-      )
-    else:
-      batch = streaming.batch_of(operands.streamed, t)
-    batch = sharding.split_rows(batch, layout, 1)
-    weights = None
-    if importance is not None:
-      weights = importance(operands.frozen, batch)
-    keys = jax.random.split(drop_key, batch.users.shape[0])
-    groups = GroupBatch(batch, weights)
-    if row_sparse:
-      told, params, opt_state = sparse_update(t, state, groups, keys)
-      out, noise = told
-    else:
-      out, noise = aggregate(t, state.params, groups, keys, state.weighting)
-      updates, opt_state = optimizer.update(
-        out.gradient, state.optimizer, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
-    log = {**gradient_log(out), **noise, "learning_rate": schedule(t)}
-    if weights is not None:
-      log["effective_share"] = effective_share(weights, batch.targets > 0)
-    moving = _move_average(state.average, params, average)
-    return TrainState(params, opt_state, out.state, moving), log
-
-  return sharding.kept(step, layout)
+  return aggregate
 
 
 def dealt_anew(key: jax.Array, groups: GroupBatch) -> GroupBatch:
@@ -260,8 +250,8 @@ def backbone_keys(key: jax.Array, t: jax.Array) -> jax.Array:
   return jax.random.split(jax.random.fold_in(key, t))
 
 
-def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
-  """What an aggregation tells: losses, weights, norms, cosines and the like.
+def gradient_log(out: aggregation.Aggregate) -> Log:
+  """What is logged of an aggregation: losses, weights, norms, cosines.
 
   Where blocks have weights of their own, 'weights' [G] is their mean and
   'block_weights' [K, G] holds them in the order of their names.
@@ -281,17 +271,24 @@ def gradient_log(out: aggregation.Aggregate) -> dict[str, jax.Array]:
   }
 
 
+def effective_share(weights: jax.Array, real: jax.Array) -> jax.Array:
+  """Kish's effective sample size over the sample size, by group.
+
+  (sum w)^2 / (n sum w^2) over the real positions; [G, B, L] -> [G].
+  """
+  weights = weights * real
+  count = jnp.maximum(real.sum((1, 2)), 1)
+  squares = jnp.maximum((weights**2).sum((1, 2)), 1e-30)
+  return weights.sum((1, 2)) ** 2 / (count * squares)
+
+
 def plugin_step(
   backbone: Backbone,
   plugin: Plugin,
-  optimizer: optax.GradientTransformation,
-  schedule: optax.Schedule,
+  optimizer: Optimizer,
+  draw: Draw,
   *,
-  batch_size: int,
-  length: int,
-  draw: str,
-  mean: str,
-  criterion: Criterion = SOFTMAX,
+  loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> Step:
   """One step of stage 2: every segment's plugin on its own users.
@@ -302,96 +299,79 @@ def plugin_step(
   Args:
     backbone: the frozen model, read without dropout.
     plugin: the network of one segment.
-    optimizer: optax transformation, applied to each segment by itself.
-    schedule: its learning rate, for the log.
-    batch_size: B, windows a segment.
-    length: L.
-    draw: see `draw_batch`; 'validation' learns from the held-out targets of
+    optimizer: applied to each segment by itself.
+    draw: how the windows of every segment are drawn; by 'validation' from
       `operands.pool`, a HeldOut.
-    mean: see `position_weights`.
-    criterion: what is minimised at every position.
+    loss: what is minimised at every position.
     layout: how the batch is split over devices.
 
   Returns:
     The step; its state's leaves lead with [S].
   """
-  loss = next_item_loss(
-    with_reading(backbone), plugin_head(backbone, plugin),
-    criterion=criterion, layout=layout,
+  total = next_item_loss(
+    with_reading(backbone), plugin_head(backbone, plugin), loss=loss,
+    layout=layout,
   )
-
-  def encode(
-    params: PyTree, frozen: PyTree, batch: Batch
-  ) -> tuple[PyTree, PyTree]:
-    """(context, the backbone's params as the plugin wants them)."""
-    history = given(frozen, batch.history, batch.activeness)
-    if plugin.adapt is None:
-      context = packing.encode(backbone, frozen, history)
-      return jax.lax.stop_gradient(context), frozen
-    frozen = plugin.adapt(params, frozen)
-    return backbone.encode(frozen, history, None), frozen
 
   def segment_loss(
     params: PyTree, operands: Operands, batch: Batch, key: jax.Array
   ) -> jax.Array:
-    context, frozen = encode(params, operands.frozen, batch)
+    context, frozen = _encoded(backbone, plugin, params, operands.frozen, batch)
     reading = None
     if plugin.recent:
-      columns = jnp.arange(1 - length, 1)
+      columns = jnp.arange(1 - draw.length, 1)
       users = jnp.broadcast_to(batch.users[:, None], batch.history.shape)
       reading = read_back(
         operands.sequences, users, batch.last[:, None] + columns, plugin.recent
       )
-    weights = position_weights(batch.targets, mean)
-    negatives = criteria.draw(criterion, key, batch)
-    return loss(
+    weights = position_weights(batch.targets, draw.mean)
+    negatives = loss.draw(key, batch)
+    return total(
       params, (jax.lax.stop_gradient(frozen), operands.evidence),
       (context, reading), batch.targets, weights, negatives=negatives,
     )[0]
 
-  def next_batch(operands: Operands, t: jax.Array) -> Batch:
-    if operands.streamed is not None:
-      return streaming.batch_of(operands.streamed, t)
-    key = jax.random.fold_in(operands.key, t)
-    sizes = {"batch_size": batch_size, "length": length}
-    if draw == "validation":
-      return draw_held_out(key, operands.sequences, operands.pool, **sizes)
-    return draw_batch(
-      key, operands.sequences, operands.pool, draw=draw, **sizes
-    )
-
   def step(
     state: TrainState, operands: Operands, t: jax.Array
-  ) -> tuple[TrainState, dict[str, jax.Array]]:
-    batch = next_batch(operands, t)
-    batch = sharding.split_rows(batch, layout, 1)
-    draw_key = jax.random.fold_in(operands.key, _NEGATIVES)
-    keys = jax.random.split(
-      jax.random.fold_in(draw_key, t), batch.users.shape[0]
-    )
-    value_and_grad = jax.value_and_grad(segment_loss)
+  ) -> tuple[TrainState, Log]:
+    key = jax.random.fold_in(operands.key, t)
+    batch = _next_batch(draw, key, operands, t, layout)
+    drawn = jax.random.fold_in(jax.random.fold_in(operands.key, _NEGATIVES), t)
+    keys = jax.random.split(drawn, len(batch.users))
     losses, grads = jax.lax.map(
-      lambda x: value_and_grad(x[0], operands, *x[1:]),
+      lambda x: jax.value_and_grad(segment_loss)(x[0], operands, *x[1:]),
       (state.params, batch, keys),
     )
-    updates, opt_state = jax.vmap(optimizer.update)(
+    updates, opt_state = jax.vmap(optimizer.transformation.update)(
       grads, state.optimizer, state.params
     )
     params = optax.apply_updates(state.params, updates)
     norms = jax.vmap(optax.tree.norm)(grads)
-    log = {"loss": losses, "norms": norms, "learning_rate": schedule(t)}
+    rate = optimizer.schedule(t)
+    log = {"loss": losses, "norms": norms, "learning_rate": rate}
     return state._replace(params=params, optimizer=opt_state), log
 
   return sharding.kept(step, layout)
 
 
+def _encoded(
+  backbone: Backbone, plugin: Plugin, params: PyTree, frozen: PyTree,
+  batch: Batch,
+) -> tuple[PyTree, PyTree]:
+  """(context, the backbone's params as the plugin wants them)."""
+  history = given(frozen, batch.history, batch.activeness)
+  if plugin.adapt is None:
+    context = packing.encode(backbone, frozen, history)
+    return jax.lax.stop_gradient(context), frozen
+  frozen = plugin.adapt(params, frozen)
+  return backbone.encode(frozen, history, None), frozen
+
+
 def init_state(
   params: PyTree,
-  optimizer: optax.GradientTransformation,
-  weighting: aggregation.Rules | None = None,
+  optimizer: Optimizer,
+  adjustment: Adjustment | None = None,
   *,
-  blocks: aggregation.Blocks | None = None,
-  average: bool = False,
   stacked: bool = False,
   layout: Layout = LOCAL,
 ) -> TrainState:
@@ -399,27 +379,25 @@ def init_state(
 
   Args:
     params: what is trained.
-    optimizer: optax transformation.
-    weighting: rule for the weights, or one for each block; None in stage 2.
-    blocks: see `aggregation.aggregate`.
-    average: keep a moving average of params.
+    optimizer: that of the step.
+    adjustment: that of the step; None in stage 2.
     stacked: params lead with [S] and each segment has its own optimizer.
     layout: how it is split over devices.
 
   Returns:
     The state; it shares no buffer with `params`.
   """
-  init = jax.vmap(optimizer.init) if stacked else optimizer.init
+  init = optimizer.transformation.init
+  if stacked:
+    init = jax.vmap(init)
 
   @jax.jit
   def start(params: PyTree) -> TrainState:
-    state = TrainState(
-      copied(params),
-      init(params),
-      () if weighting is None
-      else aggregation.initial_state(weighting, params, blocks),
-      copied(params) if average else None,
+    weighting = () if adjustment is None else aggregation.initial_state(
+      adjustment.rules, params, adjustment.blocks
     )
+    average = copied(params) if optimizer.average else None
+    state = TrainState(copied(params), init(params), weighting, average)
     return sharding.constrain(state, layout)
 
   return start(params)
@@ -453,21 +431,33 @@ def join_runs(trees: Sequence[PyTree]) -> PyTree:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def effective_share(weights: jax.Array, real: jax.Array) -> jax.Array:
-  """Kish's effective sample size over the sample size, by group.
+def skipping(step: Step) -> Step:
+  """A step that leaves the state as it is where its result is not finite.
 
-  (sum w)^2 / (n sum w^2) over the real positions; [G, B, L] -> [G].
+  Loss, gradient and parameters count; the log's 'skipped' is 1 for a step
+  without effect, else 0. Nothing leaves the device. (`optax.apply_if_finite`
+  would let the weighting's state, which follows the losses, become NaN.)
   """
-  weights = weights * real
-  count = jnp.maximum(real.sum((1, 2)), 1)
-  squares = jnp.maximum((weights**2).sum((1, 2)), 1e-30)
-  return weights.sum((1, 2)) ** 2 / (count * squares)
+
+  def skip(
+    state: TrainState, operands: Operands, t: jax.Array
+  ) -> tuple[TrainState, Log]:
+    new, log = step(state, operands, t)
+    good = all_finite((new.params, log["loss"]))
+    kept = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+    return kept, {**log, SKIPPED: 1 - good.astype(jnp.int32)}
+
+  return skip
 
 
-def _move_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
-  if average is None:
-    return None
-  return jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+@jax.jit
+def all_finite(tree: PyTree) -> jax.Array:
+  """Whether every floating-point number of a tree is finite."""
+  leaves = [
+    jnp.isfinite(x).all() for x in jax.tree.leaves(tree)
+    if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+  ]
+  return jnp.stack([jnp.array(True), *leaves]).all()
 
 
 @jax.jit

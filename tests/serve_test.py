@@ -1,4 +1,4 @@
-"""What `recommend` reads: ids and histories, exactly as they are stored."""
+"""What `serve` reads: ids and histories, exactly as they are stored."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import recommend
+from experiments import serve
 from pin_jax import serving
 from pin_jax.data.interactions import from_columns
 from pin_jax.types import InputError
@@ -30,7 +30,7 @@ def test_ids_of_a_file_and_of_a_flag_are_found_as_they_are(tmp_path):
     path = tmp_path / "ids"
     path.write_bytes(("\ufeff" + "".join(x + end for x in ODD)).encode())
     for text in (str(path), ",".join(ODD)):
-      ids = recommend.read_ids("users", text)
+      ids = serve.read_ids("users", text)
       assert ids == ODD
       found = serving.of_users(known, ids)
       assert found.names == ODD
@@ -39,12 +39,12 @@ def test_ids_of_a_file_and_of_a_flag_are_found_as_they_are(tmp_path):
 
 def test_many_ids_and_ids_that_look_like_paths(tmp_path, monkeypatch):
   ids = [f"id{n}" for n in range(2000)] + ["s3://b/x", "~nobody", "/", "a\0"]
-  assert recommend.read_ids("users", ",".join(ids)) == ids
+  assert serve.read_ids("users", ",".join(ids)) == ids
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / "u.txt").write_text("a\nb")
-  assert recommend.read_ids("users", "~/u.txt") == ["a", "b"]
+  assert serve.read_ids("users", "~/u.txt") == ["a", "b"]
   with pytest.raises(InputError, match="does not exist"):
-    recommend.read_ids("users", "~/v.txt")
+    serve.read_ids("users", "~/v.txt")
 
 
 @pytest.mark.parametrize("text", [
@@ -64,28 +64,26 @@ def test_no_id_is_refused(text, tmp_path):
   (tmp_path / "empty").write_text("\n\n")
   text = text.replace("FILE", str(tmp_path / "empty"))
   with pytest.raises(InputError, match="--users=.*empty"):
-    recommend.read_ids("users", text)
+    serve.read_ids("users", text)
 
 
 @pytest.mark.parametrize("flags", [{"users": ""}, {"history": ""}])
 def test_an_unset_variable_is_not_everybody(flags):
   with pytest.raises(InputError, match="--(users|history)="):
-    recommend.recommend(
-      recommend.Source(model="m.pin"), recommend.Whom(**flags), console=None
-    )
+    serve.serve(serve.Options(model="m.pin", **flags), console=None)
 
 
 def test_histories_are_read_whatever_record_first_has_a_key(tmp_path):
   rows = [{"items": []}] * 300 + [{"items": [3, 4]}, {"user": 7, "items": [4]}]
   path = tmp_path / "h.json"
   path.write_text(json.dumps(rows))
-  items, users = recommend._read_histories(path)
+  items, users = serve.read_histories(path)
   assert items == [[]] * 300 + [[3, 4], [4]] and users == [None] * 301 + [7]
   found = serving.of_histories(_knowing([3, 4, 7]), items, users)
   assert found.items.tolist() == [1, 2, 2] and found.users[-1] == 2
   table = pl.DataFrame(rows, infer_schema_length=None)
   table.write_parquet(path.with_suffix(".parquet"))
-  same = recommend._read_histories(path.with_suffix(".parquet"))
+  same = serve.read_histories(path.with_suffix(".parquet"))
   assert same == (items, users)
 
 
@@ -107,7 +105,7 @@ def test_somebody_new_may_have_a_word_for_a_name():
 def test_what_is_no_id_is_refused_in_a_history(tmp_path, item):
   path = tmp_path / "h.json"
   path.write_text(json.dumps([{"items": [3, item]}]))
-  items, _ = recommend._read_histories(path)
+  items, _ = serve.read_histories(path)
   with pytest.raises(InputError, match="item .* is no integer") as error:
     serving.of_histories(_knowing([3, 4]), items)
   assert "\n" not in str(error.value)
@@ -120,7 +118,7 @@ def test_fractional_items_of_parquet_are_refused(tmp_path):
   path = tmp_path / "h.parquet"
   pl.DataFrame({"items": [[1.0, 2.7]]}).write_parquet(path)
   with pytest.raises(InputError, match="no integer"):
-    serving.of_histories(_knowing([1, 2]), recommend._read_histories(path)[0])
+    serving.of_histories(_knowing([1, 2]), serve.read_histories(path)[0])
 
 
 @pytest.mark.parametrize("text", [
@@ -130,7 +128,7 @@ def test_other_json_is_refused_in_one_line(tmp_path, text):
   path = tmp_path / "h.json"
   path.write_text(text)
   with pytest.raises(InputError, match="--history=.*`items`") as error:
-    recommend._read_histories(path)
+    serve.read_histories(path)
   assert "\n" not in str(error.value)
 
 

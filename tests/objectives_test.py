@@ -1,4 +1,4 @@
-"""Criteria: which logits the losses see, keys, memory; each one learns."""
+"""Objectives: which logits the losses see, keys, memory; each one learns."""
 
 import functools
 import math
@@ -15,10 +15,11 @@ from pin_jax import aggregation
 from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.models import plugins, sasrec
-from pin_jax.training import criteria, negatives, objectives
+from pin_jax.training import losses, negatives, objectives
 from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
+  Adjustment,
   Operands,
   backbone_step,
   init_state,
@@ -30,15 +31,15 @@ ITEMS, WIDTH = 9, 4
 TARGETS = jnp.asarray([[0, 0, 4, 4], [7, 2, 9, 1], [0, 5, 5, 3]])
 HISTORY = jnp.where(TARGETS > 0, jnp.roll(TARGETS, 1, 1) % ITEMS + 1, 0)
 BATCH = Batch(jnp.arange(3), HISTORY, TARGETS)
-NAMES = tuple(criteria.SAMPLED_LOSSES)
+NAMES = tuple(losses.SAMPLED_LOSSES)
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
-def _criterion(name, shared=True, count=5, num_items=ITEMS):
-  loss = criteria.SAMPLED_LOSSES[name](count / (num_items - 1), 0.75)
-  return criteria.sampled(
+def _spec(name, shared=True, count=5, num_items=ITEMS):
+  loss = losses.SAMPLED_LOSSES[name](count / (num_items - 1), 0.75)
+  return losses.sampled(
     loss, negatives.uniform(num_items), count=count, shared=shared
   )
 
@@ -95,14 +96,14 @@ def _row_loss(name, logits, target, items):
   + [("sampled_softmax", False, "attention"), ("gbce", True, "sasrec")],
 )
 def test_group_loss_equals_a_loop_over_positions(name, shared, kind):
-  backbone, criterion = BACKBONES[kind](), _criterion(name, shared)
+  backbone, spec = BACKBONES[kind](), _spec(name, shared)
   params = jax.jit(backbone.init)(jax.random.key(0))
   key = jax.random.key(5)
   run = jax.jit(objectives.group_losses(
-    backbone, mean="interactions", criterion=criterion, chunk=4
+    backbone, mean="interactions", loss=spec, chunk=4
   ).group_loss)
   got = run(params, objectives.GroupBatch(BATCH, None), key)
-  drawn = np.asarray(criterion.draw(jax.random.split(key)[1], BATCH).items)
+  drawn = np.asarray(spec.draw(jax.random.split(key)[1], BATCH).items)
   rows, columns = np.nonzero(TARGETS)
 
   @jax.jit
@@ -134,7 +135,7 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
 
   def run(chunk):
     loss = objectives.group_losses(
-      backbone, mean="users", criterion=_criterion(name, shared), chunk=chunk
+      backbone, mean="users", loss=_spec(name, shared), chunk=chunk
     ).group_loss
     return jax.jit(jax.value_and_grad(loss))(params, group, key)
 
@@ -142,7 +143,7 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
   step = 0.01
   shifted = lambda s: {**params, "bias": params["bias"].at[4].add(s)}
   loss = jax.jit(objectives.group_losses(
-    backbone, mean="users", criterion=_criterion(name, shared)
+    backbone, mean="users", loss=_spec(name, shared)
   ).group_loss)
   slope = loss(shifted(step), group, key) - loss(shifted(-step), group, key)
   np.testing.assert_allclose(
@@ -151,17 +152,17 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
 
 
 def test_plugins_see_the_same_logits():
-  backbone, criterion = BACKBONES["attention"](), _criterion("gbce", False)
+  backbone, spec = BACKBONES["attention"](), _spec("gbce", False)
   frozen = backbone.init(jax.random.key(0))
   plugin = plugins.bottleneck(WIDTH)
   params = jax.jit(plugin.init)(jax.random.key(1))  # starts as the identity
-  drawn = criterion.draw(jax.random.key(2), BATCH)
+  drawn = spec.draw(jax.random.key(2), BATCH)
   weights = objectives.position_weights(TARGETS, "interactions")
   context = backbone.encode(frozen, HISTORY, None)
 
   def run(head, params, shared, context, backbone):
     loss = objectives.next_item_loss(
-      backbone, head, criterion=criterion, chunk=5
+      backbone, head, loss=spec, chunk=5
     )
     run = jax.jit(jax.value_and_grad(
       lambda *args: loss(*args, negatives=drawn)[0]
@@ -179,15 +180,27 @@ def test_plugins_see_the_same_logits():
   assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
 
 
-def test_the_softmax_takes_the_key_itself():
-  key = jax.random.key(3)
-  model_key, none = criteria.split_key(criteria.SOFTMAX, key)
-  assert model_key is key and none is None
-  assert criteria.draw(criteria.SOFTMAX, none, BATCH) is None
-  model_key, draw_key = criteria.split_key(_criterion("bce"), key)
-  keys = {tuple(jax.random.key_data(k).tolist())
-          for k in (key, model_key, draw_key)}
-  assert len(keys) == 3
+def test_dropout_and_negatives_have_keys_of_their_own():
+  """With the softmax, dropout has the group's key itself."""
+  backbone, params = bigram(ITEMS, dropout=0.5), {"table": jnp.eye(ITEMS + 1)}
+  key, seen = jax.random.key(3), {}
+  for name, spec in (("softmax", losses.SOFTMAX), ("bce", _spec("bce"))):
+    encode = lambda params, history, key, name=name: (
+      seen.setdefault(name, []).append(key), backbone.encode(params, history)
+    )[1]
+    if spec.loss is not None:
+      spec = spec._replace(draw=lambda key, batch, draw=spec.draw: (
+        seen.setdefault("draw", []).append(key), draw(key, batch)
+      )[1])
+    objectives.group_losses(
+      backbone._replace(encode=encode), mean="users", loss=spec
+    ).group_loss(params, objectives.GroupBatch(BATCH, None), key)
+  own = {
+    name: tuple(jax.random.key_data(keys[0]).tolist())
+    for name, keys in seen.items()
+  }
+  assert own["softmax"] == tuple(jax.random.key_data(key).tolist())
+  assert len(set(own.values())) == 3
 
 
 def test_padding_and_own_targets_are_no_negatives():
@@ -201,10 +214,10 @@ def test_padding_and_own_targets_are_no_negatives():
   targets = jnp.asarray([[0, 4, 4]])
   batch = Batch(jnp.zeros(1, int), jnp.asarray([[0, 2, 3]]), targets)
   for name, want in (("sampled_softmax", 0.0), ("bpr", 0.0)):
-    loss = criteria.SAMPLED_LOSSES[name](0.5, 0.0)
-    criterion = criteria.sampled(loss, constant, count=3)
+    loss = losses.SAMPLED_LOSSES[name](0.5, 0.0)
+    spec = losses.sampled(loss, constant, count=3)
     run = jax.jit(jax.value_and_grad(objectives.group_losses(
-      backbone, mean="users", criterion=criterion
+      backbone, mean="users", loss=spec
     ).group_loss))
     value, grad = run(
       params, objectives.GroupBatch(batch, None), jax.random.key(0)
@@ -222,9 +235,9 @@ def test_no_logits_of_positions_by_catalogue(shared):
   batch = Batch(jnp.arange(rows), history, history)
   params = jax.eval_shape(backbone.init, jax.random.key(0))
 
-  def shapes(criterion):
+  def shapes(spec):
     loss = jax.value_and_grad(objectives.group_losses(
-      backbone, mean="users", criterion=criterion, chunk=chunk
+      backbone, mean="users", loss=spec, chunk=chunk
     ).group_loss)
     text = str(jax.make_jaxpr(loss)(
       params, objectives.GroupBatch(batch, None), jax.random.key(0)
@@ -232,13 +245,13 @@ def test_no_logits_of_positions_by_catalogue(shared):
     found = re.findall(r"\bf\d+\[([\d,]+)\]", text)
     return {tuple(map(int, s.split(","))) for s in found}
 
-  sizes = shapes(_criterion("bce", shared, count, items))
+  sizes = shapes(_spec("bce", shared, count, items))
   assert (chunk, count) in sizes
   assert not {s for s in sizes if items in s or items + 1 in s} - {
     (items + 1,), (items + 1, 2)
   }
   assert (rows * length, count, 2) not in sizes
-  assert (chunk, items + 1) in shapes(criteria.SOFTMAX)
+  assert (chunk, items + 1) in shapes(losses.SOFTMAX)
 
 
 # Learning: items follow each other in a ring, with noise.
@@ -292,47 +305,42 @@ def _proposal(name, split, groups):
 def test_every_loss_learns_the_ring(ring, name, proposal, path):
   split, groups, sequences, pool = ring
   backbone = bigram(ITEMS, init=lambda key, shape: jnp.zeros(shape))
-  criterion = criteria.sampled(
-    criteria.SAMPLED_LOSSES[name](4 / (ITEMS - 1), 0.75),
+  spec = losses.sampled(
+    losses.SAMPLED_LOSSES[name](4 / (ITEMS - 1), 0.75),
     _proposal(proposal, split, groups), count=4, shared=name != "bce",
   )
   weighting = aggregation.backdoor([0.5, 0.5])
-  optimizer, schedule = make_optimizer(
-    40, learning_rate=0.2, warmup=0
-  )
+  optimizer = make_optimizer(40, learning_rate=0.2, warmup=0)
+  adjustment = Adjustment(weighting, path=path)
   step = backbone_step(
-    backbone, weighting, optimizer, schedule, batch_size=8, length=5,
-    draw="interactions", mean="interactions", path=path, criterion=criterion,
+    backbone, adjustment, optimizer, batches.Draw(8, 5), loss=spec
   )
   params = backbone.init(jax.random.key(0))
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  losses = []
+  seen = []
   state = fit(
-    step, init_state(params, optimizer, weighting), operands,
+    step, init_state(params, optimizer, adjustment), operands,
     name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
     evaluate_every=40, dispatch=40,
-    on_steps=lambda t, log: losses.append(log["loss"]),
+    on_steps=lambda t, log: seen.append(log["loss"]),
   )
   assert _accuracy(params["table"]) < 0.3
   assert _accuracy(state.best["table"]) == 1
-  assert losses[0][-5:].mean() < 0.8 * losses[0][0].mean()
+  assert seen[0][-5:].mean() < 0.8 * seen[0][0].mean()
 
 
 def test_plugins_learn_the_ring_from_negatives(ring):
   split, groups, sequences, pool = ring
   backbone = bigram(ITEMS)
-  criterion = criteria.sampled(
-    criteria.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
+  spec = losses.sampled(
+    losses.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
     _proposal("in_batch", split, groups), count=4,
   )
-  optimizer, schedule = make_optimizer(
-    40, learning_rate=0.2, warmup=0
-  )
+  optimizer = make_optimizer(40, learning_rate=0.2, warmup=0)
   frozen = {"table": jnp.eye(ITEMS + 1)}
   plugin = plugins.bottleneck(ITEMS + 1, hidden=16)
   step = plugin_step(
-    backbone, plugin, optimizer, schedule, batch_size=8, length=5,
-    draw="interactions", mean="interactions", criterion=criterion,
+    backbone, plugin, optimizer, batches.Draw(8, 5), loss=spec
   )
   start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
     jax.random.key(2)
