@@ -33,7 +33,7 @@ VISITS = {"start": 1, "report": 1, "compile": 20, "switch": 10}
 KILLS_OF_A_LIFE = 8
 FILES = (
   "config.json", "log.jsonl", "rows.parquet", "summary.json",
-  "comparison.csv", "comparison.md", "comparison.json", "plots/*.png",
+  "report.md",
 )
 
 

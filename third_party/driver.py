@@ -12,11 +12,11 @@ one), for so many CPU-seconds or --epochs. At marks it ranks our validation
 targets, which is timed apart; the best state by NDCG@10 (history masked) ranks
 our test targets once, among the whole catalogue.
 
-The workdir then is that of a finished job for experiments.report and
-experiments.summaries. With --beside=DIR its rows hold the models of that job
-first, a job of ours or another library's run, so that all are compared user by
-user in one table; data, split, targets and seeds must be the same. The same
-command continues: a seed that has finished is not trained again.
+The workdir then is that of a finished job for experiments.report. With
+--beside=DIR its rows hold the models of that job first, a job of ours or
+another library's run, so that all are compared user by user in one table; data,
+split, targets and seeds must be the same. The same command continues: a seed
+that has finished is not trained again.
 """
 
 import json
