@@ -13,7 +13,6 @@ import scipy.ndimage
 
 from experiments.results import (
   METRIC,
-  Analysis,
   Claim,
   change_of,
   few_seeds,
@@ -22,7 +21,6 @@ from experiments.results import (
   slices_of,
   title_of,
   values_of,
-  window_length,
   with_the_same_seeds,
 )
 
@@ -78,9 +76,7 @@ def activeness(rows: pl.DataFrame) -> matplotlib.figure.Figure:
   active, members, segments = (
     users[c].to_numpy() for c in ("activeness", "group", "segment")
   )
-  share = 100 * np.arange(len(active) + 1) / len(active)
-  curve = np.append(active, active[-1])
-  head = segments == 1
+  head, count = segments == 1, len(active)
   owned = 100 * active[head].sum() / max(active.sum(), 1)
   with matplotlib.rc_context(_STYLE):
     figure = _figure(6, 3.6)
@@ -89,20 +85,20 @@ def activeness(rows: pl.DataFrame) -> matplotlib.figure.Figure:
     for group, color in enumerate(_colors(int(members.max()) + 1)):
       inside = np.flatnonzero(members == group)
       if inside.size:
-        span = slice(inside[0], inside[-1] + 2)
-        axes.fill_between(
-          share[span], 0.5, curve[span], step="post", color=color, alpha=0.35,
-          linewidth=0, label=f"group {group}",
+        starts = inside[np.diff(active[inside], prepend=-1) != 0]
+        edges = 100 / count * np.append(starts, inside[-1] + 1)
+        axes.stairs(
+          active[starts], edges, baseline=0.5, fill=True, color=color,
+          alpha=0.5, label=f"group {group}",
         )
-    axes.step(share, curve, where="post", color="black", linewidth=1.4)
     axes.axvline(100 * head.mean(), color=_ORANGE, linestyle="--")
     axes.set_xlim(0, 100)
-    axes.set_ylim(0.7 * max(curve[-1], 1), 1.5 * max(curve[0], 2))
+    axes.set_ylim(0.7 * max(active[-1], 1), 1.5 * max(active[0], 2))
     axes.legend()
     axes.set_xlabel("users, most active first (% of users)")
     axes.set_ylabel("activeness (training interactions)")
     axes.set_title(
-      f"Activeness of {len(active):,} users\nhead (dashed): "
+      f"Activeness of {count:,} users\nhead (dashed): "
       f"{100 * head.mean():.0f} % of users, {owned:.0f} % of interactions"
     )
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -195,52 +191,6 @@ def groups(
     both[1].axhline(0, color=_GREY, linewidth=0.9)
     both[1].set_xticks(range(len(labels)), labels)
     both[1].set_xlabel("group, its training interactions a user, its users")
-  return figure
-
-
-def windows(family: Sequence[Analysis]) -> matplotlib.figure.Figure:
-  """Gap, and changes of tail and head users, over the window's length.
-
-  Args:
-    family: jobs as `results.window_families` finds them.
-  """
-  first = family[0]
-  models = dict.fromkeys([first.base, first.other, *(
-    level.model for level in first.levels[first.main]
-  )])  # fmt: skip
-  few = [window_length(job) for job in family
-         if any(level.seeds < 3 for level in job.levels[job.main])]  # fmt: skip
-  with matplotlib.rc_context(_STYLE):
-    figure = _figure(11, 3.8)
-    for axes, part, title in zip(
-      figure.subplots(1, 3), ("gap", "tail", "head"),
-      (f"{METRIC} of head − tail users", "Change for tail users (%)",
-       "Change for head users (%)"), strict=True,
-    ):  # fmt: skip
-      axes.axhline(0, color=_GREY, linewidth=0.9)
-      for index, (model, color) in enumerate(zip(models, COLORS, strict=False)):
-        points = np.transpose([
-          (window_length(job), *(getattr(line, part)[:3]))
-          for job in family
-          for line in (job.levels if part == "gap" else job.claims)[job.main]
-          if line.model == model
-        ])
-        if points.size:
-          _bars(
-            axes, points[0] * 1.03 ** (index - 1),
-            points[1:] * (1 if part == "gap" else 100), color=color,
-            marker="o", markersize=4,
-            label=title_of(model) if part == "gap" else None,
-          )
-      axes.set_xscale("log")
-      ticks = [window_length(job) for job in family]
-      axes.set_xticks(ticks, list(map(str, ticks)))
-      axes.minorticks_off()
-      axes.set_xlabel("window length (behaviours that the model reads)")
-      axes.set_title(title)
-    note = f" (few seeds, nothing proven: {', '.join(map(str, few))})"
-    figure.suptitle(f"{first.data}, {first.main}" + note * bool(few))
-    figure.legend(loc="outside lower center", ncols=5)
   return figure
 
 

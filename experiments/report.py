@@ -35,6 +35,7 @@ from absl import flags
 from etils import epath
 
 from experiments import commands, figures, results
+from experiments.methods import learnt_by
 from experiments.results import (
   HOLDS,
   LEVEL,
@@ -113,21 +114,8 @@ class Section(NamedTuple):
 
 
 def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
-  """The report on one or more jobs: verdicts, windows, every job."""
+  """The report on one or more jobs: verdicts, then every job."""
   out = [_overview(jobs)]
-  families = results.window_families(jobs)
-  if families:
-    blocks: list[Block] = [Text(
-      "A model that reads the whole history can tell how active a user is; "
-      "one that reads a short window cannot. Above zero, tail users are "
-      "served worse than head users."
-    )]  # fmt: skip
-    for number, family in enumerate(families, 1):
-      draw = functools.partial(figures.windows, family)
-      blocks += [
-        Figure(f"windows-{number}", draw), results.window_table(family)
-      ]
-    out.append(Section("windows", "Window length", blocks))
   for number, job in enumerate(jobs, 1):
     name = job.results.name
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -141,7 +129,10 @@ def _overview(jobs: Sequence[Analysis]) -> Section:
   """Verdicts: of one job on every model, else on each job's tested one."""
   blocks: list[Block] = []
   for job in jobs:
-    claims = [job.claim()] if len(jobs) > 1 else job.claims[job.main]
+    claims = [job.claim()] if len(jobs) > 1 else [
+      claim for claim in job.claims[job.main]
+      if claim.outcome != UNEQUAL or claim.model == job.other
+    ]
     blocks += [
       Verdict(
         claim.outcome, f"{job.data}: {title_of(claim.model)}"
@@ -214,8 +205,6 @@ def _blocks(job: Analysis, anchor: str, num_resamples: int) -> list[Block]:
   ]
   blocks.append(Fold("Activeness, each seed, other metrics", more))
   blocks += _gradients(own, anchor)
-  if own.adjustment:
-    blocks.append(Fold("Exact adjustment", [results.adjustment_table(own)]))
   if own.summary.get("cost"):
     blocks.append(Fold("Training cost", [results.cost_table(own)]))
   if own.summary or own.config:
@@ -313,10 +302,11 @@ def verdict(job: Analysis, claim: Claim) -> str:
   base, model = title_of(job.base), title_of(claim.model)
   allowed = f"{100 * job.margin:g} %"
   tail, head = (cell_text(x, "change") for x in (claim.tail, claim.head))
+  learnt = lambda key: learnt_by(key, job.results.config)
   if claim.outcome == UNEQUAL:
     return (
-      f"No verdict: {model} has learnt from {job.learnt(claim.model)}, {base} "
-      f"from {job.learnt(job.base)}. The difference (tail users {tail} %, head "
+      f"No verdict: {model} has learnt from {learnt(claim.model)}, {base} "
+      f"from {learnt(job.base)}. The difference (tail users {tail} %, head "
       f"users {head} %) is that of the information too."
     )
   if claim.outcome == UNTESTED:
@@ -615,8 +605,8 @@ def write_report(
     The files.
 
   Raises:
-    InputError: if a directory has no rows, is damaged or cannot be compared, or
-      no place to write to is named.
+    InputError: if a directory cannot be read or compared, or no place to write
+      to is named.
     WriteError: if the files cannot be written; all are then as they were.
   """
   if output is None and markdown is None and len(workdirs) > 1:
@@ -629,30 +619,27 @@ def write_report(
     report = sections(
       [results.analyse(own, base, num_resamples) for own in read], num_resamples
     )
-    files: dict[epath.Path, bytes | str] = {}
-    folder = link = None
+    place = workdirs[0] if output is None else output
+    stem = disk.place("output", place) / "report"
+    path, link, files = stem.with_suffix(".md"), None, {}
+    if markdown is not None:
+      path = disk.place("markdown", markdown)
+    else:
+      files = {
+        stem.with_suffix(".html"): to_html(report),
+        stem.with_suffix(".tex"): to_latex(report),
+        stem.with_suffix(".json"): to_json(report),
+      }
     if pictures is not None:
-      link, folder = str(pictures), disk.place("figures", pictures)
+      folder = disk.place("figures", pictures)
+      link = os.path.relpath(folder, path.parent)
       files |= {
         folder / f"{block.name}.svg": figures.svg(block.draw())
         for section in report
         for block in _unfolded(section.blocks, inside=True)
         if isinstance(block, Figure)
       }
-    if markdown is not None:
-      path = disk.place("markdown", markdown)
-      if folder is not None:
-        link = os.path.relpath(folder, path.parent)
-      files[path] = to_markdown(report, link)
-    else:
-      place = workdirs[0] if output is None else output
-      stem = disk.place("output", place) / "report"
-      files |= {
-        stem.with_suffix(".html"): to_html(report),
-        stem.with_suffix(".md"): to_markdown(report),
-        stem.with_suffix(".tex"): to_latex(report),
-        stem.with_suffix(".json"): to_json(report),
-      }
+    files[path] = to_markdown(report, link)
   console = console or commands.Console()
   to_console(report, console)
   disk.write(files)

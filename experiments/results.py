@@ -91,9 +91,6 @@ class Results(NamedTuple):
     summary: content of summary.json; {} where there is none.
     config: the configuration, {} where there is none.
     gradients: run -> records of its group gradients.
-    adjustment: of each exactly adjusted backbone its `run`, the fit of its
-      stratum classifier at the chosen step, and `effective_share`, [G], the
-      effective number of a group's examples over their number, mean over steps.
     trials: of what `experiments.sweep` chose: `settings`, and of each of
       `models` its `validation` in each setting, over which `seeds`, and the
       index of the `chosen` one; {} elsewhere.
@@ -106,7 +103,6 @@ class Results(NamedTuple):
   summary: dict[str, Any]
   config: dict[str, Any]
   gradients: dict[str, list[dict[str, Any]]]
-  adjustment: Sequence[dict[str, Any]] = ()
   trials: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -124,7 +120,7 @@ def read(path: epath.PathLike) -> Results:
     if (path / "ranks.parquet").exists():
       return _read_summary(path)
     rows, _ = read_rows(path)
-    check_same_users(rows, models_of(rows), on=["user"])
+    same_users(rows, models_of(rows), on=["user"])
     records = read_log(path) if (path / "log.jsonl").exists() else []
     summary = _read_job_summary(path)
     if "command" in summary:
@@ -134,7 +130,7 @@ def read(path: epath.PathLike) -> Results:
     config = _names_alone(config)
     return Results(
       path.resolve().name, rows, lists_of(rows), _protocol(rows, summary),
-      summary, config, _gradient_records(records), _adjustment(records),
+      summary, config, _gradient_records(records),
     )
 
 
@@ -206,11 +202,6 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
   return {**config, **({"data": data} if data else {})}
 
 
-def is_grouped(record: Mapping[str, Any]) -> bool:
-  """Whether a step's record is of a stage that combines groups' gradients."""
-  return "conflict_rate" in record and len(record.get("norms", ())) > 1
-
-
 def _gradient_records(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, list[dict[str, Any]]]:
@@ -224,38 +215,14 @@ def _gradient_records(
   )
   found: dict[str, list[dict[str, Any]]] = {}
   for record in records:
-    if is_grouped(record) and record["conflict_rate"] is not None:
+    looked = record.get("conflict_rate") is not None
+    if looked and len(record.get("norms", ())) > 1:
       kept = {key: record[key] for key in names if key in record}
       found.setdefault(record["run"], []).append(kept)
   for run, own in found.items():
     noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
     found[run] = noisy or own
   return found
-
-
-def _adjustment(
-  records: Iterable[Mapping[str, Any]],
-) -> list[dict[str, Any]]:
-  """Of each exactly adjusted backbone what `Results.adjustment` says."""
-  seed_of = lambda run: run.removesuffix(without_seed(run))
-  shares: dict[str, list[list[float]]] = {}
-  fits: dict[str, dict[str, float]] = {}
-  for record in records:
-    run = record.get("run", "")
-    if "effective_share" in record:
-      shares.setdefault(run, []).append(record["effective_share"])
-    fit = record.get("validation", {})
-    if "calibration_error" in fit:
-      best = fits.get(seed_of(run), {}).get("log_likelihood", -math.inf)
-      if fit["log_likelihood"] > best:
-        fits[seed_of(run)] = fit
-  return [
-    {
-      "run": run, **fits.get(seed_of(run), {}),
-      "effective_share": np.mean(own, 0).tolist(),
-    }
-    for run, own in shares.items()
-  ]
 
 
 def without_seed(run: str) -> str:
@@ -299,7 +266,6 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
     run: [_rounded(r) for r in own[:: max(1, -(-len(own) // _RECORDS))]]
     for run, own in results.gradients.items() if run in first.values()
   }
-  content["adjustment"] = _rounded([*results.adjustment])
   content["trials"] = {**results.trials}
   text = json.dumps(content, ensure_ascii=False)
   disk.write({
@@ -420,11 +386,16 @@ def model_rows(rows: pl.DataFrame, model: str) -> pl.DataFrame:
   return selected
 
 
-def check_same_users(
+def same_users(
   rows: pl.DataFrame, models: Sequence[str], *, on: Sequence[str]
-) -> None:
-  """Raises unless all models were evaluated on the same users and targets."""
-  own = pl.concat([model_rows(rows, model) for model in models])
+) -> list[pl.DataFrame]:
+  """The rows of each model, as of `model_rows`.
+
+  Raises:
+    InputError: unless all were evaluated on the same users and targets.
+  """
+  frames = [model_rows(rows, model) for model in models]
+  own = pl.concat(frames)
   counts = own.group_by(on).agg(pl.col("model").n_unique())
   lacking = counts.filter(pl.col("model") < len(models)).height
   if lacking:
@@ -442,6 +413,7 @@ def check_same_users(
         f"user {bad['user'][0]!r} has several values of {fact!r} in the rows;"
         " compare models on one split and one grouping"
       )
+  return frames
 
 
 def protocol_line(
@@ -558,8 +530,7 @@ def values_of(
   """
   if not rows.height:
     return Values(np.zeros((len(models), 0)), np.zeros(0), np.zeros(0))
-  check_same_users(rows, models, on=["user", "seed"])
-  frames = [model_rows(rows, model) for model in models]
+  frames = same_users(rows, models, on=["user", "seed"])
   return Values(
     np.stack([_metric(frame, column, metric) for frame in frames]),
     frames[0]["user"].rank("dense").to_numpy(), frames[0]["seed"].to_numpy(),
@@ -723,19 +694,16 @@ def check_claims(
   tested = [c for c in claims if c.seeds >= MIN_SEEDS and equal(c)]
   for family in (["tail"], ["head"], ["tail harm", "head harm"]):
     pairs = [(claim, name) for claim in tested for name in family]
-    raw = [_raw_p(*pair) for pair in pairs]
+    raw = [
+      getattr(getattr(claim, name[:4]), "p_harm" if name[4:] else "p_value")
+      for claim, name in pairs
+    ]
     for (claim, name), p in zip(pairs, statistics.holm(raw), strict=True):
       claim.p[name] = float(p)
   return [
     claim._replace(outcome=_outcome(claim) if equal(claim) else UNEQUAL)
     for claim in claims
   ]
-
-
-def _raw_p(claim: Claim, name: str) -> float:
-  part, _, harm = name.partition(" ")
-  change = getattr(claim, part)
-  return float(change.p_harm if harm else change.p_value)
 
 
 def _changes(
@@ -970,10 +938,6 @@ class Analysis(NamedTuple):
     found = [c for c in self.claims[self.main] if c.model == self.other]
     return found[0] if found else None
 
-  def learnt(self, model: str) -> str:
-    """What a model has learnt from."""
-    return learnt_by(model, self.results.config)
-
 
 def analyse(
   results: Results,
@@ -1158,27 +1122,6 @@ def metrics_table(job: Analysis, title: str) -> Table:
   )  # fmt: skip
 
 
-def adjustment_table(results: Results) -> Table:
-  """Fit of the stratum classifiers, effective sample sizes of their weights."""
-  fit = "log_likelihood", "shares_log_likelihood", "calibration_error"
-  groups = range(len(results.adjustment[0]["effective_share"]))
-  return Table(
-    "Exact adjustment",
-    [Column("run"), Column("log P(d|x)", "level"), Column("log share", "level"),
-     Column("calibration error", "level"),
-     *(Column(f"group {d}", "number") for d in groups)],
-    [
-      (own["run"], *(own.get(name, math.nan) for name in fit),
-       *own["effective_share"])
-      for own in results.adjustment
-    ],
-    "Mean log-likelihood in nats of the users' groups under the fitted "
-    "classifier and under the groups' shares, classwise calibration error, and "
-    "of each group the effective number of its weighted examples over their "
-    "number (mean over the steps).",
-  )  # fmt: skip
-
-
 def closeness_table(results: Results) -> Table:
   """How near the models are to the simulator's exact distributions."""
   return Table(
@@ -1260,59 +1203,3 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, mine, theirs in schema.differences(config, known, known)
     if mine != theirs and mine is not None
   }
-
-
-def window_families(jobs: Sequence[Analysis]) -> list[list[Analysis]]:
-  """Jobs that differ in their window's length alone, shortest first.
-
-  And in what follows it: windows a step, how they are packed, items that the
-  memory looks up.
-  """
-  families: dict[str, dict[int, Analysis]] = {}
-  for job in jobs:
-    config = job.results.config
-    if not config or job.results.trials:
-      continue
-    backbone = {**config["backbone"], "pack_rows": None}
-    length = backbone.pop("length")
-    rest = {
-      **config, "backbone": backbone, "data": job.data, "base": job.base,
-      "memory": {**config["memory"], "recent": 0},
-    }
-    for key in ("seeds", "num_seeds", "methods", "batch_size"):
-      rest.pop(key)
-    key = json.dumps(rest, sort_keys=True)
-    families.setdefault(key, {})[length] = job
-  return [
-    [family[length] for length in sorted(family)]
-    for family in families.values() if len(family) > 1
-  ]
-
-
-def window_length(job: Analysis) -> int:
-  """How many behaviours a job's models read."""
-  return job.results.config["backbone"]["length"]
-
-
-def window_table(family: Sequence[Analysis]) -> Table:
-  """Levels and changes over window length, of jobs as `window_families`."""
-  lines = []
-  for job in family:
-    claims = {claim.model: claim for claim in job.claims[job.main]}
-    for level in job.levels[job.main]:
-      claim = claims.get(level.model)
-      lines.append((
-        level.model, window_length(job), level.tail, level.head, level.gap,
-        *((claim.tail, claim.head) if claim else ("", "")),
-      ))
-  few = any(level.seeds < MIN_SEEDS for job in family
-            for level in job.levels[job.main])  # fmt: skip
-  return Table(
-    f"By window length, {family[0].data}, {family[0].main}",
-    [Column("model", "model"), Column("window", "count"),
-     Column("tail", "level"), Column("head", "level"),
-     Column("gap, head − tail", "gap"), Column("tail change %", "change"),
-     Column("head change %", "change")],
-    lines,
-    f"{METRIC}; changes against {title_of(family[0].base)}." + _NO_P * few,
-  )  # fmt: skip

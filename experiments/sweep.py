@@ -20,7 +20,6 @@ writes a summary of these for experiments.report; --more_seeds=1,2 trains the
 chosen ones with more seeds.
 """
 
-import fcntl
 import functools
 import hashlib
 import json
@@ -29,7 +28,7 @@ import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,8 +60,6 @@ from pin_jax.types import InputError
 
 _FREE = "seeds", "methods"  # keys in which jobs of one setting may differ
 _POLL = 0.2  # seconds between looks at whether jobs have ended
-_LOOK = 60  # seconds between reports of how far they are
-_LAST_LINES = 3  # of a failed job's output
 
 
 class Job(NamedTuple):
@@ -87,49 +84,68 @@ class Job(NamedTuple):
     return path.exists() and self.data in path.read_text()
 
 
-def make_jobs(config: str, root: epath.PathLike) -> list[Job]:
+def make_jobs(
+  config: str, root: epath.PathLike, listed: Sequence[Any] | None = None
+) -> list[Job]:
   """The jobs of a config file, each checked as far as its settings go.
 
   Args:
     config: path of the config file, with arguments after a colon.
     root: directory of the sweep.
-
-  Returns:
-    The jobs, in the order of `sweep()`.
+    listed: settings of the jobs; None = those that its `sweep()` lists.
 
   Raises:
     InputError: if the file or `sweep()` is missing, or a setting is wrong.
   """
-  path = config.partition(":")[0]
-  module = _load(path)
-  listed = module["sweep"]()
+  path, _, argument = config.partition(":")
+  try:
+    module = runpy.run_path(path)
+  except (OSError, SyntaxError) as error:
+    raise InputError(
+      f"config file {path} cannot be read ({error}); see --help"
+    ) from error
+  for name in ("get_config", "sweep"):
+    if name not in module:
+      raise InputError(f"config file {path} has no {name}(); define it there")
+  listed = module["sweep"]() if listed is None else listed
   if not isinstance(listed, list | tuple) or not listed:
     raise InputError(
       f"sweep() of {path} returns {listed!r}; return a list of dictionaries"
     )
-  return _jobs_of(config, module, root, listed)
-
-
-def _jobs_of(
-  config: str, module: Mapping[str, Any], root: epath.PathLike,
-  listed: Sequence[Any],
-) -> list[Job]:
-  """A job for each of the listed settings, checked."""
-  argument = config.partition(":")[2]
-  jobs, seen = [], {}
+  jobs: dict[str, Job] = {}
   for number, chosen in enumerate(listed):
-    resolved = _resolved(module, argument, chosen, number)
-    name = job_name(resolved)
-    if name in seen:
+    whole = _resolved(module["get_config"], argument, chosen, number)
+    name = job_name(whole)
+    if name in jobs:
       raise InputError(
-        f"settings {number} of the sweep repeat settings {seen[name]}: "
-        f"{chosen}; list each once"
+        f"settings {number} of the sweep repeat settings {[*jobs].index(name)}:"
+        f" {chosen}; list each once"
       )
-    seen[name] = number
     place = disk.place("workdir", root) / name
-    command = _command(config, place, chosen)
-    jobs.append(Job(place, chosen, command, _data_files(resolved.data)))
-  return jobs
+    jobs[name] = Job(place, chosen, [
+      sys.executable, "-m", "experiments.main", f"--config={config}",
+      f"--workdir={place}",
+      *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
+    ], _data_files(whole.data))  # fmt: skip
+  return [*jobs.values()]
+
+
+def _resolved(
+  get_config: Callable[..., ConfigDict], argument: str, chosen: Any, number: int
+) -> ConfigDict:
+  """The configuration with settings, checked."""
+  try:
+    if not isinstance(chosen, dict):
+      raise TypeError("give a dictionary of dotted key -> value")
+    config = get_config(*filter(None, [argument]))
+    config.update_from_flattened_dict(chosen)
+    settings.check(sizes.for_any_data(config))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).strip("\"'").split())
+    raise InputError(
+      f"settings {number} of the sweep, {chosen}: {reason}"
+    ) from error
+  return config
 
 
 def more_jobs(
@@ -169,47 +185,7 @@ def more_jobs(
       more.append({
         **first.settings, "seeds": tuple(seeds), "methods": methods
       })
-  return _jobs_of(config, _load(config.partition(":")[0]), root, more)
-
-
-def _load(path: str) -> dict[str, Any]:
-  """The names that a config file defines."""
-  try:
-    module = runpy.run_path(path)
-  except (OSError, SyntaxError) as error:
-    raise InputError(
-      f"config file {path} cannot be read ({error}); see --help"
-    ) from error
-  for name in ("get_config", "sweep"):
-    if name not in module:
-      raise InputError(f"config file {path} has no {name}(); define it there")
-  return module
-
-
-def _resolved(
-  module: Mapping[str, Any], argument: str, chosen: Any, number: int
-) -> ConfigDict:
-  """The configuration with settings, checked."""
-  if not isinstance(chosen, dict):
-    raise InputError(
-      f"settings {number} of the sweep are {chosen!r}; give a dictionary of "
-      "dotted key -> value"
-    )
-  try:
-    config: ConfigDict = module["get_config"](*filter(None, [argument]))
-    config.update_from_flattened_dict(chosen)
-  except InputError:
-    raise
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    reason = " ".join(str(error).strip("\"'").split())
-    raise InputError(
-      f"settings {number} of the sweep, {chosen}: {reason}"
-    ) from error
-  try:
-    settings.check(sizes.for_any_data(config))
-  except InputError as error:
-    raise InputError(f"settings {number} of the sweep: {error}") from error
-  return config
+  return make_jobs(config, root, more)
 
 
 def job_name(config: ConfigDict) -> str:
@@ -226,16 +202,6 @@ def _data_files(data: ConfigDict) -> str:
   files = sorted(path.iterdir()) if path.is_dir() else [path]
   stats = [(x.name, x.stat()) for x in files if x.exists()]
   return repr([(name, stat.length, stat.mtime) for name, stat in stats])
-
-
-def _command(
-  config: str, workdir: epath.Path, chosen: Mapping[str, Any]
-) -> list[str]:
-  return [
-    sys.executable, "-m", "experiments.main", f"--config={config}",
-    f"--workdir={workdir}",
-    *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
-  ]
 
 
 def _written(value: Any) -> str:
@@ -255,8 +221,8 @@ def run(
 ) -> list[Job]:
   """Runs jobs that are not done, several at a time, and reports progress.
 
-  A job's output goes to output.log in its directory; its last line is shown
-  every minute. When this process ends, the running jobs end too.
+  A job's output goes to output.log in its directory. When this process ends,
+  the running jobs end too.
 
   Args:
     jobs: to run.
@@ -265,95 +231,57 @@ def run(
 
   Returns:
     The jobs that failed.
-
-  Raises:
-    InputError: if a job is running already.
   """
-  waiting = {job.workdir.name: job for job in jobs if not job.done}
-  if len(waiting) < len(jobs):
-    console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done")
-  names, total, failed = [*waiting], len(waiting), []
-  running: dict[str, subprocess.Popen] = {}
-  start = looked = time.monotonic()
+  waiting = [job for job in jobs if not job.done]
+  console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done")
+  total, failed, start = len(waiting), [], time.monotonic()
+  running: dict[subprocess.Popen, Job] = {}
   try:
-    while names or running:
-      while names and len(running) < parallel:
-        name = names.pop(0)
-        console.print(f"{name}: {waiting[name].settings}", markup=False)
-        running[name] = _start(waiting[name])
-      for name in [n for n, p in running.items() if p.poll() is not None]:
-        failed += _finish(waiting[name], running.pop(name).returncode, console)
-        finished = total - len(names) - len(running)
-        _print_progress(finished, total, start, console)
-      if time.monotonic() - looked > _LOOK:
-        looked = time.monotonic()
-        for name in running:
-          console.print(f"{name}: {_last_line(waiting[name])}", markup=False)
+    while waiting or running:
+      while waiting and len(running) < parallel:
+        job = waiting.pop(0)
+        console.print(f"{job.workdir.name}: {job.settings}", markup=False)
+        running[_start(job)] = job
       time.sleep(_POLL)
+      for process in [p for p in running if p.poll() is not None]:
+        job = running.pop(process)
+        if process.returncode:
+          failed.append(job)
+          _print_end(job, process.returncode, console)
+        else:
+          disk.write({job.workdir / "done": f"{printed(job)}\n{job.data}\n"})
+        finished = total - len(waiting) - len(running)
+        gone = time.monotonic() - start
+        console.print(
+          f"{finished} of {total} jobs, {gone:.0f} s gone, about "
+          f"{gone * (total / finished - 1):.0f} s left"
+        )
   finally:
-    for process in running.values():
+    for process in running:
       process.terminate()
-    for process in running.values():
+    for process in running:
       process.wait()
   return failed
 
 
 def _start(job: Job) -> subprocess.Popen:
-  """Starts a job, which holds a lock on its directory as long as it lives.
-
-  Raises:
-    InputError: if it lives already, left by a sweep that was killed.
-  """
   job.workdir.mkdir(parents=True, exist_ok=True)
-  with (
-    (job.workdir / "lock").open("ab") as lock,
-    (job.workdir / "output.log").open("ab") as output,
-  ):
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(
-        f"job {job.workdir} is running elsewhere; wait for it, or end it"
-      ) from error
+  with (job.workdir / "output.log").open("ab") as output:
     return subprocess.Popen(
       job.command, stdin=subprocess.DEVNULL, stdout=output,
-      stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+      stderr=subprocess.STDOUT,
     )
 
 
-def _output(job: Job) -> list[str]:
-  data = (job.workdir / "output.log").read_bytes()
-  return data.decode(errors="replace").splitlines()
-
-
-def _last_line(job: Job) -> str:
-  lines = _output(job)
-  return lines[-1] if lines else "starts"
-
-
-def _finish(job: Job, code: int, console: rich.console.Console) -> list[Job]:
-  """Marks a job as done, or says why it is not; returns it in that case."""
-  if code == 0:
-    disk.write({job.workdir / "done": f"{printed(job)}\n{job.data}\n"})
-    return []
-  lines = _output(job)
+def _print_end(job: Job, code: int, console: rich.console.Console) -> None:
+  """Says that a job failed, and what it printed last."""
+  log = job.workdir / "output.log"
   console.print(
-    f"{job.workdir.name} failed with exit code {code}; the end of "
-    f"{job.workdir / 'output.log'}:", markup=False,
+    f"{job.workdir.name} failed with exit code {code}; the end of {log}:",
+    markup=False,
   )
-  for line in lines[-_LAST_LINES:]:
+  for line in log.read_bytes().decode(errors="replace").splitlines()[-3:]:
     console.print(f"  {line}", markup=False)
-  return [job]
-
-
-def _print_progress(
-  finished: int, total: int, start: float, console: rich.console.Console
-) -> None:
-  gone = time.monotonic() - start
-  left = gone * (total - finished) / finished
-  console.print(
-    f"{finished} of {total} jobs, {gone:.0f} s gone, about {left:.0f} s left"
-  )
 
 
 class Sweep(NamedTuple):
@@ -503,8 +431,7 @@ def best(
 
   Returns:
     The results, settings that differ 'as chosen'. What is of one setting alone
-    is left out: the stages' cost and the group gradients; the fit of the
-    stratum classifier is that of the exactly adjusted backbone's setting.
+    is left out: the stages' cost and the group gradients.
 
   Raises:
     InputError: if jobs of a setting have a model with the same seed twice, or
@@ -513,7 +440,7 @@ def best(
   first = sweep.jobs[0][0]
   facts = ["user", "target", "segment", "group", "activeness"]
   users = first.rows.select(facts).unique().sort("user")
-  frames, adjustment = [], []
+  frames = []
   for trial in trials:
     seen: set[int] = set()
     for own in sweep.jobs[trial["chosen"]]:
@@ -532,8 +459,6 @@ def best(
           "segments or groups; choose among jobs of the same data and groups"
         )
       frames.append(rows)
-      if trial["model"] == "pin_exact_backbone":
-        adjustment += own.adjustment
   rows = pl.concat(frames)
   config = json.loads(json.dumps(first.config))
   for key in sweep.settings[0]:
@@ -543,7 +468,7 @@ def best(
   config["methods"] = [trial["model"] for trial in trials]
   left = "cost", "command"
   return first._replace(
-    name=name, rows=rows, config=config, gradients={}, adjustment=adjustment,
+    name=name, rows=rows, config=config, gradients={},
     summary={k: v for k, v in first.summary.items() if k not in left},
     trials={"settings": [*map(dict, sweep.settings)], "models": [*trials]},
   )
@@ -564,13 +489,13 @@ def table(
 
   Returns:
     The table: job, a column for every setting in which the jobs differ (but
-    `methods`, which the models tell), model, seeds, validation (of whom a model
-    serves, mean over seeds), NDCG overall, tail and head on test, and the
-    changes against the base. Settings are to be chosen by validation.
+    `methods`, which the models tell), model, seeds, validation (mean over
+    seeds), NDCG overall, tail and head on test, and the changes against the
+    base. Settings are to be chosen by validation.
 
   Raises:
     InputError: if the base is nowhere, or the jobs to be compared with `beside`
-      have other users, targets, segments or seeds.
+      have other users, targets, segments or groups.
   """
   flat = [
     {"data": own.summary["data"], **dict(schema.flatten(own.config))}
@@ -579,66 +504,62 @@ def table(
   keys = [key for key in _differing(flat) if key != "methods"]
   other = None
   if beside is not None:
-    if not (epath.Path(beside) / "summary.json").exists():
-      raise InputError(
-        f"--beside={beside} is no workdir of a finished job (a summary of one "
-        "does not say which user is which); name one"
-      )
-    other = read(beside)
-    base = key_of(base or other.summary.get("base", "base"))
-    if base not in models_of(other.rows):
-      raise InputError(
-        f"--beside={beside} has no model {base!r}; name one of "
-        f"{models_of(other.rows)} by --base"
-      )
+    base, other = _rows_beside(beside, base)
   lines = []
   for own, chosen in zip(found, flat, strict=True):
+    rows, column = own.rows, next(iter(own.lists.values()))
     against = key_of(base or own.summary.get("base", "base"))
-    rows = own.rows
     if other is not None and against not in models_of(rows):
-      rows = pl.concat([other.rows.filter(model=against), rows])
-    changes = {}
-    if against in models_of(rows):
-      changes = {claim.model: claim for claim in check_claims(
-        rows, base=against, margin=0, column=[*own.lists.values()][0]
-      )}  # fmt: skip
-    for level in levels(own.rows, column=[*own.lists.values()][0]):
-      claim = changes.get(level.model)
+      rows = pl.concat([other, rows])
+    claims = {} if against not in models_of(rows) else {
+      claim.model: claim
+      for claim in check_claims(rows, base=against, margin=0, column=column)
+    }
+    for level in levels(own.rows, column=column):
+      claim = claims.get(level.model)
       values = [math.nan]
       if level.model in METHODS and own.summary.get("cost"):
         values = [*validation(own, level.model).values()]
       lines.append((
-        own.name, *(_written(chosen.get(key)) for key in keys), *level[:2],
-        float(np.mean(values)), *level[2:5],
+        own.name, *(_written(chosen.get(key)) for key in keys), level.model,
+        level.seeds, float(np.mean(values)), *level[2:5],
         *((claim.tail, claim.head) if claim else ("", "")),
       ))
   if base is not None and not any(line[-1] for line in lines):
     raise InputError(f"--base={base}: no job has that model")
+  few = any(line[len(keys) + 2] < MIN_SEEDS for line in lines)
   return Table(
     f"{METRIC} of finished jobs",
     [Column("job"), *map(Column, keys), Column("model", "model"),
      Column("seeds", "count"), Column("validation", "level"),
      *(Column(name, "level") for name in ("overall", "tail", "head")),
      Column("tail change %", "change"), Column("head change %", "change")],
-    lines,
-    "Fewer than three seeds prove nothing: see --more_seeds."
-    * any(line[len(keys) + 2] < MIN_SEEDS for line in lines),
+    lines, "Fewer than three seeds prove nothing: see --more_seeds." * few,
   )  # fmt: skip
 
 
-def _selected(jobs: Sequence[Job], index: int | None) -> Sequence[Job]:
-  if index is None:
-    return jobs
-  if not 0 <= index < len(jobs):
-    raise InputError(f"--index={index}: give 0 to {len(jobs) - 1}")
-  return [jobs[index]]
+def _rows_beside(
+  beside: epath.PathLike, base: str | None
+) -> tuple[str, pl.DataFrame]:
+  """The model of another job that jobs without it are compared with."""
+  if not (epath.Path(beside) / "summary.json").exists():
+    raise InputError(
+      f"--beside={beside} is no workdir of a finished job (a summary of one "
+      "does not say which user is which); name one"
+    )
+  other = read(beside)
+  base = key_of(base or other.summary.get("base", "base"))
+  if base not in models_of(other.rows):
+    raise InputError(
+      f"--beside={beside} has no model {base!r}; name one of "
+      f"{models_of(other.rows)} by --base"
+    )
+  return base, other.rows.filter(model=base)
 
 
 def _main(_: Sequence[str]) -> int:
   values = flags.FLAGS
   console = commands.Console()
-  if values.parallel < 1:
-    raise InputError(f"--parallel={values.parallel}: give at least 1")
   if values.config is None and not (values.table or values.output):
     raise InputError("--config is missing; name a config file with a sweep()")
   listed = values.config and make_jobs(values.config, values.workdir)
@@ -666,7 +587,10 @@ def _main(_: Sequence[str]) -> int:
     listed = [*listed, *jobs]
   else:
     jobs = listed
-  jobs = _selected(jobs, values.index)
+  if values.index is not None:
+    if not 0 <= values.index < len(jobs):
+      raise InputError(f"--index={values.index}: give 0 to {len(jobs) - 1}")
+    jobs = [jobs[values.index]]
   if values.dry_run:
     for job in jobs:
       print(printed(job) + ("  # done" if job.done else ""))
@@ -684,7 +608,7 @@ def launch() -> None:
   """Entry point: exit code 2 for bad input, 1 where a job fails."""
   flags.DEFINE_string("config", None, "config file with a sweep()")
   flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
-  flags.DEFINE_integer("parallel", 1, "jobs at a time")
+  flags.DEFINE_integer("parallel", 1, "jobs at a time", lower_bound=1)
   flags.DEFINE_integer("index", None, "run this job alone, from 0")
   flags.DEFINE_list(
     "more_seeds", [], "more seeds for every model at its chosen setting"

@@ -37,7 +37,7 @@ def _console(width=80):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-  """Reports on two windows of one data set: [html, Markdown, LaTeX], jobs."""
+  """Reports on two jobs: [html, Markdown, LaTeX, JSON], their directories."""
   root = tmp_path_factory.mktemp("pages")
   paths = [
     make_workdir(root / f"w{n}", make_rows(MODELS, range(3)), length=n)
@@ -47,9 +47,10 @@ def pages(tmp_path_factory):
     paths, output=root / "out", console=_console(), **FAST
   )
   assert [path.name for path in written] == [
-    "report.html", "report.md", "report.tex", "report.json"
+    "report.html", "report.tex", "report.json", "report.md"
   ]
-  return [path.read_text() for path in written], paths
+  page, latex, numbers, markdown = (path.read_text() for path in written)
+  return [page, markdown, latex, numbers], paths
 
 
 class _Outline(html.parser.HTMLParser):
@@ -138,10 +139,10 @@ def test_tables_hold_the_numbers_of_the_rows(pages):
 
 def test_markdown_is_short_and_its_tables_rectangular(pages):
   markdown = pages[0][1]
-  assert len(markdown) < 12_000  # two jobs of four models, and windows
+  assert len(markdown) < 12_000  # two jobs of four models
   assert "history not masked" not in markdown.replace("'history", "")
   blocks = [b for b in markdown.split("\n\n") if b.startswith("|")]
-  assert len(blocks) == 7
+  assert len(blocks) == 6
   for block in blocks:
     widths = {line.replace("\\|", "").count("|") for line in block.splitlines()}
     assert len(widths) == 1
@@ -169,7 +170,7 @@ def test_json_holds_all_tables_as_numbers(pages):
   (*_, text), paths = pages
   content = json.loads(text, parse_constant=pytest.fail)
   job = results.analyse(results.read(paths[0]), None, 200)
-  section = content[2]
+  section = content[1]
   assert section["section"] == "toy (w5)"
   tables = {table["title"]: table for table in section["tables"]}
   for title in job.results.lists:
@@ -177,17 +178,6 @@ def test_json_holds_all_tables_as_numbers(pages):
     got = {line[0]: line[2][0] for line in table["lines"]}
     assert got == {x.model: x.overall.estimate for x in job.levels[title]}
   assert any(x.get("outcome") for x in content[0]["texts"])
-
-
-def test_the_gap_is_shown_over_windows(pages):
-  (page, markdown, *_), paths = pages
-  assert "Window length" in page and 'alt="windows-1"' in page
-  section = markdown.split("## Window length")[1].split("\n## ")[0]
-  for path, length in zip(paths, (5, 20), strict=True):
-    levels = results.levels(results.read(path).rows, **FAST)
-    gap = next(level.gap for level in levels if level.model == "base")
-    cell = f"{gap.estimate:+.4f}".replace("0.", ".").replace("-", "−")
-    assert re.search(rf"\| base \| {length} \|.*{re.escape(cell)}", section)
 
 
 def test_conflicts_stand_beside_those_of_noise(pages):
@@ -262,7 +252,7 @@ def test_every_figure_is_drawn_in_a_file_of_its_own(pages, tmp_path):
   names = set(re.findall('alt="([^"]*)"', page))
   assert {path.stem for path in files} == names
   links = re.findall(r"\]\((\S+)\)", (tmp_path / "docs/all.md").read_text())
-  assert "../figures/windows-1.svg" in links
+  assert "../figures/job-1-w5-groups.svg" in links
   assert all((tmp_path / "docs" / link).exists() for link in links)
 
 

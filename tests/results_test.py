@@ -625,38 +625,6 @@ def test_gradients_of_old_logs_and_of_some_steps():
   assert "gives, 37.5 % and 0.25)" in report.gradient_words(found)
 
 
-def test_what_exact_adjustment_rests_on_is_kept(workdir, tmp_path):
-  records = [
-    {"run": f"seed{seed}/{run}", "step": t, **values}
-    for seed in (0, 1)
-    for run, t, values in (
-      ("classifier", 10, {"validation": {
-        "log_likelihood": -1.5, "shares_log_likelihood": -1.6,
-        "calibration_error": 0.25}}),
-      ("classifier", 20, {"validation": {
-        "log_likelihood": -1.25 - seed, "shares_log_likelihood": -1.625,
-        "calibration_error": 0.125}}),
-      ("pin-exact/backbone", 1, {"effective_share": [0.5, 1.0]}),
-      ("pin-exact/backbone", 2, {"effective_share": [0.25, 0.5]}),
-    )
-  ]  # fmt: skip
-  with (workdir / "log.jsonl").open("a") as log:
-    log.writelines(json.dumps(record) + "\n" for record in records)
-  own = results.read(workdir)
-  results.write_summary(own, tmp_path / "out")
-  again = results.read(tmp_path / "out")
-  assert [*own.adjustment] == again.adjustment == [
-    {"run": "seed0/pin-exact/backbone", "log_likelihood": -1.25,
-     "shares_log_likelihood": -1.625, "calibration_error": 0.125,
-     "effective_share": [0.375, 0.75]},
-    {"run": "seed1/pin-exact/backbone", "log_likelihood": -1.5,
-     "shares_log_likelihood": -1.6, "calibration_error": 0.25,
-     "effective_share": [0.375, 0.75]},
-  ]  # fmt: skip
-  line = report.cells(results.adjustment_table(again))[0]
-  assert line[1:] == ["−1.2500", "−1.6250", ".1250", "0.38", "0.75"]
-
-
 def test_titles_of_former_versions_become_keys(tmp_path):
   rows = make_rows(["joint + shared plugin", "pin", "Peer X"], (0, 1, 2))
   path = make_workdir(tmp_path / "old", rows)
@@ -672,12 +640,12 @@ def test_titles_of_former_versions_become_keys(tmp_path):
   assert set(own.rows["model"]) == {"joint_shared", "pin", "Peer X"}
   assert (job.base, job.other) == ("joint_shared", "pin")
   assert own.summary["closeness"][0]["model"] == "pin_exact"
-  # A summary of before, which knew nothing of exact adjustment.
+  # And in summaries, whatever else they hold.
   results.write_summary(own, tmp_path / "out")
   content = json.loads((tmp_path / "out" / "job.json").read_text())
   content["summary"]["base"] = "joint + shared plugin"
   content["trials"] = {"models": [{"model": "pin, shared plugin"}]}
-  del content["adjustment"]
+  content["adjustment"] = []
   (tmp_path / "out" / "job.json").write_text(json.dumps(content))
   ranks = pl.read_parquet(tmp_path / "out" / "ranks.parquet")
   ranks.columns = [
@@ -688,7 +656,6 @@ def test_titles_of_former_versions_become_keys(tmp_path):
   assert set(again.rows["model"]) == set(own.rows["model"])
   assert results.analyse(again, num_resamples=50).base == "joint_shared"
   assert again.trials["models"][0]["model"] == "pin_shared"
-  assert not again.adjustment
 
 
 def test_ranks_of_another_kind_are_refused(tmp_path):
@@ -703,21 +670,3 @@ def test_run_names_without_seeds():
     assert results.without_seed(run) == "pin/backbone"
   for run in ("seedling/base", "base", "seed3/"):
     assert results.without_seed(run) == run
-
-
-def test_windows_differ_in_nothing_but_what_follows_from_them(tmp_path):
-  jobs = []
-  for name, length in {"a": 20, "b": 5, "c": 20, "d": 5}.items():
-    own = results.read(make_workdir(tmp_path / name, length=length))
-    own.config["batch_size"] = 100 // length
-    own.config["backbone"]["pack_rows"] = 40 // length
-    own.config["memory"]["recent"] = min(length, 10)
-    if name > "b":
-      own.config["backbone_steps"] = len(jobs)
-    jobs.append(results.analyse(own, None, 50))
-  family, = results.window_families(jobs)
-  assert [job.results.name for job in family] == ["b", "a"]
-  lines = results.window_table(family).lines
-  assert [line[1] for line in lines] == [5, 5, 20, 20]
-  levels = {level.model: level for level in family[0].levels[family[0].main]}
-  assert lines[0][2:5] == levels[lines[0][0]][3:6]

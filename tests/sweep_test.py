@@ -183,24 +183,6 @@ def test_jobs_run_side_by_side(tmp_path):
   assert "s gone, about 0 s left" in console.file.getvalue()
 
 
-def test_a_running_job_is_not_started_twice(tmp_path):
-  job = _job(tmp_path, "a", "input()")
-  job.workdir.mkdir()
-  process = sweep._start(job._replace(
-    command=(sys.executable, "-c", "import time; time.sleep(60)")
-  ))  # as if the sweep had been killed and left it behind
-  try:
-    with pytest.raises(InputError, match="is running elsewhere"):
-      sweep.run([job], parallel=1, console=_console())
-  finally:
-    process.kill()
-    process.wait()
-  assert sweep.run(
-    [job._replace(command=(sys.executable, "-c", ""))], parallel=1,
-    console=_console(),
-  ) == []
-
-
 def _ndcg(rows):
   ranks = rows["rank"].to_numpy()
   return np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
