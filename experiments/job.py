@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import rich.console
@@ -63,7 +62,7 @@ from experiments.stages import (
   routed,
 )
 from pin_jax import disk
-from pin_jax.data import activeness
+from pin_jax.data import activeness, batches
 from pin_jax.evaluation import ranking
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError, Interrupted, Requests
@@ -87,7 +86,8 @@ def method_rows(
   columns = {}
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
-    ranks = trainer.ranker(stage and stage.plugin)(
+    reads_activeness = method.stage(serve[0]).reads_activeness
+    ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
     for name, values in ranks._asdict().items():
@@ -160,7 +160,9 @@ def model_log_probabilities(
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
     compute = ranking.make_log_probabilities(
-      trainer.model(stage and stage.plugin),
+      trainer.model(
+        stage and stage.plugin, method.stage(serve[0]).reads_activeness
+      ),
       num_items=problem.split.interactions.num_items, length=trainer.length,
     )
     out[chosen] = compute(
@@ -363,7 +365,7 @@ def _compute(
   workdir.write_rows(directory / name, rows)
   summary = {
     **_summary(config, problem, closeness), "cost": cost,
-    "command": options.command, "versions": logs.versions(),
+    "command": options.command, "versions": workdir.provenance(),
   }
   disk.write({
     directory / "summary.json": json.dumps(summary, indent=2) + "\n"
@@ -406,7 +408,6 @@ def _train_all(
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
     log.close()
-    progress.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():
@@ -436,9 +437,8 @@ def _closeness(
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
-  history = ranking.read_windows(
-    problem.sequences, jnp.asarray(requests.users),
-    jnp.asarray(requests.positions), trainer.length,
+  history, _ = batches.last_items(
+    problem.sequences, requests.users, requests.positions, trainer.length
   )
   data = problem.split.interactions
   models = {
