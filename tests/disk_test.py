@@ -78,7 +78,7 @@ def test_the_report_reads_and_writes_hostile_paths(tmp_path):
   assert sorted(p.name for p in out.iterdir() if p.is_file()) == sorted(
     p.name for p in pages if p.parent == out
   )
-  assert {p.read_bytes()[:4] for p in (out / "f[1]").iterdir()} == {b"<svg"}
+  assert {p.read_bytes()[:4] for p in (out / "f[1]").iterdir()} == {b"<?xm"}
 
 
 @pytest.mark.parametrize("name", IN_CHECKPOINTS)

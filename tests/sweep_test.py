@@ -117,10 +117,10 @@ def sweep():
 
 @pytest.mark.parametrize(("settings", "message"), [
   ("[]", r"returns \[\]; return a list of dictionaries"),
-  ("[3]", "settings 0 of the sweep are 3; give a dictionary"),
-  ("[{}, {'widht': 3}]", "settings 1 of the sweep: .*widht=3: unknown key"),
+  ("[3]", "settings 0 of the sweep, 3: give a dictionary"),
+  ("[{}, {'widht': 3}]", "settings 1 of the sweep, .*widht=3: unknown key"),
   ("[{'batch_size': 'x'}]", "settings 0 .*batch_size"),
-  ("[{'batch_size': 2}]", "settings 0 of the sweep: config key batch_size=2"),
+  ("[{'batch_size': 2}]", "settings 0 of the sweep, .*: config key batch_size=2"),
   ("[{'seeds': (1,)}, {'seeds': (1,)}]", "settings 1 .* repeat settings 0"),
   ("[{'batch_size': 30}, {'batch_size': 30, 'prior.exponent': 1}]",
    "settings 1 .* repeat settings 0"),
