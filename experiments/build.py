@@ -19,6 +19,7 @@ from experiments.problem import SEGMENTS, Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
+from pin_jax.data.batches import Draw
 from pin_jax.evaluation import ranking
 from pin_jax.models import memory, plugins
 from pin_jax.models.backbones import conditioned
@@ -370,12 +371,8 @@ def stage_adjustment(
 
 
 def make_loss(
-  config: ConfigDict,
-  split: splits.Split,
-  groups: np.ndarray,
-  *,
-  num_groups: int,
-  draw: str,
+  config: ConfigDict, split: splits.Split, groups: np.ndarray, num_groups: int,
+  draw: Draw,
 ) -> losses.LossSpec:
   """Builds what training minimises, as `loss` says.
 
@@ -384,7 +381,7 @@ def make_loss(
     split: whose training counts are the proposals'.
     groups: [U], whose batches a user is in; -1 = nobody's.
     num_groups: G.
-    draw: how the batches are drawn, see `negatives.batch_counts`.
+    draw: how the batches are drawn.
   """
   options = config.loss
   if options.name == "softmax":
@@ -396,10 +393,7 @@ def make_loss(
       splits.training_counts(split), options.exponent
     ),
     "in_batch": lambda: negatives.in_batch(
-      negatives.batch_counts(
-        split, groups, num_groups=num_groups, length=config.backbone.length,
-        draw=draw,
-      ), groups,
+      negatives.batch_counts(split, groups, num_groups, draw), groups
     ),
   }
   shares = proposal_shares(options.proposal)

@@ -414,7 +414,7 @@ class Trainer:
       importance = propensity.fitted_importance(
         self._networks.backbone, clip=config.pin.clip_importance
       )
-    loss = make_loss(config, split, groups, num_groups=pools, draw=draw.draw)
+    loss = make_loss(config, split, groups, pools, draw)
     if stage.focal:
       loss = loss._replace(focusing=config.loss.focusing)
     optimizer = self._optimizer(stage, steps)
@@ -439,8 +439,7 @@ class Trainer:
         "backbone": self._best("base", seed),
         "classifier": self._best(stage.exact, seed),
         "shares": sharding.put_replicated(np.asarray(propensity.event_shares(
-          problem.split, groups, num_groups=pools, length=self.length,
-          draw=draw.draw, mean=draw.mean,
+          problem.split, groups, pools, draw
         ), np.float32), self._layout),
       }
 
@@ -474,9 +473,7 @@ class Trainer:
       learnt = np.where(fitted_users(len(segments)), segments, -1)
     step = plugin_step(
       self._networks.backbone, plugin, optimizer, draw,
-      loss=make_loss(
-        config, problem.split, learnt, num_groups=count, draw=draw.draw
-      ),
+      loss=make_loss(config, problem.split, learnt, count, draw),
       layout=self._layout,
     )
     init = jax.jit(plugins.init_stacked, static_argnums=(0, 2))

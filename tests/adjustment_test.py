@@ -228,25 +228,6 @@ def test_closed_forms_differ_where_activeness_confounds():
       assert (apart > 0.1) == (p != q), (p, q, apart)
 
 
-def test_closed_forms_by_hand():
-  """The simulator's limits from sums over strata in numpy."""
-  world = make_world(0.9)
-  forms = closed_forms(world)
-  share, _ = event_distribution(world)
-  for x in range(NUM_ITEMS):
-    for weights, form in ((share, "observational"),
-                          (world.prior, "prior_shifted")):
-      strata = weights * world.initial[:, x]
-      np.testing.assert_allclose(
-        forms[form][x], strata / strata.sum() @ world.transition[:, x],
-        rtol=1e-4,
-      )
-    np.testing.assert_allclose(
-      forms["interventional"][x], world.prior @ world.transition[:, x],
-      rtol=1e-4,
-    )
-
-
 @pytest.mark.parametrize("kind", LIMITS)
 def test_training_converges_to_its_own_limit(kind):
   rule, own, tolerance = LIMITS[kind]
@@ -339,7 +320,7 @@ def test_shares_are_those_of_the_classifiers_batches(draw, mean):
   weights = np.asarray(objectives.position_weights(batch.targets, mean))
   observed = np.bincount(groups[batch.users], weights.sum(-1))
   got = propensity.event_shares(
-    split, groups, num_groups=3, length=5, draw=draw, mean=mean
+    split, groups, 3, batches.Draw(1, 5, draw, mean)
   )
   np.testing.assert_allclose(got, observed, atol=0.01)
   counted = batches.training_targets(split)
