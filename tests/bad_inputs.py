@@ -330,11 +330,6 @@ def _(folder):
   metrics.reciprocal_rank([1.0], 0)
 
 
-@row("metric: impressions", "(2,)", "(1,)", "as many of both")
-def _(folder):
-  metrics.group_auc([0.5, 0.5], [1])
-
-
 @row("metric: shapes", "positive has shape (2,) but negatives (1, 1)", "[N, C]")
 def _(folder):
   metrics.log_loss([1.0, 2.0], [[1.0]])
