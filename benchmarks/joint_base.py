@@ -20,7 +20,7 @@ from experiments.configs import beauty
 from experiments.methods import METHODS
 from experiments.problem import Problem, make_problem, requests_for
 from experiments.stages import Run, Trainer, num_steps
-from pin_jax.evaluation import ranking
+from pin_jax.models import plugins
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.steps import Operands
 from third_party.peers import protocol
@@ -96,7 +96,7 @@ class JointBase:
 
   def evaluate(self) -> int:
     """Ranks the chosen users' test targets."""
-    weights = ranking.Weights(self.state.params, None)
+    weights = plugins.Weights(self.state.params, None)
     rank = self.trainer.ranker(None)
     return len(rank(weights, self.operands.sequences, self.requests).rank)
 

@@ -168,7 +168,7 @@ def requests(part: str) -> Requests:
 def ranker(plugin: plugins.Plugin | None) -> ranking.RankFn:
   """The full ranking of targets among the items outside the history."""
   return ranking.make_ranker(
-    ranking.Model(backbone, plugin), num_items=data.num_items, length=LENGTH
+    plugins.Model(backbone, plugin), num_items=data.num_items, length=LENGTH
   )
 
 
@@ -184,7 +184,7 @@ def train_backbone(
   step = backbone_step(backbone, adjustment, optimizer, draw)
 
   def evaluate(params: PyTree) -> np.ndarray:
-    ranks = rank(ranking.Weights(params, None), sequences, validation)
+    ranks = rank(plugins.Weights(params, None), sequences, validation)
     return metrics.ndcg(ranks.rank, 10).mean(keepdims=True)
 
   return fit(
@@ -216,7 +216,7 @@ step = plugin_step(
 
 def evaluate_plugins(params: PyTree) -> np.ndarray:
   """Validation of tail and head, each of which keeps its own best step."""
-  served = ranking.Weights(adjusted, params)
+  served = plugins.Weights(adjusted, params)
   ndcg = metrics.ndcg(rank_plugged(served, sequences, validation).rank, 10)
   return np.array([ndcg[validation.segments == s].mean() for s in (0, 1)])
 
@@ -241,8 +241,8 @@ personal = fit(
 
 # %%
 test = requests("test")
-of_base = rank(ranking.Weights(base, None), sequences, test)
-of_pin = rank_plugged(ranking.Weights(adjusted, personal), sequences, test)
+of_base = rank(plugins.Weights(base, None), sequences, test)
+of_pin = rank_plugged(plugins.Weights(adjusted, personal), sequences, test)
 rows = pl.DataFrame({
   "user": data.user_ids[test.users].tolist(),
   "segment": test.segments,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,13 +20,12 @@ from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
 from pin_jax.evaluation import ranking
-from pin_jax.models import plugins, relations
-from pin_jax.models.conditioned import conditioned
+from pin_jax.models import memory, plugins
+from pin_jax.models.backbones import conditioned
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
 from pin_jax.models.plugins import (
-  Consultation,
   adapter,
   bottleneck,
   gated,
@@ -55,16 +53,15 @@ from pin_jax.types import (
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 # name -> (keys of the `plugin` section that it takes, builder from what is
-# around it: the backbone's params, width D, channels of the memory and
-# relations K, consultation).
+# around it: the backbone's params, width D, options of the memory).
 PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
-  "bottleneck": ({"hidden"}, lambda like, d, k, c, o: bottleneck(d, **o)),
-  "translation": (set(), lambda like, d, k, c, o: translation(d)),
-  "adapter": ({"hidden"}, lambda like, d, k, c, o: adapter(like, width=d, **o)),
-  "lora": ({"rank"}, lambda like, d, k, c, o: low_rank(like, **o)),
-  "memory": (set(), lambda like, d, k, c, o: memory_mix(k, c)),
+  "bottleneck": ({"hidden"}, lambda like, d, m, o: bottleneck(d, **o)),
+  "translation": (set(), lambda like, d, m, o: translation(d)),
+  "adapter": ({"hidden"}, lambda like, d, m, o: adapter(like, width=d, **o)),
+  "lora": ({"rank"}, lambda like, d, m, o: low_rank(like, **o)),
+  "memory": (set(), lambda like, d, m, o: memory_mix(m)),
   "gated": (
-    {"hidden", "reads_state"}, lambda like, d, k, c, o: gated(d, k, c, **o)
+    {"hidden", "reads_state"}, lambda like, d, m, o: gated(d, m, **o)
   ),
 }
 MIXING = ("memory", "gated")  # plugins that read the memory
@@ -80,11 +77,9 @@ def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
   return {key: value for key, value in backbone.items() if key in taken}
 
 
-def consultation(config: ConfigDict) -> Consultation:
-  """How the config asks the memory."""
-  return Consultation(**{
-    key: config.memory[key] for key in Consultation._fields
-  })
+def memory_options(config: ConfigDict) -> memory.Options:
+  """The `memory` section."""
+  return memory.Options(**config.memory)
 
 
 def make_plugin(
@@ -107,12 +102,9 @@ def make_plugin(
   for key in taken & {"hidden", "rank"}:
     options[key] *= widen
   if config.plugin.name == "gated":
-    options["repeats"] = repeats
-  return build(
-    like, config.backbone.width,
-    len(config.memory.channels) + len(config.memory.relations),
-    consultation(config), options,
-  )
+    options["own_repeats"] = repeats
+  with schema.section("plugin"):
+    return build(like, config.backbone.width, memory_options(config), options)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -233,7 +225,7 @@ class Networks(NamedTuple):
   backbone: Backbone
   plugins: dict[str, Plugin]
   layout: sharding.Layout = sharding.LOCAL
-  evidence: Callable[[bool], plugins.Evidence] | None = None
+  evidence: Callable[[bool], memory.Memory] | None = None
 
 
 def make_networks(
@@ -249,8 +241,9 @@ def make_networks(
     repeats: `Problem.repeats`.
   """
   options = backbone_options(config.backbone)
-  backbone = BACKBONES[config.backbone.name](num_items, **options)
-  backbone = computed_in(backbone, config.backbone.compute)
+  with schema.section("backbone"):
+    backbone = BACKBONES[config.backbone.name](num_items, **options)
+    backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   if config.backbone.reads_activeness:
     backbone = conditioned(backbone)
@@ -264,7 +257,7 @@ def make_networks(
     "shared": make_plugin(
       config, like, widen=len(SEGMENTS), repeats=repeats
     ),
-    "memory_alone": plugins.memory_alone(consultation(config)),
+    "memory_alone": plugins.memory_alone(memory_options(config)),
   }
   return Networks(backbone, made, layout)
 
@@ -276,49 +269,19 @@ def networks_of(config: ConfigDict, problem: Problem) -> Networks:
     InputError: for more items than a relation takes.
   """
   num_items = problem.split.interactions.num_items
-  relations.check(tuple(config.memory.relations), num_items)
+  options = memory_options(config)
+  with schema.section("memory"):
+    memory.check(options, num_items)
   made = make_networks(config, num_items, repeats=problem.repeats)
 
   @functools.cache
-  def evidence(refit: bool) -> plugins.Evidence:
+  def evidence(refit: bool) -> memory.Memory:
     split = learnt_split(problem, "all" if refit else "none")
-    return sharding.put_replicated(
-      make_evidence(config.memory, split, problem.split), made.layout
-    )
+    # Activeness is read as when the plugins were fitted.
+    built = memory.build(split, options, activeness=problem.split.activeness)
+    return sharding.put_replicated(built, made.layout)
 
   return made._replace(evidence=evidence)
-
-
-def make_evidence(
-  options: ConfigDict, split: splits.Split, first: splits.Split
-) -> plugins.Evidence:
-  """What the `memory` section asks for.
-
-  Args:
-    options: the section.
-    split: whose training prefix is remembered.
-    first: whose activeness is read, as when the plugins were fitted.
-
-  Raises:
-    InputError: for a bad option, or too many items for a relation.
-  """
-  counting = {
-    key: options[key] for key in ("window", "decay", "neighbours")
-  }
-  fitting = {
-    key: options[key] for key in (
-      "shrink", "popularity_power", "ridge", "next_ridge", "recent",
-      "history_decay",
-    )
-  }
-  related = relations.relate(
-    split, tuple(options.relations), **fitting, **counting
-  )
-  made = plugins.make_evidence(
-    split, relations=related, channels=tuple(options.channels), **counting
-  )
-  known = plugins.known_activeness(first.activeness, first.activeness)
-  return made._replace(activeness=jnp.asarray(known))
 
 
 def make_weighting(
@@ -495,7 +458,7 @@ Ranker = ranking.RankFn | ranking.SampledRankFn
 
 
 def make_ranker(
-  config: ConfigDict, problem: Problem, model: ranking.Model,
+  config: ConfigDict, problem: Problem, model: plugins.Model,
   layout: sharding.Layout = sharding.LOCAL,
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""

@@ -93,7 +93,8 @@ def method_rows(
   columns = {}
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
-    ranks = trainer.ranker(stage and stage.plugin)(
+    reads_activeness = method.stage(serve[0]).reads_activeness
+    ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
     for key, values in ranks._asdict().items():
@@ -166,7 +167,9 @@ def model_log_probabilities(
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
     compute = ranking.make_log_probabilities(
-      trainer.model(stage and stage.plugin),
+      trainer.model(
+        stage and stage.plugin, method.stage(serve[0]).reads_activeness
+      ),
       num_items=problem.split.interactions.num_items, length=trainer.length,
     )
     out[chosen] = compute(

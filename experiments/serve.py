@@ -410,7 +410,9 @@ def _made(
     own = min(segment, count - 1)
     of_new.append(first[entry] + (count - 1 - own if method.swapped else own))
   return serving.make(
-    trainer.model(stage and stage.plugin), slots, problem.split,
+    trainer.model(
+      stage and stage.plugin, method.stage(entry[0]).reads_activeness
+    ), slots, problem.split,
     segments=problem.segments, served_by=of_users, newcomers=of_new,
     length=trainer.length, origin=origin,
     remembered=trainer.remembered.train_end,

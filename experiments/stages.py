@@ -37,7 +37,8 @@ from pin_jax.data import batches, splits
 from pin_jax.data.stored import Stored
 from pin_jax.evaluation import metrics, ranking
 from pin_jax.models import plugins
-from pin_jax.models.conditioned import conditioned
+from pin_jax.models.backbones import conditioned
+from pin_jax.models.memory import Memory
 from pin_jax.scale import sharding, streaming
 from pin_jax.training import (
   checkpoints,
@@ -163,39 +164,47 @@ class Trainer:
     """Whether the interactions stay on disk."""
     return isinstance(self._problem.split.interactions, Stored)
 
-  def ranker(self, plugin: str | None) -> Ranker:
-    """The ranking function, with a kind of plugin or none; compiled once."""
-    if plugin not in self._rankers:
+  def ranker(
+    self, plugin: str | None, reads_activeness: bool = False
+  ) -> Ranker:
+    """The ranking function of a `model`; compiled once."""
+    kind = plugin, reads_activeness
+    if kind not in self._rankers:
       rank = make_ranker(
-        self._config, self._problem, self.model(plugin), self._layout
+        self._config, self._problem, self.model(*kind), self._layout
       )
       if self.streams:
         rank = streaming.make_ranker(
           rank, self._problem.sequences, layout=self._layout,
           users=_USERS_READ,
         )
-      self._rankers[plugin] = rank
-    return self._rankers[plugin]
+      self._rankers[kind] = rank
+    return self._rankers[kind]
 
-  def model(self, plugin: str | None) -> ranking.Model:
-    """The functions of what is evaluated."""
+  def model(
+    self, plugin: str | None, reads_activeness: bool = False
+  ) -> plugins.Model:
+    """The functions of what is evaluated, with a kind of plugin or none."""
     chosen = plugin and self._networks.plugins[plugin]
-    return ranking.Model(self._networks.backbone, chosen)
+    backbone = self._networks.backbone
+    if reads_activeness:
+      backbone = conditioned(backbone)
+    return plugins.Model(backbone, chosen)
 
   def weights(
     self, seed: int, backbone: str, plugin: Stage | None
-  ) -> ranking.Weights:
+  ) -> plugins.Weights:
     """The trained parameters of a seed's two stages."""
     if plugin is None:
-      return ranking.Weights(self._best(backbone, seed), None)
-    return ranking.Weights(
+      return plugins.Weights(self._best(backbone, seed), None)
+    return plugins.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
       self._evidence(plugin.plugin, refit=bool(self._config.refit)),
     )
 
   def _evidence(
     self, plugin: str, *, refit: bool = False
-  ) -> plugins.Evidence | None:
+  ) -> Memory | None:
     """What a kind of plugin reads besides, None where that is nothing."""
     mixes = self._networks.plugins[plugin].mix is not None
     return self._networks.evidence(refit) if mixes else None
@@ -409,13 +418,11 @@ class Trainer:
     if stage.focal:
       loss = loss._replace(focusing=config.loss.focusing)
     optimizer = self._optimizer(stage, steps)
+    backbone = self.model(None, stage.reads_activeness).backbone
     step = backbone_step(
-      self._networks.backbone, adjustment, optimizer, draw,
+      backbone, adjustment, optimizer, draw,
       loss=loss, importance=importance, layout=self._layout,
     )
-    backbone = self._networks.backbone
-    if stage.reads_activeness:
-      backbone = conditioned(backbone)
     init = sharding.built(backbone.init, self._layout)
 
     def start(seed: int) -> TrainState:
@@ -437,12 +444,12 @@ class Trainer:
         ), np.float32), self._layout),
       }
 
-    rank = self.ranker(None)
+    rank = self.ranker(None, stage.reads_activeness)
     requests = self._validation(stage.users, stage.learns == "half")
     segments = problem.segments[requests.users]
 
     def evaluate(params: PyTree) -> dict[str, float]:
-      weights = ranking.Weights(params, None)
+      weights = plugins.Weights(params, None)
       ranks = rank(weights, self.sequences, requests)
       values = metrics.ndcg(ranks.rank, CUTOFF)
       of_segments = _means(values, segments, SEGMENTS)
@@ -498,7 +505,7 @@ class Trainer:
     parts = SEGMENTS if stage.assign == "activeness" else _PARTS
 
     def evaluate(seed: int, params: PyTree) -> dict[str, float]:
-      weights = ranking.Weights(
+      weights = plugins.Weights(
         self._best(stage.start, seed), params, self._evidence(stage.plugin)
       )
       ranks = rank(weights, self.sequences, requests)

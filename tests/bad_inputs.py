@@ -353,7 +353,7 @@ def _(folder):
 @row("ranker: chunk", "item_chunk=0", "at least 1")
 def _(folder):
   ranking.make_ranker(
-    ranking.Model(None, None), num_items=5, length=3, item_chunk=0
+    plugins.Model(None, None), num_items=5, length=3, item_chunk=0
   )
 
 
@@ -647,9 +647,9 @@ _words("report", ["runs/a", ""], "argument ''", "leave it out")
 def _recommender():
   """Two users 'ann' and 'bob', six items 'a' to 'f'; nothing is trained."""
   data = from_columns(["ann"] * 6 + ["bob"] * 6, list("abcdef") * 2)
-  model = ranking.Model(toys.bigram(6), plugins.translation(7))
+  model = plugins.Model(toys.bigram(6), plugins.translation(7))
   params = model.backbone.init(jax.random.key(0))
-  weights = ranking.Weights(params, np.zeros(7, np.float32))
+  weights = plugins.Weights(params, np.zeros(7, np.float32))
   return serving.make(
     model, [weights], splits.leave_one_out(data), segments=np.array([0, 1]),
     served_by=np.zeros(2, int), newcomers=(0, 0), length=3, origin={},

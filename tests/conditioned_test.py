@@ -23,8 +23,8 @@ from pin_jax.aggregation import weightings
 from pin_jax.data import batches, splits, stored
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
-from pin_jax.models import packing
-from pin_jax.models.conditioned import conditioned, given
+from pin_jax.models import packing, plugins
+from pin_jax.models.backbones import conditioned, given
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
@@ -72,7 +72,7 @@ def logits_of(backbone, params, history, activeness):
   @jax.jit
   def run(params, history, activeness):
     rows, columns = jnp.indices(history.shape).reshape(2, -1)
-    read = given(params, history, activeness)
+    read = given(backbone, history, activeness)
     states = backbone.at(
       packing.encode(backbone, params, read), rows, columns
     )
@@ -118,7 +118,7 @@ def test_the_start_is_the_plain_model_to_the_bit(name, model):
 
 def test_histories_without_activeness_are_refused(model):
   backbone, params = model
-  with pytest.raises(ValueError, match="'activeness'; give"):
+  with pytest.raises(ValueError, match="reads activeness; give"):
     logits_of(backbone, params, HISTORY, None)
 
 
@@ -143,7 +143,7 @@ def test_every_path_has_the_gradient_of_the_sum_of_losses(name, model):
     for g in range(2):
       history, targets, told = of.history[g], of.targets[g], of.activeness[g]
       rows, columns = np.argwhere(targets > 0).T
-      context = backbone.encode(params, given(params, history, told), None)
+      context = backbone.encode(params, given(backbone, history, told), None)
       states = backbone.at(context, rows, columns)
       represented = backbone.represent(params, states, None)
       logits = backbone.score(params, represented, None)[:, 1:]
@@ -233,9 +233,9 @@ def test_ranks_read_training_activeness_in_validation_and_test(split, tmp_path):
   backbone = conditioned(BUILDERS["gru4rec"]())
   params = noisy(backbone.init)
   params["activeness"] *= 4
-  weights = ranking.Weights(params, None)
+  weights = plugins.Weights(params, None)
   rank = ranking.make_ranker(
-    ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH
+    plugins.Model(backbone, None), num_items=ITEMS, length=LENGTH
   )
   streamed = streaming.make_ranker(
     rank, on_disk, users=16, layout=sharding.LOCAL
@@ -261,7 +261,7 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    ranking.Model(backbone, None), [ranking.Weights(params, None)],
+    plugins.Model(backbone, None), [plugins.Weights(params, None)],
     split, segments=np.zeros(USERS, int), served_by=np.zeros(USERS, int),
     newcomers=(0, 0), length=LENGTH, origin={},
   )

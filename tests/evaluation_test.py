@@ -14,9 +14,7 @@ from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
 from pin_jax.evaluation.metrics import ndcg
 from pin_jax.evaluation.ranking import (
-  Model,
   Requests,
-  Weights,
   draw_unseen,
   make_log_probabilities,
   make_ranker,
@@ -24,7 +22,8 @@ from pin_jax.evaluation.ranking import (
   read_windows,
 )
 from pin_jax.models import sasrec as lib
-from pin_jax.models.plugins import bottleneck, init_stacked
+from pin_jax.models.backbones import tied_score
+from pin_jax.models.plugins import Model, Weights, bottleneck, init_stacked
 from pin_jax.types import Backbone, InputError, Plugin
 
 ITEMS, LENGTH, WIDTH, USERS = 30, 5, 4, 23
@@ -59,9 +58,9 @@ def _bag():
   return Backbone(
     init=lambda key: None,
     encode=lambda p, history, key: jnp.cumsum(p["items"][history], axis=1),
-    at=lib.take_position,
-    represent=lib.add_candidate_axis,
-    score=lib.tied_score,
+    at=lambda context, rows, columns: context[rows, columns],
+    represent=lambda params, states, candidates: states[:, None],
+    score=tied_score,
   )
 
 

@@ -242,7 +242,7 @@ def test_words_of_the_launcher_are_seen():
 
 
 TO_MEND = (
-  "pin_jax.data.batches", "pin_jax.models",
+  "pin_jax.data.batches",
   "pin_jax.scale.sharding", "pin_jax.training",
 )
 

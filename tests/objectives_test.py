@@ -15,6 +15,7 @@ from pin_jax import aggregation
 from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.models import plugins, sasrec
+from pin_jax.models.backbones import tied_score
 from pin_jax.training import losses, negatives, objectives
 from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
@@ -62,7 +63,8 @@ def _target_attention():
 
   return Backbone(
     init, lambda params, history, key=None: params["items"][history],
-    sasrec.take_position, represent, sasrec.tied_score,
+    lambda context, rows, columns: context[rows, columns], represent,
+    tied_score,
   )
 
 
@@ -171,7 +173,7 @@ def test_plugins_see_the_same_logits():
 
   value, grad = run(
     objectives.plugin_head(backbone, plugin), params, (frozen, None),
-    (context, None), objectives.with_reading(backbone),
+    (context, None), objectives.with_plugin_context(backbone),
   )
   want, _ = run(
     objectives.backbone_head(backbone), frozen, None, context, backbone

@@ -13,7 +13,7 @@ from experiments import build, commands, job, schema, sweep
 from experiments.configs import base, ml1m
 from pin_jax import aggregation
 from pin_jax.data import activeness, batches, interactions, simulator
-from pin_jax.models import memory, relations
+from pin_jax.models import memory
 from pin_jax.models.precision import COMPUTE
 from pin_jax.training import losses, objectives
 from pin_jax.types import InputError
@@ -32,7 +32,7 @@ KEYS = {
   ("backbone.compute", COMPUTE),
   ("plugin.name", build.PLUGINS),
   ("memory.channels", memory.CHANNELS),
-  ("memory.relations", relations.RELATIONS),
+  ("memory.relations", memory.RELATIONS),
   ("joint.draw", batches.DRAWS),
   ("pin.mean", objectives.MEANS),
   ("pin.plugin_draw", (*batches.DRAWS, "validation")),
@@ -92,7 +92,7 @@ WAYS = {  # strategy of a value, keys that take it
   ("seeds",): st.lists(st.integers(0, 2**31 - 1), min_size=1, unique=True),
   ("prior.values",): st.lists(st.integers(0, 9) | st.floats(0, 9), max_size=4),
   ("memory.relations",): st.lists(
-    st.sampled_from(relations.RELATIONS), unique=True
+    st.sampled_from(memory.RELATIONS), unique=True
   ),
   ("backbone.reads_activeness",): st.booleans(),
   ("pin.weighting", "loss.name"): st.sampled_from(["joint", "bpr", "None."]),

@@ -22,7 +22,7 @@ from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
 from pin_jax import aggregation
 from pin_jax.evaluation import ranking
-from pin_jax.models import plugins, relations
+from pin_jax.models import memory, plugins
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
 from pin_jax.types import InputError
@@ -133,16 +133,14 @@ def compute_ranks(cases, nearly=False, **changes):
   )
   evidence = None
   if plugin.mix:
-    evidence = plugins.make_evidence(
-      problem.split, neighbours=8, window=3, decay=0.6, channels=("after",),
-      relations=relations.relate(
-        problem.split, tuple(made.memory.relations), neighbours=8
-      ),
-    )
+    evidence = memory.build(problem.split, memory.Options(
+      channels=("after",), window=3, decay=0.6, neighbours=8,
+      relations=tuple(made.memory.relations),
+    ))
   users = np.flatnonzero(problem.split.test >= 0)[:70]
   requests = requests_for(problem, "test", users)
-  model = ranking.Model(backbone, plugin)
-  weights = ranking.Weights(params, stacked, evidence)
+  model = plugins.Model(backbone, plugin)
+  weights = plugins.Weights(params, stacked, evidence)
   sizes = {"num_items": ITEMS, "length": 5}
   ranks = ranking.make_ranker(model, **sizes)(
     weights, problem.sequences, requests
@@ -159,7 +157,7 @@ def compute_ranks(cases, nearly=False, **changes):
       weights._replace(backbone=spread),
       sharding.spread_flat(problem.sequences, layout), requests,
     )
-    model = ranking.Model(padded, plugin)
+    model = plugins.Model(padded, plugin)
     ranks = ranking.make_ranker(model, **sizes, layout=layout)(*args)
     out["meshes"][f"{data} x {rows}"] = [x.tolist() for x in ranks]
   return out

@@ -18,6 +18,7 @@ from pin_jax.data import batches, stored
 from pin_jax.data.interactions import Interactions, from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
+from pin_jax.models import plugins
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.scale import sharding, streaming
 from pin_jax.types import InputError, Requests
@@ -251,9 +252,9 @@ def test_ranks_are_those_of_the_device(data, path):
   split = leave_one_out(data)
   backbone = gru4rec(data.num_items, length=LENGTH, width=4)
   rank = ranking.make_ranker(
-    ranking.Model(backbone, None), num_items=data.num_items, length=LENGTH,
+    plugins.Model(backbone, None), num_items=data.num_items, length=LENGTH,
   )
-  weights = ranking.Weights(backbone.init(jax.random.key(0)), None)
+  weights = plugins.Weights(backbone.init(jax.random.key(0)), None)
   users = np.random.default_rng(2).permutation(USERS)[:70].astype(np.int32)
   requests = Requests(users, split.test[users], users * 0)
   want = rank(weights, batches.make_sequences(split), requests)

@@ -14,7 +14,7 @@ import numpy as np
 
 from pin_jax.data.splits import Split, is_training
 from pin_jax.data.stored import Stored
-from pin_jax.types import Batch, InputError, Reading, at_least
+from pin_jax.types import Batch, InputError, PluginContext, at_least
 
 DRAWS = ("interactions", "users")
 
@@ -425,7 +425,7 @@ def draw_held_out_windows(
 
 def read_back(
   sequences: Sequences, users: jax.Array, last: jax.Array, count: int
-) -> Reading:
+) -> PluginContext:
   """The `count` items up to a position, the newest first.
 
   Args:
@@ -435,9 +435,9 @@ def read_back(
     count: H.
 
   Returns:
-    Reading with leading axes [...].
+    The plugin context, leading axes [...].
   """
   index = last[..., None] - jnp.arange(count)
   flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
   items = jnp.where(index >= 0, sequences.items[flat], 0)
-  return Reading(users, items, flat)
+  return PluginContext(users, items, flat)

@@ -25,39 +25,17 @@ from pin_jax.data.batches import Sequences, read_back, training_activeness
 from pin_jax.data.interactions import Interactions
 from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
+from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import LOCAL, Layout
 from pin_jax.types import (
-  Backbone,
   InputError,
-  Plugin,
+  PluginContext,
   PyTree,
-  Reading,
   Requests,
   at_least,
 )
-
-
-class Model(NamedTuple):
-  """The functions of what is evaluated; `plugin` is None without plugins."""
-
-  backbone: Backbone
-  plugin: Plugin | None
-
-
-class Weights(NamedTuple):
-  """The parameters of what is evaluated.
-
-  Attributes:
-    backbone: of the backbone.
-    plugins: of the plugins, leaves [S, ...]; None without.
-    evidence: what the plugins read besides, or None.
-  """
-
-  backbone: PyTree
-  plugins: PyTree
-  evidence: PyTree = None
 
 
 class Ranks(NamedTuple):
@@ -93,13 +71,13 @@ class States(NamedTuple):
 
   Attributes:
     states: the backbone's, leading axis M.
-    reading: what the plugin reads of the history, or None.
+    context: what the plugin reads of the history, or None.
     weights: of the segment: its plugin's own, the backbone's as the plugin
       wants them.
   """
 
   states: PyTree
-  reading: Reading | None
+  context: PluginContext | None
   weights: Weights
 
 
@@ -133,8 +111,7 @@ def score_items(
   For `candidates` and `items` see `plugins.logits`.
   """
   return plugins.logits(
-    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
-    rows.states, rows.reading, candidates, items,
+    model, rows.weights, rows.states, rows.context, candidates, items
   )
 
 
@@ -151,8 +128,8 @@ def _score_in_chunks(
   logits = jax.lax.map(some, columns.reshape(chunks, width))
   logits = jnp.moveaxis(logits, 0, 1).reshape(-1, chunks * width)
   return plugins.mixed(
-    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
-    rows.states, rows.reading, logits[:, : len(index)], candidates,
+    model, rows.weights, rows.states, rows.context, logits[:, : len(index)],
+    candidates,
   )
 
 
@@ -165,17 +142,17 @@ def _states_before(
   own = jax.tree.map(lambda x: x[segments[0]], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
   history = given(
-    frozen, read_windows(sequences, users, positions, length),
+    model.backbone, read_windows(sequences, users, positions, length),
     training_activeness(sequences, users),
   )
-  context = packing.encode(model.backbone, frozen, history)
+  encoded = packing.encode(model.backbone, frozen, history)
   states = model.backbone.at(
-    context, jnp.arange(len(users)), jnp.full(len(users), length - 1)
+    encoded, jnp.arange(len(users)), jnp.full(len(users), length - 1)
   )
-  reading = None
+  context = None
   if model.plugin is not None and model.plugin.recent:
-    reading = read_back(sequences, users, positions - 1, model.plugin.recent)
-  return States(states, reading, Weights(frozen, own, weights.evidence))
+    context = read_back(sequences, users, positions - 1, model.plugin.recent)
+  return States(states, context, Weights(frozen, own, weights.evidence))
 
 
 # Chunk after chunk of requests.

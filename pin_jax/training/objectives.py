@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pin_jax import aggregation
 from pin_jax.models import packing, plugins
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import LOCAL, Layout
 from pin_jax.training import losses
@@ -61,30 +61,31 @@ def backbone_head(backbone: Backbone) -> Head:
 
 
 def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """The head of stage 2; its context is that of `with_reading`.
+  """The head of stage 2; its states are those of `with_plugin_context`.
 
   Returns:
-    (plugin params, (backbone params, evidence), (states [M], Reading [M]),
-    candidates) -> [M, C].
+    (plugin params, (backbone params, evidence), (states [M], PluginContext [M]
+    or None), candidates) -> [M, C].
   """
+  model = plugins.Model(backbone, plugin)
 
   def head(
     params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
   ) -> jax.Array:
-    return plugins.logits(
-      backbone, plugin, params, *shared, *states, candidates
-    )
+    frozen, evidence = shared
+    weights = plugins.Weights(frozen, params, evidence)
+    return plugins.logits(model, weights, *states, candidates)
 
   return head
 
 
-def with_reading(backbone: Backbone) -> Backbone:
-  """The backbone over contexts (context, Reading [B, L] or None)."""
+def with_plugin_context(backbone: Backbone) -> Backbone:
+  """The backbone over contexts (its own, PluginContext [B, L] or None)."""
 
   def at(context: PyTree, rows: jax.Array, columns: jax.Array) -> PyTree:
-    own, reading = context
-    reading = jax.tree.map(lambda x: x[rows, columns], reading)
-    return backbone.at(own, rows, columns), reading
+    own, of_plugin = context
+    of_plugin = jax.tree.map(lambda x: x[rows, columns], of_plugin)
+    return backbone.at(own, rows, columns), of_plugin
 
   return backbone._replace(at=at)
 
@@ -279,7 +280,7 @@ def windows_loss(
   ) -> tuple[jax.Array, jax.Array]:
     """One window a row."""
     encode = lambda history, key: backbone.encode(params, history, key)
-    history = given(params, batch.history, batch.activeness)
+    history = given(backbone, batch.history, batch.activeness)
     if len(keys) == 1:
       context = encode(history, keys[0])
     else:
@@ -319,7 +320,7 @@ def _packed_loss(loss: WindowsLoss, backbone: Backbone) -> WindowsLoss:
   ) -> tuple[jax.Array, jax.Array]:
     batch, weights, factors, key, common, own = shared
     source, index = jax.tree.map(lambda x: x[0], constants)
-    history = given(params, batch.history, batch.activeness)
+    history = given(backbone, batch.history, batch.activeness)
     context = backbone.encode(
       params, packing.rows_of(history, source), jax.random.fold_in(key, index)
     )
