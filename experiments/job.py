@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import rich.console
@@ -69,7 +68,7 @@ from experiments.tables import (
   number_range,
 )
 from pin_jax import disk
-from pin_jax.data import activeness
+from pin_jax.data import activeness, batches
 from pin_jax.evaluation import ranking
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError, Interrupted, Requests
@@ -376,7 +375,7 @@ def _compute(
   workdir.write_rows(directory / name, rows)
   summary = {
     **_summary(config, problem, closeness), "cost": cost,
-    "command": options.command, "versions": logs.versions(),
+    "command": options.command, "versions": workdir.provenance(),
   }
   disk.write({
     directory / "summary.json": json.dumps(summary, indent=2) + "\n"
@@ -419,7 +418,6 @@ def _train_all(
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
     log.close()
-    progress.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():
@@ -449,9 +447,8 @@ def _closeness(
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
-  history = ranking.read_windows(
-    problem.sequences, jnp.asarray(requests.users),
-    jnp.asarray(requests.positions), trainer.length,
+  history, _ = batches.last_items(
+    problem.sequences, requests.users, requests.positions, trainer.length
   )
   data = problem.split.interactions
   models = {

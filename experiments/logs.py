@@ -3,40 +3,46 @@
 import contextlib
 import json
 import math
-import pathlib
-import platform
-import subprocess
 import time
-from typing import Any
+from typing import IO, Any
 
-import jax
-import jaxlib
 import numpy as np
-import optax
-import polars
 import rich.console
-import rich.progress
-import scipy
 from etils import epath
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
-from experiments.events import EventFile
 from pin_jax import disk
 from pin_jax.training.steps import SKIPPED
+
+
+class _Records(RecordWriter):
+  """TensorBoard's format, into any file; what fails is raised here."""
+
+  def __init__(self, file: IO[bytes]) -> None:
+    self._writer = file
+
+  def add(self, **fields: Any) -> None:
+    """Appends an event."""
+    event = Event(wall_time=time.time(), **fields)
+    self.write(event.SerializeToString())
 
 
 class RunLog:
   """log.jsonl and event files of a workdir; one record a step.
 
-  A run that continues from a checkpoint drops what it had logged since, so
-  that a log, or an event file, holds every step once. Everything up to a
-  validation is on disk before the checkpoint of that step is.
+  A run that continues from a checkpoint drops what it had logged since: of
+  log.jsonl the lines; for TensorBoard a further file says from which step on
+  those before are void. Everything up to a validation is on disk before the
+  checkpoint of that step is.
   """
 
   def __init__(self, directory: epath.Path) -> None:
     """Opens the logs of a workdir for appending."""
     self._path = directory / "log.jsonl"
     self._directory = directory / "events"
-    self._events: dict[str, EventFile] = {}
+    self._events: dict[str, _Records] = {}
     with disk.writing(self._path):
       self._file = self._path.open("a")
 
@@ -51,9 +57,19 @@ class RunLog:
         self._file.close()
         disk.write({self._path: kept})
         self._file = self._path.open("a")
-      self._events[run] = EventFile(
-        self._directory / run, after=step if step >= 0 else None
-      )
+    directory = self._directory / run
+    with disk.writing(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      before = sorted(directory.glob("events.out.tfevents.*"))
+      if step < 0:
+        for path in before:
+          path.unlink()
+        before = []
+      file = directory / f"events.out.tfevents.run{len(before):05d}"
+      self._events[run] = _Records(file.open("wb"))
+      self._events[run].add(file_version="brain.Event:2")
+      start = SessionLog(status=SessionLog.START)
+      self._events[run].add(step=step + 1, session_log=start)
 
   def steps(self, run: str, start: int, logs: dict[str, np.ndarray]) -> None:
     """Writes one record for each step of a dispatch."""
@@ -95,43 +111,36 @@ class RunLog:
     try:
       self.flush()
     finally:  # what could not be written is not tried again
-      with contextlib.suppress(OSError):
-        self._file.close()
+      for file in (self._file, *self._events.values()):
+        with contextlib.suppress(OSError):
+          file.close()
 
   def _write(self, record: dict[str, Any]) -> None:
     with disk.writing(self._path):
       self._file.write(json.dumps(record) + "\n")
 
   def _scalars(self, run: str, step: int, values: dict[str, Any]) -> None:
-    if run not in self._events:
-      self._events[run] = EventFile(self._directory / run)
-    plain = {}
     for key, value in values.items():
       for index in np.ndindex(np.shape(value)):
         twice = key == "cosines" and index[0] >= index[1]
         if math.isfinite(value[index]) and not twice:
-          plain["/".join([key, *map(str, index)])] = float(value[index])
-    self._events[run].add(step, plain)
+          tag = "/".join([key, *map(str, index)])
+          self._events[run].add(
+            step=step, summary=scalar(tag, float(value[index]))
+          )
 
 
 class NoLog:
   """Stands for the `RunLog` in a process that does not write."""
 
-  def rewind(self, run: str, step: int) -> None:
-    """Nothing."""
-
-  def steps(self, run: str, start: int, logs: dict[str, np.ndarray]) -> None:
-    """Nothing."""
-
-  def evaluation(self, run: str, step: int, values: dict[str, float]) -> None:
-    """Nothing."""
-
   def skipped(self, run: str) -> dict[str, int]:
-    """Nothing."""
+    """Nothing is counted."""
     return {}
 
-  def close(self) -> None:
-    """Nothing."""
+  def _nothing(self, *_: Any) -> None:
+    pass
+
+  rewind = steps = evaluation = close = _nothing
 
 
 def read_log(directory: epath.Path) -> list[dict[str, Any]]:
@@ -148,20 +157,6 @@ def read_log(directory: epath.Path) -> list[dict[str, Any]]:
   return records
 
 
-def versions() -> dict[str, str]:
-  """What a result was computed with: libraries, device, state of the code."""
-  libraries = (jax, jaxlib, np, optax, polars, scipy)
-  found = {module.__name__: module.__version__ for module in libraries}
-  device = jax.devices()[0]
-  return {
-    "code": _commit(),
-    "python": platform.python_version(),
-    **found,
-    "device": f"{jax.device_count()} {device.device_kind}",
-    "machine": platform.machine(),
-  }
-
-
 def _newest(logs: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
   """Of a dispatch's logs, each one's newest whole value, by its offset.
 
@@ -173,19 +168,6 @@ def _newest(logs: dict[str, np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
     offset = int(np.flatnonzero(whole)[-1]) if whole.any() else len(values) - 1
     found.setdefault(offset, {})[key] = values[offset]
   return found
-
-
-def _commit() -> str:
-  """The commit of a checkout, '-dirty' where files differ from it."""
-  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-  root = pathlib.Path(__file__).parent
-  try:
-    done = subprocess.run(
-      command, cwd=root, capture_output=True, text=True, check=True
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return "not a checkout"
-  return done.stdout.strip()
 
 
 def _is_later(line: str, run: str, step: int) -> bool:
@@ -205,62 +187,38 @@ def _plain(value: Any) -> Any:
 
 
 class JobProgress:
-  """One bar over all steps of a job, with an estimate of the time left.
-
-  On a terminal a live bar; elsewhere a line at most every ten seconds.
-  """
+  """Says how far a job is and how long it takes: every ten seconds a line."""
 
   def __init__(self, total: int, console: rich.console.Console) -> None:
     """Starts the clock; `total` counts the steps of all runs."""
-    self._console, self._total, self._done = console, total, 0
+    self._console, self._total = console, total
+    self._done = self._skipped = 0
     self._start = self._printed = time.monotonic()
-    self._skipped = 0
     self._begun, self._compiled = None, 0.0
-    self._bar = None
-    if console.is_terminal:
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-      )
-      self._bar.start()
-      self._task = self._bar.add_task("starting", total=total)
 
   def begin(self, run: str) -> None:
     """Says that a run's programs are compiled now, before its first steps."""
     self._begun = time.monotonic()
-    if self._bar:
-      self._bar.update(self._task, description=f"{run}: compiling")
-    else:
-      self._console.print(f"{run}: compiling, once for all its steps")
+    self._console.print(f"{run}: compiling, once for all its steps")
 
   def advance(self, run: str, steps: int) -> None:
     """Counts steps that were trained."""
     self._done += steps
+    now = time.monotonic()
     if self._begun is not None:
-      now = time.monotonic()
       waited, self._begun = now - self._begun, None
       self._compiled += waited if self._compiled else now - self._start
       self._console.print(
         f"{run}: compiled, and trained the first {steps:,} steps, in "
         f"{waited:.1f} s"
       )
-    if self._bar:
-      self._bar.update(self._task, completed=self._done, description=run)
-      return
-    now = time.monotonic()
-    begins = self._done == self._skipped + steps
-    soon = begins or now - self._printed < 10
+    trained = self._done - self._skipped
+    soon = trained == steps or now - self._printed < 10
     if soon and self._done < self._total:
       return
     self._printed = now
-    trained = max(self._done - self._skipped, 1)
     spent = now - self._start - self._compiled  # compiling tells nothing
-    left = (self._total - self._done) * spent / trained
+    left = (self._total - self._done) * spent / max(trained, 1)
     self._console.print(
       f"{run}: step {self._done:,} of {self._total:,} in all, "
       f"{now - self._start:.0f} s gone, about {left:.0f} s left"
@@ -270,8 +228,3 @@ class JobProgress:
     """Counts steps that need no training (resumed or stopped early)."""
     self._done += steps
     self._skipped += steps
-
-  def close(self) -> None:
-    """Ends the bar."""
-    if self._bar:
-      self._bar.stop()

@@ -6,7 +6,9 @@ import fcntl
 import io
 import json
 import os
+import pathlib
 import platform
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import polars as pl
+import scipy
 from etils import epath
 
 from pin_jax import disk
@@ -40,6 +43,23 @@ def versions() -> dict[str, str]:
     "device": device.device_kind,
     **(cores if device.platform == "cpu" else {}),
     **{library.__name__: library.__version__ for library in _LIBRARIES},
+  }
+
+
+def provenance() -> dict[str, str]:
+  """What a result was computed with: `versions`, and the state of the code."""
+  command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+  try:
+    commit = subprocess.run(
+      command, cwd=pathlib.Path(__file__).parent, capture_output=True,
+      text=True, check=True,
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    commit = "not a checkout"
+  return {
+    "code": commit, **versions(), "devices": str(jax.device_count()),
+    "polars": pl.__version__, "scipy": scipy.__version__,
+    "machine": platform.machine(),
   }
 
 

@@ -282,9 +282,8 @@ def complete_data(split, groups, length):
     rows + [(rows[0][0], beyond)] * (size - len(rows)) for rows in windows
   ])
   users, first = jnp.asarray(padded[..., 0]), jnp.asarray(padded[..., 1])
-  batch = batches.cut_windows(
-    sequences, users, first, jnp.asarray(counts)[users], length=length
-  )
+  windows = batches.Windows(users, first, jnp.asarray(counts)[users], users < 0)
+  batch = batches.cut_windows(sequences, windows, length=length)
   empty = padded[..., 1] == beyond
   assert (np.asarray(batch.targets)[empty] == 0).all()
   return objectives.GroupBatch(batch, None)

@@ -162,15 +162,15 @@ class Job:
 
 def events_of(workdir):
   """{run: [(step, tag, value)]} of the event files."""
-  from experiments.events import read_events
+  from tests import events
 
   return {
-    str(path.relative_to(workdir)): [
+    str(run.relative_to(workdir)): [
       (event.step, value.tag, value.simple_value)
-      for event in read_events(path)
+      for event in events.read(run)
       for value in event.summary.value
     ]
-    for path in sorted(workdir.glob("events/**/events*"))
+    for run in {path.parent for path in workdir.glob("events/**/events*")}
   }
 
 

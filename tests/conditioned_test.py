@@ -205,7 +205,7 @@ def test_batches_tell_the_training_interactions_alone(split, tmp_path):
   for batch in (
     batches.draw_batch(key, sequences, pool, draw="users", **sizes),
     batches.draw_held_out(key, sequences, held_out, **sizes),
-    streaming.read_windows(
+    batches.cut_windows(
       on_disk, jax.tree.map(np.asarray, windows), length=LENGTH
     ),
   ):

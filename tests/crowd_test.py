@@ -11,7 +11,7 @@ from absl import flags
 from experiments import commands, simulate, store
 from pin_jax import disk
 from pin_jax.data import crowd, files, stored
-from pin_jax.types import InputError
+from pin_jax.types import InputError, WriteError
 
 U, V, N = 2000, 500, 60_000
 
@@ -184,7 +184,7 @@ def test_one_writes_and_a_planted_link_is_not_followed(drawn, tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "kept").touch()
   (tmp_path / ".e.partial").symlink_to(tmp_path / "mine")
-  with pytest.raises(InputError, match="e cannot be written"):
+  with pytest.raises(WriteError, match="e cannot be written"):
     simulate.write_parquet(drawn, str(tmp_path / "e"))
   assert (tmp_path / "mine" / "kept").exists()
 

@@ -29,13 +29,13 @@ from experiments import (
   summaries,
 )
 from experiments.configs import base, files, ml1m, paper_era, quickstart
-from experiments.events import read_events
 from experiments.logs import read_log
 from experiments.methods import METHODS, compared, stages_of
 from pin_jax import aggregation, serving
 from pin_jax.training import loop
 from pin_jax.training.loop import FitResult
 from pin_jax.types import InputError, TrainingError
+from tests import events
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -119,8 +119,8 @@ def test_validations_are_logged_by_segment_too(finished):
     assert values["all"] == pytest.approx(mean, abs=1e-6)
   tail_alone = [r["validation"] for r in found if r["run"] == "tail-only"]
   assert {tuple(values) for values in tail_alone} == {("tail",)}
-  path = next((workdir / "events" / "pin" / "backbone").glob("events*"))
-  tags = {v.tag for event in read_events(path) for v in event.summary.value}
+  directory = workdir / "events" / "pin" / "backbone"
+  tags = {v.tag for e in events.read(directory) for v in e.summary.value}
   assert {f"validation/{name}" for name in ("all", "tail", "head")} <= tags
   assert {"conflict_rate", "cosines/0/1", "cosines/1/2"} <= tags
   assert "cosines/0/0" not in tags

@@ -21,7 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.data.batches import Sequences, read_back, training_activeness
+from pin_jax.data.batches import (
+  Sequences,
+  last_items,
+  read_back,
+  training_activeness,
+)
 from pin_jax.data.interactions import Interactions
 from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
@@ -52,15 +57,6 @@ class Ranks(NamedTuple):
   candidates: np.ndarray
   rank_unmasked: np.ndarray
   candidates_unmasked: np.ndarray
-
-
-def read_windows(
-  sequences: Sequences, users: jax.Array, positions: jax.Array, length: int
-) -> jax.Array:
-  """The `length` items before a position, right-aligned; [...] -> [..., L]."""
-  index = positions[..., None] - jnp.arange(length, 0, -1)
-  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
-  return jnp.where(index >= 0, sequences.items[flat], 0)
 
 
 # Scores of a chunk of users.
@@ -142,7 +138,7 @@ def _states_before(
   own = jax.tree.map(lambda x: x[segments[0]], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
   history = given(
-    model.backbone, read_windows(sequences, users, positions, length),
+    model.backbone, last_items(sequences, users, positions, length)[0],
     training_activeness(sequences, users),
   )
   encoded = packing.encode(model.backbone, frozen, history)

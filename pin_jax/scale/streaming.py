@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pin_jax.data.batches import Sequences, Windows, training_activeness
-from pin_jax.data.stored import Slices
+from pin_jax.data.batches import Sequences, Windows, cut_windows
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import Layout
 from pin_jax.types import Batch, PyTree, Requests
@@ -106,7 +105,7 @@ class Stream:
     steps = jax.device_put(np.arange(t, t + count, dtype=np.int32), self._host)
     windows = jax.device_get(self._draw(key, steps, drawn_from))
     return {
-      (rows.start, rows.stop): read_windows(
+      (rows.start, rows.stop): cut_windows(
         self._sequences, Windows(*(x[..., rows] for x in windows)),
         length=self._length,
       )
@@ -147,35 +146,6 @@ class Stream:
 _SPLIT = PartitionSpec(None, None, sharding.DATA)
 
 
-def read_windows(
-  sequences: Sequences, windows: Windows, *, length: int
-) -> Batch:
-  """What `batches.cut_windows` cuts, from disk.
-
-  Args:
-    sequences: on disk.
-    windows: [...].
-    length: L.
-
-  Returns:
-    Batch with leading axes [...], on the host.
-  """
-  users, first, count, only_last = windows
-  last = np.minimum(first + length, count) - 1
-  target = last[..., None] - np.arange(length - 1, -1, -1)
-  real = target >= np.maximum(first, 0)[..., None]
-  start = sequences.starts[users][..., None]
-  # A window and the item after it are contiguous but for the padding.
-  place = start + np.maximum(last[..., None] - np.arange(length - 1, -2, -1), 0)
-  items = sequences.items[place]
-  history = np.where(real, items[..., :-1], 0)
-  kept = real & (~only_last[..., None] | (np.arange(length) == length - 1))
-  return Batch(
-    users, history, np.where(kept, items[..., 1:], 0), last,
-    training_activeness(sequences, users),
-  )
-
-
 def make_ranker(
   rank: Callable[[Any, Sequences, Requests], PyTree],
   sequences: Sequences,
@@ -214,14 +184,19 @@ def _nearer(
   lengths = requests.positions.astype(np.int64) + 1
   offsets = np.concatenate([[0], np.cumsum(lengths)])
   size = 1 << max(int(offsets[-1]) - 1, 1).bit_length()  # few shapes
-  slices = Slices(
-    sequences.items, sequences.starts[requests.users], offsets, size
-  )
+  begins = sequences.starts[requests.users]
+
+  def read(start: int, stop: int) -> np.ndarray:
+    place = np.arange(start, min(stop, offsets[-1]))
+    row = np.searchsorted(offsets, place, side="right") - 1
+    items = sequences.items[begins[row] + place - offsets[row]]
+    return np.pad(items, (0, stop - start - len(items)))
+
   numbers = np.arange(len(lengths), dtype=np.int32)
   starts = offsets[:-1].astype(np.int32)
   targets = np.asarray(sequences.targets[requests.users], np.int32)
   near = Sequences(
-    sharding.spread_pieces(slices.read, size, np.int32, layout),
+    sharding.spread_pieces(read, size, np.int32, layout),
     *sharding.spread_flat((starts, targets), layout),
   )
   return near, requests._replace(users=numbers)
