@@ -71,38 +71,6 @@ class Worst(NamedTuple):
   high: np.ndarray
 
 
-def average_within_users(
-  values: ArrayLike, users: ArrayLike | None
-) -> np.ndarray:
-  """Averages the rows of each user: [..., N] -> [..., U].
-
-  Args:
-    values: [..., N], one value a row.
-    users: [N], the user of each row; None if every row is a user of its own.
-
-  Returns:
-    [..., U] float64, in the order of the sorted user ids.
-
-  Raises:
-    InputError: if `users` has another length than `values`.
-  """
-  values = np.asarray(values, np.float64)
-  if users is None:
-    return values
-  users = np.asarray(users)
-  if users.shape != values.shape[-1:]:
-    raise InputError(
-      f"users has shape {users.shape} but values {values.shape}; "
-      "pass one user id for each entry of the last axis"
-    )
-  _, index, counts = np.unique(users, return_inverse=True, return_counts=True)
-  order = np.argsort(index, kind="stable")
-  starts = np.cumsum(counts) - counts
-  if not counts.size:
-    return values
-  return np.add.reduceat(values[..., order], starts, axis=-1) / counts
-
-
 def by_seed(
   values: ArrayLike, users: ArrayLike | None, seeds: ArrayLike | None = None
 ) -> np.ndarray:
@@ -119,9 +87,10 @@ def by_seed(
   Raises:
     InputError: if lengths differ, or a user and seed have not just one row.
   """
+  values = np.asarray(values, np.float64)
   if seeds is None:
-    return average_within_users(values, users)[..., None, :]
-  values, seeds = np.asarray(values, np.float64), np.asarray(seeds)
+    return _averaged(values, users)[..., None, :]
+  seeds = np.asarray(seeds)
   if users is None or seeds.shape != values.shape[-1:]:
     raise InputError(
       f"seeds has shape {seeds.shape} but values {values.shape}; "
@@ -137,6 +106,22 @@ def by_seed(
     )
   shape = values.shape[:-1] + (len(kinds), len(names))
   return values[..., np.argsort(place)].reshape(shape)
+
+
+def _averaged(values: np.ndarray, users: ArrayLike | None) -> np.ndarray:
+  """Averages the rows of each user: [..., N] -> [..., U]."""
+  if users is None or not np.size(users):
+    return values
+  users = np.asarray(users)
+  if users.shape != values.shape[-1:]:
+    raise InputError(
+      f"users has shape {users.shape} but values {values.shape}; "
+      "pass one user id for each entry of the last axis"
+    )
+  _, index, counts = np.unique(users, return_inverse=True, return_counts=True)
+  starts = np.cumsum(counts) - counts
+  rows = values[..., np.argsort(index, kind="stable")]
+  return np.add.reduceat(rows, starts, axis=-1) / counts
 
 
 class _Draws(NamedTuple):
