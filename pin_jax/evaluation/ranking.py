@@ -33,7 +33,7 @@ from pin_jax.models import packing, plugins
 from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
-from pin_jax.scale.sharding import LOCAL, Layout
+from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
 from pin_jax.types import (
   InputError,
   PluginContext,
@@ -167,7 +167,7 @@ def _compiled(
     weights: Weights, sequences: Sequences, rows: tuple, size: int
   ) -> PyTree:
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
-    return sharding.replicate(jax.lax.map(one, rows), layout)
+    return sharding.lay(jax.lax.map(one, rows), layout)
 
   return Program(run, users, nothing)
 
@@ -268,12 +268,12 @@ def _split(
 
   def cut(x: jax.Array, first: jax.Array) -> jax.Array:
     by_shard = x.reshape(shards, own, *x.shape[1:])
-    by_shard = sharding.split_tables(by_shard, layout)
+    by_shard = sharding.lay(by_shard, layout, MODEL)
     pad = [(0, 0), (0, part - own)] + [(0, 0)] * (x.ndim - 1)
-    by_shard = sharding.split_tables(jnp.pad(by_shard, pad), layout)
+    by_shard = sharding.lay(jnp.pad(by_shard, pad), layout, MODEL)
     some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
     rows = some.reshape(shards * width, *x.shape[1:])
-    return sharding.split_tables(rows, layout)
+    return sharding.lay(rows, layout, MODEL)
 
   def scored(states: States, index: jax.Array) -> _Scored:
     first = jnp.minimum(index * width, part - width)
@@ -292,7 +292,7 @@ def _split(
       return jnp.where(inside, of // own * width + row, shards * width)
 
     return _Scored(
-      sharding.split_columns(logits, layout), items,
+      sharding.lay(logits, layout, DATA, MODEL), items,
       fresh & (items > 0) & (items <= num_items), column,
     )
 
@@ -340,7 +340,7 @@ def rank_program(
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
-    requests = sharding.split_rows(requests, layout)
+    requests = sharding.lay(requests, layout, DATA)
     states = _states_before(model, weights, sequences, requests, length)
     users, positions, _ = requests
     target = sequences.items[sequences.starts[users] + positions][:, None]
@@ -355,7 +355,7 @@ def rank_program(
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
       logits, total = found.logits, total[:, None]
-      masked = sharding.split_columns(jnp.zeros(logits.shape, bool), layout)
+      masked = sharding.lay(jnp.zeros(logits.shape, bool), layout, DATA, MODEL)
       masked = masked.at[row, found.column(seen)].set(True, mode="drop")
       other = found.fresh & (found.items != target)
       above = other & ~(logits <= total)
