@@ -710,10 +710,8 @@ def load(path: epath.PathLike) -> Recommender:
   if not path.is_file():
     raise InputError(f"{path} does not exist or is no file; check the path")
   remedy = f"copy it again, or export the job again with jax {jax.__version__}"
-  with (
-    disk.reading(path, remedy), path.open("rb") as file,
-    zipfile.ZipFile(file) as archive,
-  ):
+  with disk.reading(path, remedy):
+    archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
     manifest = json.loads(archive.read("manifest.json"))
     kind = manifest["format"], manifest["schema"]
     if kind != (FORMAT, SCHEMA):
