@@ -5,13 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import build, settings, stages
 from experiments.configs import base
-from experiments.logs import JobProgress, NoLog
 from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
 from pin_jax.data import batches, stored
@@ -167,7 +165,7 @@ def _drawn(split, draw):
     return (
       lambda key, t, pool: batches.draw_held_out_windows(
         jax.random.fold_in(key, t), pool, **sizes
-      ), (pool,),
+      ), pool,
       lambda key: batches.draw_held_out(key, on_device, pool, **sizes),
     )
   pool = batches.make_pool(
@@ -176,7 +174,7 @@ def _drawn(split, draw):
   return (
     lambda key, t, pool: batches.draw_windows(
       jax.random.fold_in(key, t), pool, draw=draw, **sizes
-    ), (pool,),
+    ), pool,
     lambda key: batches.draw_batch(key, on_device, pool, draw=draw, **sizes),
   )
 
@@ -186,12 +184,12 @@ def _drawn(split, draw):
 ])
 def test_batches_are_those_of_the_device(data, path, draw):
   """In order, from the start again, of another size, and the last twice."""
-  windows, drawn_from, batch = _drawn(leave_one_out(data), draw)
+  windows, pool, batch = _drawn(leave_one_out(data), draw)
   batch = jax.jit(batch)
   sequences = batches.host_sequences(leave_one_out(stored.read(path)))
   key = jax.random.key(3)
   stream = streaming.Stream(
-    sequences, windows, drawn_from, key=key, num_steps=STEPS,
+    sequences, windows, pool, key=key, num_steps=STEPS,
     dispatch=DISPATCH, length=LENGTH, layout=sharding.LOCAL,
   )
   for t, count in ((0, 4), (4, 2), (0, 4), (5, 1), (4, 2), (4, 2)):
@@ -246,10 +244,7 @@ def _trained(config, workdir):
   networks = build.make_networks(
     config, problem.split.interactions.num_items
   )
-  progress = JobProgress(1, rich.console.Console(quiet=True))
-  out = stages.Trainer(
-    config, problem, networks, epath.Path(workdir), (0,), NoLog(), progress
-  )
+  out = stages.Trainer(config, problem, networks, epath.Path(workdir), (0,))
   for stage in METHODS["pin"].stages:
     out.train(stage)
   return fingerprint(problem), out

@@ -120,7 +120,7 @@ def sweep():
   ("[3]", "settings 0 of the sweep, 3: give a dictionary"),
   ("[{}, {'widht': 3}]", "settings 1 of the sweep, .*widht=3: unknown key"),
   ("[{'batch_size': 'x'}]", "settings 0 .*batch_size"),
-  ("[{'batch_size': 2}]", "settings 0 of the sweep, .*: config key batch_size=2"),
+  ("[{'batch_size': 2}]", "settings 0 .*: config key batch_size=2"),
   ("[{'seeds': (1,)}, {'seeds': (1,)}]", "settings 1 .* repeat settings 0"),
   ("[{'batch_size': 30}, {'batch_size': 30, 'prior.exponent': 1}]",
    "settings 1 .* repeat settings 0"),

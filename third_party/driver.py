@@ -40,7 +40,7 @@ from experiments import (
   job,
   logs,
   report,
-  settings,
+  schema,
   workdir,
 )
 from experiments.problem import Problem, fingerprint, prepare
@@ -267,8 +267,8 @@ def _claim(directory: epath.Path, about: Mapping[str, Any]) -> None:
   path = directory / "peer.json"
   mine = json.loads(json.dumps(about))
   if path.exists():
-    theirs = settings.read_json(path)
-    for key, new, old in settings.differences(mine, theirs, {}):
+    theirs = workdir.read_json(path)
+    for key, new, old in schema.differences(mine, theirs, {}):
       raise InputError(
         f"workdir {directory} belongs to another run: {key} is {old!r} there "
         f"and {new!r} here; use another --workdir or the same setting"
@@ -294,7 +294,7 @@ def _train(
   )
   if (folder / "result.json").exists():
     say("finished before")
-    return settings.read_json(folder / "result.json")
+    return workdir.read_json(folder / "result.json")
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
   asked = {
@@ -316,7 +316,7 @@ def _train(
       f"{peer.name} {plan.model}, seed {seed}, ended with exit code {code} and "
       f"said last: {last}; all that it said is in {log}"
     )
-  return settings.read_json(folder / "result.json")
+  return workdir.read_json(folder / "result.json")
 
 
 def _call(
@@ -393,7 +393,7 @@ def _results_beside(
     )
   if not (path / "summary.json").exists():
     raise InputError(f"--beside={path} has no summary.json; finish it first")
-  summary = settings.read_json(path / "summary.json")
+  summary = workdir.read_json(path / "summary.json")
   for key, mine in (
     ("fingerprint", fingerprint(problem)),
     ("protocol", problem.split.protocol),
@@ -405,7 +405,7 @@ def _results_beside(
       )
   _check_rows(path, rows, summary, problem, plan, title)
   read = lambda name: (
-    settings.read_json(path / name) if (path / name).exists() else None
+    workdir.read_json(path / name) if (path / name).exists() else None
   )
   return _Beside(
     rows, summary, read("cpu_seconds.json") or {}, read("config.json")
