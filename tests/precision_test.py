@@ -79,6 +79,13 @@ def _equations(jaxpr):
           yield from _equations(inner)
 
 
+def _sums_nothing(equation):
+  """Whether it reduces axes of size 1 alone, as the gradient of x[:, None]."""
+  size = lambda variables: sum(v.aval.size for v in variables)
+  reduces = equation.primitive.name == "reduce_sum"
+  return reduces and size(equation.invars) == size(equation.outvars)
+
+
 def _operand_types(jaxpr, names):
   """[(primitive, types of its float operands)] of the primitives named."""
   floats = lambda e: {
@@ -87,7 +94,7 @@ def _operand_types(jaxpr, names):
   }
   found = [
     (e.primitive.name, floats(e)) for e in _equations(jaxpr)
-    if e.primitive.name in names
+    if e.primitive.name in names and not _sums_nothing(e)
   ]
   return [(primitive, types) for primitive, types in found if types]
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import Backbone, Histories, PyTree, Rows
+from pin_jax.types import Backbone, PyTree, Rows
 
 
 class Packed(NamedTuple):
@@ -72,19 +72,24 @@ def take(values: jax.Array, source: jax.Array) -> jax.Array:
   return jnp.where(real, flat[jnp.maximum(source, 0)], 0)
 
 
-def rows_of(history: jax.Array | Histories, source: jax.Array) -> Rows:
+def rows_of(history: jax.Array | Rows, source: jax.Array) -> Rows:
   """The packed rows of histories [B, L] that `source` [R, L] names."""
-  items, activeness = history, None
-  if isinstance(history, Histories):
-    items, activeness = history
-    activeness = activeness[jnp.maximum(source, 0) // items.shape[1]]
+  items, activeness = _parts(history)
   length = items.shape[1]
   later = jnp.where(source >= 0, length - 1 - source % length, 0)
+  if activeness is not None:
+    activeness = take(activeness, source)
   return Rows(take(items, source), source // length + 1, later, activeness)
 
 
+def _parts(history: jax.Array | Rows) -> tuple[jax.Array, jax.Array | None]:
+  """Items and activeness, each [B, L]."""
+  whole = isinstance(history, Rows)
+  return (history.items, history.activeness) if whole else (history, None)
+
+
 def encode(
-  backbone: Backbone, params: PyTree, history: jax.Array | Histories
+  backbone: Backbone, params: PyTree, history: jax.Array | Rows
 ) -> PyTree:
   """The context of histories without dropout, in packed rows where that is on.
 
@@ -95,13 +100,12 @@ def encode(
   Args:
     backbone: every leaf of its context leads with [B, L].
     params: its parameters.
-    history: [B, L], right-aligned, alone or with its users' activeness.
+    history: [B, L], right-aligned, or one a row with the users' activeness.
   """
   chunk = backbone.packed
   if not chunk:
     return backbone.encode(params, history, None)
-  items = history.items if isinstance(history, Histories) else history
-  packed = pack(items)
+  packed = pack(_parts(history)[0])
   source = source_chunks(packed, chunk)
 
   def one(index: jax.Array) -> PyTree:
