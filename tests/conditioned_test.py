@@ -1,20 +1,18 @@
 """Activeness as an input of the backbone: against numpy, packed, on every way.
 """
 
-import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 from references import ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
-from experiments import build, logs, settings, stages
+from experiments import build, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
@@ -205,7 +203,7 @@ def test_batches_tell_the_training_interactions_alone(split, tmp_path):
   for batch in (
     batches.draw_batch(key, sequences, pool, draw="users", **sizes),
     batches.draw_held_out(key, sequences, held_out, **sizes),
-    streaming.read_windows(
+    batches.cut_windows(
       on_disk, jax.tree.map(np.asarray, windows), length=LENGTH
     ),
   ):
@@ -303,10 +301,7 @@ def tiny(**changes):
 def trained(made, workdir):
   problem = make_problem(made)
   networks = build.networks_of(made, problem)
-  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
-  out = stages.Trainer(
-    made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress
-  )
+  out = stages.Trainer(made, problem, networks, epath.Path(workdir), (0,))
   for stage in stages_of(selected(made)):
     out.train(stage)
   return {name: found[0].best for name, found in out.trained.items()}

@@ -8,7 +8,7 @@ import scipy.special
 import scipy.stats
 import sklearn.metrics
 
-from pin_jax.data.batches import make_sequences
+from pin_jax.data.batches import last_items, make_sequences
 from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
@@ -19,7 +19,6 @@ from pin_jax.evaluation.ranking import (
   make_log_probabilities,
   make_ranker,
   make_sampled_ranker,
-  read_windows,
 )
 from pin_jax.models import sasrec as lib
 from pin_jax.models.backbones import tied_score
@@ -300,7 +299,7 @@ def test_windows_hold_the_items_before_the_position(split, sequences):
   data = split.interactions
   users = jnp.asarray([5, 5, 0, 2])
   positions = jnp.asarray([split.test[5], 0, 2, split.validation[2]])
-  got = read_windows(sequences, users, positions, LENGTH)
+  got, _ = last_items(sequences, users, positions, LENGTH)
   for row, user, position in zip(got, users, positions, strict=True):
     start = data.offsets[user]
     read = data.items[start : start + position].tolist()[-LENGTH:]

@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import build, job, logs, serve, settings, stages, workdir
+from experiments import build, job, serve, settings, stages, workdir
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
 from pin_jax import serving
@@ -34,10 +34,9 @@ def _config(**changes):
 
 
 def _trainer(config, problem, directory):
-  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
   return stages.Trainer(
     config, problem, build.networks_of(config, problem), epath.Path(directory),
-    (0,), logs.NoLog(), progress,
+    (0,),
   )
 
 

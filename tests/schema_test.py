@@ -1,6 +1,6 @@
 """The schema: complete, true to the library, one job whatever way is taken."""
 
-import inspect
+import dataclasses
 import math
 
 import hypothesis
@@ -47,11 +47,9 @@ def test_choices_are_those_of_the_library(name, choices):
 
 
 def test_the_simulators_defaults_are_its_own():
-  own = inspect.signature(simulator.make_world).parameters
-  for name, parameter in own.items():
-    if name != "seed":
-      key = schema.SOURCES["simulator"][name]
-      assert key.default == parameter.default, name
+  for field in dataclasses.fields(simulator.WorldSpec):
+    key = schema.SOURCES["simulator"][field.name]
+    assert key.default == field.default, field.name
 
 
 def test_every_range_is_finite_and_holds_its_default():

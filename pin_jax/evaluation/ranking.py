@@ -21,14 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.data.batches import Sequences, read_back, training_activeness
+from pin_jax.data.batches import (
+  Sequences,
+  last_items,
+  read_back,
+  training_activeness,
+)
 from pin_jax.data.interactions import Interactions
 from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
 from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
-from pin_jax.scale.sharding import LOCAL, Layout
+from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
 from pin_jax.types import (
   InputError,
   PluginContext,
@@ -52,15 +57,6 @@ class Ranks(NamedTuple):
   candidates: np.ndarray
   rank_unmasked: np.ndarray
   candidates_unmasked: np.ndarray
-
-
-def read_windows(
-  sequences: Sequences, users: jax.Array, positions: jax.Array, length: int
-) -> jax.Array:
-  """The `length` items before a position, right-aligned; [...] -> [..., L]."""
-  index = positions[..., None] - jnp.arange(length, 0, -1)
-  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
-  return jnp.where(index >= 0, sequences.items[flat], 0)
 
 
 # Scores of a chunk of users.
@@ -142,7 +138,7 @@ def _states_before(
   own = jax.tree.map(lambda x: x[segments[0]], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
   history = given(
-    model.backbone, read_windows(sequences, users, positions, length),
+    model.backbone, last_items(sequences, users, positions, length)[0],
     training_activeness(sequences, users),
   )
   encoded = packing.encode(model.backbone, frozen, history)
@@ -185,7 +181,7 @@ def _compiled(
     weights: Weights, sequences: Sequences, rows: tuple, size: int
   ) -> PyTree:
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
-    return sharding.replicate(jax.lax.map(one, rows), layout)
+    return sharding.lay(jax.lax.map(one, rows), layout)
 
   return Program(run, users, nothing)
 
@@ -286,12 +282,12 @@ def _split(
 
   def cut(x: jax.Array, first: jax.Array) -> jax.Array:
     by_shard = x.reshape(shards, own, *x.shape[1:])
-    by_shard = sharding.split_tables(by_shard, layout)
+    by_shard = sharding.lay(by_shard, layout, MODEL)
     pad = [(0, 0), (0, part - own)] + [(0, 0)] * (x.ndim - 1)
-    by_shard = sharding.split_tables(jnp.pad(by_shard, pad), layout)
+    by_shard = sharding.lay(jnp.pad(by_shard, pad), layout, MODEL)
     some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
     rows = some.reshape(shards * width, *x.shape[1:])
-    return sharding.split_tables(rows, layout)
+    return sharding.lay(rows, layout, MODEL)
 
   def scored(states: States, index: jax.Array) -> _Scored:
     first = jnp.minimum(index * width, part - width)
@@ -310,7 +306,7 @@ def _split(
       return jnp.where(inside, of // own * width + row, shards * width)
 
     return _Scored(
-      sharding.split_columns(logits, layout), items,
+      sharding.lay(logits, layout, DATA, MODEL), items,
       fresh & (items > 0) & (items <= num_items), column,
     )
 
@@ -358,7 +354,7 @@ def rank_program(
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
-    requests = sharding.split_rows(requests, layout)
+    requests = sharding.lay(requests, layout, DATA)
     states = _states_before(model, weights, sequences, requests, length)
     users, positions, _ = requests
     target = sequences.items[sequences.starts[users] + positions][:, None]
@@ -373,7 +369,7 @@ def rank_program(
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
       logits, total = found.logits, total[:, None]
-      masked = sharding.split_columns(jnp.zeros(logits.shape, bool), layout)
+      masked = sharding.lay(jnp.zeros(logits.shape, bool), layout, DATA, MODEL)
       masked = masked.at[row, found.column(seen)].set(True, mode="drop")
       other = found.fresh & (found.items != target)
       above = other & ~(logits <= total)

@@ -48,7 +48,7 @@ def position_weights(
 
 
 def backbone_head(backbone: Backbone) -> Head:
-  """(params, None, states [M], candidates) -> logits [M, C], no plugin."""
+  """The head of stage 1; nothing is shared."""
 
   def head(
     params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
@@ -90,18 +90,8 @@ def with_plugin_context(backbone: Backbone) -> Backbone:
   return backbone._replace(at=at)
 
 
-def row_loss(spec: LossSpec, head: Head) -> RowLoss:
-  """The loss at each of M positions, for `chunked`.
-
-  Args:
-    spec: what is minimised.
-    head: (params, frozen, states [M], candidates) -> logits [M, C]; no
-      candidates are the whole catalogue 0..V.
-
-  Returns:
-    f(params, (frozen, negatives of all rows or None), states [M],
-    (targets [M], negatives of each row or None)) -> [M].
-  """
+def _row_loss(spec: LossSpec, head: Head) -> RowLoss:
+  """The loss at each of M positions, for `chunked`."""
 
   def rows(
     params: PyTree, shared: PyTree, states: PyTree, constants: PyTree
@@ -131,7 +121,8 @@ def next_item_loss(
 
   Args:
     backbone: gives the states of the positions.
-    head: turns states and candidates into logits.
+    head: (params, shared, states [M], candidates) -> logits [M, C]; no
+      candidates are the whole catalogue 0..V.
     loss: what is minimised.
     chunk: positions whose logits are alive at a time, on each device.
     layout: how the windows are split over devices.
@@ -141,7 +132,7 @@ def next_item_loss(
     scale [B, L] or None, negatives that `loss` draws, by default None) ->
     (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(row_loss(loss, head), chunk, sharding.shards_axis(layout))
+  total = chunked(_row_loss(loss, head), chunk, sharding.shards_axis(layout))
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
@@ -149,7 +140,8 @@ def next_item_loss(
     negatives: Negatives | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     scale = jnp.ones(targets.shape) if scale is None else scale
-    rows, columns = real_first(targets)
+    order = jnp.argsort(targets.reshape(-1) == 0, stable=True)  # real first
+    rows, columns = order // targets.shape[-1], order % targets.shape[-1]
     states = backbone.at(context, rows, columns)
     common, own = negatives, None
     if negatives is not None and negatives.items.ndim == 2:
@@ -162,12 +154,6 @@ def next_item_loss(
     return value, jnp.zeros(targets.shape).at[rows, columns].set(of_rows)
 
   return sharding.over_shards(run, layout)
-
-
-def real_first(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(rows, columns) of all positions, those with a target first; [B * L]."""
-  order = jnp.argsort(targets.reshape(-1) == 0, stable=True)
-  return order // targets.shape[-1], order % targets.shape[-1]
 
 
 class GroupBatch(NamedTuple):
