@@ -9,7 +9,7 @@ import pytest
 import references
 from etils import epath
 from ml_collections import ConfigDict
-from references import ITEMS, LENGTH, WIDTH
+from references import BUILDERS, ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
 from experiments import build, settings, stages
@@ -23,22 +23,11 @@ from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
 from pin_jax.models import packing, plugins
 from pin_jax.models.backbones import conditioned, given
-from pin_jax.models.din import din
-from pin_jax.models.gru4rec import gru4rec
-from pin_jax.models.hstu import hstu
 from pin_jax.models.precision import computed_in
-from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding, streaming
 from pin_jax.training import objectives
 from pin_jax.types import Batch, InputError, Requests
 
-SIZES = {"length": LENGTH, "width": WIDTH, "dropout": 0.0}
-BUILDERS = {
-  "sasrec": lambda: sasrec(ITEMS, blocks=1, **SIZES),
-  "gru4rec": lambda: gru4rec(ITEMS, **SIZES),
-  "hstu": lambda: hstu(ITEMS, blocks=1, **SIZES),
-  "din": lambda: din(ITEMS, attention_hidden=3, hidden=6, **SIZES),
-}
 HISTORY = np.asarray([
   [0, 0, 0, 5, 2, 9, 4, 1],
   [7, 3, 11, 8, 12, 6, 10, 2],

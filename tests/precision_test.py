@@ -6,19 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 from references import ITEMS, LENGTH
-from toys import bigram, noisy
+from toys import bigram, noisy, split_of
 
 from pin_jax import aggregation
-from pin_jax.data import batches, splits
-from pin_jax.data.interactions import Interactions
-from pin_jax.models.din import din
-from pin_jax.models.gru4rec import gru4rec
-from pin_jax.models.hstu import hstu
+from pin_jax.data import batches
 from pin_jax.models.layers import GRU, dropout, lookup, product
 from pin_jax.models.plugins import bottleneck
 from pin_jax.models.precision import computed_in
-from pin_jax.models.sasrec import sasrec
 from pin_jax.training import objectives
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
@@ -29,12 +25,10 @@ from pin_jax.training.steps import (
 )
 from pin_jax.types import Batch, InputError
 
-SIZES = {"length": LENGTH, "width": 8, "dropout": 0.25}
+WIDE = {"width": 8, "dropout": 0.25}
 BUILDERS = {
-  "sasrec": functools.partial(sasrec, ITEMS, blocks=1, **SIZES),
-  "gru4rec": functools.partial(gru4rec, ITEMS, **SIZES),
-  "hstu": functools.partial(hstu, ITEMS, blocks=1, **SIZES),
-  "din": functools.partial(din, ITEMS, attention_hidden=8, **SIZES),
+  name: functools.partial(build, **WIDE)
+  for name, build in references.BUILDERS.items()
 }
 # The products of float32: DIN's last layer.
 WIDE_PRODUCTS = {"sasrec": 0, "gru4rec": 0, "hstu": 0, "din": 1}
@@ -167,7 +161,7 @@ def test_loss_and_gradient_are_close_to_those_of_float32(results):
 
 def test_represent_is_narrow_and_plugins_take_it(name):
   backbone = computed_in(BUILDERS[name](), "bfloat16")
-  params, plugin = _start(backbone), bottleneck(SIZES["width"], hidden=4)
+  params, plugin = _start(backbone), bottleneck(WIDE["width"], hidden=4)
   own = plugin.init(jax.random.key(0))
   history, candidates = _group(4).batch.history, jnp.asarray([3, 1, 4])
 
@@ -313,16 +307,7 @@ def _cycles(rows=60):
         int(rng.integers(1, ITEMS + 1)) if jump else items[-1] % ITEMS + 1
       )
     sequences.append(items)
-  count = np.arange(rows + 1) * 8
-  none = np.full(rows, -1, np.int32)
-  data = Interactions(
-    name="cycles", items=np.concatenate(sequences).astype(np.int32),
-    offsets=count, times=None, user_ids=np.arange(rows),
-    item_ids=np.arange(1, ITEMS + 1), notes={},
-  )
-  split = splits.Split(
-    data, np.diff(count).astype(np.int32), none, none, "all train", {}
-  )
+  split = split_of(sequences)
   pool = batches.make_pool(
     batches.training_targets(split), np.arange(rows) % 2, num_groups=2,
     length=7,
