@@ -84,11 +84,9 @@ def din(
     r_c      = sum over the history of a(h, c) e_h
     logit(c) = MLP([r_c, e_c, r_c * e_c])
 
-  A state is the items of its prefix and their dropout factors; `represent`
-  embeds them. It takes candidates in chunks whose activations are formed again
-  in the backward pass: memory is that of one chunk and of the result [M, C, D].
-  Every candidate costs L D `attention_hidden` products: train on sampled
-  candidates.
+  `represent` takes candidates in chunks whose activations are formed again in
+  the backward pass: memory is that of one chunk and of the result [M, C, D].
+  Every candidate costs L D `attention_hidden` products: train on sampled ones.
 
   Args:
     num_items: V.

@@ -139,14 +139,12 @@ CHANNELS = tuple(_kernels(1, 1.0))
 def check(options: Options, num_items: int) -> None:
   """Raises InputError for options that `build` does not take."""
   for key, known in (("channels", CHANNELS), ("relations", RELATIONS)):
-    names = getattr(options, key)
-    if set(names) - set(known) or len(set(names)) < len(names):
+    names = tuple(getattr(options, key))
+    bad = set(names) - set(known) or len(set(names)) < len(names)
+    if bad or (key == "channels" and not names):
       raise InputError(
-        f"{key}={tuple(names)} is invalid; give some of {list(known)}, each "
-        "once"
+        f"{key}={names} is invalid; give some of {list(known)}, each once"
       )
-  if not options.channels:
-    raise InputError(f"channels=() is invalid; give some of {list(CHANNELS)}")
   at_least(1, window=options.window, neighbours=options.neighbours)
   for key in ("decay", "ridge", "next_ridge"):
     value, most = getattr(options, key), 1 if key == "decay" else math.inf
@@ -188,8 +186,8 @@ def build(
   kept, _ = _largest(lambda rows: union[rows], shape)
   interactions = training_counts(split)
   related = np.reshape([
-    _largest(rows_of, shape)
-    for rows_of in _fitted(items, starts, interactions, options)
+    _largest(_fitted(name, items, starts, interactions, options), shape)
+    for name in options.relations
   ], (-1, 2, *shape))
   known = split.activeness if activeness is None else activeness
   popularity = np.log1p(interactions)
@@ -238,12 +236,7 @@ def holds_repeats(split: Split) -> bool:
 def known_activeness(
   activeness: np.ndarray, population: np.ndarray
 ) -> np.ndarray:
-  """What plugins read of activeness: its log, standardised; [n] float32.
-
-  Args:
-    activeness: [n] numbers of training interactions.
-    population: [U], those of the users that are standardised over.
-  """
+  """Log activeness [n], standardised over that of a population [U]; float32."""
   log = lambda x: np.log(np.maximum(x, 1))
   return _standardized(log(activeness), log(population))
 
@@ -273,36 +266,30 @@ def _count(
 
 
 def _fitted(
-  items: np.ndarray, starts: np.ndarray, interactions: np.ndarray,
+  name: str, items: np.ndarray, starts: np.ndarray, interactions: np.ndarray,
   options: Options,
-) -> list[relations.Rows]:
-  """The relations that are asked for, fitted to the sequences."""
-  if not options.relations:
-    return []
+) -> relations.Rows:
+  """A relation, fitted to the sequences."""
   num_items = len(interactions) - 1
-  users = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-  held = Table(
-    (np.ones(len(items)), (users, items)), (len(starts) - 1, num_items + 1)
-  )
-  both = (held.T @ held).tocsr()
-
-  def walk() -> relations.Rows:
+  if name == "two_step":
     kernel = _kernels(options.window, options.decay)["around"]
     return relations.random_walk(
       _count(items, starts, kernel, num_items), options.shrink,
       np.maximum(interactions, 1) ** -options.popularity_power,
     )
-
-  fit = {
-    "cosine": lambda: relations.cosine(both, options.shrink),
-    "two_step": walk,
-    "linear": lambda: relations.ease(both, options.ridge),
-    "next": lambda: relations.slit(
+  if name == "next":
+    return relations.slit(
       items, starts, num_items, recent=options.recent,
       decay=options.history_decay, ridge=options.next_ridge,
-    ),
-  }
-  return [fit[name]() for name in options.relations]
+    )
+  users = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+  held = Table(
+    (np.ones(len(items)), (users, items)), (len(starts) - 1, num_items + 1)
+  )
+  both = (held.T @ held).tocsr()
+  if name == "cosine":
+    return relations.cosine(both, options.shrink)
+  return relations.ease(both, options.ridge)
 
 
 def _largest(
@@ -333,13 +320,9 @@ def _entries(table: Table, columns: np.ndarray) -> np.ndarray:
 
 
 class Scores(NamedTuple):
-  """Scores of the items that have any, by channel.
+  """Scores of the items that have any, by channel; both are [K, M, E].
 
   An item may stand several times; its score is then the sum.
-
-  Attributes:
-    items: [K, M, E] int32.
-    scores: [K, M, E] float32.
   """
 
   items: jax.Array
@@ -377,8 +360,7 @@ def _own_transitions(
 ) -> tuple[jax.Array, jax.Array]:
   """What the user itself added to the rows of its recent items.
 
-  Returns:
-    Items [M, H, 2W], 0 = none, and their weights [K, M, H, 2W].
+  Items [M, H, 2W], 0 = none, and their weights [K, M, H, 2W].
   """
   width = memory.kernel.shape[-1]
   steps = jnp.arange(1, width + 1)
@@ -408,13 +390,7 @@ def repeats(context: PluginContext, history_decay: float) -> Scores:
 def dense(
   found: Scores, candidates: jax.Array | None, num_items: int
 ) -> jax.Array:
-  """The scores of candidates, [K, M, C].
-
-  Args:
-    found: scores of the items that have any.
-    candidates: [C] shared, [M, C], or None for 0..V in order.
-    num_items: V.
-  """
+  """The scores [K, M, C] of candidates: [C], [M, C] or, if None, 0..V."""
   row = jnp.arange(found.items.shape[1])[:, None]
   count, slots = num_items + 1, jnp.arange(num_items + 1)
   if candidates is not None and candidates.ndim == 1:

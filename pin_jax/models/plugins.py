@@ -71,7 +71,7 @@ def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
   which makes the plugin start as the identity, is ours.
 
   Args:
-    width: D of the representation.
+    width: D.
     hidden: width of the bottleneck; default D / 2.
 
   Raises:
@@ -359,13 +359,8 @@ def mixed(
 ) -> jax.Array:
   """Logits [M, C] with the plugin's evidence, where it mixes any in.
 
-  Args:
-    model: as in `logits`, and likewise weights, states and context.
-    weights: of one segment.
-    states: [M, ...].
-    context: of the M positions.
-    scores: [M, C] logits without it.
-    candidates: what they are of, [C], [M, C] or None for 0..V.
+  Args as in `logits`, but `scores` are the logits without it, and `candidates`
+  what they are of: [C], [M, C] or None for 0..V.
   """
   backbone, plugin = model
   if plugin is None or plugin.mix is None:
