@@ -19,7 +19,7 @@ class Packed(NamedTuple):
   """Where the positions of B histories went.
 
   Attributes:
-    source: [B, L] which position b L + c of the histories lies there; -1 = no one.
+    source: [B, L] which position b L + c of the histories is there; -1 = none.
     place: [B, L] where each position of the histories lies, row L + column;
       -1 = nowhere, for it is padding.
     used: scalar, rows that hold any.
