@@ -241,7 +241,8 @@ def make_weighting(
       raise schema.bad(key, spec, f"{item!r}: {kind.remedy}")
     arguments[option] = number
   for option in options:
-    if option not in arguments and known[option].default is inspect.Parameter.empty:
+    needed = known[option].default is inspect.Parameter.empty
+    if needed and option not in arguments:
       raise schema.bad(key, spec, f"give {option}, as {name}:{option}=number")
   try:
     weighting = WEIGHTINGS[name](**arguments)
