@@ -121,7 +121,10 @@ def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
     plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     title = job.data + (f" ({name})" if name != job.data else "")
     anchor = f"job-{number}-{plain}"
-    out.append(Section(anchor, title, _blocks(job, anchor, num_resamples)))
+    several = len(jobs) > 1
+    out.append(
+      Section(anchor, title, _blocks(job, anchor, num_resamples, several))
+    )
   return out
 
 
@@ -131,7 +134,7 @@ def _overview(jobs: Sequence[Analysis]) -> Section:
   for job in jobs:
     claims = [job.claim()] if len(jobs) > 1 else [
       claim for claim in job.claims[job.main]
-      if claim.outcome != UNEQUAL or claim.model == job.other
+      if claim.outcome not in (UNEQUAL, UNTESTED) or claim.model == job.other
     ]
     blocks += [
       Verdict(
@@ -161,18 +164,21 @@ def _overview(jobs: Sequence[Analysis]) -> Section:
   return Section("verdict", "Verdict", blocks)
 
 
-def _blocks(job: Analysis, anchor: str, num_resamples: int) -> list[Block]:
-  """What a report says of a job."""
+def _blocks(
+  job: Analysis, anchor: str, num_resamples: int, several: bool
+) -> list[Block]:
+  """What a report says of a job; beside others it folds levels away."""
   own, main = job.results, job.main
   rows, column = own.rows, own.lists[main]
   draw = lambda name, *arguments: Figure(
     f"{anchor}-{name}", functools.partial(getattr(figures, name), *arguments)
   )
-  tables = lambda title: [
-    *([results.change_table(job, title)] if job.claims[title] else []),
-    results.level_table(job, title),
-  ]
-  blocks: list[Block] = [Text(_facts(job)), *tables(main)]
+  changes = lambda title: (
+    [results.change_table(job, title)] if job.claims[title] else []
+  )
+  tables = lambda title: [*changes(title), results.level_table(job, title)]
+  levels: list[Block] = [results.level_table(job, main)]
+  blocks: list[Block] = [Text(_facts(job)), *changes(main)]
   more: list[Block] = [draw("activeness", rows)]
   claims = {title_of(claim.model): claim for claim in job.claims[main]}
   if claims:
@@ -187,10 +193,12 @@ def _blocks(job: Analysis, anchor: str, num_resamples: int) -> list[Block]:
       draw("groups", rows, models, column),
     ]  # fmt: skip
     sampled = "negative_scores" in rows.columns
-    blocks += [
+    levels += [
       results.group_table(job, main, metric, num_resamples)
       for metric in [METRIC, *(("AUC", "GAUC", "log loss") if sampled else ())]
     ]
+  brief = several and bool(claims)
+  blocks += [Fold("Levels, by activeness", levels)] if brief else levels
   more.append(results.metrics_table(job, main))
   if own.summary.get("closeness"):
     blocks.append(results.closeness_table(own))
@@ -234,11 +242,17 @@ def _facts(job: Analysis) -> str:
     )
   few = few_seeds(len(seeds))
   parts.append(f"seeds {', '.join(map(str, seeds))}" + (few and f" ({few})"))
-  parts.append(
-    f"compared with {title_of(job.base)}, margin for head users "
-    f"{100 * job.margin:g} %"
+  [level] = [x for x in job.levels[job.main] if x.model == job.base]
+  of_base = (
+    cell_text(interval[0], "level")
+    for interval in (level.overall, level.tail, level.head)
   )
-  return "; ".join(parts) + "."
+  parts.append(
+    f"compared with {title_of(job.base)} ({METRIC} overall, tail, head: "
+    f"{', '.join(of_base)}), margin for head users {100 * job.margin:g} %"
+  )
+  notes = "".join(f" Note: {remark}." for remark in job.remarks)
+  return "; ".join(parts) + "." + notes
 
 
 def _gradients(own: Results, anchor: str) -> list[Block]:

@@ -1052,8 +1052,7 @@ def level_table(job: Analysis, title: str) -> Table:
      Column("gap, head − tail", "gap"), Column("worst group", "level"),
      Column("which", "count")],
     [tuple(level) for level in job.levels[title]],
-    "A positive gap: tail users are served worse." + _NO_P * few
-    + "".join(f" Note: {remark}." for remark in job.remarks),
+    "A positive gap: tail users are served worse." + _NO_P * few,
   )  # fmt: skip
 
 
