@@ -330,7 +330,7 @@ def make_weighting(
 
   Args:
     key: of the config, for the errors.
-    spec: its value, see `settings.weighting_options`.
+    spec: its value, see `weighting_options`.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
 
@@ -354,8 +354,7 @@ def make_weighting(
 
 
 def make_adjustment(
-  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray,
-  key: str = "pin.weighting",
+  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
 ) -> Adjustment:
   """Builds what `pin.weighting`, `pin.granularity` and `pin.blocks` say.
 
@@ -363,12 +362,11 @@ def make_adjustment(
     pin: the config's section.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
-    key: of the config, whose value `pin.weighting` is.
 
   Raises:
     InputError: for an unknown or contradictory setting.
   """
-  weighting = make_weighting(key, pin.weighting, prior, shares)
+  weighting = make_weighting("pin.weighting", pin.weighting, prior, shares)
   given = {"path": pin.path, "diagnose_every": pin.diagnose_every}
   named = named_blocks(pin.blocks)
   if named and pin.granularity == "tensor":
@@ -402,8 +400,8 @@ def stage_adjustment(
   if rule is None:
     return make_adjustment(config.pin, prior, shares)
   pin = config.pin.copy_and_resolve_references()
-  pin.weighting, pin.blocks = config.rules[rule], ()
-  return make_adjustment(pin, prior, shares, f"rules.{rule}")
+  pin.weighting, pin.blocks = rule, ()
+  return make_adjustment(pin, prior, shares)
 
 
 def make_loss(
@@ -468,7 +466,7 @@ def make_optimizer(
   rates = {
     "backbone": options.pop("learning_rate"),
     "plugin": options.pop("plugin_learning_rate"),
-    "classifier": options.pop("classifier_learning_rate"),
+    "classifier": 2e-3,
   }
   if kind != "backbone":
     options["average"] = 0.0

@@ -384,7 +384,7 @@ class Trainer:
       "joint": (config.joint.draw, config.joint.mean),
       "groups": (config.pin.draw, config.pin.mean),
       "uniform": ("users", "users"),
-      "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
+      "plugin": (config.pin.plugin_draw, "interactions"),
     }[stage.sampling])
 
   def backbone_run(self, stage: Stage, steps: int) -> Run:
@@ -674,10 +674,8 @@ def check_candidates(config: ConfigDict, problem: Problem) -> None:
 def check_adjustment(
   config: ConfigDict, problem: Problem, networks: Networks
 ) -> None:
-  """Raises InputError where PIN's or a rule's settings are contradictory."""
+  """Raises InputError where PIN's settings are contradictory."""
   shares = target_shares(problem, config.groups.num_groups, problem.split)
-  for rule in config.rules:
-    stage_adjustment(config, rule, problem.prior, shares)
   made = make_adjustment(config.pin, problem.prior, shares)
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   try:

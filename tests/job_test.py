@@ -30,7 +30,7 @@ from experiments import (
 )
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.logs import read_log
-from experiments.methods import METHODS, compared, stages_of
+from experiments.methods import METHODS, RULES, compared, stages_of
 from pin_jax import aggregation, serving
 from pin_jax.training import loop
 from pin_jax.training.loop import FitResult
@@ -77,7 +77,7 @@ def finished(tmp_path_factory, compile_quickly):
   config = _config()
   left_out = {  # trained elsewhere, or like one that stays
     "base", "base_validation", "base_activeness", "user_uniform", "focal",
-    "head_only", "pin_shared", *config.rules,
+    "head_only", "pin_shared", *RULES,
   }
   config.methods = ("base", *(name for name in METHODS if name not in left_out))
   _, text = _run(config, workdir)
@@ -212,13 +212,12 @@ def test_equal_budgets():
 
 def test_a_rule_has_its_own_weighting():
   """The mean of the worst half of two groups: all weight on the worse."""
-  config = _config()
-  config.rules.cvar = "cvar:alpha=0.5"
   adjust = lambda rule: build.stage_adjustment(
-    config, rule, np.full(2, 0.5), np.full(2, 0.5)
+    _config(), rule, np.full(2, 0.5), np.full(2, 0.5)
   ).rules
   losses = jnp.asarray([1.0, 3.0])
-  for rule, want in (("cvar", [0, 1]), (None, [0.5, 0.5])):
+  assert METHODS["cvar"].stages[0].rule == "cvar:alpha=0.4"
+  for rule, want in (("cvar:alpha=0.5", [0, 1]), (None, [0.5, 0.5])):
     weighting = adjust(rule)
     got, _ = weighting.update(jnp.eye(2), losses, weighting.init())
     np.testing.assert_allclose(got, want, atol=1e-6)
