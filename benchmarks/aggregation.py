@@ -36,7 +36,7 @@ from pin_jax import aggregation
 from pin_jax.aggregation import weightings
 from pin_jax.models.sasrec import sasrec
 from pin_jax.training import objectives
-from pin_jax.types import Batch, PyTree
+from pin_jax.types import Backbone, Batch, PyTree
 
 _ITEMS = flags.DEFINE_multi_integer(
   "items", [3_500, 12_000, 100_000], "catalogue sizes V"
@@ -48,9 +48,6 @@ _WIDTH = flags.DEFINE_integer("width", 64, "D")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "rounds of the timing")
 _RULES = flags.DEFINE_multi_string(
   "rules", ["backdoor", "upgrad"], "weightings to time"
-)
-_PATHS = flags.DEFINE_multi_enum(
-  "paths", list(aggregation.PATHS), list(aggregation.PATHS), "paths to time"
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of the windows and the parameters")
 
@@ -78,11 +75,11 @@ def windows(num_items: int, groups: int) -> Batch:
 
 
 def compile_step(
-  name: str, params: PyTree, batch: Batch, weighting: aggregation.Weighting,
-  path: str,
+  name: str, backbone: Backbone, batch: Batch,
+  weighting: aggregation.Weighting, path: str,
 ) -> Case:
   """Compiles one step on the batch [G, B, L]; its state is donated."""
-  backbone = _backbone(params)
+  params = jax.jit(backbone.init)(jax.random.key(_SEED.value))
   losses = objectives.group_losses(backbone, mean="interactions")
   aggregator = aggregation.aggregate(
     losses.group_loss, weighting, path=path,
@@ -100,10 +97,8 @@ def compile_step(
     return (params, opt_state, out.state), (out.losses, out.weights)
 
   state = params, optimizer.init(params), aggregator.init(params)
-  state = jax.tree.map(jnp.copy, state)
-  compiled = (
-    jax.jit(step, donate_argnums=0).lower(state, groups, keys).compile()
-  )
+  run_step = jax.jit(step, donate_argnums=0)
+  compiled = run_step.lower(state, groups, keys).compile()
 
   def run() -> None:
     nonlocal state
@@ -113,21 +108,14 @@ def compile_step(
   return Case(name, run, compiled.memory_analysis().temp_size_in_bytes)
 
 
-def _backbone(params: PyTree) -> Any:
-  return sasrec(
-    len(params["items"]) - 1, length=_LENGTH.value, width=_WIDTH.value
-  )
-
-
 def cases(num_items: int, groups: int) -> list[Case]:
   """The joint step and every path of every rule."""
   backbone = sasrec(num_items, length=_LENGTH.value, width=_WIDTH.value)
-  params = jax.jit(backbone.init)(jax.random.key(_SEED.value))
   batch = windows(num_items, groups)
   shuffled = np.random.default_rng(_SEED.value).permutation(batch.users.size)
   deal = lambda x: x.reshape(-1, *x.shape[2:])[shuffled].reshape(x.shape)
   one = jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
-  build = functools.partial(compile_step, params=params)
+  build = functools.partial(compile_step, backbone=backbone)
   whole = aggregation.backdoor([1])
   found = [build("joint", batch=one, weighting=whole, path="weighted")]
   shares = np.ones(groups)
@@ -138,16 +126,12 @@ def cases(num_items: int, groups: int) -> list[Case]:
   for rule in _RULES.value:
     make = weightings.WEIGHTINGS[rule]
     weighting = make(shares) if rule == "backdoor" else make()
-    for path in _open_paths(weighting.reads):
-      name = f"{rule}, {path}"
-      found.append(build(name, batch=batch, weighting=weighting, path=path))
+    known = () if weighting.reads == "nothing" else ("accumulated", "weighted")
+    found += [
+      build(f"{rule}, {path}", batch=batch, weighting=weighting, path=path)
+      for path in aggregation.PATHS if path not in known
+    ]
   return found
-
-
-def _open_paths(reads: str) -> list[str]:
-  """The chosen paths that serve such a rule and differ from each other."""
-  closed = () if reads == "nothing" else ("accumulated", "weighted")
-  return [path for path in _PATHS.value if path not in closed]
 
 
 def ratios(found: Sequence[Case]) -> tuple[list[list[float]], float]:

@@ -20,6 +20,7 @@ from experiments.build import BACKBONES
 from pin_jax import aggregation
 from pin_jax.data import batches, files, splits
 from pin_jax.evaluation import ranking
+from pin_jax.models import plugins
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -84,7 +85,7 @@ def workloads(
   step = jax.jit(backbone_step(backbone, adjustment, optimizer, draw))
   state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  model = ranking.Model(backbone, None)
+  model = plugins.Model(backbone, None)
   rank = ranking.make_ranker(
     model, num_items=split.interactions.num_items, length=args.length
   )
@@ -92,7 +93,7 @@ def workloads(
   requests = Requests(
     chosen, np.asarray(split.test)[chosen], np.zeros(1024, int)
   )
-  weights = ranking.Weights(params, None)
+  weights = plugins.Weights(params, None)
   return {
     "step": lambda i: jax.block_until_ready(
       step(state, operands, jnp.int32(i))[0].params

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments import build, commands, settings, sizes
 from pin_jax.data import batches
 from pin_jax.evaluation import ranking
+from pin_jax.models import plugins
 from pin_jax.scale import sharding
 from pin_jax.training import losses, negatives
 from pin_jax.training.loop import compile_steps
@@ -133,13 +134,13 @@ def _rank_program(
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
   run, chunk, _ = ranking.rank_program(
-    ranking.Model(networks.backbone, None), num_items=sizes.items,
+    plugins.Model(networks.backbone, None), num_items=sizes.items,
     length=config.backbone.length, layout=layout,
   )
   params = jax.eval_shape(networks.backbone.init, jax.random.key(0))
   row = _whole(jax.ShapeDtypeStruct((1, chunk), jnp.int32), layout)
   seen = chunk * math.ceil(sizes.interactions / sizes.users)
-  weights = ranking.Weights(_by_rule(params, layout), None)
+  weights = plugins.Weights(_by_rule(params, layout), None)
   return run, (
     weights, _sequences(sizes, layout), (Requests(row, row, row),), seen
   )

@@ -7,11 +7,10 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -20,14 +19,14 @@ from experiments.problem import SEGMENTS, Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
+from pin_jax.data.batches import Draw
 from pin_jax.evaluation import ranking
-from pin_jax.models import plugins, relations
-from pin_jax.models.conditioned import conditioned
+from pin_jax.models import memory, plugins
+from pin_jax.models.backbones import conditioned
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
 from pin_jax.models.plugins import (
-  Consultation,
   adapter,
   bottleneck,
   gated,
@@ -55,16 +54,15 @@ from pin_jax.types import (
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 # name -> (keys of the `plugin` section that it takes, builder from what is
-# around it: the backbone's params, width D, channels of the memory and
-# relations K, consultation).
+# around it: the backbone's params, width D, options of the memory).
 PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
-  "bottleneck": ({"hidden"}, lambda like, d, k, c, o: bottleneck(d, **o)),
-  "translation": (set(), lambda like, d, k, c, o: translation(d)),
-  "adapter": ({"hidden"}, lambda like, d, k, c, o: adapter(like, width=d, **o)),
-  "lora": ({"rank"}, lambda like, d, k, c, o: low_rank(like, **o)),
-  "memory": (set(), lambda like, d, k, c, o: memory_mix(k, c)),
+  "bottleneck": ({"hidden"}, lambda like, d, m, o: bottleneck(d, **o)),
+  "translation": (set(), lambda like, d, m, o: translation(d)),
+  "adapter": ({"hidden"}, lambda like, d, m, o: adapter(like, width=d, **o)),
+  "lora": ({"rank"}, lambda like, d, m, o: low_rank(like, **o)),
+  "memory": (set(), lambda like, d, m, o: memory_mix(m)),
   "gated": (
-    {"hidden", "reads_state"}, lambda like, d, k, c, o: gated(d, k, c, **o)
+    {"hidden", "reads_state"}, lambda like, d, m, o: gated(d, m, **o)
   ),
 }
 MIXING = ("memory", "gated")  # plugins that read the memory
@@ -80,11 +78,9 @@ def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
   return {key: value for key, value in backbone.items() if key in taken}
 
 
-def consultation(config: ConfigDict) -> Consultation:
-  """How the config asks the memory."""
-  return Consultation(**{
-    key: config.memory[key] for key in Consultation._fields
-  })
+def memory_options(config: ConfigDict) -> memory.Options:
+  """The `memory` section."""
+  return memory.Options(**config.memory)
 
 
 def make_plugin(
@@ -107,12 +103,9 @@ def make_plugin(
   for key in taken & {"hidden", "rank"}:
     options[key] *= widen
   if config.plugin.name == "gated":
-    options["repeats"] = repeats
-  return build(
-    like, config.backbone.width,
-    len(config.memory.channels) + len(config.memory.relations),
-    consultation(config), options,
-  )
+    options["own_repeats"] = repeats
+  with schema.section("plugin"):
+    return build(like, config.backbone.width, memory_options(config), options)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -121,13 +114,10 @@ def proposal_shares(spec: str) -> dict[str, float]:
   Raises:
     InputError: for an unknown or repeated name, or a bad share.
   """
-  shares = {}
+  shares: dict[str, float] = {}
   for item in spec.split(","):
     name, _, number = item.partition(":")
-    try:
-      share = float(number or 1)
-    except ValueError:
-      share = math.nan
+    share = schema.number(number or "1")
     if name not in PROPOSALS or name in shares or not 0 < share < math.inf:
       raise schema.bad(
         "loss.proposal", spec,
@@ -136,87 +126,6 @@ def proposal_shares(spec: str) -> dict[str, float]:
       )
     shares[name] = share
   return shares
-
-
-def weighting_options(key: str, spec: str) -> tuple[str, dict[str, float]]:
-  """Reads a weighting, 'name' or 'name:option=number,…'.
-
-  Args:
-    key: of the config, for the errors.
-    spec: its value.
-
-  Returns:
-    The name, one of WEIGHTINGS, and the options by name.
-
-  Raises:
-    InputError: for an unknown name, for an option that is unknown, repeated or
-      not the user's to set, or a bad number.
-  """
-  name, colon, text = spec.partition(":")
-  if name not in WEIGHTINGS:
-    raise schema.bad(key, spec, f"use one of {list(WEIGHTINGS)}")
-  parameters = inspect.signature(WEIGHTINGS[name]).parameters.values()
-  known = {
-    parameter.name: schema.Key(None, parameter.annotation)
-    for parameter in parameters
-    if parameter.annotation in (int, float) and parameter.name != "num_groups"
-  }
-  given: dict[str, float] = {}
-  for item in text.split(",") if colon else ():
-    option, _, written = item.partition("=")
-    if option not in known or option in given:
-      raise schema.bad(
-        key, spec,
-        f"{item!r} is no option, or repeated; options are {list(known)}, each "
-        "as option=number"
-      )
-    try:
-      number = float(written)
-    except ValueError:
-      number = math.nan
-    if number.is_integer():
-      number = int(number)
-    if not known[option].accepts(number):
-      raise schema.bad(key, spec, f"{item!r}: {known[option].remedy}")
-    given[option] = number
-  for one in parameters:
-    if one.name in known.keys() - given and one.default is one.empty:
-      raise schema.bad(
-        key, spec, f"give {one.name}, as {name}:{one.name}=number"
-      )
-  return name, given
-
-
-def named_blocks(blocks: Iterable[str]) -> dict[str, str]:
-  """Reads `pin.blocks`: pattern -> weighting.
-
-  Raises:
-    InputError: for what is no pattern=weighting, or repeated.
-  """
-  named: dict[str, str] = {}
-  for item in blocks:
-    pattern, _, spec = item.partition("=")
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise schema.bad(
-        "pin.blocks", tuple(blocks),
-        f"{pattern!r} is no regular expression ({error})",
-      ) from error
-    if not (pattern and spec):
-      raise schema.bad(
-        "pin.blocks", tuple(blocks),
-        f"{item!r} must be pattern=weighting, such as 'items|bias=joint'",
-      )
-    if pattern in (*named, OTHERS):
-      raise schema.bad(
-        "pin.blocks", tuple(blocks),
-        f"{pattern!r} is repeated, or the name of what no pattern matches, "
-        "which has pin.weighting; give each pattern once",
-      )
-    weighting_options("pin.blocks", spec)
-    named[pattern] = spec
-  return named
 
 
 class Networks(NamedTuple):
@@ -233,7 +142,7 @@ class Networks(NamedTuple):
   backbone: Backbone
   plugins: dict[str, Plugin]
   layout: sharding.Layout = sharding.LOCAL
-  evidence: Callable[[bool], plugins.Evidence] | None = None
+  evidence: Callable[[bool], memory.Memory] | None = None
 
 
 def make_networks(
@@ -249,14 +158,16 @@ def make_networks(
     repeats: `Problem.repeats`.
   """
   options = backbone_options(config.backbone)
-  backbone = BACKBONES[config.backbone.name](num_items, **options)
-  backbone = computed_in(backbone, config.backbone.compute)
+  with schema.section("backbone"):
+    backbone = BACKBONES[config.backbone.name](num_items, **options)
+    backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   if config.backbone.reads_activeness:
     backbone = conditioned(backbone)
-  layout = sharding.make_layout(
-    backbone, num_items, devices=devices, **config.mesh
-  )
+  with schema.section("mesh"):
+    layout = sharding.make_layout(
+      backbone, num_items, devices=devices, **config.mesh
+    )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
   made = {
@@ -264,7 +175,7 @@ def make_networks(
     "shared": make_plugin(
       config, like, widen=len(SEGMENTS), repeats=repeats
     ),
-    "memory_alone": plugins.memory_alone(consultation(config)),
+    "memory_alone": plugins.memory_alone(memory_options(config)),
   }
   return Networks(backbone, made, layout)
 
@@ -276,79 +187,63 @@ def networks_of(config: ConfigDict, problem: Problem) -> Networks:
     InputError: for more items than a relation takes.
   """
   num_items = problem.split.interactions.num_items
-  relations.check(tuple(config.memory.relations), num_items)
+  options = memory_options(config)
+  with schema.section("memory"):
+    memory.check(options, num_items)
   made = make_networks(config, num_items, repeats=problem.repeats)
 
   @functools.cache
-  def evidence(refit: bool) -> plugins.Evidence:
+  def evidence(refit: bool) -> memory.Memory:
     split = learnt_split(problem, "all" if refit else "none")
-    return sharding.put_replicated(
-      make_evidence(config.memory, split, problem.split), made.layout
-    )
+    # Activeness is read as when the plugins were fitted.
+    built = memory.build(split, options, activeness=problem.split.activeness)
+    return sharding.put_replicated(built, made.layout)
 
   return made._replace(evidence=evidence)
-
-
-def make_evidence(
-  options: ConfigDict, split: splits.Split, first: splits.Split
-) -> plugins.Evidence:
-  """What the `memory` section asks for.
-
-  Args:
-    options: the section.
-    split: whose training prefix is remembered.
-    first: whose activeness is read, as when the plugins were fitted.
-
-  Raises:
-    InputError: for a bad option, or too many items for a relation.
-  """
-  counting = {
-    key: options[key] for key in ("window", "decay", "neighbours")
-  }
-  fitting = {
-    key: options[key] for key in (
-      "shrink", "popularity_power", "ridge", "next_ridge", "recent",
-      "history_decay",
-    )
-  }
-  related = relations.relate(
-    split, tuple(options.relations), **fitting, **counting
-  )
-  made = plugins.make_evidence(
-    split, relations=related, channels=tuple(options.channels), **counting
-  )
-  known = plugins.known_activeness(first.activeness, first.activeness)
-  return made._replace(activeness=jnp.asarray(known))
 
 
 def make_weighting(
   key: str, spec: str, prior: np.ndarray, shares: np.ndarray
 ) -> aggregation.Weighting:
-  """Builds a weighting that a config key names.
+  """Builds a weighting, 'name' or 'name:option=number,…'.
 
   A rule that takes no prior of its own is preceded by it.
 
   Args:
     key: of the config, for the errors.
-    spec: its value, see `weighting_options`.
+    spec: its value.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
 
   Raises:
-    InputError: for an unknown name or option, or a bad number.
+    InputError: for an unknown name, for an option that is unknown, repeated,
+      missing or not the user's to set, or for a bad number.
   """
-  name, options = weighting_options(key, spec)
-  given = {"prior": prior, "shares": shares, "num_groups": len(prior)}
-  given |= {"start": shares, "end": prior}  # annealed: joint to adjusted
+  name, _, text = spec.partition(":")
+  if name not in WEIGHTINGS:
+    raise schema.bad(key, spec, f"use one of {list(WEIGHTINGS)}")
   known = inspect.signature(WEIGHTINGS[name]).parameters
-  arguments = {name: given[name] for name in known if name in given}
+  of_data = {"prior": prior, "shares": shares, "num_groups": len(prior)}
+  of_data |= {"start": shares, "end": prior}  # annealed: joint to adjusted
+  arguments = {key: of_data[key] for key in known if key in of_data}
+  options = [key for key in known if key not in of_data]
+  for item in text.split(",") if text else ():
+    option, _, written = item.partition("=")
+    if option not in options or option in arguments:
+      raise schema.bad(
+        key, spec,
+        f"{item!r} is no option, or repeated; options are {options}, each as "
+        "option=number",
+      )
+    kind = schema.Key(None, known[option].annotation)
+    number = schema.number(written)
+    if not kind.accepts(number):
+      raise schema.bad(key, spec, f"{item!r}: {kind.remedy}")
+    arguments[option] = number
   try:
-    weighting = WEIGHTINGS[name](**arguments, **options)
+    weighting = WEIGHTINGS[name](**arguments)
   except (TypeError, ValueError) as error:
-    free = [name for name in known if name not in given]
-    raise InputError(
-      f"config key {key}={spec!r}: {error}; options are {free}"
-    ) from error
+    raise schema.bad(key, spec, f"{error}; options are {options}") from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)
 
@@ -368,35 +263,42 @@ def make_adjustment(
   """
   weighting = make_weighting("pin.weighting", pin.weighting, prior, shares)
   given = {"path": pin.path, "diagnose_every": pin.diagnose_every}
-  named = named_blocks(pin.blocks)
-  if named and pin.granularity == "tensor":
-    raise InputError(
-      f"config key pin.blocks={tuple(pin.blocks)}: pin.granularity='tensor' "
-      "makes every tensor a block already; give one of the two"
+  if not pin.blocks:
+    by_tensor = pin.granularity == "tensor" or (
+      pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
     )
-  if named:
-    rules = {
-      pattern: make_weighting("pin.blocks", spec, prior, shares)
-      for pattern, spec in named.items()
-    }
-    block_of = lambda leaf: next(
-      (p for p in named if re.search(p, leaf)), OTHERS
+    return Adjustment(weighting, str if by_tensor else None, **given)
+  bad = functools.partial(schema.bad, "pin.blocks", tuple(pin.blocks))
+  if pin.granularity == "tensor":
+    raise bad(
+      "pin.granularity='tensor' makes every tensor a block already; give one "
+      "of the two"
     )
-    return Adjustment({**rules, OTHERS: weighting}, block_of, **given)
-  by_tensor = pin.granularity == "tensor" or (
-    pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
-  )
-  return Adjustment(weighting, str if by_tensor else None, **given)
+  rules = {}
+  for item in pin.blocks:
+    pattern, _, spec = item.partition("=")
+    if not (pattern and spec):
+      raise bad(
+        f"{item!r} must be pattern=weighting, such as 'items|bias=joint'"
+      )
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise bad(f"{pattern!r} is no regular expression ({error})") from error
+    if pattern in (*rules, OTHERS):
+      raise bad(
+        f"{pattern!r} is repeated, or the name of what no pattern matches, "
+        "which has pin.weighting; give each pattern once"
+      )
+    rules[pattern] = make_weighting("pin.blocks", spec, prior, shares)
+  block_of = lambda leaf: next((p for p in rules if re.search(p, leaf)), OTHERS)
+  return Adjustment({**rules, OTHERS: weighting}, block_of, **given)
 
 
 def stage_adjustment(
   config: ConfigDict, rule: str | None, prior: np.ndarray, shares: np.ndarray
 ) -> Adjustment:
-  """How a stage aggregates: as `pin` says, or by the rule that it names.
-
-  Raises:
-    InputError: for a bad specification, naming its config key.
-  """
+  """How a stage aggregates: as `pin` says, or by the rule that it names."""
   if rule is None:
     return make_adjustment(config.pin, prior, shares)
   pin = config.pin.copy_and_resolve_references()
@@ -404,13 +306,34 @@ def stage_adjustment(
   return make_adjustment(pin, prior, shares)
 
 
+def check_adjustments(
+  config: ConfigDict, prior: np.ndarray, params: PyTree | None = None
+) -> None:
+  """Raises InputError where a weighting, or what goes with it, is wrong.
+
+  Args:
+    config: the whole configuration.
+    prior: [G], P(d), or any other where it is not known yet.
+    params: the backbone's, or their shapes; None where they are not known yet.
+  """
+  made = make_adjustment(config.pin, prior, prior)
+  if params is None:
+    return
+  try:
+    aggregation.aggregate(
+      lambda *_: None, made.rules, path=made.path, blocks=made.blocks
+    ).init(params)
+  except ValueError as error:
+    raise InputError(
+      f"config keys pin.path={config.pin.path!r}, pin.weighting="
+      f"{config.pin.weighting!r}, pin.blocks={tuple(config.pin.blocks)}: "
+      f"{error}"
+    ) from error
+
+
 def make_loss(
-  config: ConfigDict,
-  split: splits.Split,
-  groups: np.ndarray,
-  *,
-  num_groups: int,
-  draw: str,
+  config: ConfigDict, split: splits.Split, groups: np.ndarray, num_groups: int,
+  draw: Draw,
 ) -> losses.LossSpec:
   """Builds what training minimises, as `loss` says.
 
@@ -419,7 +342,7 @@ def make_loss(
     split: whose training counts are the proposals'.
     groups: [U], whose batches a user is in; -1 = nobody's.
     num_groups: G.
-    draw: how the batches are drawn, see `negatives.batch_counts`.
+    draw: how the batches are drawn.
   """
   options = config.loss
   if options.name == "softmax":
@@ -431,10 +354,7 @@ def make_loss(
       splits.training_counts(split), options.exponent
     ),
     "in_batch": lambda: negatives.in_batch(
-      negatives.batch_counts(
-        split, groups, num_groups=num_groups, length=config.backbone.length,
-        draw=draw,
-      ), groups,
+      negatives.batch_counts(split, groups, num_groups, draw), groups
     ),
   }
   shares = proposal_shares(options.proposal)
@@ -493,7 +413,7 @@ Ranker = ranking.RankFn | ranking.SampledRankFn
 
 
 def make_ranker(
-  config: ConfigDict, problem: Problem, model: ranking.Model,
+  config: ConfigDict, problem: Problem, model: plugins.Model,
   layout: sharding.Layout = sharding.LOCAL,
 ) -> Ranker:
   """Builds the ranking that `evaluation` names, of test and validation."""

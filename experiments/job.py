@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import rich.console
@@ -54,13 +53,12 @@ from experiments.problem import (
   requests_for,
 )
 from experiments.stages import (
+  Monitor,
   Trainer,
-  check_adjustment,
-  check_candidates,
-  check_loss,
-  check_pools,
+  check,
   num_steps,
   routed,
+  same_job,
 )
 from experiments.tables import (
   MIN_SEEDS,
@@ -69,7 +67,7 @@ from experiments.tables import (
   number_range,
 )
 from pin_jax import disk
-from pin_jax.data import activeness
+from pin_jax.data import activeness, batches
 from pin_jax.evaluation import ranking
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError, Interrupted, Requests
@@ -93,7 +91,8 @@ def method_rows(
   columns = {}
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
-    ranks = trainer.ranker(stage and stage.plugin)(
+    reads_activeness = method.stage(serve[0]).reads_activeness
+    ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
     for key, values in ranks._asdict().items():
@@ -166,7 +165,9 @@ def model_log_probabilities(
   for serve, chosen in _by_model(method.serve, problem, users):
     stage, requests = _served(method, serve, problem, users[chosen])
     compute = ranking.make_log_probabilities(
-      trainer.model(stage and stage.plugin),
+      trainer.model(
+        stage and stage.plugin, method.stage(serve[0]).reads_activeness
+      ),
       num_items=problem.split.interactions.num_items, length=trainer.length,
     )
     out[chosen] = compute(
@@ -309,10 +310,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   config, problem = prepare(config)
   settings.check(config)  # with the sizes that the data gave
   networks = networks_of(config, problem)
-  check_adjustment(config, problem, networks)
-  check_loss(config, problem)
-  check_candidates(config, problem)
-  check_pools(config, problem)
+  check(config, problem, networks)
   return config, problem, networks
 
 
@@ -392,17 +390,15 @@ def _train_all(
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   progress = logs.JobProgress(total, options.console)
+  monitor = Monitor(log, progress, options.interrupted)
   store = _store(config, problem, options)
   rows, closeness, cost, seconds = [], [], {}, {}
   try:
     for first in range(0, len(config.seeds), config.num_seeds):
       seeds = tuple(config.seeds[first : first + config.num_seeds])
-      trainer = Trainer(
-        config, problem, networks, directory, seeds, log, progress,
-        store=store, interrupted=options.interrupted,
-      )
+      trainer = Trainer(config, problem, networks, directory, seeds, store)
       for stage in stages:
-        trainer.train(stage)
+        trainer.train(stage, monitor)
         if first == 0 and stage == next(iter(methods.values())).stages[-1]:
           for line in _power(config, problem, trainer, seeds[0]):
             options.console.print(line, markup=False, soft_wrap=True)
@@ -427,16 +423,14 @@ def _store(
   config: ConfigDict, problem: Problem, options: Options
 ) -> Callable[[epath.Path], checkpoints.Checkpoints]:
   """Opens checkpoints that say what they belong to."""
-  say = lambda line: options.console.print(line, markup=False, soft_wrap=True)
+  about = {
+    "config": of_results(config), "data": fingerprint(problem),
+    "versions": workdir.versions(),
+  }
   return functools.partial(
-    checkpoints.Checkpoints,
-    about={
-      "config": of_results(config),
-      "data": fingerprint(problem),
-      "versions": workdir.versions(),
-    },
-    accepted=("versions",) if options.other_versions else (),
-    say=say,
+    checkpoints.Checkpoints, about=about,
+    check=same_job(about, ("versions",) if options.other_versions else ()),
+    say=lambda x: options.console.print(x, markup=False, soft_wrap=True),
   )
 
 
@@ -445,9 +439,8 @@ def _closeness(
 ) -> pl.DataFrame:
   users = np.flatnonzero(problem.split.test >= 0)[:TRUTH_USERS]
   requests = requests_for(problem, "test", users)
-  history = ranking.read_windows(
-    problem.sequences, jnp.asarray(requests.users),
-    jnp.asarray(requests.positions), trainer.length,
+  history, _ = batches.last_items(
+    problem.sequences, requests.users, requests.positions, trainer.length
   )
   data = problem.split.interactions
   models = {
@@ -509,8 +502,8 @@ def _power(
   if len(config.seeds) < MIN_SEEDS or roots(base) & roots(other):
     return []
   validation = {
-    name: trainer.prepare(chosen).evaluator(seed)(
-      trainer.trained[chosen.name][seed].best
+    name: trainer.prepare(chosen).evaluate(
+      seed, trainer.trained[chosen.name][seed].best
     )
     for name in dict.fromkeys(plugin or stage for stage, plugin in base.serve)
     for chosen in [_chosen(base, name)]

@@ -31,7 +31,7 @@ LEARNT = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One run of `fit`.
+  """One run of the loop.
 
   Attributes:
     name: unique; the checkpoints' directory.
@@ -49,8 +49,8 @@ class Stage:
       in each ('random').
     rule: weighting that combines the groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
-    reads_activeness: whether the backbone that it trains from the start is
-      `conditioned`, whatever `backbone.reads_activeness` says.
+    reads_activeness: whether its backbone is `conditioned`, whatever
+      `backbone.reads_activeness` says.
     learns: whose validation targets its backbone learns from besides. With
       'half' it is selected on the others', with 'all' not at all: it keeps its
       last step.

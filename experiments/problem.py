@@ -22,7 +22,7 @@ SEGMENTS = ("tail", "head")
 def _load_simulator(
   *, seed: int = 0, num_users: int = 4000, **options: Any
 ) -> tuple[Interactions, simulator.World]:
-  world = simulator.make_world(seed=seed, **options)
+  world = simulator.make_world(simulator.WorldSpec(**options), seed=seed)
   drawn, _ = simulator.simulate(world, num_users=num_users, seed=seed + 1)
   return drawn, world
 

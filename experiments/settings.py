@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, schema
@@ -21,8 +22,7 @@ def check(config: ConfigDict) -> None:
     InputError: for the first key or value that is wrong.
   """
   schema.check_keys(config)
-  build.weighting_options("pin.weighting", config.pin.weighting)
-  build.named_blocks(config.pin.blocks)
+  build.check_adjustments(config, np.ones(config.groups.num_groups))
   for wrong, key, remedy in (*_of_others(config), *_rules(config)):
     if wrong:
       raise schema.bad(key, _value(config, key), remedy)

@@ -7,7 +7,6 @@ damaged.
 
 import contextlib
 import errno
-import fcntl
 import io
 import os
 import pathlib
@@ -15,8 +14,9 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO
 
+import filelock
 import polars as pl
 from etils import epath
 
@@ -180,11 +180,6 @@ def _brief(error: BaseException) -> str:
   return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _open_directory(path: epath.Path) -> int:
-  flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-  return os.open(os.fspath(path), flags)
-
-
 def check_new(path: epath.PathLike) -> pathlib.Path:
   """The path of a directory to make; raises InputError where it exists."""
   path = pathlib.Path(place("directory", path, here=True))
@@ -211,45 +206,49 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
     WriteError: if it cannot be written; nothing is left then.
   """
   path = check_new(path)
-  partial = path.with_name(f".{path.name}.partial")
-  with writing(path), contextlib.ExitStack() as stack:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-      partial.mkdir()
-    handle = _open_directory(partial)
-    stack.callback(os.close, handle)
-    _hold(handle, f"{path} is being written by another process; wait for it")
-    check_new(path)
-    stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    for left in partial.iterdir():
-      left.unlink()
-    yield partial
-    partial.rename(path)
-
-
-def _hold(handle: int, held: str) -> None:
-  """Locks without waiting; file systems without locks are not guarded."""
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    raise InputError(held) from None
-  except OSError:
-    pass
+  partial, lock = (
+    path.with_name(f".{path.name}.{x}") for x in ("partial", "lock")
+  )
+  with writing(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    busy = f"{path} is being written by another process; wait for it"
+    with locked(lock, busy):
+      try:
+        check_new(path)
+        if os.path.lexists(partial):
+          shutil.rmtree(partial)  # which follows no link
+        partial.mkdir()
+        try:
+          yield partial
+          partial.rename(path)
+        finally:
+          shutil.rmtree(partial, ignore_errors=True)
+      finally:
+        lock.unlink()
 
 
 @contextlib.contextmanager
-def one_at_a_time(directory: epath.PathLike) -> Iterator[Any]:
-  """Lets one process after another into the block, by a lock on a directory.
+def locked(file: epath.PathLike, busy: str | None = None) -> Iterator[None]:
+  """Lets one process after another into the block.
+
+  The lock goes with the process, however it ends.
 
   Args:
-    directory: made where it is missing.
+    file: of the lock, made where it is missing.
+    busy: message where another process has the lock; None waits for it.
+
+  Raises:
+    InputError: with that message.
+    OSError: if there can be no such file.
   """
-  directory = epath.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  handle = _open_directory(directory)
+  # Where there can be no such file, the library would wait for it.
+  os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW))
+  lock = filelock.FileLock(os.fspath(file), timeout=-1 if busy is None else 0)
   try:
-    with contextlib.suppress(OSError):  # a file system without locks
-      fcntl.flock(handle, fcntl.LOCK_EX)
+    lock.acquire()
+  except filelock.Timeout:
+    raise InputError(busy) from None
+  try:
     yield
   finally:
-    os.close(handle)
+    lock.release()

@@ -26,11 +26,10 @@ from etils import epath
 
 from pin_jax import archives, disk
 from pin_jax.data.splits import Split, training_counts
-from pin_jax.evaluation import ranking
-from pin_jax.models import conditioned, plugins
-from pin_jax.models.memory import Memory
-from pin_jax.models.relations import Relations
-from pin_jax.types import InputError, PyTree, Reading
+from pin_jax.models import plugins
+from pin_jax.models.backbones import given
+from pin_jax.models.memory import Memory, known_activeness
+from pin_jax.types import InputError, PluginContext, PyTree
 
 PREFIXES = ("all", "validation", "train")
 _REMEMBERED = "remembered"  # a prefix too; older files have "train" alone
@@ -76,10 +75,11 @@ class Recommender(NamedTuple):
     head_from: least activeness with which somebody new belongs to the head.
     newcomers: the slot that serves somebody new, by segment.
     origin: where it comes from: JSON.
+    reads_activeness: whether the backbone does.
   """
 
   scores: Callable[..., jax.Array]
-  slots: tuple[ranking.Weights, ...]
+  slots: tuple[plugins.Weights, ...]
   users: Users
   item_ids: np.ndarray
   counts: np.ndarray
@@ -88,6 +88,7 @@ class Recommender(NamedTuple):
   head_from: int
   newcomers: tuple[int, ...]
   origin: dict[str, Any]
+  reads_activeness: bool = False
 
 
 class Inputs(NamedTuple):
@@ -113,7 +114,7 @@ class Inputs(NamedTuple):
 
 
 def make_scores(
-  model: ranking.Model, *, num_items: int, length: int
+  model: plugins.Model, *, num_items: int, length: int
 ) -> Callable[..., jax.Array]:
   """Builds the scores of all items, a pure function of trees of arrays.
 
@@ -135,18 +136,17 @@ def make_scores(
     backbone: PyTree, plugin: PyTree, tables: PyTree, inputs: dict[str, Any]
   ) -> jax.Array:
     frozen = plugins.adapted(model.plugin, plugin, backbone)
-    given = Inputs(**inputs)
-    rows = given.history.shape[0]
-    history = conditioned.given(frozen, given.history, given.behaviours)
+    read = Inputs(**inputs)
+    rows = read.history.shape[0]
+    history = given(model.backbone, read.history, read.behaviours)
     context = model.backbone.encode(frozen, history, None)
     states = model.backbone.at(
       context, jnp.arange(rows), jnp.full(rows, length - 1)
     )
-    evidence, reading = _read(tables, given)
-    weights = ranking.Weights(frozen, plugin, evidence)
-    logits = ranking.score_items(
-      model, ranking.States(states, reading, weights), None
-    )[:, : num_items + 1]
+    memory, context = _read(tables, read)
+    weights = plugins.Weights(frozen, plugin, memory)
+    logits = plugins.logits(model, weights, states, context, None)
+    logits = logits[:, : num_items + 1]
     return jnp.where(jnp.arange(num_items + 1) > 0, logits, -jnp.inf)
 
   def one_by_one(
@@ -168,13 +168,13 @@ def make_scores(
   return one_by_one if _attends(model, length) else scores
 
 
-def _attends(model: ranking.Model, length: int) -> bool:
+def _attends(model: plugins.Model, length: int) -> bool:
   """Whether the representation depends on the candidate."""
 
   def represented(key: jax.Array) -> jax.Array:
     params = model.backbone.init(key)
-    history = conditioned.given(
-      params, jnp.ones((1, length), jnp.int32), jnp.ones(1, jnp.int32)
+    history = given(
+      model.backbone, jnp.ones((1, length), jnp.int32), jnp.ones(1, jnp.int32)
     )
     context = model.backbone.encode(params, history, None)
     states = model.backbone.at(context, jnp.zeros(1, int), jnp.zeros(1, int))
@@ -183,43 +183,38 @@ def _attends(model: ranking.Model, length: int) -> bool:
   return jax.eval_shape(represented, jax.random.key(0)).shape[1] == 2
 
 
-def tables_of(evidence: plugins.Evidence | None) -> dict[str, PyTree] | None:
-  """What a plugin's evidence holds of items, without that of users."""
-  if evidence is None:
+def tables_of(memory: Memory | None) -> dict[str, PyTree] | None:
+  """What a plugin's memory holds of items, without that of users."""
+  if memory is None:
     return None
-  built = evidence.memory
   return {
-    "neighbours": built.neighbours, "counts": built.counts,
-    "totals": built.totals, "kernel": built.kernel,
-    "interactions": built.popularity, "popularity": evidence.popularity,
-    # A plain tuple, which a program can be saved with.
-    "relations": evidence.relations and tuple(evidence.relations),
+    "neighbours": memory.neighbours, "counts": memory.counts,
+    "totals": memory.totals, "kernel": memory.kernel,
+    "interactions": memory.interactions, "popularity": memory.popularity,
+    "relations": (memory.related, memory.related_scores),
   }
 
 
 def _read(
-  tables: dict[str, PyTree] | None, given: Inputs
-) -> tuple[plugins.Evidence | None, Reading | None]:
-  """The evidence and reading of the B users, who are numbered 0..B-1."""
+  tables: dict[str, PyTree] | None, read: Inputs
+) -> tuple[Memory | None, PluginContext | None]:
+  """The memory and context of the B users, who are numbered 0..B-1."""
   if tables is None:
     return None, None
-  rows, recent = given.recent.shape
-  built = Memory(
+  rows, recent = read.recent.shape
+  memory = Memory(
     tables["neighbours"], tables["counts"], tables["totals"],
-    tables["interactions"], given.own, given.starts, given.place.reshape(-1),
+    *tables["relations"], tables["interactions"], tables["popularity"],
+    read.activeness, read.own, read.starts, read.place.reshape(-1),
     tables["kernel"],
   )
-  related = tables["relations"] and Relations(*tables["relations"])
-  evidence = plugins.Evidence(
-    built, given.activeness, tables["popularity"], related
-  )
   place = jnp.arange(rows * recent).reshape(rows, recent)
-  return evidence, Reading(jnp.arange(rows), given.recent, place)
+  return memory, PluginContext(jnp.arange(rows), read.recent, place)
 
 
 def make(
-  model: ranking.Model,
-  slots: Sequence[ranking.Weights],
+  model: plugins.Model,
+  slots: Sequence[plugins.Weights],
   split: Split,
   *,
   segments: np.ndarray,
@@ -233,8 +228,8 @@ def make(
 
   Args:
     model: backbone and plugin.
-    slots: parameters by slot, of one plugin each; the evidence is that of
-      `plugins.make_evidence`, or None.
+    slots: parameters by slot, of one plugin each; the evidence is a Memory or
+      None.
     split: of the training data.
     segments: [U], by activeness; 1 = head.
     served_by: [U], each user's slot.
@@ -267,7 +262,7 @@ def make(
     tuple(s._replace(evidence=tables[id(s.evidence)]) for s in slots),
     users, data.item_ids, counts, length, recent,
     head_from(split.activeness, users.segments), tuple(newcomers),
-    dict(origin),
+    dict(origin), model.backbone.reads_activeness,
   )
 
 
@@ -558,7 +553,7 @@ def _inputs(
   remembered = users.ends.get(_REMEMBERED, trained)
   lengths = (requests.ends - requests.starts)[index]
   behaviours = np.where(known >= 0, trained[known], lengths)
-  if conditioned.reads(recommender.slots[0].backbone):
+  if recommender.reads_activeness:
     inputs["behaviours"] = behaviours.astype(np.int32)
   if not recent:
     return inputs
@@ -577,7 +572,7 @@ def _inputs(
   missing = _rounded(len(own)) - len(own)
   return inputs | {
     "recent": np.ascontiguousarray(newest),
-    "activeness": plugins.known_activeness(behaviours, trained),
+    "activeness": known_activeness(behaviours, trained),
     "own": np.array(own + [0] * missing, np.int32),
     "starts": starts,
     "place": place,
@@ -709,7 +704,7 @@ def save(
 
 
 def _flat(
-  slots: Sequence[ranking.Weights],
+  slots: Sequence[plugins.Weights],
 ) -> tuple[list[list[int]], dict[str, np.ndarray]]:
   """(numbers of each slot's trees, arrays by name); each tree once."""
   numbers, arrays, known = [], {}, {}
@@ -733,7 +728,7 @@ def _export(
   recent = recommender.recent
   whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   inputs = {"history": whole(rows, recommender.length)}
-  if conditioned.reads(recommender.slots[0].backbone):
+  if recommender.reads_activeness:
     inputs["behaviours"] = whole(rows)
   if recent:
     inputs |= {
@@ -852,6 +847,7 @@ def _from_members(
     np.concatenate([np.zeros(1, np.float32), items["interactions"].to_numpy()]),
     manifest["length"], manifest["recent"], manifest["head_from"],
     tuple(manifest["newcomers"]), manifest["origin"],
+    "behaviours" in args[3],
   )
   _check_contents(made, exported.out_avals, args[3])
   return made
@@ -867,7 +863,7 @@ def _check_contents(
   related = [t["relations"][0] for t in tables if t["relations"] is not None]
   within = lambda x, low, high: x.size and low <= x.min() and x.max() <= high
   asked = {"history"}
-  if conditioned.reads(made.slots[0].backbone):
+  if made.reads_activeness:
     asked |= {"behaviours"}
   if made.recent:
     asked |= {"recent", "activeness", "own", "starts", "place"}
@@ -912,9 +908,9 @@ def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
 
 def _slots(
   slots: list[list[int]], arrays: dict[str, np.ndarray], args: Sequence[Any]
-) -> tuple[ranking.Weights, ...]:
+) -> tuple[plugins.Weights, ...]:
   """The trees of `_flat` again, in the shapes that the program takes."""
-  likes = ranking.Weights(*args[:3])
+  likes = plugins.Weights(*args[:3])
   made = {}
   for numbers in slots:
     for field, number in zip(likes._fields, numbers, strict=True):
@@ -922,7 +918,7 @@ def _slots(
         like = getattr(likes, field)
         made[number] = _tree(arrays, f"{field}/{number}/", like)
   return tuple(
-    ranking.Weights(*(made[number] for number in numbers))
+    plugins.Weights(*(made[number] for number in numbers))
     for numbers in slots
   )
 

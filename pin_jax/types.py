@@ -94,6 +94,8 @@ class Backbone(NamedTuple):
       and `score` gives the logits of the rows there are.
     packed: rows that are encoded at a time, several histories in each (see
       `packing`); 0 = one history a row, all at once.
+    reads_activeness: whether `encode` wants the users' activeness, in Histories
+      or Rows (see `backbones.conditioned`).
 
   Candidates are item indices [C] (shared by all rows) or [M, C], or None for
   the whole catalogue with padding, 0..V in order.
@@ -106,9 +108,10 @@ class Backbone(NamedTuple):
   score: Callable[[PyTree, jax.Array, jax.Array | None], jax.Array]
   tables: tuple[str, ...] = ()
   packed: int = 0
+  reads_activeness: bool = False
 
 
-class Reading(NamedTuple):
+class PluginContext(NamedTuple):
   """What a plugin may read of a position besides its state; leading axes [M].
 
   Attributes:
@@ -132,11 +135,11 @@ class Plugin(NamedTuple):
     init: key -> params of one segment.
     apply: (params, representations [..., D]) -> [..., D].
     adapt: (params, backbone params) -> the params that encode and score.
-    mix: (params, evidence, representation [M, D], Reading, logits [M, C],
+    mix: (params, evidence, representation [M, D], PluginContext, logits [M, C],
       candidates) -> logits [M, C]; what the evidence is, the plugin says. The
       representation is that of the padding item where it depends on the
       candidate.
-    recent: H of the Reading, at most L; 0 = none.
+    recent: H of the PluginContext, at most L; 0 = none.
   """
 
   init: Callable[[jax.Array], PyTree]

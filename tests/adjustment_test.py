@@ -23,8 +23,7 @@ from experiments.methods import METHODS
 from pin_jax import aggregation
 from pin_jax.data import activeness, batches, simulator, splits
 from pin_jax.data.interactions import from_columns
-from pin_jax.training import objectives, propensity
-from pin_jax.training.loop import fit
+from pin_jax.training import loop, objectives, propensity
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -42,10 +41,10 @@ FORMS = ("observational", "prior_shifted", "interventional")
 
 
 def make_world(confounding):
-  return simulator.make_world(
-    seed=9, num_items=NUM_ITEMS, borders=BORDERS, confounding=confounding,
+  return simulator.make_world(simulator.WorldSpec(
+    num_items=NUM_ITEMS, borders=BORDERS, confounding=confounding,
     scale=2.5, rank=4, prior_decay=0.5,
-  )
+  ), seed=9)
 
 
 def one_item_windows():
@@ -110,16 +109,13 @@ def problem(confounding):
 
 
 def run(step, state, sequences, pool, frozen, num_steps):
-  """`fit` from start to end; -> (params, stacked logs)."""
-  logs = []
-  result = fit(
+  """The loop from start to end; -> (params, stacked logs)."""
+  _, *events, result = loop.run(
     step, state, Operands(jax.random.key(0), sequences, pool, frozen),
-    name="adjustment", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
-    evaluate_every=num_steps, dispatch=num_steps // 2,
-    on_steps=lambda t, log: logs.append(log),
+    loop.Plan(num_steps, num_steps, dispatch=num_steps // 2),
   )
-  merged = jax.tree.map(lambda *x: np.concatenate(x), *logs)
-  return result.best, merged
+  logs = [event.logs for event in events]
+  return result.best, jax.tree.map(lambda *x: np.concatenate(x), *logs)
 
 
 def train(
@@ -228,25 +224,6 @@ def test_closed_forms_differ_where_activeness_confounds():
       assert (apart > 0.1) == (p != q), (p, q, apart)
 
 
-def test_closed_forms_by_hand():
-  """The simulator's limits from sums over strata in numpy."""
-  world = make_world(0.9)
-  forms = closed_forms(world)
-  share, _ = event_distribution(world)
-  for x in range(NUM_ITEMS):
-    for weights, form in ((share, "observational"),
-                          (world.prior, "prior_shifted")):
-      strata = weights * world.initial[:, x]
-      np.testing.assert_allclose(
-        forms[form][x], strata / strata.sum() @ world.transition[:, x],
-        rtol=1e-4,
-      )
-    np.testing.assert_allclose(
-      forms["interventional"][x], world.prior @ world.transition[:, x],
-      rtol=1e-4,
-    )
-
-
 @pytest.mark.parametrize("kind", LIMITS)
 def test_training_converges_to_its_own_limit(kind):
   rule, own, tolerance = LIMITS[kind]
@@ -339,7 +316,7 @@ def test_shares_are_those_of_the_classifiers_batches(draw, mean):
   weights = np.asarray(objectives.position_weights(batch.targets, mean))
   observed = np.bincount(groups[batch.users], weights.sum(-1))
   got = propensity.event_shares(
-    split, groups, num_groups=3, length=5, draw=draw, mean=mean
+    split, groups, 3, batches.Draw(1, 5, draw, mean)
   )
   np.testing.assert_allclose(got, observed, atol=0.01)
   counted = batches.training_targets(split)

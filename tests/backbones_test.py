@@ -10,11 +10,11 @@ from references import ITEMS, LENGTH, WIDTH, wide
 from toys import noisy
 
 from pin_jax.data.batches import Sequences
-from pin_jax.evaluation.ranking import Model, Weights, make_ranker
+from pin_jax.evaluation.ranking import make_ranker
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
-from pin_jax.models.plugins import bottleneck
+from pin_jax.models.plugins import Model, Weights, bottleneck
 from pin_jax.models.sasrec import sasrec
 from pin_jax.training import objectives
 from pin_jax.types import Batch, InputError, Plugin, Requests
@@ -192,7 +192,7 @@ def test_bad_dropout_and_long_histories_are_refused(name, model):
   for rate in (1.0, -0.1):
     with pytest.raises(InputError, match=f"dropout={rate}"):
       BUILDERS[name](dropout=rate)
-  with pytest.raises(InputError, match="a history of 9 .* backbone.length=8"):
+  with pytest.raises(InputError, match="a history of 9 .* length=8"):
     backbone.encode(params, jnp.ones((1, LENGTH + 1), jnp.int32), None)
 
 
@@ -279,7 +279,7 @@ def test_plugin_training_starts_at_the_backbones_loss(name, model):
   batch, plugin = _batch(), bottleneck(WIDTH)
   params = jax.jit(plugin.init)(jax.random.key(1))
   loss = objectives.next_item_loss(
-    objectives.with_reading(backbone),
+    objectives.with_plugin_context(backbone),
     objectives.plugin_head(backbone, plugin), chunk=4,
   )
 

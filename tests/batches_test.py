@@ -11,6 +11,7 @@ import scipy.stats
 
 from pin_jax.data.batches import (
   Pool,
+  Windows,
   cut_windows,
   draw_batch,
   draw_held_out,
@@ -121,9 +122,8 @@ def test_tiles_hold_every_target_once_whatever_the_offset(
   users, offsets, first = np.asarray(rows, np.int32).T
   sequences = make_sequences(split)
   cut = jax.jit(cut_windows, static_argnames="length")
-  batch = cut(
-    sequences, users, first, sequences.targets[users], length=length
-  )
+  windows = Windows(users, first, sequences.targets[users], users < 0)
+  batch = cut(sequences, windows, length=length)
   seen = {}
   for i, (user, offset, start) in enumerate(rows):
     read, targets = _window(histories[user], start, length)

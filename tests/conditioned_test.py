@@ -1,20 +1,18 @@
 """Activeness as an input of the backbone: against numpy, packed, on every way.
 """
 
-import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 from references import ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
-from experiments import build, logs, settings, stages
+from experiments import build, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
@@ -23,8 +21,8 @@ from pin_jax.aggregation import weightings
 from pin_jax.data import batches, splits, stored
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
-from pin_jax.models import packing
-from pin_jax.models.conditioned import conditioned, given
+from pin_jax.models import packing, plugins
+from pin_jax.models.backbones import conditioned, given
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
@@ -72,7 +70,7 @@ def logits_of(backbone, params, history, activeness):
   @jax.jit
   def run(params, history, activeness):
     rows, columns = jnp.indices(history.shape).reshape(2, -1)
-    read = given(params, history, activeness)
+    read = given(backbone, history, activeness)
     states = backbone.at(
       packing.encode(backbone, params, read), rows, columns
     )
@@ -118,7 +116,7 @@ def test_the_start_is_the_plain_model_to_the_bit(name, model):
 
 def test_histories_without_activeness_are_refused(model):
   backbone, params = model
-  with pytest.raises(ValueError, match="'activeness'; give"):
+  with pytest.raises(ValueError, match="reads activeness; give"):
     logits_of(backbone, params, HISTORY, None)
 
 
@@ -143,7 +141,7 @@ def test_every_path_has_the_gradient_of_the_sum_of_losses(name, model):
     for g in range(2):
       history, targets, told = of.history[g], of.targets[g], of.activeness[g]
       rows, columns = np.argwhere(targets > 0).T
-      context = backbone.encode(params, given(params, history, told), None)
+      context = backbone.encode(params, given(backbone, history, told), None)
       states = backbone.at(context, rows, columns)
       represented = backbone.represent(params, states, None)
       logits = backbone.score(params, represented, None)[:, 1:]
@@ -205,7 +203,7 @@ def test_batches_tell_the_training_interactions_alone(split, tmp_path):
   for batch in (
     batches.draw_batch(key, sequences, pool, draw="users", **sizes),
     batches.draw_held_out(key, sequences, held_out, **sizes),
-    streaming.read_windows(
+    batches.cut_windows(
       on_disk, jax.tree.map(np.asarray, windows), length=LENGTH
     ),
   ):
@@ -233,9 +231,9 @@ def test_ranks_read_training_activeness_in_validation_and_test(split, tmp_path):
   backbone = conditioned(BUILDERS["gru4rec"]())
   params = noisy(backbone.init)
   params["activeness"] *= 4
-  weights = ranking.Weights(params, None)
+  weights = plugins.Weights(params, None)
   rank = ranking.make_ranker(
-    ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH
+    plugins.Model(backbone, None), num_items=ITEMS, length=LENGTH
   )
   streamed = streaming.make_ranker(
     rank, on_disk, users=16, layout=sharding.LOCAL
@@ -261,7 +259,7 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    ranking.Model(backbone, None), [ranking.Weights(params, None)],
+    plugins.Model(backbone, None), [plugins.Weights(params, None)],
     split, segments=np.zeros(USERS, int), served_by=np.zeros(USERS, int),
     newcomers=(0, 0), length=LENGTH, origin={},
   )
@@ -303,10 +301,7 @@ def tiny(**changes):
 def trained(made, workdir):
   problem = make_problem(made)
   networks = build.networks_of(made, problem)
-  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
-  out = stages.Trainer(
-    made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress
-  )
+  out = stages.Trainer(made, problem, networks, epath.Path(workdir), (0,))
   for stage in stages_of(selected(made)):
     out.train(stage)
   return {name: found[0].best for name, found in out.trained.items()}

@@ -36,43 +36,52 @@ def _last_logits(backbone, candidates, history=HISTORY):
   return run
 
 
-def _chunks_of(candidates):
-  """The budget that lets so many candidates of two rows live at a time."""
-  return 2 * LENGTH * UNIT * candidates
+@pytest.fixture
+def candidates_at_once(monkeypatch):
+  """Sets how many candidates of two rows live at a time; their activations."""
+
+  def set_to(count):
+    most = 2 * LENGTH * UNIT * count
+    monkeypatch.setattr("pin_jax.models.din._MAX_ELEMENTS", most)
+    return most
+
+  return set_to
 
 
 @pytest.mark.parametrize("form", ["shared", "own", "all"])
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_inner_chunks_change_nothing(form, chunk):
+def test_inner_chunks_change_nothing(candidates_at_once, form, chunk):
   candidates = {
     "shared": jnp.asarray([4, 0, 12, 4, 7]),
     "own": jnp.asarray([[4, 0, 12, 4, 7], [1, 2, 3, 4, 5]]),
     "all": None,
   }[form]
-  whole = _build()
-  params = noisy(whole.init)
+  params = noisy(_build().init)
 
-  def run(backbone):
-    logits = _last_logits(backbone, candidates)
+  def run():
+    logits = _last_logits(_build(), candidates)
     loss = lambda p: jnp.sum(jnp.sin(logits(p)))
     return jax.jit(jax.value_and_grad(loss))(params)
 
-  want, got = run(whole), run(_build(max_elements=_chunks_of(chunk)))
-  assert_trees_close(got, want)
+  want = run()
+  candidates_at_once(chunk)
+  assert_trees_close(run(), want)
 
 
-def test_memory_of_the_activation_unit_follows_the_budget():
-  params = noisy(_build().init)
+def test_memory_of_the_activation_unit_follows_the_budget(candidates_at_once):
+  backbone = _build()
+  params = noisy(backbone.init)
 
-  def largest(backbone):
+  def largest():
     states = jnp.asarray(HISTORY), jnp.ones(HISTORY.shape)
     loss = lambda p: backbone.represent(p, states, None).sum()
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
     return max(math.prod(map(int, s.split(","))) for s in shapes)
 
-  assert largest(_build()) >= _chunks_of(ITEMS + 1)
-  assert largest(_build(max_elements=_chunks_of(5))) == _chunks_of(5)
+  whole = largest()
+  few = candidates_at_once(5)
+  assert largest() == few and whole >= few * (ITEMS + 1) / 5
 
 
 def test_the_order_of_the_history_does_not_matter():
@@ -96,5 +105,5 @@ def test_dropout_leaves_out_items_and_keeps_the_mean():
 
 @pytest.mark.parametrize("option", ["attention_hidden", "hidden"])
 def test_widths_below_one_are_refused(option):
-  with pytest.raises(InputError, match=f"backbone.{option}=0"):
+  with pytest.raises(InputError, match=f"{option}=0"):
     din(ITEMS, **{option: 0})

@@ -71,17 +71,20 @@ def test_examples_of_the_data_page():
 
 
 @pytest.mark.usefixtures("compile_quickly")
-def test_the_ten_lines_of_the_readme():
-  [block] = _blocks(ROOT / "README.md")
-  assert sum(bool(line.strip()) for line in block.splitlines()) <= 10
+@pytest.mark.parametrize("page", ["README.md", "docs/README.md"])
+def test_plain_examples(page):
+  [block] = _blocks(ROOT / page)
   names = {}
   exec(block, names)  # noqa: S102
   grads = jax.vmap(jax.grad(names["group_loss"]), (None, 0, 0))(
     names["params"], names["groups"], names["keys"]
   )
-  want = 0.8 * grads[0] + 0.2 * grads[1]
-  assert np.abs(want).max() > 0.1
-  np.testing.assert_allclose(names["out"].gradient, want, rtol=1e-6)
+  leaves = zip(*map(jax.tree.leaves, (names["out"].gradient, grads)),
+               strict=True)
+  for got, grad in leaves:
+    want = 0.8 * grad[0] + 0.2 * grad[1]
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_the_tutorial_runs_from_csv_to_comparison(tmp_path):

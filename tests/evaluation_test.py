@@ -8,23 +8,21 @@ import scipy.special
 import scipy.stats
 import sklearn.metrics
 
-from pin_jax.data.batches import make_sequences
+from pin_jax.data.batches import last_items, make_sequences
 from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
 from pin_jax.evaluation.metrics import ndcg
 from pin_jax.evaluation.ranking import (
-  Model,
   Requests,
-  Weights,
   draw_unseen,
   make_log_probabilities,
   make_ranker,
   make_sampled_ranker,
-  read_windows,
 )
 from pin_jax.models import sasrec as lib
-from pin_jax.models.plugins import bottleneck, init_stacked
+from pin_jax.models.backbones import tied_score
+from pin_jax.models.plugins import Model, Weights, bottleneck, init_stacked
 from pin_jax.types import Backbone, InputError, Plugin
 
 ITEMS, LENGTH, WIDTH, USERS = 30, 5, 4, 23
@@ -59,9 +57,9 @@ def _bag():
   return Backbone(
     init=lambda key: None,
     encode=lambda p, history, key: jnp.cumsum(p["items"][history], axis=1),
-    at=lib.take_position,
-    represent=lib.add_candidate_axis,
-    score=lib.tied_score,
+    at=lambda context, rows, columns: context[rows, columns],
+    represent=lambda params, states, candidates: states[:, None],
+    score=tied_score,
   )
 
 
@@ -301,7 +299,7 @@ def test_windows_hold_the_items_before_the_position(split, sequences):
   data = split.interactions
   users = jnp.asarray([5, 5, 0, 2])
   positions = jnp.asarray([split.test[5], 0, 2, split.validation[2]])
-  got = read_windows(sequences, users, positions, LENGTH)
+  got, _ = last_items(sequences, users, positions, LENGTH)
   for row, user, position in zip(got, users, positions, strict=True):
     start = data.offsets[user]
     read = data.items[start : start + position].tolist()[-LENGTH:]

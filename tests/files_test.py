@@ -175,7 +175,7 @@ class TestIds:
         found = getattr(files.read(path), f"{role}_ids").tolist()
         assert found == [1, 2**digits - 1]
         continue
-      said = rf"{role}s\[1\].*2\^{digits}.*strings"
+      said = rf"row 2: {role} column '{role}'.*2\^{digits}.*strings"
       with pytest.raises(InputError, match=said):
         files.read(path)
 
@@ -304,7 +304,7 @@ class TestTimes:
   ])
   def test_bad(self, write, texts, line, value):
     rows = "".join(f"1,2,{text}\n" for text in texts)
-    with pytest.raises(InputError, match=f"line {line}: time {value}"):
+    with pytest.raises(InputError, match=f"line {line}: time.*= {value}"):
       files.read(write("a.csv", "user,item,time\n" + rows))
 
   def test_bad_in_parquet(self, tmp_path):
@@ -314,7 +314,7 @@ class TestTimes:
     with pytest.raises(InputError, match="row 2: time column 'time' is empty"):
       files.read(path)
     frame.fill_null(float("nan")).write_parquet(path)
-    with pytest.raises(InputError, match="row 2: time nan"):
+    with pytest.raises(InputError, match="row 2: time column 'time' = nan"):
       files.read(path)
 
 
@@ -347,7 +347,7 @@ class TestBadFiles:
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 
-  @pytest.mark.parametrize("suffix", sorted(files.READERS))
+  @pytest.mark.parametrize("suffix", files.SUFFIXES)
   def test_missing_and_directory(self, tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     with pytest.raises(InputError, match="does not exist"):
@@ -362,16 +362,11 @@ class TestBadFiles:
     with pytest.raises(InputError, match="no column 'x', only .*'item'"):
       files.read(path, **{role: "x"})
 
-  @pytest.mark.parametrize("separator", ["", "::", "é"])
+  @pytest.mark.parametrize("separator", ["", "::", "é", "\n", '"', "\0", 5])
   def test_bad_separator(self, write, separator):
     path = write("a.csv", "user,item,time\n1,2,3\n")
     with pytest.raises(InputError, match="give one character"):
       files.read(path, separator=separator)
-
-  @pytest.mark.parametrize("separator", ["\n", '"', "\0", 5])
-  def test_what_separates_nothing(self, write, separator):
-    with pytest.raises(InputError, match="give one character"):
-      files.read_csv(write("a.csv", "user,item\n1,2\n"), separator=separator)
 
   @pytest.mark.parametrize("name, header, seems", [
     ("a.csv", "user;item;time", "';'"), ("a.csv", "who|what", "'|'"),
@@ -437,12 +432,9 @@ class TestPaths:
     ("s3://bucket/a.csv", "not on this machine"),
     ("https://x.org/a.csv", "not on this machine"), (None, "path=None"),
   ])
-  @pytest.mark.parametrize("read", [
-    files.read, files.read_csv, files.read_inter, files.read_parquet
-  ])
-  def test_what_is_no_path(self, path, says, read):
+  def test_what_is_no_path(self, path, says):
     with pytest.raises(InputError, match=says):
-      read(path)
+      files.read(path)
 
 
 @pytest.mark.shared_data

@@ -6,8 +6,8 @@ import references
 from references import ITEMS, LENGTH, WIDTH
 from toys import noisy
 
+from pin_jax.models.backbones import tied_score
 from pin_jax.models.gru4rec import gru4rec
-from pin_jax.models.sasrec import tied_score
 
 HISTORY = np.asarray([[0, 0, 0, 5, 2, 9, 4, 1], [7, 3, 11, 8, 12, 6, 10, 2]])
 

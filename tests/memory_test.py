@@ -13,7 +13,7 @@ from pin_jax.types import InputError
 from tests.toys import split_of, training_rows
 
 ITEMS, WINDOW, DECAY = 12, 3, 0.6
-OPTIONS = {"history_decay": 0.8, "shrink": 2.0, "popularity_power": 0.25}
+OPTIONS = memory.Options(window=WINDOW, decay=DECAY, neighbours=ITEMS)
 
 
 def _split(seed=0, users=9):
@@ -73,9 +73,7 @@ def _score(split, user, position, channel, recent=4):
 @pytest.mark.parametrize("channel", memory.CHANNELS)
 def test_the_table_equals_a_loop_over_pairs(channel):
   split = _split()
-  built = memory.build(
-    split, channels=(channel,), window=WINDOW, decay=DECAY, neighbours=ITEMS
-  )
+  built = memory.build(split, OPTIONS._replace(channels=(channel,)))
   want = _counts(_training(split), channel)
   got = np.zeros((ITEMS + 1, ITEMS + 1))
   near, counts = np.asarray(built.neighbours), np.asarray(built.counts[0])
@@ -93,8 +91,9 @@ def test_the_table_equals_a_loop_over_pairs(channel):
 
 def test_a_row_keeps_its_largest_entries():
   split = _split()
-  options = {"channels": ("around",), "window": WINDOW, "decay": DECAY}
-  few = memory.build(split, neighbours=2, **options)
+  few = memory.build(
+    split, OPTIONS._replace(channels=("around",), neighbours=2)
+  )
   want = _counts(_training(split), "around")
   for a in range(1, ITEMS + 1):
     row = [want[a, b] for b in range(1, ITEMS + 1)]
@@ -106,19 +105,16 @@ def test_a_row_keeps_its_largest_entries():
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_scores_equal_a_loop_without_the_user(part):
   split = _split()
-  built = memory.build(
-    split, channels=memory.CHANNELS, window=WINDOW, decay=DECAY,
-    neighbours=ITEMS,
-  )
+  built = memory.build(split, OPTIONS)
   users = np.arange(split.interactions.num_users)
   positions = getattr(split, part)
-  reading = read_back(
+  context = read_back(
     make_sequences(split), jnp.asarray(users), jnp.asarray(positions - 1), 4
   )
-  run = jax.jit(lambda reading: memory.dense(
-    memory.consult(built, reading, **OPTIONS), None, ITEMS
+  run = jax.jit(lambda context: memory.dense(
+    memory.lookup(built, context, OPTIONS), None, ITEMS
   ))
-  got = np.asarray(run(reading))
+  got = np.asarray(run(context))
   for k, channel in enumerate(memory.CHANNELS):
     for u in users:
       want = _score(split, u, positions[u], channel)
@@ -140,11 +136,10 @@ def test_own_repeats_equal_a_loop_over_the_history(recent):
     for age, item in enumerate(own[position::-1][:recent]):
       want[item] += 0.8**age
     several += max(np.bincount(own[: position + 1][-recent:])) > 1
-    reading = read_back(
+    context = read_back(
       sequences, jnp.asarray([user]), jnp.asarray([position]), recent
     )
-    sparse = memory.repeats(reading, 0.8)
-    got = memory.dense(sparse, None, ITEMS)
+    got = memory.dense(memory.repeats(context, 0.8), None, ITEMS)
     np.testing.assert_allclose(got[0, 0], want, rtol=1e-6)
   assert several > 20 or recent == 1
 
@@ -162,17 +157,14 @@ def test_only_the_training_prefix_is_asked_for_repeats():
 
 def test_a_users_own_sequence_leaves_no_trace():
   """Whatever a user did, what it is told of an item depends on the others."""
-  split = _split()
-  built = memory.build(split, channels=("after",), neighbours=ITEMS)
-  rows = _training(split)
   alone = split_of([[1, 2, 3, 4, 5]])
-  single = memory.build(alone, channels=("after",), neighbours=4)
-  reading = read_back(
+  single = memory.build(alone, memory.Options(neighbours=4))
+  assert np.asarray(single.counts).sum() > 0
+  context = read_back(
     make_sequences(alone), jnp.zeros(1, jnp.int32), jnp.asarray([2]), 3
   )
-  sparse = memory.consult(single, reading, **OPTIONS)
-  np.testing.assert_array_equal(sparse.scores, 0)
-  assert np.asarray(built.counts).sum() > 0 and len(rows) == 10
+  found = memory.lookup(single, context, memory.Options())
+  np.testing.assert_array_equal(found.scores, 0)
 
 
 @pytest.mark.parametrize("candidates", [
@@ -180,33 +172,45 @@ def test_a_users_own_sequence_leaves_no_trace():
 ])
 def test_candidates_are_columns_of_the_whole(candidates):
   rng = np.random.default_rng(1)
-  sparse = memory.Sparse(
-    jnp.asarray(rng.integers(0, ITEMS + 1, (3, 8))),
+  found = memory.Scores(
+    jnp.asarray(rng.integers(0, ITEMS + 1, (2, 3, 8))),
     jnp.asarray(rng.normal(size=(2, 3, 8)), jnp.float32),
   )
   want = np.zeros((2, 3, ITEMS + 1))
   for k in range(2):
     for m in range(3):
       for e in range(8):
-        want[k, m, sparse.items[m, e]] += sparse.scores[k, m, e]
-  whole = memory.dense(sparse, None, ITEMS)
+        want[k, m, found.items[k, m, e]] += found.scores[k, m, e]
+  whole = memory.dense(found, None, ITEMS)
   np.testing.assert_allclose(whole, want, rtol=1e-5, atol=1e-6)
   candidates = np.asarray(candidates)
   chosen = np.broadcast_to(candidates, (3, candidates.shape[-1]))
-  got = memory.dense(sparse, jnp.asarray(candidates), ITEMS)
+  got = memory.dense(found, jnp.asarray(candidates), ITEMS)
   np.testing.assert_allclose(
     got, np.take_along_axis(want, chosen[None], -1), rtol=1e-5, atol=1e-6
   )
 
 
 @pytest.mark.parametrize(("options", "message"), [
-  ({"channels": ("sideways",)}, "memory.channels"),
-  ({"channels": ()}, "memory.channels"),
-  ({"window": 0}, "memory.window=0"),
-  ({"neighbours": 0}, "memory.neighbours=0"),
-  ({"decay": 0.0}, "memory.decay=0.0"),
-  ({"decay": 1.5}, "memory.decay=1.5"),
+  ({"channels": ("sideways",)}, "channels="),
+  ({"channels": ()}, "channels="),
+  ({"relations": ("likeness",)}, "relations="),
+  ({"relations": ("cosine", "cosine")}, "each once"),
+  ({"window": 0}, "window=0"),
+  ({"neighbours": 0}, "neighbours=0"),
+  ({"decay": 0.0}, "decay=0.0"),
+  ({"decay": 1.5}, "decay=1.5"),
+  ({"ridge": 0.0}, "ridge=0.0"),
 ])
 def test_bad_options_are_refused(options, message):
   with pytest.raises(InputError, match=message):
-    memory.build(_split(), **options)
+    memory.build(_split(), memory.Options(**options))
+
+
+def test_too_many_items_for_a_dense_system_are_refused():
+  options = memory.Options(relations=("linear",))
+  memory.check(options, memory.MOST_ITEMS)
+  few = memory.Options(relations=("cosine", "two_step"))
+  memory.check(few, memory.MOST_ITEMS + 1)
+  with pytest.raises(InputError, match="50,001 x 50,001.*rare items"):
+    memory.check(options, memory.MOST_ITEMS + 1)

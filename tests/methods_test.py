@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import build, job, logs, serve, settings, stages, workdir
+from experiments import build, job, serve, settings, stages, workdir
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
 from pin_jax import serving
@@ -34,10 +34,9 @@ def _config(**changes):
 
 
 def _trainer(config, problem, directory):
-  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
   return stages.Trainer(
     config, problem, build.networks_of(config, problem), epath.Path(directory),
-    (0,), logs.NoLog(), progress,
+    (0,),
   )
 
 
@@ -183,12 +182,11 @@ def test_nothing_that_is_learnt_depends_on_a_test_target(refitted, tmp_path):
     for stage in job.stages_of(selected(config)):
       made.train(stage)  # the first time it is read
     evidence, before = map(made._networks.evidence, (True, False))
-    more = evidence.memory.popularity.sum() - before.memory.popularity.sum()
+    more = evidence.interactions.sum() - before.interactions.sum()
     assert more == len(problem.segments)  # a validation target of everybody
     np.testing.assert_array_equal(evidence.activeness, before.activeness)
-    memory = evidence.memory._replace(place=None)  # of all interactions
     best = {name: runs[0].best for name, runs in made.trained.items()}
-    learnt.append((best, evidence._replace(memory=memory)))
+    learnt.append((best, evidence._replace(place=None)))  # of all interactions
   jax.tree.map(np.testing.assert_array_equal, *learnt)
 
 

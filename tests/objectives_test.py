@@ -15,15 +15,14 @@ from pin_jax import aggregation
 from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.models import plugins, sasrec
-from pin_jax.training import losses, negatives, objectives
-from pin_jax.training.loop import fit
+from pin_jax.models.backbones import tied_score
+from pin_jax.training import loop, losses, negatives, objectives
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
   Operands,
   backbone_step,
   init_state,
-  plugin_step,
 )
 from pin_jax.types import Backbone, Batch
 
@@ -62,7 +61,8 @@ def _target_attention():
 
   return Backbone(
     init, lambda params, history, key=None: params["items"][history],
-    sasrec.take_position, represent, sasrec.tied_score,
+    lambda context, rows, columns: context[rows, columns], represent,
+    tied_score,
   )
 
 
@@ -171,7 +171,7 @@ def test_plugins_see_the_same_logits():
 
   value, grad = run(
     objectives.plugin_head(backbone, plugin), params, (frozen, None),
-    (context, None), objectives.with_reading(backbone),
+    (context, None), objectives.with_plugin_context(backbone),
   )
   want, _ = run(
     objectives.backbone_head(backbone), frozen, None, context, backbone
@@ -280,9 +280,7 @@ def _accuracy(logits):
 
 def _proposal(name, split, groups):
   in_batch = lambda: negatives.in_batch(
-    negatives.batch_counts(
-      split, groups, num_groups=2, length=5, draw="interactions"
-    ), groups,
+    negatives.batch_counts(split, groups, 2, batches.Draw(8, 5)), groups
   )
   counts = splits.training_counts(split)
   return {
@@ -317,40 +315,11 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
   )
   params = backbone.init(jax.random.key(0))
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  seen = []
-  state = fit(
+  _, steps, result = loop.run(
     step, init_state(params, optimizer, adjustment), operands,
-    name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
-    evaluate_every=40, dispatch=40,
-    on_steps=lambda t, log: seen.append(log["loss"]),
+    loop.Plan(40, 40, dispatch=40),
   )
   assert _accuracy(params["table"]) < 0.3
-  assert _accuracy(state.best["table"]) == 1
-  assert seen[0][-5:].mean() < 0.8 * seen[0][0].mean()
-
-
-def test_plugins_learn_the_ring_from_negatives(ring):
-  split, groups, sequences, pool = ring
-  backbone = bigram(ITEMS)
-  spec = losses.sampled(
-    losses.SAMPLED_LOSSES["sampled_softmax"](0.5, 0.0),
-    _proposal("in_batch", split, groups), count=4,
-  )
-  optimizer = make_optimizer(40, learning_rate=0.2, warmup=0)
-  frozen = {"table": jnp.eye(ITEMS + 1)}
-  plugin = plugins.bottleneck(ITEMS + 1, hidden=16)
-  step = plugin_step(
-    backbone, plugin, optimizer, batches.Draw(8, 5), loss=spec
-  )
-  start = jax.jit(lambda key: plugins.init_stacked(plugin, key, 2))(
-    jax.random.key(2)
-  )
-  operands = Operands(jax.random.key(1), sequences, pool, frozen)
-  result = fit(
-    step, init_state(start, optimizer, stacked=True), operands,
-    name="plugins", num_steps=40, stacked=True, evaluate_every=40,
-    dispatch=40, evaluate=lambda p: np.zeros(2),
-  )
-  for segment in range(2):
-    own = jax.tree.map(lambda x, s=segment: x[s], result.best)
-    assert _accuracy(plugin.apply(own, jnp.eye(ITEMS + 1))) > 0.8
+  assert _accuracy(result.best["table"]) == 1
+  seen = steps.logs["loss"]
+  assert seen[-5:].mean() < 0.8 * seen[0].mean()

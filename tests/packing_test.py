@@ -11,7 +11,7 @@ from toys import assert_trees_close, bigram, noisy
 
 from pin_jax.data.batches import Sequences
 from pin_jax.evaluation import ranking
-from pin_jax.models import packing
+from pin_jax.models import packing, plugins
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
@@ -263,9 +263,9 @@ def test_ranks_equal_those_of_one_history_a_row():
 
   def rank(backbone):
     ranker = ranking.make_ranker(
-      ranking.Model(backbone, None), num_items=ITEMS, length=LENGTH,
+      plugins.Model(backbone, None), num_items=ITEMS, length=LENGTH,
     )
-    return ranker(ranking.Weights(params, None), sequences, requests)
+    return ranker(plugins.Weights(params, None), sequences, requests)
 
   want, got = rank(backbone), rank(backbone._replace(packed=3))
   assert len(set(want.rank)) > 3

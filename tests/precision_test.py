@@ -290,7 +290,7 @@ def test_the_state_of_the_gru_keeps_small_steps():
 
 
 def test_only_the_known_types_are_offered():
-  with pytest.raises(InputError, match="backbone.compute='float16'.*bfloat16"):
+  with pytest.raises(InputError, match="compute='float16'.*bfloat16"):
     computed_in(bigram(ITEMS), "float16")
 
 

@@ -7,18 +7,17 @@ import pytest
 from scipy import special
 
 from pin_jax.data import batches, simulator, splits
-from pin_jax.training import propensity
-from pin_jax.training.loop import fit
+from pin_jax.training import loop, propensity
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import Operands, init_state
 from pin_jax.types import Backbone, Batch
 
 NUM_ITEMS = 6
 NUM_GROUPS = 3
-WORLD = simulator.make_world(
-  seed=9, num_items=NUM_ITEMS, borders=(5, 8, 20, 61), confounding=0.9,
+WORLD = simulator.make_world(simulator.WorldSpec(
+  num_items=NUM_ITEMS, borders=(5, 8, 20, 61), confounding=0.9,
   rank=4, prior_decay=0.5,
-)
+), seed=9)
 
 
 def last_item(width=NUM_ITEMS + 1):
@@ -127,13 +126,6 @@ def test_exact_weights_have_mean_one_and_adjust():
   assert weights.max() > 2 > 1 > weights.min()
 
 
-def test_uninformative_history_has_weight_one():
-  shares = np.array([0.2, 0.3, 0.5], np.float32)
-  logs = jnp.broadcast_to(jnp.log(shares), (3, 4, 2, 3))
-  got = propensity.stabilised_weights(logs, jnp.asarray(shares), 10.0)
-  np.testing.assert_allclose(got, np.ones((3, 4, 2)), rtol=1e-6)
-
-
 # The classifier.
 
 
@@ -165,29 +157,31 @@ def test_log_propensity_against_numpy(width):
 
 
 @pytest.mark.parametrize("mean", ["interactions", "users"])
-def test_classifier_loss_against_numpy(mean):
+def test_classifier_fit_against_numpy(mean):
   backbone, params = last_item(4), random_classifier(4)
   frozen = backbone.init(jax.random.key(1))
   batch, groups = some_windows(), np.array([1, 0, 2])
   logs = numpy_log_propensity(frozen["table"], params, batch.history)
+  label = groups[batch.users]
   rows = [
-    [
-      -logs[b, t, groups[batch.users[b]]]
-      for t in range(3) if batch.targets[b, t] > 0
-    ] for b in range(4)
+    [logs[b, t, label[b]] for t in range(3) if batch.targets[b, t] > 0]
+    for b in range(4)
   ]
-  assert [len(row) for row in rows] == [1, 3, 3, 0]
-  want = np.mean(sum(rows, [])) if mean == "interactions" else (
-    np.mean([np.mean(row) for row in rows[:3]])
-  )
-  arguments = (
+  count = np.array([len(row) for row in rows])
+  assert count.tolist() == [1, 3, 3, 0]
+  counted = count if mean == "interactions" else count > 0
+  want = sum(np.mean(r) * n for r, n in zip(rows, counted, strict=True) if r)
+  fit = propensity.classifier_fit(
     backbone, frozen, params, jax.tree.map(jnp.asarray, batch),
     jnp.asarray(groups), mean,
   )
-  got = propensity.classifier_loss(*arguments)
-  np.testing.assert_allclose(got, want, rtol=1e-4)
-  fit = propensity.classifier_fit(*arguments)
-  np.testing.assert_allclose(fit.log_likelihood, -want, rtol=1e-4)
+  np.testing.assert_allclose(
+    fit.log_likelihood, want / counted.sum(), rtol=1e-4
+  )
+  shares = np.bincount(label, counted) / counted.sum()
+  np.testing.assert_allclose(
+    fit.shares_log_likelihood, (shares * np.log(shares)).sum(), rtol=1e-5
+  )
 
 
 def test_calibration_error_against_a_loop():
@@ -231,35 +225,14 @@ def test_a_calibrated_classifier_has_no_calibration_error():
   assert error(sharper) > 0.05
 
 
-def test_classifier_fit_against_numpy():
-  backbone, batch = last_item(), some_windows()
-  frozen = backbone.init(jax.random.key(1))
-  params = random_classifier(NUM_ITEMS + 1)
-  groups = np.array([0, 2, 1])
-  fit = propensity.classifier_fit(
-    backbone, frozen, params, jax.tree.map(jnp.asarray, batch),
-    jnp.asarray(groups),
-  )
-  logs = numpy_log_propensity(frozen["table"], params, batch.history)
-  rows, columns = np.nonzero(batch.targets > 0)
-  labels = groups[batch.users[rows]]
-  np.testing.assert_allclose(
-    fit.log_likelihood, logs[rows, columns, labels].mean(), rtol=1e-4
-  )
-  shares = np.bincount(labels, minlength=NUM_GROUPS) / len(labels)
-  np.testing.assert_allclose(
-    fit.shares_log_likelihood, np.log(shares[labels]).mean(), rtol=1e-5
-  )
-
-
-def test_classifier_loss_of_nothing_is_zero():
+def test_classifier_fit_of_nothing_is_zero():
   backbone = last_item()
   empty = Batch(jnp.zeros(2, int), jnp.zeros((2, 3), int), jnp.zeros((2, 3)))
-  got = propensity.classifier_loss(
+  got = propensity.classifier_fit(
     backbone, backbone.init(jax.random.key(1)), random_classifier(7), empty,
     jnp.zeros(1, int),
   )
-  assert got == 0
+  assert got == (0, 0, 0)
 
 
 def test_fitted_importance_weighs_each_group_by_its_own_propensity():
@@ -303,11 +276,9 @@ def test_classifier_recovers_the_known_posterior():
     jax.random.key(0), batches.make_sequences(split), pool,
     {"backbone": table, "groups": jnp.asarray(strata)},
   )
-  logs = []
-  result = fit(
-    step, init_state(params, optimizer), operands, name="classifier",
-    num_steps=300, evaluate=lambda p: np.zeros(1), evaluate_every=300,
-    dispatch=300, on_steps=lambda t, log: logs.append(log),
+  _, steps, result = loop.run(
+    step, init_state(params, optimizer), operands,
+    loop.Plan(300, 300, dispatch=300),
   )
   np.testing.assert_array_equal(operands.frozen["backbone"]["table"], before)
   assert jax.tree.structure(result.best) == jax.tree.structure(params)
@@ -321,7 +292,7 @@ def test_classifier_recovers_the_known_posterior():
   ignorance = p_x @ (posterior * np.log(posterior / shares)).sum(-1)
   print(f"KL {apart:.5f} of {ignorance:.5f}")
   assert apart < 0.002 < 0.1 * ignorance
-  loss = logs[0]["loss"][:, 0]
+  loss = steps.logs["loss"][:, 0]
   entropy = -p_x @ (posterior * np.log(posterior)).sum(-1)
   np.testing.assert_allclose(loss[0], np.log(NUM_GROUPS), rtol=1e-5)
   np.testing.assert_allclose(loss[-100:].mean(), entropy, rtol=0.02)

@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 
 from pin_jax.data.batches import make_sequences, read_back
-from pin_jax.models import relations
-from pin_jax.types import InputError
+from pin_jax.models import memory, relations
 from tests.toys import split_of, training_rows
 
 ITEMS, WINDOW, DECAY, SHRINK, POWER = 12, 3, 0.6, 2.0, 0.25
 RECENT, HISTORY_DECAY = 3, 0.7
-OPTIONS = {
-  "window": WINDOW, "decay": DECAY, "shrink": SHRINK,
-  "popularity_power": POWER, "neighbours": ITEMS, "ridge": 1.5,
-  "next_ridge": 0.8, "recent": RECENT, "history_decay": HISTORY_DECAY,
-}
+OPTIONS = memory.Options(
+  window=WINDOW, decay=DECAY, shrink=SHRINK, popularity_power=POWER,
+  neighbours=ITEMS, ridge=1.5, next_ridge=0.8, recent=RECENT,
+  history_decay=HISTORY_DECAY,
+)
 
 
 def _split(users=14):
@@ -34,7 +33,7 @@ def _cosine(rows):
   )
 
 
-def _two_step(rows):
+def _random_walk(rows):
   counts = np.zeros((ITEMS + 1, ITEMS + 1))
   for row in rows:
     distinct = list(dict.fromkeys(row))
@@ -50,7 +49,7 @@ def _two_step(rows):
   )
 
 
-def _linear(rows):
+def _ease(rows):
   """Each column by itself: ridge regression on the others, by lstsq."""
   held = np.zeros((len(rows), ITEMS + 1))
   for user, row in enumerate(rows):
@@ -59,14 +58,14 @@ def _linear(rows):
   for b in range(1, ITEMS + 1):
     others = [a for a in range(1, ITEMS + 1) if a != b]
     x = np.concatenate([
-      held[:, others], np.sqrt(OPTIONS["ridge"]) * np.eye(len(others))
+      held[:, others], np.sqrt(OPTIONS.ridge) * np.eye(len(others))
     ])
     y = np.concatenate([held[:, b], np.zeros(len(others))])
     table[others, b] = np.linalg.lstsq(x, y)[0]
   return lambda a, b: table[a, b]
 
 
-def _next(rows):
+def _slit(rows):
   """Ridge regression of each next item on those before it, by lstsq."""
   x, y = [], []
   for row in rows:
@@ -77,26 +76,30 @@ def _next(rows):
         before[distinct[place - 1 - age]] += HISTORY_DECAY**age
       x.append(before)
       y.append(np.eye(ITEMS + 1)[distinct[place]])
-  ridge = np.sqrt(OPTIONS["next_ridge"]) * np.eye(ITEMS + 1)
+  ridge = np.sqrt(OPTIONS.next_ridge) * np.eye(ITEMS + 1)
   y.extend(np.zeros((ITEMS + 1, ITEMS + 1)))
   table = np.linalg.lstsq(np.concatenate([x, ridge]), np.asarray(y))[0]
   return lambda a, b: table[a, b]
 
 
 LOOPS = {
-  "cosine": _cosine, "two_step": _two_step, "linear": _linear, "next": _next
+  "cosine": _cosine, "two_step": _random_walk, "linear": _ease, "next": _slit
 }
 
 
-@pytest.mark.parametrize("name", relations.RELATIONS)
+def _build(split, *names, **more):
+  return memory.build(split, OPTIONS._replace(relations=names, **more))
+
+
+@pytest.mark.parametrize("name", memory.RELATIONS)
 def test_the_scores_equal_the_definition(name):
   split = _split()
-  built = relations.relate(split, (name,), **OPTIONS)
+  built = _build(split, name)
   want = LOOPS[name](training_rows(split))
   got = np.zeros((ITEMS + 1, ITEMS + 1))
   for a in range(ITEMS + 1):
     for b, score in zip(
-      np.asarray(built.neighbours[0, a]), np.asarray(built.scores[0, a]),
+      np.asarray(built.related[0, a]), np.asarray(built.related_scores[0, a]),
       strict=True,
     ):
       got[a, b] += score
@@ -107,33 +110,35 @@ def test_the_scores_equal_the_definition(name):
   assert not got[0].any() and not got[:, 0].any()
 
 
-@pytest.mark.parametrize("name", relations.RELATIONS)
+@pytest.mark.parametrize("name", memory.RELATIONS)
 def test_a_row_keeps_its_largest_scores(name):
   split = _split()
-  few = relations.relate(split, (name,), **OPTIONS | {"neighbours": 3})
+  few = _build(split, name, neighbours=3)
   want = LOOPS[name](training_rows(split))
   for a in range(1, ITEMS + 1):
     row = [max(want(a, b), 0) for b in range(1, ITEMS + 1) if b != a]
     np.testing.assert_allclose(
-      few.scores[0, a], sorted(row, reverse=True)[:3], rtol=1e-4, atol=1e-6
+      few.related_scores[0, a], sorted(row, reverse=True)[:3], rtol=1e-4,
+      atol=1e-6,
     )
 
 
 def test_histories_add_up_their_items_scores():
   split = _split()
   names = ("linear", "cosine")
-  built = relations.relate(split, names, **OPTIONS)
+  built = _build(split, *names)
   users = np.arange(split.interactions.num_users)
   recent = 4
-  reading = read_back(
+  context = read_back(
     make_sequences(split), jnp.asarray(users), jnp.asarray(split.test - 1),
     recent,
   )
-  sparse = relations.consult(built, reading, history_decay=0.8)
-  got = relations.dense(sparse, None, ITEMS)
+  found = memory.lookup(built, context, OPTIONS._replace(history_decay=0.8))
+  found = memory.Scores(found.items[-2:], found.scores[-2:])
+  got = memory.dense(found, None, ITEMS)
   few = jnp.asarray([3, 7, 7])
-  some = relations.dense(sparse, few, ITEMS)
-  own = relations.dense(sparse, jnp.tile(few, (len(users), 1)), ITEMS)
+  some = memory.dense(found, few, ITEMS)
+  own = memory.dense(found, jnp.tile(few, (len(users), 1)), ITEMS)
   data, rows = split.interactions, training_rows(split)
   for k, name in enumerate(names):
     score = LOOPS[name](rows)
@@ -151,39 +156,15 @@ def test_histories_add_up_their_items_scores():
 
 def test_items_after_the_training_prefix_relate_nothing():
   split = split_of([[1, 2, 3, 4], [2, 1, 4, 3]])  # trained: 1, 2
-  built = relations.relate(split, relations.RELATIONS, neighbours=4)
+  built = _build(split, *memory.RELATIONS, neighbours=4)
   ids = dict(enumerate(split.interactions.item_ids.tolist(), 1))
-  near = {
-    ids[i] for i in np.asarray(built.neighbours).ravel().tolist() if i
-  }
-  assert near == {1, 2}
+  assert {ids[i] for i in np.unique(built.related).tolist() if i} == {1, 2}
 
 
-def test_no_names_relate_nothing():
-  assert relations.relate(_split(), ()) is None
-
-
-def test_many_rows_go_by_blocks(monkeypatch):
+def test_many_rows_go_by_chunks(monkeypatch):
   split = _split()
-  whole = relations.relate(split, ("linear",), **OPTIONS)
-  monkeypatch.setattr(relations, "_BLOCK", 5)
-  blocks = relations.relate(split, ("linear",), **OPTIONS)
-  np.testing.assert_array_equal(whole.neighbours, blocks.neighbours)
-  np.testing.assert_array_equal(whole.scores, blocks.scores)
-
-
-@pytest.mark.parametrize("names, options, says", [
-  (("likeness",), {}, "memory.relations"),
-  (("cosine", "cosine"), {}, "each once"),
-  (("linear",), {"ridge": 0.0}, "memory.ridge"),
-])
-def test_bad_options_are_named(names, options, says):
-  with pytest.raises(InputError, match=says):
-    relations.relate(_split(), names, **options)
-
-
-def test_too_many_items_for_a_dense_matrix_are_refused():
-  relations.check(("linear",), relations.MOST_ITEMS)
-  relations.check(("cosine", "two_step"), relations.MOST_ITEMS + 1)
-  with pytest.raises(InputError, match="50,001 x 50,001.*k_core"):
-    relations.check(("linear",), relations.MOST_ITEMS + 1)
+  whole = _build(split, "linear")
+  monkeypatch.setattr(relations, "_CHUNK", 5)
+  chunks = _build(split, "linear")
+  np.testing.assert_array_equal(whole.related, chunks.related)
+  np.testing.assert_array_equal(whole.related_scores, chunks.related_scores)

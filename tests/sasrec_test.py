@@ -8,16 +8,17 @@ import references
 from references import ITEMS, LENGTH, WIDTH
 from toys import noisy
 
-from pin_jax.models import sasrec as lib
+from pin_jax.models.backbones import tied_score
+from pin_jax.models.sasrec import sasrec
 from pin_jax.types import InputError
 
 
 def test_stacked_blocks_equal_a_numpy_transformer():
-  backbone = lib.sasrec(ITEMS, length=LENGTH, width=WIDTH, blocks=2)
+  backbone = sasrec(ITEMS, length=LENGTH, width=WIDTH, blocks=2)
   params = noisy(backbone.init)
   history = np.asarray([[0, 0, 0, 5, 2, 9, 4, 1], [7, 3, 11, 8, 12, 6, 10, 2]])
   states = jax.jit(backbone.encode)(params, history)[:, -1:]
-  got = lib.tied_score(params, states, None)
+  got = tied_score(params, states, None)
   for row, logits in zip(history, got, strict=True):
     want = references.sasrec(params, row[row > 0], blocks=2)
     np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
@@ -34,7 +35,7 @@ def test_stacked_blocks_equal_a_numpy_transformer():
 )
 def test_bad_options_are_named_in_one_line(options, message):
   with pytest.raises(InputError, match=message) as error:
-    lib.sasrec(ITEMS, **options)
+    sasrec(ITEMS, **options)
   assert "\n" not in str(error.value)
 
 
@@ -57,7 +58,7 @@ def test_tied_score_equals_a_loop(form, per_candidate):
   index = np.broadcast_to(index, (rows, index.shape[-1]))
   k = index.shape[1] if per_candidate else 1
   states = rng.normal(size=(rows, k, WIDTH)).astype(np.float32)
-  got = jax.jit(lib.tied_score)(params, states, candidates)
+  got = jax.jit(tied_score)(params, states, candidates)
   want = np.zeros(index.shape)
   for m in range(rows):
     for c, v in enumerate(index[m]):
@@ -70,5 +71,5 @@ def test_tied_score_equals_a_loop(form, per_candidate):
 def test_tied_score_accumulates_bfloat16_in_float32():
   ones = jnp.ones((2, 1001), jnp.bfloat16)
   params = {"items": ones, "bias": jnp.zeros(2)}
-  got = lib.tied_score(params, ones[:1, None], None)
+  got = tied_score(params, ones[:1, None], None)
   np.testing.assert_array_equal(got, [[1001, 1001]])

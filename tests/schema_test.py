@@ -1,6 +1,6 @@
 """The schema: complete, true to the library, one job whatever way is taken."""
 
-import inspect
+import dataclasses
 import math
 import pathlib
 
@@ -14,7 +14,7 @@ from experiments import build, commands, job, schema, sweep
 from experiments.configs import base, ml1m
 from pin_jax import aggregation
 from pin_jax.data import activeness, batches, interactions, simulator
-from pin_jax.models import memory, relations
+from pin_jax.models import memory
 from pin_jax.models.precision import COMPUTE
 from pin_jax.training import losses, objectives
 from pin_jax.types import InputError
@@ -33,7 +33,7 @@ KEYS = {
   ("backbone.compute", COMPUTE),
   ("plugin.name", build.PLUGINS),
   ("memory.channels", memory.CHANNELS),
-  ("memory.relations", relations.RELATIONS),
+  ("memory.relations", memory.RELATIONS),
   ("joint.draw", batches.DRAWS),
   ("pin.mean", objectives.MEANS),
   ("pin.plugin_draw", (*batches.DRAWS, "validation")),
@@ -48,10 +48,9 @@ def test_choices_are_those_of_the_library(name, choices):
 
 
 def test_the_simulators_defaults_are_its_own():
-  own = inspect.signature(simulator.make_world).parameters
-  for name, key in schema.SOURCES["simulator"].items():
-    if name in own and name != "seed":
-      assert key.default == own[name].default, name
+  for field in dataclasses.fields(simulator.WorldSpec):
+    if key := schema.SOURCES["simulator"].get(field.name):
+      assert key.default == field.default, field.name
 
 
 def test_every_range_is_finite_and_holds_its_default():
@@ -93,7 +92,7 @@ WAYS = {  # strategy of a value, keys that take it
   ("seeds",): st.lists(st.integers(0, 2**31 - 1), min_size=1, unique=True),
   ("prior.values",): st.lists(st.integers(0, 9) | st.floats(0, 9), max_size=4),
   ("memory.relations",): st.lists(
-    st.sampled_from(relations.RELATIONS), unique=True
+    st.sampled_from(memory.RELATIONS), unique=True
   ),
   ("backbone.reads_activeness",): st.booleans(),
   ("pin.weighting", "loss.name"): st.sampled_from(["joint", "bpr", "None."]),

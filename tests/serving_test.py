@@ -22,7 +22,7 @@ from pin_jax import archives, serving
 from pin_jax.data import activeness, batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
-from pin_jax.models import plugins, relations
+from pin_jax.models import memory, plugins
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
@@ -52,7 +52,7 @@ def make_split():
 def make_model(case):
   """(model, its weights with the segments' plugins stacked)."""
   name, plugin = case.split()
-  asked = plugins.Consultation(recent=H)
+  options = memory_options(plugin)
   backbone = {
     "sasrec": lambda: sasrec(V, length=L, width=D, blocks=1, heads=1),
     "gru4rec": lambda: gru4rec(V, length=L, width=D),
@@ -62,20 +62,20 @@ def make_model(case):
   params = noisy(backbone.init)
   made = {
     "bottleneck": lambda: plugins.bottleneck(D),
-    "memory": lambda: plugins.memory_mix(2, asked),
+    "memory": lambda: plugins.memory_mix(options),
     "lora": lambda: plugins.low_rank(params, rank=2),
-    "gated": lambda: plugins.gated(D, 4, asked, hidden=3, repeats=True),
+    "gated": lambda: plugins.gated(D, options, hidden=3, own_repeats=True),
   }[plugin]()
   stacked = noisy(lambda key: plugins.init_stacked(made, key, 2), seed=1)
-  evidence = make_evidence(SPLIT, plugin) if made.mix else None
-  model = ranking.Model(backbone, made)
-  return model, ranking.Weights(params, stacked, evidence)
+  evidence = memory.build(SPLIT, options) if made.mix else None
+  model = plugins.Model(backbone, made)
+  return model, plugins.Weights(params, stacked, evidence)
 
 
-def make_evidence(split, plugin):
-  names = ("linear", "cosine") if plugin == "gated" else ()
-  return plugins.make_evidence(
-    split, neighbours=5, relations=relations.relate(split, names, neighbours=5)
+def memory_options(plugin):
+  return memory.Options(
+    channels=("around", "next"), neighbours=5, recent=H,
+    relations=("linear", "cosine") if plugin == "gated" else (),
   )
 
 
@@ -285,7 +285,7 @@ def test_somebody_new_is_scored_as_a_user_that_was_never_counted(made, case):
   split = splits.dataclasses.replace(split, train_end=ends)
   logs = np.log(SPLIT.train_end)
   own = (np.log(len(history)) - logs.mean()) / logs.std()
-  evidence = make_evidence(split, case.split()[1])._replace(
+  evidence = memory.build(split, memory_options(case.split()[1]))._replace(
     activeness=jnp.append(weights.evidence.activeness, np.float32(own))
   )
   expected = ranking.make_log_probabilities(model, num_items=V, length=L)(

@@ -1,6 +1,5 @@
 """Training and evaluation over eight devices, in a process of its own."""
 
-import io
 import json
 import os
 import pathlib
@@ -11,18 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 from toys import RULES
 
-from experiments import build, logs, settings, stages
+from experiments import build, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
 from pin_jax import aggregation
 from pin_jax.evaluation import ranking
-from pin_jax.models import plugins, relations
+from pin_jax.models import memory, plugins
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
 from pin_jax.types import InputError
@@ -60,15 +58,9 @@ def trained(made, workdir, names=tuple(STAGES)):
   settings.check(made)
   problem = make_problem(made)
   networks = build.make_networks(made, ITEMS)
-  console = rich.console.Console(file=io.StringIO())
-  workdir = epath.Path(workdir)
-  workdir.mkdir(exist_ok=True)
-  log, progress = logs.RunLog(workdir), logs.JobProgress(1000, console)
-  out = stages.Trainer(made, problem, networks, workdir, (0,), log, progress)
+  out = stages.Trainer(made, problem, networks, epath.Path(workdir), (0,))
   for name in names:
     out.train(STAGES[name])
-  log.close()
-  progress.close()
   return out
 
 
@@ -133,16 +125,14 @@ def compute_ranks(cases, nearly=False, **changes):
   )
   evidence = None
   if plugin.mix:
-    evidence = plugins.make_evidence(
-      problem.split, neighbours=8, window=3, decay=0.6, channels=("after",),
-      relations=relations.relate(
-        problem.split, tuple(made.memory.relations), neighbours=8
-      ),
-    )
+    evidence = memory.build(problem.split, memory.Options(
+      channels=("after",), window=3, decay=0.6, neighbours=8,
+      relations=tuple(made.memory.relations),
+    ))
   users = np.flatnonzero(problem.split.test >= 0)[:70]
   requests = requests_for(problem, "test", users)
-  model = ranking.Model(backbone, plugin)
-  weights = ranking.Weights(params, stacked, evidence)
+  model = plugins.Model(backbone, plugin)
+  weights = plugins.Weights(params, stacked, evidence)
   sizes = {"num_items": ITEMS, "length": 5}
   ranks = ranking.make_ranker(model, **sizes)(
     weights, problem.sequences, requests
@@ -159,7 +149,7 @@ def compute_ranks(cases, nearly=False, **changes):
       weights._replace(backbone=spread),
       sharding.spread_flat(problem.sequences, layout), requests,
     )
-    model = ranking.Model(padded, plugin)
+    model = plugins.Model(padded, plugin)
     ranks = ranking.make_ranker(model, **sizes, layout=layout)(*args)
     out["meshes"][f"{data} x {rows}"] = [x.tolist() for x in ranks]
   return out
@@ -297,6 +287,8 @@ def test_what_does_not_go_over_devices_is_named(key, value, mesh):
   made.methods = ("base", "pin")
   if key == "plugin.name":
     key, value = "mesh.model", 2
+  elif key == "mesh.model":
+    key = "section mesh: data=1, model"
   with pytest.raises(InputError, match=f"{key}={value}"):
     settings.check(made)
     build.make_networks(made, ITEMS)

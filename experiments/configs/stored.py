@@ -1,4 +1,4 @@
-"""Interactions stored by `experiments.store` or `experiments.simulate`.
+"""Interactions stored by `experiments.store`.
 
   python -m experiments.main --config=experiments/configs/stored.py:path=DIR \
     --workdir=runs/stored

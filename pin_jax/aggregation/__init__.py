@@ -1,7 +1,12 @@
-"""The idea, free of recommendation: many gradients become one.
+"""The idea, free of recommendation: G gradients become one.
+
+    losses, grads = vmap(value_and_grad(group_loss), (None, 0, 0))(params, ...)
+    weights, state = weighting.update(gramian(grads), losses, state)
+    updates, opt_state = optimizer.update(combine(weights, grads), opt_state)
 
 `aggregator`: the Gramian, the combination and the paths to them;
-`weightings`: the rules that weight the gradients.
+`weightings`: the rules that weight the gradients;
+`solvers`: what some of them solve.
 """
 
 from pin_jax.aggregation.aggregator import (
@@ -30,26 +35,8 @@ from pin_jax.aggregation.aggregator import (
 )
 
 __all__ = [
-  "Aggregate",
-  "Aggregator",
-  "Blocks",
-  "GroupLoss",
-  "PATHS",
-  "PyTree",
-  "Rules",
-  "WeightedLoss",
-  "Weighting",
-  "aggregate",
-  "backdoor",
-  "choose_path",
-  "combine",
-  "conflict_rate",
-  "cosines",
-  "effective_groups",
-  "gramian",
-  "informed",
-  "initial_state",
-  "leaf_names",
-  "mean_cosine",
-  "normalised",
+  "Aggregate", "Aggregator", "Blocks", "GroupLoss", "PATHS", "PyTree", "Rules",
+  "WeightedLoss", "Weighting", "aggregate", "backdoor", "choose_path",
+  "combine", "conflict_rate", "cosines", "effective_groups", "gramian",
+  "informed", "initial_state", "leaf_names", "mean_cosine", "normalised",
 ]

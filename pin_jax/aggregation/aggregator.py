@@ -108,10 +108,7 @@ def backdoor(prior: Sequence[float]) -> Weighting:
   combined by the prior of the confounder instead of its share in the data.
 
   Args:
-    prior: [G] numbers >= 0 with a positive sum; normalised.
-
-  Raises:
-    ValueError: if an entry is negative or not finite, or all are zero.
+    prior: [G] numbers >= 0 with a positive sum (else ValueError); normalised.
   """
   weights = normalised(prior)
   update = lambda gramian, losses, state: (jnp.asarray(weights), state)
@@ -200,10 +197,11 @@ def aggregate(
     fused = weighted_loss is not None and blocks is None and not narrow
     chosen = path
     if path == "auto":
-      size = len(keys) * _bytes(params)
-      chosen = choose_path(reads, size, fused=fused)
+      size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+      chosen = choose_path(reads, len(keys) * size, fused=fused)
     if chosen in ("stacked", "sequential"):
-      over_groups = _vmap if chosen == "stacked" else jax.lax.map
+      at_once = lambda f, groups: jax.vmap(f)(groups)
+      over_groups = at_once if chosen == "stacked" else jax.lax.map
       return _reference(
         value_and_grad, over_groups, algebra, params, groups, state
       )
@@ -239,10 +237,6 @@ def _reference(
   return Aggregate(gradient, losses, weights, total, state)
 
 
-def _vmap(function: Callable, groups: PyTree) -> PyTree:
-  return jax.vmap(function)(groups)
-
-
 def _accumulated(
   value_and_grad: Callable, combine: Callable, params: PyTree,
   groups: tuple[PyTree, jax.Array], weights: PyTree, state: PyTree,
@@ -266,7 +260,7 @@ def _accumulated(
 def choose_path(
   reads: str, gradient_bytes: int, *, fused: bool, backend: str | None = None
 ) -> str:
-  """The path that 'auto' takes; see `aggregate`.
+  """The path of 'auto'; see `aggregate`.
 
   Args:
     reads: what the rules read.
@@ -279,10 +273,6 @@ def choose_path(
     return "sequential" if on_cpu else "stacked"
   cached = on_cpu and gradient_bytes <= _CACHED_BYTES
   return "weighted" if fused and not cached else "accumulated"
-
-
-def _bytes(params: PyTree) -> int:
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
 
 
 def _reads_of(rules: Rules, path: str, blocks: Blocks | None) -> str:
@@ -412,13 +402,13 @@ def _leaf_gramian(leaf: jax.Array) -> jax.Array:
     )
 
   def chunked(x: jax.Array) -> jax.Array:
-    flat = x.reshape(len(x), -1)
-    width = max(min(_GRAMIAN_CHUNK, flat.shape[1]), 1)
-    count = flat.shape[1] // width
-    take = lambda i: jax.lax.dynamic_slice_in_dim(flat, i * width, width, 1)
+    x = x.reshape(len(x), -1)
+    width = max(min(_GRAMIAN_CHUNK, x.shape[1]), 1)
+    count = x.shape[1] // width
+    take = lambda i: jax.lax.dynamic_slice_in_dim(x, i * width, width, 1)
     return jax.lax.fori_loop(
       0, count, lambda i, total: total + product(take(i)),
-      product(flat[:, count * width :]),
+      product(x[:, count * width :]),
     )
 
   return jax.lax.platform_dependent(leaf, cpu=chunked, default=product)
@@ -445,19 +435,17 @@ def conflict_rate(cosines: jax.Array) -> jax.Array:
   NaN cosines (a path that does not form them) give NaN; one group gives 0.
   """
   pairs = _pairs(cosines)
-  if not pairs.size:
-    return jnp.float32(0)
   return jnp.where(jnp.isnan(pairs).any(), jnp.nan, jnp.mean(pairs < 0))
 
 
 def mean_cosine(cosines: jax.Array) -> jax.Array:
   """Mean over the pairs of groups; one group gives 0."""
-  pairs = _pairs(cosines)
-  return pairs.mean() if pairs.size else jnp.float32(0)
+  return _pairs(cosines).mean()
 
 
 def _pairs(cosines: jax.Array) -> jax.Array:
-  return cosines[jnp.triu_indices(cosines.shape[0], 1)]
+  pairs = cosines[jnp.triu_indices(cosines.shape[0], 1)]
+  return pairs if pairs.size else jnp.zeros(1)
 
 
 def effective_groups(weights: jax.Array) -> jax.Array:

@@ -24,6 +24,8 @@ arithmetic is on unit gradients, so that their scale does not matter. Where
 gradients are dependent, solvers determine d, but not always the weights.
 
 Symbols: d_g = ||grad_g||, C the cosine matrix, so that G_gh = d_g C_gh d_h.
+`prior` and `shares` are G numbers >= 0 with a positive sum, and are normalised.
+An argument out of its range raises a ValueError that names it.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,32 +34,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax import aggregation
-from pin_jax.aggregation.aggregator import PyTree, Weighting
+from pin_jax.aggregation.aggregator import (
+  PyTree,
+  Weighting,
+  backdoor,
+  cosines,
+  normalised,
+)
+from pin_jax.aggregation.solvers import divide, nonnegative, singular
+
+Array = jax.Array
+Weighed = tuple[Array, PyTree]
 
 # What a float32 Gramian cannot resolve, relative to unit gradients. It makes
 # every solution unique: the one of least norm.
 _RIDGE = 1e-6
-_INTERIOR_STEPS = 40
 _NEWTON_STEPS = 50
 _DINKELBACH_STEPS = 8
-_JACOBI_SWEEPS = 8
 
 
 def tempered(prior: Sequence[float], exponent: float) -> np.ndarray:
   """P(d)^a, normalised: a = 1 is the prior, a = 0 uniform on its support. Ours.
 
   Args:
-    prior: [G] as in `aggregation.backdoor`.
     exponent: a, finite.
 
   Returns:
     [G] float32, on the simplex.
-
-  Raises:
-    ValueError: for a bad prior or exponent.
   """
-  weights = aggregation.normalised(prior).astype(np.float64)
+  weights = normalised(prior).astype(np.float64)
   _require(np.isfinite(exponent), f"exponent={exponent} must be finite")
   logs = exponent * np.log(np.where(weights > 0, weights, 1))
   logs = np.where(weights > 0, logs, -np.inf)
@@ -69,31 +74,18 @@ def joint(shares: Sequence[float]) -> Weighting:
   """The joint gradient: weights are the groups' shares of the examples.
 
   Simplex; linear.
-
-  Args:
-    shares: [G] the groups' shares of the examples; normalised.
-
-  Raises:
-    ValueError: for bad shares.
   """
-  return aggregation.backdoor(shares)
+  return backdoor(shares)
 
 
 def exact_backdoor(prior: Sequence[float]) -> Weighting:
   """Backdoor weights for group losses whose examples carry P(x) / P(x|d). Ours.
 
-  w_g = P(d=g), as in `aggregation.backdoor`; but with the examples of group d
-  weighted by P(x) / P(x|d) inside its loss (`propensity.fitted_importance`),
-  sum_g w_g L_g reaches P(y|do(x)) also where P(x|d) depends on d. Simplex;
-  linear.
-
-  Args:
-    prior: [G] P(d); normalised.
-
-  Raises:
-    ValueError: for a bad prior.
+  w_g = P(d=g), as in `backdoor`; but with the examples of group d weighted by
+  P(x) / P(x|d) inside its loss, sum_g w_g L_g reaches P(y|do(x)) also where
+  P(x|d) depends on d. Simplex; linear.
   """
-  return aggregation.backdoor(prior)
+  return backdoor(prior)
 
 
 def annealed_backdoor(
@@ -107,11 +99,8 @@ def annealed_backdoor(
   Args:
     start: [G] prior of the first update.
     end: [G] prior from update `steps` on.
-    steps: number of updates that the move takes, >= 1.
+    steps: updates that the move takes, >= 1.
     exponent: a, see `tempered`.
-
-  Raises:
-    ValueError: for bad priors, or of different lengths, steps or exponent.
   """
   start, end = tempered(start, exponent), tempered(end, exponent)
   _require(
@@ -120,9 +109,7 @@ def annealed_backdoor(
   )
   _require(steps >= 1, f"steps={steps} must be at least 1")
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     share = jnp.minimum(state / steps, 1).astype(jnp.float32)
     next_state = jnp.minimum(state + 1, steps)
     return (1 - share) * start + share * end, next_state
@@ -136,29 +123,25 @@ def inverse_propensity(
   """Examples weighted by 1 / share^a of their group, clipped. Ours.
 
   w_g ~ share_g min(share_g^-a, clip): a = 0 is the joint gradient, a = 1
-  without a clip equal weights. Simplex; linear. The standard
-  estimator with the group in the place of the treatment.
+  without a clip equal weights. Simplex; linear. The standard estimator with the
+  group in the place of the treatment.
 
   Args:
-    shares: [G] the groups' shares of the examples; normalised; 0 for none.
     exponent: a >= 0.
     clip: the largest weight of an example, > 0.
-
-  Raises:
-    ValueError: for bad shares, exponent or clip.
 
   Reference: Horvitz & Thompson, "A generalization of sampling without
     replacement from a finite universe", JASA 1952; the clip: Ionides,
     "Truncated importance sampling", JCGS 2008.
   """
-  shares = tempered(shares, 1).astype(np.float64)
+  shares = normalised(shares).astype(np.float64)
   _require(
     np.isfinite(exponent) and exponent >= 0,
     f"exponent={exponent} must be finite and >= 0",
   )
   _require(clip > 0, f"clip={clip} must be positive")
   examples = np.where(shares > 0, shares, 1) ** -exponent
-  return aggregation.backdoor(shares * np.minimum(examples, clip))
+  return backdoor(shares * np.minimum(examples, clip))
 
 
 def preceded_by(prior: Sequence[float], weighting: Weighting) -> Weighting:
@@ -167,20 +150,11 @@ def preceded_by(prior: Sequence[float], weighting: Weighting) -> Weighting:
   w = s * rule(diag(s) G diag(s), s * L), s = G P(d). A rule that is the mean
   without conflict becomes the backdoor adjustment without conflict. Stays
   non-conflicting where P(d) > 0, and linear; leaves the simplex.
-
-  Args:
-    prior: [G] as in `aggregation.backdoor`.
-    weighting: the rule.
-
-  Raises:
-    ValueError: for a bad prior.
   """
-  prior = aggregation.normalised(prior)
+  prior = normalised(prior)
   scale = len(prior) * prior
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     gramian = gramian * scale[:, None] * scale[None, :]
     weights, state = weighting.update(gramian, scale * losses, state)
     return scale * weights, state
@@ -198,21 +172,17 @@ def group_dro(prior: Sequence[float], step_size: float = 0.01) -> Weighting:
     prior: [G] the first q, before the first losses.
     step_size: eta >= 0.
 
-  Raises:
-    ValueError: for a bad prior or step size.
-
   Reference: Sagawa et al., "Distributionally robust neural networks for group
     shifts", ICLR 2020, algorithm 1.
   """
-  init, ascend = _exponentiated(prior, step_size)
+  prior = normalised(prior)
+  _require_step(step_size)
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
-    log_q = ascend(state, losses)
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
+    log_q = jax.nn.log_softmax(state + step_size * losses)
     return jnp.exp(log_q), log_q
 
-  return Weighting(init, update, "losses")
+  return Weighting(lambda: jnp.log(prior), update, "losses")
 
 
 def streaming_dro(
@@ -230,25 +200,23 @@ def streaming_dro(
     step_size: eta >= 0.
     smoothing: gamma in (0, 1].
 
-  Raises:
-    ValueError: for a bad prior, step size or smoothing.
-
   Reference: Wen et al., "Distributionally-robust recommendations for improving
     worst-case user experience", WWW 2022.
   """
-  init, ascend = _exponentiated(prior, step_size)
+  prior = normalised(prior)
+  _require_step(step_size)
   _require(0 < smoothing <= 1, f"smoothing={smoothing} must be in (0, 1]")
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     log_q, smooth, started = state
     gamma = jnp.where(started, smoothing, 1)
     smooth = (1 - gamma) * smooth + gamma * losses
-    log_q = ascend(log_q, smooth)
+    log_q = jax.nn.log_softmax(log_q + step_size * smooth)
     return jnp.exp(log_q), (log_q, smooth, jnp.ones((), bool))
 
-  start = lambda: (init(), jnp.zeros(len(prior)), jnp.zeros((), bool))
+  start = lambda: (
+    jnp.log(prior), jnp.zeros(len(prior)), jnp.zeros((), bool)
+  )
   return Weighting(start, update, "losses")
 
 
@@ -257,25 +225,21 @@ def cvar(prior: Sequence[float], alpha: float) -> Weighting:
 
   w = argmax sum_g w_g L_g over 0 <= w_g <= P(d=g) / alpha, sum_g w_g = 1;
   equal losses share in proportion to P(d). Simplex; linear; alpha = 1 is
-  `aggregation.backdoor`. Over groups, where the literature has examples.
+  `backdoor`. Over groups, where the literature has examples.
 
   Args:
-    prior: [G] P(d).
     alpha: in (0, 1].
-
-  Raises:
-    ValueError: for a bad prior or alpha.
 
   Reference: Rockafellar & Uryasev, "Optimization of conditional value-at-risk",
     Journal of Risk 2000.
   """
-  prior = tempered(prior, 1)
+  prior = normalised(prior)
   _require(0 < alpha <= 1, f"alpha={alpha} must be in (0, 1]")
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     worse = (losses[None, :] > losses[:, None]) @ prior
     tied = (losses[None, :] == losses[:, None]) @ prior
-    taken = jnp.clip(_divide(alpha - worse, tied), 0, 1)
+    taken = jnp.clip(divide(alpha - worse, tied), 0, 1)
     mass = prior * taken
     return mass / mass.sum()
 
@@ -283,11 +247,8 @@ def cvar(prior: Sequence[float], alpha: float) -> Weighting:
 
 
 def famo(
-  num_groups: int,
-  step_size: float = 0.025,
-  decay: float = 1e-3,
-  b1: float = 0.9,
-  b2: float = 0.999,
+  num_groups: int, step_size: float = 0.025, decay: float = 1e-3,
+  b1: float = 0.9, b2: float = 0.999,
 ) -> Weighting:
   """Fast adaptive multitask optimization: equal rates of decrease.
 
@@ -301,30 +262,23 @@ def famo(
   noise.
 
   Args:
-    num_groups: G >= 1.
     step_size: Adam's, >= 0.
     decay: of the logits, >= 0.
-    b1: Adam's.
-    b2: Adam's.
-
-  Raises:
-    ValueError: if one of them is out of range.
+    b1, b2: Adam's, in [0, 1).
 
   Reference: Liu et al., "FAMO: Fast adaptive multitask optimization",
     NeurIPS 2023.
   """
   _require(num_groups >= 1, f"num_groups={num_groups} must be at least 1")
-  for name, value in {"step_size": step_size, "decay": decay}.items():
-    _require(0 <= value < np.inf, f"{name}={value} must be finite and >= 0")
+  _require_step(step_size)
+  _require(0 <= decay < np.inf, f"decay={decay} must be finite and >= 0")
   for name, value in {"b1": b1, "b2": b2}.items():
     _require(0 <= value < 1, f"{name}={value} must be in [0, 1)")
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     logits, first, second, count, before = state
     both = (before > 0) & (losses > 0)
-    drop = jnp.log(jnp.where(both, _divide(before, losses), 1))
+    drop = jnp.log(jnp.where(both, divide(before, losses), 1))
     z = jax.nn.softmax(logits)
     gradient = z * (drop - z @ drop) + decay * logits
     first = b1 * first + (1 - b1) * gradient
@@ -335,7 +289,7 @@ def famo(
     logits = logits - step_size * first / (1 - b1**age) / scale
 
     z = jax.nn.softmax(logits)
-    weights = jnp.where(losses > 0, _divide(z, losses), 0)
+    weights = jnp.where(losses > 0, divide(z, losses), 0)
     weights = jnp.where((losses > 0).any(), weights, 1)
     state = (logits, first, second, count + 1, losses.astype(jnp.float32))
     return weights / weights.sum(), state
@@ -353,9 +307,9 @@ def normalized() -> Weighting:
   homogeneous of degree 1 in them). Not non-conflicting.
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     norms, inverse, _ = _unit(gramian)
-    mean = _divide(norms.sum(), (norms > 0).sum())
+    mean = divide(norms.sum(), (norms > 0).sum())
     return mean * inverse / len(norms)
 
   return _stateless(weights)
@@ -373,7 +327,7 @@ def consensus() -> Weighting:
   cannot tell from 0 neither agree nor disagree (ours).
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     norms, _, cosine = _unit(gramian)
     with_mean = cosine @ norms
     noise = _RIDGE * norms.sum()
@@ -395,21 +349,16 @@ def pcgrad(seed: int = 0) -> Weighting:
   given state. Non-conflicting with two groups only. State: the random key.
   Deviation: the mean where the paper has the sum.
 
-  Args:
-    seed: of the orders.
-
   Reference: Yu et al., "Gradient surgery for multi-task learning",
     NeurIPS 2020, algorithm 1.
   """
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     _, _, cosine = _unit(gramian)
     state, orders = _orders(state, len(gramian))
 
-    def project(g: jax.Array, order: jax.Array) -> jax.Array:
-      def body(row: jax.Array, h: jax.Array) -> tuple[jax.Array, None]:
+    def project(g: Array, order: Array) -> Array:
+      def body(row: Array, h: Array) -> tuple[Array, None]:
         conflict = jnp.where(h != g, jnp.minimum(cosine[h] @ row, 0), 0)
         return row.at[h].add(-conflict), None
 
@@ -433,12 +382,7 @@ def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
   are left alone.
 
   Args:
-    num_groups: G >= 1.
     beta: in [0, 1].
-    seed: of the orders.
-
-  Raises:
-    ValueError: if `num_groups` or `beta` is out of range.
 
   Reference: Wang et al., "Gradient vaccine: investigating and improving
     multi-task optimization in massively multilingual models", ICLR 2021.
@@ -447,21 +391,17 @@ def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
   _require(0 <= beta <= 1, f"beta={beta} must be in [0, 1]")
   sine = lambda cosine: jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
 
-  def update(
-    gramian: jax.Array, losses: jax.Array, state: PyTree
-  ) -> tuple[jax.Array, PyTree]:
+  def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     targets, key = state
     norms, _, cosine = _unit(gramian)
     key, orders = _orders(key, num_groups)
 
-    def turn(
-      g: jax.Array, target: jax.Array, order: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-      def body(carry: PyTree, h: jax.Array) -> tuple[PyTree, None]:
+    def turn(g: Array, target: Array, order: Array) -> tuple[Array, Array]:
+      def body(carry: PyTree, h: Array) -> tuple[PyTree, None]:
         row, target = carry
         norm = jnp.sqrt(jnp.maximum(row @ cosine @ row, 0))
         real = (norm > 1e-3) & (norms[g] > 0) & (norms[h] > 0) & (h != g)
-        now = jnp.clip(_divide(cosine[h] @ row, norm), -1, 1)
+        now = jnp.clip(divide(cosine[h] @ row, norm), -1, 1)
         usual = jnp.clip(target[h], -1 + _RIDGE, 1 - _RIDGE)
         more = norm * (usual * sine(now) / sine(usual) - now)
         row = row.at[h].add(jnp.where(real & (now < usual), more, 0))
@@ -474,10 +414,10 @@ def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
     rows, targets = jax.vmap(turn)(jnp.arange(num_groups), targets, orders)
     return _mean_of_rows(rows, gramian), (targets, key)
 
-  init = lambda: (
-    jnp.zeros((num_groups, num_groups)), jax.random.PRNGKey(seed)
+  zeros = (num_groups, num_groups)
+  return Weighting(
+    lambda: (jnp.zeros(zeros), jax.random.PRNGKey(seed)), update
   )
-  return Weighting(init, update)
 
 
 def mgda() -> Weighting:
@@ -496,11 +436,11 @@ def mgda() -> Weighting:
     tolerance by Frank-Wolfe, here by an interior point).
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     norms, _, cosine = _unit(gramian)
     least = jnp.min(jnp.where(norms > 0, norms, jnp.inf))
-    inverse = jnp.where(norms > 0, _divide(least, norms), 1e4)
-    x = inverse * _nonnegative(_ridged(cosine), inverse)
+    inverse = jnp.where(norms > 0, divide(least, norms), 1e4)
+    x = inverse * nonnegative(_ridged(cosine), inverse)
     return x / x.sum()
 
   return _stateless(weights)
@@ -517,9 +457,9 @@ def upgrad() -> Weighting:
     optimization", arXiv 2406.16232 (2024).
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     _, _, cosine = _unit(gramian)
-    solve = lambda row: _nonnegative(_ridged(cosine), -row)
+    solve = lambda row: nonnegative(_ridged(cosine), -row)
     rows = jnp.eye(len(cosine)) + jax.vmap(solve)(cosine)
     return _mean_of_rows(rows, gramian)
 
@@ -541,27 +481,24 @@ def cagrad(c: float = 0.4) -> Weighting:
   Args:
     c: > 0; < 1 for convergence to a minimum of the mean loss.
 
-  Raises:
-    ValueError: if c is not positive and finite.
-
   Reference: Liu et al., "Conflict-averse gradient descent for multi-task
     learning", NeurIPS 2021, algorithm 1.
   """
   _require(0 < c < np.inf, f"c={c} must be positive and finite")
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     norms, inverse, cosine = _unit(gramian)
     size, matrix = len(norms), _ridged(cosine)
-    d, largest = _divide(norms, norms.max()), norms.max()
+    d, largest = divide(norms, norms.max()), norms.max()
     length = jnp.sqrt(jnp.maximum(d @ cosine @ d, 0))  # G ||m||
     linear = cosine @ d / jnp.maximum(length, _RIDGE * size) / c
 
-    def body(_: int, y: jax.Array) -> jax.Array:
+    def body(_: int, y: Array) -> Array:
       ratio = (jnp.sqrt(y @ matrix @ y) + linear @ y) / (per @ y)
-      y = _nonnegative(matrix, ratio * per - linear)
+      y = nonnegative(matrix, ratio * per - linear)
       return y / y.max()
 
-    per = jnp.where(largest > 0, _divide(inverse, inverse.max()), 1)
+    per = jnp.where(largest > 0, divide(inverse, inverse.max()), 1)
     y = jax.lax.fori_loop(0, _DINKELBACH_STEPS, body, jnp.ones(size))
     y = y / jnp.sqrt(y @ matrix @ y)
     return (1 + c * length * largest * inverse * y) / size
@@ -582,12 +519,12 @@ def imtl_g() -> Weighting:
     (there of G, here of C: the same d where equal projections exist).
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     _, inverse, cosine = _unit(gramian)
-    inverse = _divide(inverse, inverse.max())
+    inverse = divide(inverse, inverse.max())
     w = inverse * jnp.linalg.pinv(cosine, hermitian=True).sum(1)
     real = jnp.abs(w.sum()) > 1e-5 * inverse.sum()
-    return jnp.where(real, _divide(w, w.sum()), 0)
+    return jnp.where(real, divide(w, w.sum()), 0)
 
   return _stateless(weights)
 
@@ -608,11 +545,11 @@ def nash_mtl() -> Weighting:
     ICML 2022.
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     _, inverse, cosine = _unit(gramian)
     matrix, size = _ridged(cosine), len(cosine)
 
-    def body(_: int, y: jax.Array) -> jax.Array:
+    def body(_: int, y: Array) -> Array:
       y = y * jnp.sqrt(size / (y @ matrix @ y))  # the best multiple of y
       scaled = y[:, None] * matrix * y[None, :]
       slope = 1 - scaled.sum(1)
@@ -635,26 +572,24 @@ def aligned_mtl() -> Weighting:
   of its largest: what depends on others is told by unit gradients, however
   unequal the norms. Where gradients become dependent, d jumps, as in the paper.
 
-  The s and V are found as singular values and vectors of C^1/2 D, by rotations
-  of its columns, which keeps small ones as exact as large ones.
+  The s and V are found as singular values and vectors of C^1/2 D.
 
   Reference: Senushkin et al., "Independent component alignment for multi-task
-    learning", CVPR 2023, algorithm 1; Demmel & Veselic, "Jacobi's method is
-    more accurate than QR", SIAM J. Matrix Anal. Appl. 1992.
+    learning", CVPR 2023, algorithm 1.
   """
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     norms, _, cosine = _unit(gramian)
     size = len(norms)
     squares, vectors = jnp.linalg.eigh(cosine)
     floor = 10 * size * jnp.finfo(jnp.float32).eps * squares.max()
     independent = squares > floor
     root = jnp.sqrt(jnp.where(independent, squares, 0))[:, None] * vectors.T
-    sizes, vectors = _singular(root * _divide(norms, norms.max()))
+    sizes, vectors = singular(root * divide(norms, norms.max()))
     rank = independent.sum() - (norms == 0).sum()
     real = (sizes > 0) & (jnp.argsort(jnp.argsort(-sizes)) < rank)
     least = jnp.min(jnp.where(real, sizes, jnp.inf))
-    scale = _divide(least, jnp.where(real, sizes, 0))
+    scale = divide(least, jnp.where(real, sizes, 0))
     mean = (vectors * (scale * vectors.mean(0))).sum(1)
     return jnp.where(real.any(), mean, 1 / size)
 
@@ -672,25 +607,21 @@ def gradient_alignment(heads: int = 1) -> Weighting:
   so w_g = 1 / G, and beside it -sum_h min(<t, grad_h>, 0) / (G T ||t||^2) for
   each of the T groups of the tail. What head users teach passes unless it
   raises the tail's mean loss, which falls at least as fast as its own share of
-  the mean gradient makes it: <t, d> = mean_g max(<t, grad_g>, 0) >=
-  T ||t||^2 / G. Homogeneous of degree 1 in the gradients, w_g >= 1 / G; not
-  non-conflicting, and the order of the groups matters.
+  the mean gradient makes it: <t, d> >= T ||t||^2 / G. Homogeneous of degree 1
+  in the gradients, w_g >= 1 / G; not non-conflicting, and the order of the
+  groups matters.
 
   After Grad-Transfer. *Published*, in its abstract: a gradient alignment
   optimizer and an adversarial training scheme, for transfer from head to tail
-  users. *Inferred*, from a caption quoted in an account of the paper: inner
-  updates user by user and an outer one by their difference, as in Reptile,
-  whose mean update holds in first order the gradient of the inner products of
-  the users' gradients. *Ours*: activeness groups in place of users, and the
-  projection, since that gradient has second derivatives, which no weights on
-  group gradients give; the discriminator of activeness is left out.
+  users. *Inferred*, from a caption quoted in an account of the paper: updates
+  as in Reptile, which hold the gradient of the inner products of the users'
+  gradients. *Ours*: activeness groups in place of users, and the projection,
+  since no weights on group gradients give that gradient; the discriminator of
+  activeness is left out.
 
   Args:
     heads: number of the most active groups that are no part of the tail, >= 1;
       the least active one always is.
-
-  Raises:
-    ValueError: if `heads` is out of range.
 
   Reference: Yin et al., "Learning transferrable parameters for long-tailed
     sequential user behavior modeling", KDD 2020; Nichol et al., "On first-order
@@ -703,15 +634,15 @@ def gradient_alignment(heads: int = 1) -> Weighting:
     f"heads={heads} must be a whole number of at least 1",
   )
 
-  def weights(gramian: jax.Array, losses: jax.Array) -> jax.Array:
+  def weights(gramian: Array, losses: Array) -> Array:
     norms, _, cosine = _unit(gramian)
     size = len(norms)
     in_tail = jnp.arange(size) < max(size - heads, 1)
-    tail = _divide(norms, norms.max()) * in_tail  # t, of unit gradients
+    tail = divide(norms, norms.max()) * in_tail  # t, of unit gradients
     square = tail @ cosine @ tail
     real = square > _RIDGE * tail.sum() ** 2
     conflict = jnp.minimum(cosine @ tail, 0)
-    added = jnp.where(real, _divide(-conflict, square), 0)
+    added = jnp.where(real, divide(-conflict, square), 0)
     rows = jnp.eye(size) + added[:, None] * tail
     return _mean_of_rows(rows, gramian)
 
@@ -726,115 +657,44 @@ def _require(condition: bool, message: str) -> None:
     raise ValueError(message)
 
 
+def _require_step(size: float) -> None:
+  _require(0 <= size < np.inf, f"step_size={size} must be finite and >= 0")
+
+
 def _stateless(
-  weights: Callable[[jax.Array, jax.Array], jax.Array],
-  reads: str = "gradients",
+  weights: Callable[[Array, Array], Array], reads: str = "gradients"
 ) -> Weighting:
   update = lambda gramian, losses, state: (weights(gramian, losses), state)
   return Weighting(lambda: (), update, reads)
 
 
-def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
-  """x / y, 0 where y is 0."""
-  return jnp.where(y != 0, x / jnp.where(y != 0, y, 1), 0)
-
-
-def _unit(gramian: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _unit(gramian: Array) -> tuple[Array, Array, Array]:
   """(d [G], 1 / d or 0 [G], C [G, G]); C is 1 on the diagonal, always."""
   norms = jnp.sqrt(jnp.diagonal(gramian))
   same = jnp.eye(len(gramian), dtype=bool)
-  cosine = jnp.where(same, 1, aggregation.cosines(gramian))
-  return norms, _divide(1, norms), cosine
+  cosine = jnp.where(same, 1, cosines(gramian))
+  return norms, divide(1, norms), cosine
 
 
-def _ridged(matrix: jax.Array) -> jax.Array:
+def _ridged(matrix: Array) -> Array:
   return matrix + _RIDGE * jnp.eye(len(matrix))
 
 
-def _mean_of_rows(rows: jax.Array, gramian: jax.Array) -> jax.Array:
+def _mean_of_rows(rows: Array, gramian: Array) -> Array:
   """Weights of mean_g d_g sum_h rows_gh u_h, u the unit gradients.
 
   Linear by construction where the rows follow from C alone.
   """
   norms, inverse, _ = _unit(gramian)
   largest = norms.max()
-  return _divide(norms, largest) @ rows * (largest * inverse) / len(norms)
+  return divide(norms, largest) @ rows * (largest * inverse) / len(norms)
 
 
-def _orders(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def _orders(key: Array, size: int) -> tuple[Array, Array]:
   """The next key, and one random order of all groups for each [G, G]."""
   key, now = jax.random.split(key)
   permutation = lambda key: jax.random.permutation(key, size)
   return key, jax.vmap(permutation)(jax.random.split(now, size))
-
-
-def _exponentiated(
-  prior: Sequence[float], step_size: float
-) -> tuple[Callable[[], jax.Array], Callable]:
-  """(init, step) of exponentiated gradient ascent on log q."""
-  prior = tempered(prior, 1)
-  _require(
-    0 <= step_size < np.inf, f"step_size={step_size} must be finite and >= 0"
-  )
-  init = lambda: jnp.log(jnp.asarray(prior))
-  step = lambda log_q, gain: jax.nn.log_softmax(log_q + step_size * gain)
-  return init, step
-
-
-def _nonnegative(matrix: jax.Array, linear: jax.Array) -> jax.Array:
-  """argmin x^T M x / 2 - b^T x over x >= 0, M positive definite [G, G].
-
-  Primal-dual interior point: Newton on M x - b = z, x z = mu, mu -> 0; at most
-  99 % of the way to the boundary. diag(M) is to be of order 1.
-
-  Reference: Nocedal & Wright, Numerical Optimization, 2006, section 16.6.
-  """
-
-  largest = jnp.abs(linear).max()
-  linear = _divide(linear, largest)
-
-  def body(_: int, point: PyTree) -> PyTree:
-    x, z = point
-    mu = 0.1 * jnp.mean(x * z)
-    root = jnp.sqrt(x / z)
-    system = jnp.eye(len(x)) + root[:, None] * matrix * root[None, :]
-    slope = mu / x - (matrix @ x - linear)
-    dx = root * jnp.linalg.solve(system, root * slope)
-    dz = (mu - z * dx) / x - z
-    furthest = jnp.maximum(jnp.max(-dx / x), jnp.max(-dz / z))
-    length = jnp.minimum(1, 0.99 / jnp.maximum(furthest, 0.99))
-    keep = jnp.isfinite(length) & (mu > 1e-15)
-    length = jnp.where(keep, length, 0)
-    return x + length * dx, z + length * dz
-
-  ones = jnp.ones_like(linear)
-  x, _ = jax.lax.fori_loop(0, _INTERIOR_STEPS, body, (ones, ones))
-  return largest * x
-
-
-def _singular(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(singular values [G], right singular vectors [G, G]) of a matrix [G, G].
-
-  One-sided Jacobi: pairs of columns are rotated until all are orthogonal.
-  """
-  size = len(matrix)
-  pairs = jnp.stack(jnp.triu_indices(size, 1), -1)
-
-  def rotate(stacked: jax.Array, pair: jax.Array) -> tuple[jax.Array, None]:
-    x, y = stacked[:, pair].T
-    a, b, c = (jnp.sum((u * v)[:size]) for u, v in ((x, x), (y, y), (x, y)))
-    slope = (b - a) / jnp.where(c != 0, 2 * c, 1)
-    tangent = 1 / (jnp.abs(slope) + jnp.hypot(1, slope))
-    tangent = jnp.where(c != 0, jnp.where(slope < 0, -tangent, tangent), 0)
-    cosine = 1 / jnp.hypot(1, tangent)
-    sine = cosine * tangent
-    turned = jnp.stack([cosine * x - sine * y, sine * x + cosine * y], -1)
-    return stacked.at[:, pair].set(turned), None
-
-  stacked = jnp.concatenate([matrix, jnp.eye(size)])
-  order = jnp.tile(pairs, (_JACOBI_SWEEPS, 1))
-  stacked, _ = jax.lax.scan(rotate, stacked, order)
-  return jnp.linalg.norm(stacked[:size], axis=0), stacked[size:]
 
 
 # Published for each parameter tensor by itself.
@@ -842,7 +702,7 @@ BY_TENSOR = ("consensus",)
 
 # A new rule is one function and one line.
 WEIGHTINGS = {
-  "backdoor": aggregation.backdoor,
+  "backdoor": backdoor,
   "joint": joint,
   "exact_backdoor": exact_backdoor,
   "annealed_backdoor": annealed_backdoor,

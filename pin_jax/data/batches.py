@@ -14,7 +14,7 @@ import numpy as np
 
 from pin_jax.data.splits import Split, is_training
 from pin_jax.data.stored import Stored
-from pin_jax.types import Batch, InputError, Reading, at_least
+from pin_jax.types import Batch, InputError, PluginContext, at_least
 
 DRAWS = ("interactions", "users")
 
@@ -220,7 +220,7 @@ def draw_batch(
   windows = draw_windows(
     key, pool, batch_size=batch_size, length=length, draw=draw
   )
-  return cut_windows(sequences, *windows[:3], length=length)
+  return cut_windows(sequences, windows, length=length)
 
 
 def draw_windows(
@@ -314,34 +314,51 @@ def target_chances(
 
 
 def cut_windows(
-  sequences: Sequences,
-  users: jax.Array,
-  first: jax.Array,
-  count: jax.Array,
-  *,
-  length: int,
+  sequences: Sequences, windows: Windows, *, length: int
 ) -> Batch:
   """Cuts the targets first .. first + L - 1 that exist, right-aligned.
 
   Args:
-    sequences: the interactions.
-    users: [...] user indices.
-    first: [...] index of the window's first target, may be negative.
-    count: [...] number of the user's targets.
+    sequences: the interactions, on the device or on the host.
+    windows: which, [...], where the interactions are.
     length: L.
 
   Returns:
     Batch with leading axes [...].
   """
-  last = jnp.minimum(first + length, count) - 1
-  target = last[..., None] - jnp.arange(length - 1, -1, -1)
-  real = target >= jnp.maximum(first, 0)[..., None]
-  index = sequences.starts[users][..., None] + jnp.maximum(target, 0)
-  take = lambda i: jnp.where(real, sequences.items[i], 0)
+  users, first, count, only_last = windows
+  last = (first + length).clip(max=count) - 1
+  begin = first.clip(min=0)
+  history, _ = last_items(sequences, users, last + 1, length, begin=begin)
+  begin = begin + only_last * (last - begin).clip(min=0)
+  targets, _ = last_items(sequences, users, last + 2, length, begin=begin + 1)
   return Batch(
-    users, take(index), take(index + 1), last,
-    training_activeness(sequences, users),
+    users, history, targets, last, training_activeness(sequences, users)
   )
+
+
+def last_items(
+  sequences: Sequences, users: jax.Array, end: jax.Array, length: int, *,
+  begin: jax.Array | int = 0,
+) -> tuple[jax.Array, jax.Array]:
+  """The last `length` items before a position of a user's history.
+
+  Args:
+    sequences: the interactions, on the device or on the host.
+    users: [...] user indices, where the interactions are.
+    end: [...] in-user position behind the last item; may be 0 or less.
+    length: L.
+    begin: [...] in-user position of the first item that counts.
+
+  Returns:
+    [..., L] items, right-aligned, 0 = none, and the index of each among all
+    interactions.
+  """
+  xp = end.__array_namespace__()
+  place = end[..., None] - xp.arange(length, 0, -1)
+  index = sequences.starts[users][..., None] + place.clip(min=0)
+  real = place >= xp.asarray(begin)[..., None]
+  return xp.where(real, sequences.items[index], 0), index
 
 
 class HeldOut(NamedTuple):
@@ -406,9 +423,7 @@ def draw_held_out(
   windows = draw_held_out_windows(
     key, held_out, batch_size=batch_size, length=length
   )
-  batch = cut_windows(sequences, *windows[:3], length=length)
-  only_last = jnp.arange(length) == length - 1
-  return batch._replace(targets=jnp.where(only_last, batch.targets, 0))
+  return cut_windows(sequences, windows, length=length)
 
 
 def draw_held_out_windows(
@@ -425,19 +440,8 @@ def draw_held_out_windows(
 
 def read_back(
   sequences: Sequences, users: jax.Array, last: jax.Array, count: int
-) -> Reading:
-  """The `count` items up to a position, the newest first.
-
-  Args:
-    sequences: the interactions.
-    users: [...] user indices.
-    last: [...] in-user position of the newest item; may be negative.
-    count: H.
-
-  Returns:
-    Reading with leading axes [...].
+) -> PluginContext:
+  """The `count` items up to in-user position `last`, the newest first; [...].
   """
-  index = last[..., None] - jnp.arange(count)
-  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
-  items = jnp.where(index >= 0, sequences.items[flat], 0)
-  return Reading(users, items, flat)
+  items, index = last_items(sequences, users, last + 1, count)
+  return PluginContext(users, items[..., ::-1], index[..., ::-1])

@@ -19,7 +19,15 @@ Column = np.ndarray | pl.Series | Sequence
 DUPLICATES = ("keep", "exact", "first", "last")
 _CHUNK = 2**22  # elements at a time
 _UNITS = {"ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
-_NO_TIMES_NOTE = "row order (the source has no times)"
+
+
+class RowError(InputError):
+  """A value that cannot be used; `axis`, `row` and `fault` say which and why.
+  """
+
+  def __init__(self, axis: str, row: int, fault: str) -> None:
+    super().__init__(f"{axis}[{row}] {fault}")
+    self.axis, self.row, self.fault = axis, row, fault
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,32 +86,25 @@ class Interactions:
       _update_digest(digest, values)
     return digest.hexdigest()
 
-  def select_users(self, mask_or_indices: Column) -> "Interactions":
-    """Returns the chosen users with the item catalogue left as it is.
+  def select_users(self, mask: np.ndarray) -> "Interactions":
+    """The users of a mask [U], with the catalogue of items left as it is.
 
-    Args:
-      mask_or_indices: [U] booleans, or distinct user indices, whose order
-        becomes the new order of the users.
-
-    Returns:
-      The selection; `tied_share` is computed anew, other notes are kept.
+    `tied_share` is computed anew; other notes are kept.
 
     Raises:
-      InputError: for a wrong shape or type, an index that is out of range or
-        repeated, or an empty selection.
+      InputError: for a mask of another shape or type, or an empty one.
     """
-    users = _as_indices(np.asarray(mask_or_indices), self.num_users)
-    lengths = self.lengths[users]
-    offsets = _offsets(lengths)
-    shift = np.repeat(self.offsets[users] - offsets[:-1], lengths)
-    rows = np.arange(offsets[-1]) + shift
+    if mask.dtype != bool or mask.shape != (self.num_users,) or not mask.any():
+      raise InputError(
+        f"the mask of users is {mask.dtype} of shape {mask.shape} with "
+        f"{mask.sum()} chosen; give booleans ({self.num_users},), one true"
+      )
+    rows = np.repeat(mask, self.lengths)
+    offsets = offsets_of(self.lengths[mask])
     times = None if self.times is None else self.times[rows]
     return dataclasses.replace(
-      self,
-      items=self.items[rows],
-      offsets=offsets,
-      times=times,
-      user_ids=self.user_ids[users],
+      self, items=self.items[rows], offsets=offsets, times=times,
+      user_ids=self.user_ids[mask],
       notes={**self.notes, **_tied_share(offsets, times)},
     )
 
@@ -147,43 +148,72 @@ def from_columns(
       times that are not finite or whose type merges them, unknown options, or
       no user left.
   """
-  _check_options(duplicates, k_core, min_length, max_history)
-  users, items = _series(users, "users"), _series(items, "items")
-  times = None if times is None else _series(times, "times")
-  _check_lengths(users, items, times)
-  times = None if times is None else _numbers(times)
-  rows_read = len(users)
-  users, user_ids = _encode(_ids(users))
-  items, item_ids = _encode(_ids(items))
-  found = len(user_ids), len(item_ids)
+  if duplicates not in DUPLICATES:
+    raise InputError(
+      f"duplicates={duplicates!r} is unknown; use one of {DUPLICATES}"
+    )
+  at_least(0, k_core=k_core)
+  at_least(1, min_length=min_length)
+  if max_history is not None:
+    at_least(1, max_history=max_history)
+  if duplicates == "exact" and times is None:
+    raise InputError(
+      "duplicates='exact' needs times; use 'first' or 'last' without them"
+    )
+  given = {"users": users, "items": items, "times": times}
+  series = {x: _series(v, x) for x, v in given.items() if v is not None}
+  lengths = {axis: len(values) for axis, values in series.items()}
+  if len(set(lengths.values())) > 1:
+    raise InputError(f"columns differ in length: {lengths}; give equal ones")
+  rows_read = lengths["users"]
+  if not rows_read:
+    raise InputError("there are no interactions (0 rows); check the source")
+  columns = [_numbers(series["times"])] if "times" in series else []
+  items, item_ids = _encode(_ids(series["items"]))
+  users, user_ids = _encode(_ids(series["users"]))
+  columns = [users, items, *columns]
 
-  if not _is_sorted(users, times):
-    order = np.lexsort((users,) if times is None else (times, users))
-    users, items, times = _take(order, users, items, times)
+  if not _is_sorted(users, *columns[2:]):
+    order = np.lexsort((*columns[2:], users))
+    columns = [x[order] for x in columns]
     del order
   if duplicates != "keep":
-    keep = _distinct(users, items, times, duplicates, len(item_ids))
-    users, items, times = _take(keep, users, items, times)
-  distinct = len(users)
-  users, items, times = _core(users, items, times, k_core, min_length)
-  if not len(users):
+    keys = pl.DataFrame(columns[: 3 if duplicates == "exact" else 2])
+    rows = np.sort(keys.with_row_index("row").unique(
+      keys.columns, keep="last" if duplicates == "last" else "first"
+    )["row"])
+    columns = [x[rows] for x in columns]
+  distinct = len(columns[0])
+  least = max(k_core, min_length)
+  while least > 1 and len(columns[0]):
+    users, items = columns[:2]
+    keep = (np.bincount(users) >= least)[users]
+    keep &= (np.bincount(items) >= k_core)[items]
+    if keep.all():
+      break
+    columns = [x[keep] for x in columns]
+  filtered = len(columns[0])
+  if not filtered:
     raise InputError(
       f"no user of {name!r} is left after k_core={k_core}, "
       f"min_length={min_length}; lower them"
     )
-  filtered = len(users)
   if max_history is not None:
-    keep = _positions_from_end(users) < min(max_history, len(users))
-    users, items, times = _take(keep, users, items, times)
+    later = np.cumsum(np.bincount(columns[0]))[columns[0]] - np.arange(filtered)
+    columns = [x[later <= min(max_history, filtered)] for x in columns]
+  (users, items, *rest), found = columns, (len(user_ids), len(item_ids))
+  del columns
   users, user_ids = _compact(users, user_ids)
   items, item_ids = _compact(items, item_ids)
-  offsets = _offsets(_counts(users, len(user_ids)))
+  times = rest[0] if rest else None
+  offsets = offsets_of(_counts(users, len(user_ids)))
   notes = {
     "rows_read": rows_read,
     "duplicates_dropped": rows_read - distinct,
     "users_dropped": found[0] - len(user_ids),
     "items_dropped": found[1] - len(item_ids),
-    "order": _NO_TIMES_NOTE if times is None else "time, ties in row order",
+    "order": "row order (the source has no times)" if times is None else
+    "time, ties in row order",
     **_tied_share(offsets, times),
   }
   if max_history is not None:
@@ -194,22 +224,13 @@ def from_columns(
   return Interactions(name, items, offsets, times, user_ids, item_ids, notes)
 
 
-def _check_options(
-  duplicates: str, k_core: int, min_length: int, max_history: int | None
-) -> None:
-  """Raises InputError for an option that is out of range."""
-  if duplicates not in DUPLICATES:
-    raise InputError(
-      f"duplicates={duplicates!r} is unknown; use one of {DUPLICATES}"
-    )
-  at_least(0, k_core=k_core)
-  at_least(1, min_length=min_length)
-  if max_history is not None:
-    at_least(1, max_history=max_history)
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+  """[n+1] int64, where slices of the given lengths begin and end."""
+  return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _series(values: Column, axis: str) -> pl.Series:
-  """Returns a flat polars Series without nulls."""
+  """A flat polars Series without nulls."""
   if not isinstance(values, pl.Series):
     if isinstance(values, np.ndarray) and values.ndim != 1:
       raise InputError(f"{axis} has shape {values.shape}; give a flat column")
@@ -221,50 +242,47 @@ def _series(values: Column, axis: str) -> pl.Series:
       raise InputError(
         f"{axis} mixes types or holds unknown ones; give integers or strings"
       ) from None
-  if values.null_count():
-    row = values.is_null().arg_max()
-    raise InputError(f"{axis}[{row}] is null; drop or fill such rows")
-  return values.alias(axis)
+  values = values.alias(axis)
+  _refuse(values, values.is_null(), "is empty; fill or drop such rows")
+  return values
+
+
+def _refuse(values: pl.Series, bad: pl.Series, fault: str) -> None:
+  """Raises RowError for the first value that is bad; {} of the fault is it."""
+  if bad.any():
+    row = bad.arg_max()
+    raise RowError(values.name, row, fault.format(values[row]))
 
 
 def _ids(values: pl.Series) -> pl.Series:
-  """Returns ids as Int32, Int64 or String."""
+  """Ids as Int32, Int64 or String."""
   axis, kind = values.name, values.dtype
   if kind in (pl.Categorical, pl.Enum):
     values = values.cast(pl.String)
   if values.dtype == pl.String:
-    if (values == "").any():
-      row = (values == "").arg_max()
-      raise InputError(f"{axis}[{row}] = '' is empty; drop or fill such rows")
+    _refuse(values, values == "", "is empty; fill or drop such rows")
     return values
   if kind.is_float():
     whole = values.is_finite() & (values.floor() == values)
-    if not whole.all():
-      row = whole.arg_min()
-      raise InputError(
-        f"{axis}[{row}] = {values[row]} is no id; give integers or strings"
-      )
-    _check_exact(values, "ids", "give integers or strings")
+    _refuse(values, ~whole, "= {} is no id; give integers or strings")
+    _refuse_merged(values, "ids", "give integers or strings")
   elif not kind.is_integer():
     raise InputError(f"{axis} are {kind}; give integers or strings")
   return _as_int64(values, "give them as strings")
 
 
-def _check_exact(values: pl.Series, what: str, remedy: str) -> None:
-  """Raises InputError for floats so large that whole numbers have merged."""
-  digits = 53 if values.dtype == pl.Float64 else 24
-  if values.dtype == pl.Float16:
-    digits = 11
-  row = values.abs().arg_max()
-  if len(values) and abs(values[row]) >= 2**digits:
-    raise InputError(
-      f"{values.name}[{row}] = {values[row]} is a {values.dtype} at or beyond "
-      f"2^{digits}, where different {what} are merged; {remedy}"
-    )
+def _refuse_merged(values: pl.Series, what: str, remedy: str) -> None:
+  """Raises RowError for floats so large that whole numbers have merged."""
+  digits = {pl.Float64: 53, pl.Float32: 24, pl.Float16: 11}[values.dtype]
+  _refuse(
+    values, values.abs() >= 2**digits,
+    f"= {{}} is a {values.dtype} at or beyond 2^{digits}, where different "
+    f"{what} are merged; {remedy}",
+  )
 
 
 def _as_int64(values: pl.Series, remedy: str) -> pl.Series:
-  """Returns whole numbers as they are where they are Int32, else as Int64."""
+  """Whole numbers as they are where they are Int32, else as Int64."""
   if values.dtype == pl.Int32:
     return values
   try:
@@ -287,13 +305,8 @@ def _numbers(values: pl.Series) -> np.ndarray:
     raise InputError(
       f"times are {values.dtype}; give numbers, or dates as datetimes"
     )
-  finite = values.is_finite()
-  if not finite.all():
-    row = finite.arg_min()
-    raise InputError(
-      f"times[{row}] = {values[row]} is not finite; drop the row"
-    )
-  _check_exact(values, "times", "give integers, or use a coarser unit")
+  _refuse(values, ~values.is_finite(), "= {} is not finite; drop the row")
+  _refuse_merged(values, "times", "give integers, or use a coarser unit")
   return values.cast(pl.Float64).to_numpy()
 
 
@@ -312,25 +325,9 @@ def _unix_seconds(values: pl.Series) -> np.ndarray:
   return ticks.copy() if merged else ticks / unit
 
 
-def _check_lengths(
-  users: pl.Series, items: pl.Series, times: pl.Series | None
-) -> None:
-  """Raises InputError for columns that are empty or of different lengths."""
-  lengths = {"users": len(users), "items": len(items)}
-  if times is not None:
-    lengths["times"] = len(times)
-  if len(set(lengths.values())) > 1:
-    raise InputError(f"columns differ in length: {lengths}; give equal ones")
-  if not lengths["users"]:
-    raise InputError("there are no interactions (0 rows); check the source")
-
-
 def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-  """Returns [N] int32 codes and the ids they stand for, ascending."""
+  """[N] int32 codes and the ids that they stand for, ascending."""
   if values.dtype.is_integer():
-    low, span = values.min(), values.max() - values.min() + 1
-    if span <= max(len(values), _CHUNK):
-      return _encode_dense(values, low, span)
     values = values.cast(pl.Int64)
   ids = values.unique().sort()
   numbers = pl.Series(np.arange(len(ids), dtype=np.int32))
@@ -338,26 +335,8 @@ def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
   return codes.to_numpy(), ids.to_numpy(writable=True)
 
 
-def _encode_dense(
-  values: pl.Series, low: int, span: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """`_encode` of integers low .. low + span - 1, in little more memory."""
-  present = np.zeros(span, bool)
-  codes = np.empty(len(values), np.int32)
-  chunks = range(0, len(values), _CHUNK)
-  place = lambda start: (
-    values.slice(start, _CHUNK).cast(pl.Int64).to_numpy() - low
-  )
-  for start in chunks:
-    present[place(start)] = True
-  number = np.cumsum(present, dtype=np.int32) - np.int32(1)
-  for start in chunks:
-    codes[start : start + _CHUNK] = number[place(start)]
-  return codes, np.flatnonzero(present) + low
-
-
-def _is_sorted(users: np.ndarray, times: np.ndarray | None) -> bool:
-  """Tells whether rows are already in (user, time) order."""
+def _is_sorted(users: np.ndarray, times: np.ndarray | None = None) -> bool:
+  """Whether rows are already in (user, time) order."""
   if (users[1:] < users[:-1]).any():
     return False
   if times is None:
@@ -367,123 +346,32 @@ def _is_sorted(users: np.ndarray, times: np.ndarray | None) -> bool:
   return not back.any()
 
 
-def _take(
-  rows: np.ndarray,
-  users: np.ndarray,
-  items: np.ndarray,
-  times: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-  """Returns the columns at `rows`, a mask or indices."""
-  return users[rows], items[rows], None if times is None else times[rows]
-
-
-def _distinct(
-  users: np.ndarray,
-  items: np.ndarray,
-  times: np.ndarray | None,
-  duplicates: str,
-  num_items: int,
-) -> np.ndarray:
-  """Returns the [N] mask of rows that `duplicates` keeps; rows are sorted."""
-  blocks = users.astype(np.int64)
-  if duplicates == "exact":
-    if times is None:
-      raise InputError(
-        "duplicates='exact' needs times; use 'first' or 'last' without them"
-      )
-    starts = (users[1:] != users[:-1]) | (times[1:] != times[:-1])
-    blocks = np.concatenate([[0], np.cumsum(starts)])
-  keys = pl.Series(blocks * num_items + items)
-  if duplicates == "last":
-    return keys.is_last_distinct().to_numpy()
-  return keys.is_first_distinct().to_numpy()
-
-
-def _core(
-  users: np.ndarray,
-  items: np.ndarray,
-  times: np.ndarray | None,
-  k_core: int,
-  min_length: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-  """Drops users and items that are too rare until none is left."""
-  least = max(k_core, min_length)
-  while len(users) and least > 1:
-    keep = (np.bincount(users) >= least)[users]
-    keep &= (np.bincount(items) >= k_core)[items]
-    if keep.all():
-      break
-    users, items, times = _take(keep, users, items, times)
-  return users, items, times
-
-
-def _positions_from_end(users: np.ndarray) -> np.ndarray:
-  """Returns how many later interactions the same user has; 0 = the last."""
-  ends = np.cumsum(np.bincount(users))
-  return ends[users] - 1 - np.arange(len(users))
-
-
 def _compact(
   codes: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
   """Renumbers codes so that every id occurs; keeps their order."""
   present = _counts(codes, len(ids)) > 0
-  if present.all():
-    return codes if codes.flags.writeable else codes.copy(), ids
-  renumber = np.cumsum(present, dtype=np.int32) - 1
+  renumber = np.cumsum(present, dtype=np.int32) - np.int32(1)
   return renumber[codes], ids[present]
 
 
 def _counts(codes: np.ndarray, size: int) -> np.ndarray:
-  """Returns how often each of 0 .. size - 1 occurs."""
+  """How often each of 0 .. size - 1 occurs; numpy makes int64 of a chunk."""
   counts = np.zeros(size, np.int64)
   for start in range(0, len(codes), _CHUNK):
     counts += np.bincount(codes[start : start + _CHUNK], minlength=size)
   return counts
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-  """Returns [U+1] int64 borders of slices of the given lengths."""
-  return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
 def _tied_share(
   offsets: np.ndarray, times: np.ndarray | None
 ) -> dict[str, float]:
-  """Returns the share of a user's adjacent pairs that have equal times."""
+  """The share of a user's adjacent pairs that have equal times."""
   if times is None:
     return {}
   same = times[1:] == times[:-1]
-  borders = offsets[1:-1]
-  ties = int(same.sum()) - int(same[borders[borders > 0] - 1].sum())
-  pairs = len(times) - (len(offsets) - 1)
-  return {"tied_share": ties / pairs if pairs else 0.0}
-
-
-def _as_indices(chosen: np.ndarray, num_users: int) -> np.ndarray:
-  """Returns user indices for a mask or for indices, checked."""
-  if chosen.dtype == bool:
-    if chosen.shape != (num_users,):
-      raise InputError(
-        f"the mask of users has shape {chosen.shape}; give ({num_users},)"
-      )
-    chosen = np.flatnonzero(chosen)
-  if chosen.ndim != 1 or not chosen.size:
-    raise InputError(
-      f"the selection of users has shape {chosen.shape}; choose at least one"
-    )
-  if not np.issubdtype(chosen.dtype, np.integer):
-    raise InputError(
-      f"the selection of users is {chosen.dtype}; give booleans or integers"
-    )
-  if chosen.min() < 0 or chosen.max() >= num_users:
-    raise InputError(
-      f"user indices span {chosen.min()}..{chosen.max()}; "
-      f"give 0..{num_users - 1}"
-    )
-  if len(np.unique(chosen)) != len(chosen):
-    raise InputError("a user index is repeated; give each user once")
-  return chosen
+  same[offsets[1:-1] - 1] = False  # of two users
+  return {"tied_share": same.sum() / max(len(times) - len(offsets) + 1, 1)}
 
 
 def _update_digest(

@@ -21,6 +21,7 @@ rows of several positions shows early positions of a row fewer items than that.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -71,20 +72,9 @@ class World:
     return _relative_log(self.transition)
 
 
-def make_world(
-  *,
-  seed: int,
-  num_items: int = 300,
-  borders: Sequence[int] = (5, 8, 12, 20, 40, 151),
-  length_exponent: float = 1.5,
-  prior_decay: float = 0.9,
-  confounding: float = 0.4,
-  scale: float = 1.75,
-  rank: int = 8,
-  popularity_exponent: float = 0.6,
-  popularity_tilt: float = 0.25,
-) -> World:
-  """Draws a world; strata differ more, the larger `confounding`.
+@dataclasses.dataclass(frozen=True)
+class WorldSpec:
+  """What a world is drawn by; strata differ more, the larger `confounding`.
 
       P(d) ∝ prior_decay^d
       P(n|d) ∝ n^-length_exponent  for borders[d] <= n < borders[d+1]
@@ -97,8 +87,7 @@ def make_world(
   -1. The random draws do not depend on any parameter but the sizes, so a sweep
   over `confounding` changes nothing else.
 
-  Args:
-    seed: of the embeddings and the order of popularity.
+  Attributes:
     num_items: V.
     borders: G+1 ascending lengths; stratum d has borders[d] .. borders[d+1]-1.
     length_exponent: of the truncated power law of lengths in a stratum.
@@ -108,52 +97,83 @@ def make_world(
     rank: of the preference logits, at least 2.
     popularity_exponent: 0 makes items equally popular a priori.
     popularity_tilt: how much more the inactive follow popularity.
+  """
 
-  Returns:
-    The world.
+  num_items: int = 300
+  borders: Sequence[int] = (5, 8, 12, 20, 40, 151)
+  length_exponent: float = 1.5
+  prior_decay: float = 0.9
+  confounding: float = 0.4
+  scale: float = 1.75
+  rank: int = 8
+  popularity_exponent: float = 0.6
+  popularity_tilt: float = 0.25
+
+  def __post_init__(self) -> None:
+    """Raises InputError for what is out of range."""
+    types.at_least(2, num_items=self.num_items, rank=self.rank)
+    if len(self.borders) < 2 or not all(
+      isinstance(x, int) and low < x < _LONGEST
+      for x, low in zip(self.borders, (2, *self.borders), strict=False)
+    ):
+      raise types.InputError(
+        f"borders={self.borders!r}: give two or more ascending lengths from 3 "
+        f"to {_LONGEST - 1}"
+      )
+    if not 0 <= self.confounding <= 1:
+      raise types.InputError(f"confounding={self.confounding}: give 0 to 1")
+    if not 0 < self.prior_decay < math.inf:
+      raise types.InputError(f"prior_decay={self.prior_decay}: give over 0")
+    strata = len(self.borders) - 1
+    size = strata * self.num_items * max(self.num_items, self.rank)
+    if size > _LARGEST:
+      raise types.InputError(
+        f"num_items={self.num_items}, rank={self.rank} with {strata} strata "
+        f"are {size} probabilities or tastes; give sizes with at most "
+        f"{_LARGEST}"
+      )
+
+
+def make_world(spec: WorldSpec, *, seed: int) -> World:
+  """Draws a world.
+
+  Args:
+    spec: its sizes and how its strata differ.
+    seed: of the embeddings and the order of popularity.
 
   Raises:
-    InputError: a parameter is outside its range.
+    InputError: if some distribution has all of its mass in too few places.
   """
-  _check_world(seed, num_items, borders, rank)
-  for name, value, low, high in (
-    ("length_exponent", length_exponent, -50, 50),
-    ("prior_decay", prior_decay, 1e-3, 1e3),
-    ("confounding", confounding, 0, 1),
-    ("scale", scale, -50, 50),
-    ("popularity_exponent", popularity_exponent, -50, 50),
-    ("popularity_tilt", popularity_tilt, -50, 50),
-  ):
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and low <= value <= high):
-      raise types.InputError(f"{name}={value!r}: give {low:g} to {high:g}")
-  num_strata = len(borders) - 1
+  types.at_least(0, seed=seed)
+  num_strata, size = len(spec.borders) - 1, (spec.num_items, spec.rank)
   rng = np.random.default_rng(seed)
-  log_popularity = -np.log(1.0 + rng.permutation(num_items))
-  item = rng.normal(size=(num_items, rank))
-  shared = _unit(rng.normal(size=(num_items, rank)))
-  own = rng.normal(size=(num_strata, num_items, rank))
+  log_popularity = -np.log(1.0 + rng.permutation(spec.num_items))
+  item = rng.normal(size=size)
+  shared = _unit(rng.normal(size=size))
+  own = rng.normal(size=(num_strata, *size))
   own = _unit(own - (own * shared).sum(-1, keepdims=True) * shared)
-  angle = confounding * np.pi / 2
+  angle = spec.confounding * np.pi / 2
   taste = np.cos(angle) * shared + np.sin(angle) * own
   slope = np.linspace(1.0, -1.0, num_strata) if num_strata > 1 else np.zeros(1)
-  exponent = popularity_exponent * (1 + confounding * popularity_tilt * slope)
-  logits = exponent[:, None, None] * log_popularity + scale * taste @ item.T
+  exponent = spec.popularity_exponent * (
+    1 + spec.confounding * spec.popularity_tilt * slope
+  )
+  logits = exponent[:, None, None] * log_popularity
+  logits = logits + spec.scale * taste @ item.T
   transition = np.exp(logits - logits.max(-1, keepdims=True))
   transition /= transition.sum(-1, keepdims=True)
-  prior = float(prior_decay) ** np.arange(num_strata)
+  prior = float(spec.prior_decay) ** np.arange(num_strata)
   world = World(
     prior=prior / prior.sum(),
     initial=np.stack([_stationary(t) for t in transition]),
     transition=transition,
-    length_pmf=_length_pmf(borders, length_exponent),
+    length_pmf=_length_pmf(spec.borders, spec.length_exponent),
   )
   sums = [x.sum(-1) for x in (world.prior, world.initial, world.length_pmf)]
   if not all(np.allclose(x, 1) for x in sums) or (world.initial < -1e-9).any():
     raise types.InputError(
-      f"scale={scale}, popularity_exponent={popularity_exponent}, prior_decay="
-      f"{prior_decay}, length_exponent={length_exponent}: some distribution "
-      "has all of its mass in too few places; give values nearer to 1"
+      f"some distribution of {spec} has all of its mass in too few places; "
+      "give values nearer to 1"
     )
   return world
 
@@ -435,25 +455,3 @@ def _draw(
 ) -> np.ndarray:
   """Draws a column from each of `rows` of a table of distributions."""
   return _invert(_cumulative(table), rows, rng)
-
-
-def _check_world(
-  seed: int, num_items: int, borders: Sequence[int], rank: int
-) -> None:
-  """Raises InputError where a size of `make_world` is out of range."""
-  types.at_least(0, seed=seed)
-  types.at_least(2, num_items=num_items, rank=rank)
-  whole = isinstance(borders, list | tuple) and all(
-    isinstance(x, int | np.integer) and 3 <= x < _LONGEST for x in borders
-  )
-  if not whole or len(borders) < 2 or (np.diff(borders) < 1).any():
-    raise types.InputError(
-      f"borders={borders!r}: give two or more ascending lengths from 3 to "
-      f"{_LONGEST - 1}"
-    )
-  size = (len(borders) - 1) * num_items * max(num_items, rank)
-  if size > _LARGEST:
-    raise types.InputError(
-      f"num_items={num_items}, rank={rank} with {len(borders) - 1} strata are "
-      f"{size} probabilities or tastes; give sizes with at most {_LARGEST}"
-    )

@@ -205,7 +205,9 @@ def read_tfds(
         f"{name} is not prepared in {builder.data_path}: pass download=True,"
         " or the data_dir it was prepared in"
       )
-    with disk.one_at_a_time(builder.data_path.parent):
+    place = builder.data_path.parent
+    place.mkdir(parents=True, exist_ok=True)
+    with disk.locked(place.with_name(f".{place.name}.lock")):
       builder = _builder(name, data_dir)  # another process may have done it
       if not builder.is_prepared():
         builder.download_and_prepare(

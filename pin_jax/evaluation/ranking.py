@@ -21,43 +21,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.data.batches import Sequences, read_back, training_activeness
+from pin_jax.data.batches import (
+  Sequences,
+  last_items,
+  read_back,
+  training_activeness,
+)
 from pin_jax.data.interactions import Interactions
 from pin_jax.evaluation.metrics import average_rank
 from pin_jax.models import packing, plugins
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
+from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
-from pin_jax.scale.sharding import LOCAL, Layout
+from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
 from pin_jax.types import (
-  Backbone,
   InputError,
-  Plugin,
+  PluginContext,
   PyTree,
-  Reading,
   Requests,
   at_least,
 )
-
-
-class Model(NamedTuple):
-  """The functions of what is evaluated; `plugin` is None without plugins."""
-
-  backbone: Backbone
-  plugin: Plugin | None
-
-
-class Weights(NamedTuple):
-  """The parameters of what is evaluated.
-
-  Attributes:
-    backbone: of the backbone.
-    plugins: of the plugins, leaves [S, ...]; None without.
-    evidence: what the plugins read besides, or None.
-  """
-
-  backbone: PyTree
-  plugins: PyTree
-  evidence: PyTree = None
 
 
 class Ranks(NamedTuple):
@@ -76,15 +59,6 @@ class Ranks(NamedTuple):
   candidates_unmasked: np.ndarray
 
 
-def read_windows(
-  sequences: Sequences, users: jax.Array, positions: jax.Array, length: int
-) -> jax.Array:
-  """The `length` items before a position, right-aligned; [...] -> [..., L]."""
-  index = positions[..., None] - jnp.arange(length, 0, -1)
-  flat = sequences.starts[users][..., None] + jnp.maximum(index, 0)
-  return jnp.where(index >= 0, sequences.items[flat], 0)
-
-
 # Scores of a chunk of users.
 
 
@@ -93,13 +67,13 @@ class States(NamedTuple):
 
   Attributes:
     states: the backbone's, leading axis M.
-    reading: what the plugin reads of the history, or None.
+    context: what the plugin reads of the history, or None.
     weights: of the segment: its plugin's own, the backbone's as the plugin
       wants them.
   """
 
   states: PyTree
-  reading: Reading | None
+  context: PluginContext | None
   weights: Weights
 
 
@@ -133,8 +107,7 @@ def score_items(
   For `candidates` and `items` see `plugins.logits`.
   """
   return plugins.logits(
-    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
-    rows.states, rows.reading, candidates, items,
+    model, rows.weights, rows.states, rows.context, candidates, items
   )
 
 
@@ -151,8 +124,8 @@ def _score_in_chunks(
   logits = jax.lax.map(some, columns.reshape(chunks, width))
   logits = jnp.moveaxis(logits, 0, 1).reshape(-1, chunks * width)
   return plugins.mixed(
-    *model, rows.weights.plugins, rows.weights.backbone, rows.weights.evidence,
-    rows.states, rows.reading, logits[:, : len(index)], candidates,
+    model, rows.weights, rows.states, rows.context, logits[:, : len(index)],
+    candidates,
   )
 
 
@@ -165,17 +138,17 @@ def _states_before(
   own = jax.tree.map(lambda x: x[segments[0]], weights.plugins)
   frozen = plugins.adapted(model.plugin, own, weights.backbone)
   history = given(
-    frozen, read_windows(sequences, users, positions, length),
+    model.backbone, last_items(sequences, users, positions, length)[0],
     training_activeness(sequences, users),
   )
-  context = packing.encode(model.backbone, frozen, history)
+  encoded = packing.encode(model.backbone, frozen, history)
   states = model.backbone.at(
-    context, jnp.arange(len(users)), jnp.full(len(users), length - 1)
+    encoded, jnp.arange(len(users)), jnp.full(len(users), length - 1)
   )
-  reading = None
+  context = None
   if model.plugin is not None and model.plugin.recent:
-    reading = read_back(sequences, users, positions - 1, model.plugin.recent)
-  return States(states, reading, Weights(frozen, own, weights.evidence))
+    context = read_back(sequences, users, positions - 1, model.plugin.recent)
+  return States(states, context, Weights(frozen, own, weights.evidence))
 
 
 # Chunk after chunk of requests.
@@ -208,7 +181,7 @@ def _compiled(
     weights: Weights, sequences: Sequences, rows: tuple, size: int
   ) -> PyTree:
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
-    return sharding.replicate(jax.lax.map(one, rows), layout)
+    return sharding.lay(jax.lax.map(one, rows), layout)
 
   return Program(run, users, nothing)
 
@@ -309,12 +282,12 @@ def _split(
 
   def cut(x: jax.Array, first: jax.Array) -> jax.Array:
     by_shard = x.reshape(shards, own, *x.shape[1:])
-    by_shard = sharding.split_tables(by_shard, layout)
+    by_shard = sharding.lay(by_shard, layout, MODEL)
     pad = [(0, 0), (0, part - own)] + [(0, 0)] * (x.ndim - 1)
-    by_shard = sharding.split_tables(jnp.pad(by_shard, pad), layout)
+    by_shard = sharding.lay(jnp.pad(by_shard, pad), layout, MODEL)
     some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
     rows = some.reshape(shards * width, *x.shape[1:])
-    return sharding.split_tables(rows, layout)
+    return sharding.lay(rows, layout, MODEL)
 
   def scored(states: States, index: jax.Array) -> _Scored:
     first = jnp.minimum(index * width, part - width)
@@ -333,7 +306,7 @@ def _split(
       return jnp.where(inside, of // own * width + row, shards * width)
 
     return _Scored(
-      sharding.split_columns(logits, layout), items,
+      sharding.lay(logits, layout, DATA, MODEL), items,
       fresh & (items > 0) & (items <= num_items), column,
     )
 
@@ -381,7 +354,7 @@ def rank_program(
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
-    requests = sharding.split_rows(requests, layout)
+    requests = sharding.lay(requests, layout, DATA)
     states = _states_before(model, weights, sequences, requests, length)
     users, positions, _ = requests
     target = sequences.items[sequences.starts[users] + positions][:, None]
@@ -396,7 +369,7 @@ def rank_program(
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
       logits, total = found.logits, total[:, None]
-      masked = sharding.split_columns(jnp.zeros(logits.shape, bool), layout)
+      masked = sharding.lay(jnp.zeros(logits.shape, bool), layout, DATA, MODEL)
       masked = masked.at[row, found.column(seen)].set(True, mode="drop")
       other = found.fresh & (found.items != target)
       above = other & ~(logits <= total)

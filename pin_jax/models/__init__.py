@@ -1,5 +1,6 @@
-"""Backbones (one a file), plugins, and what they are made of.
+"""Backbones, one a file, and plugins.
 
-`layers`, `sasrec` and its peers; `memory` and `relations`, the item
-neighbours; `plugins`; then `packing`, `precision` and `conditioned`.
+`sasrec`, `gru4rec`, `hstu`, `din`: the architectures; `backbones` and `layers`:
+what they share; `plugins`: what personalises them; `memory` and `relations`:
+the item neighbours that some plugins mix in; `packing`, `precision`: speed.
 """

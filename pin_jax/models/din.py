@@ -15,11 +15,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pin_jax.models import conditioned
+from pin_jax.models.backbones import (
+  ACTIVENESS,
+  as_rows,
+  check_dropout,
+  embed_activeness,
+)
 from pin_jax.models.layers import dropout as drop
 from pin_jax.models.layers import lookup
-from pin_jax.models.sasrec import as_rows, check_dropout
-from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
+from pin_jax.types import Backbone, Histories, PyTree, Rows, at_least
+
+_MAX_ELEMENTS = 2**24  # activations of the unit that are alive at a time
 
 
 class _ActivationUnit(nn.Module):
@@ -29,8 +35,8 @@ class _ActivationUnit(nn.Module):
   def __call__(self, past: jax.Array, candidates: jax.Array) -> jax.Array:
     """Weights [M, L, C] of past [M, L, D] for candidates [(M,) C, D].
 
-    W [e_h, e_c, e_h - e_c, e_h * e_c] splits into a part of the item, a part
-    of the candidate and one product, so that no [M, L, C, 4 D] is formed.
+    W [e_h, e_c, e_h - e_c, e_h * e_c] is a sum of what the item gives, what the
+    candidate gives and one product, so that no [M, L, C, 4 D] is formed.
     """
     width = past.shape[-1]
     kernel = self.param(
@@ -71,7 +77,6 @@ def din(
   attention_hidden: int = 36,
   hidden: int = 80,
   dropout: float = 0.2,
-  max_elements: int = 2**24,
 ) -> Backbone:
   """Builds DIN: the candidate decides what is read of the history.
 
@@ -79,11 +84,11 @@ def din(
     r_c      = sum over the history of a(h, c) e_h
     logit(c) = MLP([r_c, e_c, r_c * e_c])
 
-  A state is the items of its prefix and their dropout factors; they are
-  embedded in `represent`. Candidates are handled in inner chunks whose
-  activations are formed again in the backward pass, so that memory is
-  `max_elements` and the result [M, C, D]. Every candidate costs L D
-  `attention_hidden` products: train on sampled candidates.
+  A state is the items of its prefix and their dropout factors; `represent`
+  embeds them. It takes candidates in chunks whose activations are formed again
+  in the backward pass: memory is that of one chunk and of the result [M, C, D].
+  Every candidate costs L D `attention_hidden` products: train on sampled
+  candidates.
 
   Args:
     num_items: V; item 0 is padding.
@@ -93,19 +98,12 @@ def din(
     hidden: width of the last network; its second layer has half of it.
     dropout: rate in [0, 1) at which history items are left out; the others
       count 1 / (1 - rate).
-    max_elements: activations of the unit that are alive at a time.
-
-  Returns:
-    The backbone's pure functions.
 
   Raises:
     InputError: if a width is smaller than 1, or `dropout` is outside [0, 1).
   """
   check_dropout(dropout)
-  widths = {"attention_hidden": attention_hidden, "hidden": hidden}
-  for name, value in widths.items():
-    if value < 1:
-      raise InputError(f"backbone.{name}={value} is too small; give at least 1")
+  at_least(1, attention_hidden=attention_hidden, hidden=hidden)
   unit, predictor = _ActivationUnit(attention_hidden), _Predictor(hidden)
 
   def init(key: jax.Array) -> PyTree:
@@ -127,18 +125,18 @@ def din(
     factors = (items > 0).astype(jnp.float32)
     if key is not None:
       factors = drop(factors, dropout, key)
-    told = () if activeness is None else (activeness,)
-    return items, factors, windows, *told
+    known = () if activeness is None else (activeness,)
+    return items, factors, windows, *known
 
   def represent(
     params: PyTree,
     states: tuple[jax.Array, ...],
     candidates: jax.Array | None,
   ) -> jax.Array:
-    items, factors, *told = states
+    items, factors, *known = states
     past = lookup(params["items"], items)
-    if conditioned.reads(params):
-      added = conditioned.embedded(params[conditioned.TABLE], told[0])
+    for activeness in known:
+      added = embed_activeness(params[ACTIVENESS], activeness)
       past += added[:, None]
 
     def pool(index: jax.Array) -> jax.Array:
@@ -147,10 +145,8 @@ def din(
       ) * factors[..., None]
       return jnp.einsum("mlc,mld->mcd", weights.astype(past.dtype), past)
 
-    index = _indices(candidates, num_items)
-    return _in_chunks(
-      pool, index, max(max_elements // (items.size * attention_hidden), 1)
-    )
+    size = max(_MAX_ELEMENTS // (items.size * attention_hidden), 1)
+    return _in_chunks(pool, _indices(candidates, num_items), size)
 
   def score(
     params: PyTree, representations: jax.Array, candidates: jax.Array | None
@@ -170,14 +166,11 @@ def _indices(candidates: jax.Array | None, num_items: int) -> jax.Array:
 def _prefix(
   context: tuple[jax.Array, ...], rows: jax.Array, columns: jax.Array
 ) -> tuple[jax.Array, ...]:
-  """Items [M, L], factors [M, L] and, where it is told, activeness [M].
-
-  What comes after the column counts 0.
-  """
-  items, factors, windows, *told = context
+  """Items [M, L], factors [M, L], 0 behind the column; activeness [M]."""
+  items, factors, windows, *known = context
   seen = jnp.arange(items.shape[1]) <= columns[:, None]
   seen &= windows[rows] == windows[rows, columns][:, None]
-  return items[rows], factors[rows] * seen, *(x[rows, columns] for x in told)
+  return items[rows], factors[rows] * seen, *(x[rows, columns] for x in known)
 
 
 def _in_chunks(
@@ -189,6 +182,6 @@ def _in_chunks(
     return pool(index)
   pad = [(0, 0)] * (index.ndim - 1) + [(0, -count % size)]
   chunks = jnp.pad(index, pad).reshape(*index.shape[:-1], -1, size)
-  parts = jax.lax.map(jax.checkpoint(pool), jnp.moveaxis(chunks, -2, 0))
-  merged = jnp.moveaxis(parts, 0, 1)  # [M, chunks, size, D]
-  return merged.reshape(merged.shape[0], -1, merged.shape[-1])[:, :count]
+  pooled = jax.lax.map(jax.checkpoint(pool), jnp.moveaxis(chunks, -2, 0))
+  pooled = jnp.moveaxis(pooled, 0, 1)  # [M, chunks, size, D]
+  return pooled.reshape(pooled.shape[0], -1, pooled.shape[-1])[:, :count]

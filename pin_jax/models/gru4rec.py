@@ -11,8 +11,8 @@ to the caller.
 import flax.linen as nn
 import jax
 
+from pin_jax.models.backbones import check_dropout, from_encoder, item_inputs
 from pin_jax.models.layers import GRU, Dropout
-from pin_jax.models.sasrec import check_dropout, from_encoder, item_inputs
 from pin_jax.types import Backbone, Rows
 
 

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.models.layers import Dropout, product, reads
-from pin_jax.models.sasrec import (
+from pin_jax.models.backbones import (
   check_dropout,
   check_heads,
   from_encoder,
   item_inputs,
 )
+from pin_jax.models.layers import Dropout, product, reads
 from pin_jax.types import Backbone, Rows
 
 _INIT = nn.initializers.normal(0.02)

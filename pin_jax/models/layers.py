@@ -1,7 +1,7 @@
-"""Layers that the backbones share: dropout, causal attention, MLP, GRU.
+"""Layers that backbones share: dropout, causal attention, MLP, GRU.
 
-All of them compute in the type of their parameters and inputs; `product`,
-`lookup`, dropout's factor, softmax and the GRU's state are float32 throughout.
+They compute in the type of their parameters and inputs; `product`, `lookup`,
+dropout's factor, softmax and the GRU's state are float32 throughout.
 """
 
 import functools
@@ -16,19 +16,12 @@ _GOLDEN = 0x9E3779B9
 
 
 def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Counter-based random bits: murmur3's finaliser of (counter, key).
+  """Counter-based random uint32: murmur3's finaliser of (counter, key).
 
   A few integer operations an element, against the twenty rounds of threefry;
   good enough for dropout masks, not for statistics. It mixes the counter, not
-  the key: the keys of neighbouring seeds (`key(0)`, `key(1)`) give correlated
-  bits, those that `split` or `fold_in` derive do not.
-
-  Args:
-    key: typed or raw PRNG key, from `split` or `fold_in`.
-    shape: shape of the result.
-
-  Returns:
-    uint32 array of the given shape.
+  the key: take keys from `split` or `fold_in`, for those of neighbouring seeds
+  (`key(0)`, `key(1)`) give correlated bits.
   """
   key = _key_words(key)
   low, high = key[..., 0], key[..., -1]
@@ -41,25 +34,15 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def hardware_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """Random bits of the device's generator, XLA's RngBitGenerator.
+  """Random uint32 of the device's generator, XLA's RngBitGenerator.
 
   Stateless: the generator's state is the key, twice if it has two words, as
   JAX makes its 'rbg' keys; key derivation stays threefry's. The bits differ
   from one kind of device to another.
 
-  Under `vmap` over keys all examples share the generator of the first key and
-  take consecutive parts of its stream: their masks are independent, but those
-  of a batch follow from its first key and are not the masks that the keys give
-  one by one. `lax.map` and `scan` give those. A sharded result is the unsharded
-  one; XLA generates it whole on every device, unless
-  --xla_tpu_spmd_rng_bit_generator_unsafe=1 lets each device draw its part.
-
-  Args:
-    key: typed or raw PRNG key, of two or four words.
-    shape: shape of the result.
-
-  Returns:
-    uint32 array of the given shape.
+  Under `vmap` over keys all examples take consecutive parts of the first key's
+  stream: their masks are independent, but not those that the keys give one by
+  one, as in `lax.map` and `scan`. A sharded result is the unsharded one.
   """
   key = _key_words(key)
   state = jnp.tile(key, 4 // key.shape[-1])
@@ -69,9 +52,8 @@ def hardware_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def mask_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """`hash_bits` on CPU, `hardware_bits` on accelerators.
 
-  The platform is that of the lowering, so that one traced program is right for
-  each; neither it nor a vmapped one holds the other's branch. The arguments are
-  those of the two.
+  The platform is that of the lowering: one traced program is right for each,
+  and holds one branch.
   """
   return jax.lax.platform_dependent(
     _key_words(key),
@@ -234,12 +216,10 @@ class GRU(nn.Module):
     n    = tanh(W_n x + b_n + r (U_n h + c_n))
     h'   = (1 - z) n + z h
 
-  W x of all positions is one product ahead of the scan, which then costs one
-  product [B, H] x [H, 3 H] a step. The state starts at zero, anew where one
-  window follows another, and padding leaves it as it is. State and gates are
-  float32 whatever the type of the parameters: (1 - z) n of a gate close to 1
-  would vanish beside z h otherwise. Only W x and the operands of U h are of
-  their type.
+  W x of all positions is one product ahead of the scan. The state starts at
+  zero, anew where one window follows another, and padding leaves it as it is.
+  State and gates are float32 whatever the type of the parameters: (1 - z) n of
+  a gate close to 1 would vanish beside z h otherwise.
   """
 
   width: int

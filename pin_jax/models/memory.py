@@ -1,4 +1,4 @@
-"""Transition memory: what other users did next after a history's items.
+"""Item neighbours: what other users did next, and relations of items.
 
 A memory counts, over the training sequences, how often item b stands g places
 after (or before) item a,
@@ -8,8 +8,8 @@ after (or before) item a,
 with one kernel for each of K channels. Each user enters with the first
 occurrence of every item, so that a pair counts at most once a user; what a user
 contributed to the rows that it reads is taken out again, exactly, in training
-and in evaluation alike: the memory that a user consults is that of the others.
-A history x_1 .. x_n then scores an item by
+and in evaluation alike: what a user looks up is the memory of the others. A
+history x_1 .. x_n then scores an item by
 
     m_k(v) = sum_h decay^h C'_k(x_(n-h), v) / (R'_k(x_(n-h)) + shrink) / p(v)^a
 
@@ -17,9 +17,14 @@ with C', R' the counts and row sums of the others and p(v) the item's training
 count. It is an item-to-item neighbourhood model (Deshpande & Karypis, TOIS
 2004; Davidson et al., RecSys 2010) with decays as sequence-aware neighbours
 have them (Ludewig & Jannach, UMUAI 2018); leaving out the user's own counts is
-ours.
+ours. R further channels are relations of items (see `relations`),
+
+    m_k(v) = sum_h decay^h B_k(x_(n-h), v),
+
+from which nothing is taken out.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,20 +34,66 @@ import numpy as np
 import scipy.sparse
 
 from pin_jax.data.splits import Split, is_training, training_counts
-from pin_jax.types import InputError, Reading
+from pin_jax.models import relations
+from pin_jax.models.relations import Table
+from pin_jax.types import InputError, PluginContext, at_least
 
+# 'two_step' is the random walk, 'linear' EASE, 'next' SLIT.
+RELATIONS = ("cosine", "two_step", "linear", "next")
+MOST_ITEMS = 50_000  # of 'linear' and 'next', which solve dense systems
 EPSILON = 1e-3  # of the score's logarithm
 _REPEATS = 0.01  # share of the training interactions that makes them a habit
 
 
+class Options(NamedTuple):
+  """What a memory holds, and how it is looked up.
+
+  Attributes:
+    channels: of 'around' (after and before alike), 'after' and 'next' (the
+      very next item alone).
+    window: W, places that count as a transition.
+    decay: weight of each further place.
+    neighbours: N, the largest entries of a row (of the first channel's, then
+      the others') that are kept; of each relation's likewise.
+    recent: H, items of the history that are looked up.
+    history_decay: weight of each older one.
+    shrink: added to row sums and norms.
+    popularity_power: a, of the division by the item's popularity.
+    relations: of RELATIONS.
+    ridge: of 'linear'.
+    next_ridge: of 'next'.
+  """
+
+  channels: tuple[str, ...] = ("around", "after", "next")
+  window: int = 5
+  decay: float = 0.7
+  neighbours: int = 50
+  recent: int = 10
+  history_decay: float = 0.8
+  shrink: float = 2.0
+  popularity_power: float = 0.25
+  relations: tuple[str, ...] = ()
+  ridge: float = 100.0
+  next_ridge: float = 100.0
+
+  @property
+  def num_channels(self) -> int:
+    """K + R."""
+    return len(self.channels) + len(self.relations)
+
+
 class Memory(NamedTuple):
-  """The counts on the device, sparse: every row keeps its N largest.
+  """What plugins know of the training prefix, on the device.
 
   Attributes:
     neighbours: [V+1, N] int32, items next to each item, 0 = none.
     counts: [K, V+1, N] float32, C_k(item, neighbour) of all users.
     totals: [K, V+1] float32, row sums, of all items.
-    popularity: [V+1] float32, training interactions of each item.
+    related: [R, V+1, N] int32, each item's neighbours by relation, 0 = none.
+    related_scores: [R, V+1, N] float32, B_k(item, neighbour).
+    interactions: [V+1] float32, training interactions of each item.
+    popularity: [V+1] float32, log(1 + interactions), standardised over items.
+    activeness: [U] float32, log activeness, standardised over users.
     items: [T] int32, each user's distinct training items in order.
     starts: [U+1] int32, where a user's begin in `items`.
     place: [I] int32, where an interaction's item lies in `items`; -1 where the
@@ -54,7 +105,11 @@ class Memory(NamedTuple):
   neighbours: jax.Array
   counts: jax.Array
   totals: jax.Array
+  related: jax.Array
+  related_scores: jax.Array
+  interactions: jax.Array
   popularity: jax.Array
+  activeness: jax.Array
   items: jax.Array
   starts: jax.Array
   place: jax.Array
@@ -74,71 +129,80 @@ def _kernels(window: int, decay: float) -> Mapping[str, np.ndarray]:
 CHANNELS = tuple(_kernels(1, 1.0))
 
 
+def check(options: Options, num_items: int = 0) -> None:
+  """Raises InputError for options that `build` does not take.
+
+  Args:
+    options: of the memory.
+    num_items: V, where it is known.
+  """
+  for key, known, least in (
+    ("channels", CHANNELS, 1), ("relations", RELATIONS, 0)
+  ):
+    names = getattr(options, key)
+    if set(names) - set(known) or len(set(names)) < max(len(names), least):
+      raise InputError(
+        f"{key}={tuple(names)} is invalid; give some of {list(known)}, each "
+        "once"
+      )
+  at_least(1, window=options.window, neighbours=options.neighbours)
+  for key in ("decay", "ridge", "next_ridge"):
+    value, most = getattr(options, key), 1 if key == "decay" else math.inf
+    if not 0 < value <= most:
+      raise InputError(
+        f"{key}={value} is invalid; give a number above 0, at most {most}"
+      )
+  dense = [name for name in options.relations if name in ("linear", "next")]
+  if dense and num_items > MOST_ITEMS:
+    raise InputError(
+      f"relations={tuple(options.relations)}: {dense[0]!r} solves a system of "
+      f"{num_items:,} x {num_items:,} items, over {MOST_ITEMS:,} each way; "
+      "leave it out, or drop rare items first"
+    )
+
+
 def build(
-  split: Split,
-  *,
-  channels: tuple[str, ...] = ("around", "next"),
-  window: int = 5,
-  decay: float = 0.7,
-  neighbours: int = 50,
+  split: Split, options: Options, *, activeness: np.ndarray | None = None
 ) -> Memory:
-  """Counts the transitions of the training prefix.
+  """Counts the transitions of the training prefix, and fits the relations.
 
   Args:
     split: whose training interactions count.
-    channels: of 'around' (after and before alike), 'after' and 'next' (the
-      very next item alone).
-    window: W, places that count.
-    decay: weight of each further place.
-    neighbours: N, the largest entries of a row (of the first channel's, then
-      the others') that are kept.
-
-  Returns:
-    The memory.
+    options: of the memory.
+    activeness: [U], by default that of the split.
 
   Raises:
-    InputError: for an unknown channel or an option out of range.
+    InputError: for an unknown name, an option out of range, or a catalogue of
+      more than MOST_ITEMS for a relation that solves a dense system.
   """
-  check_options(channels, window, decay, neighbours)
-  data = split.interactions
-  items, starts, place = distinct_sequences(split)
-  named = _kernels(window, decay)
-  kernel = np.stack([named[name] for name in channels])
-  shape = (data.num_items + 1,) * 2
-  tables = [_count(items, starts, one, shape) for one in kernel]
+  num_items = split.interactions.num_items
+  check(options, num_items)
+  sequences = items, starts, place = distinct_sequences(split)
+  named = _kernels(options.window, options.decay)
+  kernel = np.stack([named[name] for name in options.channels])
+  tables = [_count(items, starts, one, num_items) for one in kernel]
   union = sum(table / max(table.max(), 1) for table in tables).tocsr()
-  kept = largest(union, neighbours)
-  rows = np.arange(shape[0])[:, None]
-  counts = [
-    np.where(kept > 0, entries(table, rows, kept), 0) for table in tables
+  kept = _largest(union, options.neighbours)
+  interactions = training_counts(split)
+  related = [
+    relations.thinned(rows_of, num_items, options.neighbours)
+    for rows_of in _fitted(*sequences[:2], interactions, options)
   ]
+  near = [_largest(table, options.neighbours) for table in related]
+  scores = [_entries(*pair) for pair in zip(related, near, strict=True)]
+  shape = (-1, num_items + 1, options.neighbours)
+  known = split.activeness if activeness is None else activeness
+  popularity = np.log1p(interactions)
   as_float = lambda x: jnp.asarray(x, jnp.float32)
   as_int = lambda x: jnp.asarray(x, jnp.int32)
   return Memory(
-    as_int(kept), as_float(np.stack(counts)),
+    as_int(kept), as_float(np.stack([_entries(x, kept) for x in tables])),
     as_float(np.stack([table.sum(1) for table in tables])),
-    as_float(training_counts(split)), as_int(items), as_int(starts),
+    as_int(np.reshape(near, shape)), as_float(np.reshape(scores, shape)),
+    as_float(interactions), as_float(_standardized(popularity, popularity)),
+    as_float(known_activeness(known, known)), as_int(items), as_int(starts),
     as_int(place), as_float(kernel),
   )
-
-
-def check_options(
-  channels: tuple[str, ...], window: int, decay: float, neighbours: int
-) -> None:
-  """Raises InputError for an option that `build` does not take."""
-  unknown = [name for name in channels if name not in CHANNELS]
-  if unknown or not channels or len(set(channels)) < len(channels):
-    raise InputError(
-      f"memory.channels={tuple(channels)}: give some of {list(CHANNELS)}, each "
-      "once"
-    )
-  for name, value in (("window", window), ("neighbours", neighbours)):
-    if value < 1:
-      raise InputError(f"memory.{name}={value} is too small; give at least 1")
-  if not 0 < decay <= 1:
-    raise InputError(
-      f"memory.decay={decay} is outside (0, 1]; give a share such as 0.7"
-    )
 
 
 def distinct_sequences(
@@ -161,29 +225,40 @@ def distinct_sequences(
   return data.items[kept], starts, place
 
 
-def around(
-  items: np.ndarray, starts: np.ndarray, num_items: int, *, window: int,
-  decay: float,
-) -> scipy.sparse.csr_array:
-  """C(a, b) of the channel 'around', of all users; [V+1, V+1].
+def holds_repeats(split: Split) -> bool:
+  """Whether 1 % of the training interactions repeat an item of their user.
+
+  Fewer are taken for slips of a log that records first encounters.
+  """
+  distinct, _, _ = distinct_sequences(split)
+  total = int(np.sum(split.train_end))
+  return total - len(distinct) >= _REPEATS * max(total, 1)
+
+
+def known_activeness(
+  activeness: np.ndarray, population: np.ndarray
+) -> np.ndarray:
+  """What plugins read of activeness: its log, standardised; [n] float32.
 
   Args:
-    items: [T] of `distinct_sequences`.
-    starts: [U+1] likewise.
-    num_items: V.
-    window: places that count.
-    decay: weight of each further place.
+    activeness: [n] numbers of training interactions.
+    population: [U], those of the users that are standardised over.
   """
-  kernel = _kernels(window, decay)["around"]
-  return _count(items, starts, kernel, (num_items + 1,) * 2)
+  log = lambda x: np.log(np.maximum(x, 1))
+  return _standardized(log(activeness), log(population))
+
+
+def _standardized(x: np.ndarray, over: np.ndarray) -> np.ndarray:
+  return ((x - over.mean()) / (over.std() or 1)).astype(np.float32)
 
 
 def _count(
-  items: np.ndarray, starts: np.ndarray, kernel: np.ndarray, shape: tuple
-) -> scipy.sparse.csr_array:
-  """C(a, b) of one channel, from its kernel [2, W]."""
+  items: np.ndarray, starts: np.ndarray, kernel: np.ndarray, num_items: int
+) -> Table:
+  """C(a, b) of one channel, from its kernel [2, W]; [V+1, V+1]."""
+  shape = (num_items + 1,) * 2
   users = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-  total = scipy.sparse.csr_array(shape, dtype=np.float64)
+  total = Table(shape, dtype=np.float64)
   for gap in range(1, kernel.shape[1] + 1):
     left = np.arange(max(len(items) - gap, 0))
     left = left[users[left] == users[left + gap]]
@@ -197,7 +272,40 @@ def _count(
   return total.tocsr()
 
 
-def largest(table: scipy.sparse.csr_array, count: int) -> np.ndarray:
+def _fitted(
+  items: np.ndarray, starts: np.ndarray, interactions: np.ndarray,
+  options: Options,
+) -> list[relations.Rows]:
+  """The relations that are asked for, fitted to the sequences."""
+  if not options.relations:
+    return []
+  num_items = len(interactions) - 1
+  users = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+  held = Table(
+    (np.ones(len(items)), (users, items)), (len(starts) - 1, num_items + 1)
+  )
+  both = (held.T @ held).tocsr()
+
+  def walk() -> relations.Rows:
+    kernel = _kernels(options.window, options.decay)["around"]
+    return relations.random_walk(
+      _count(items, starts, kernel, num_items), options.shrink,
+      np.maximum(interactions, 1) ** -options.popularity_power,
+    )
+
+  fit = {
+    "cosine": lambda: relations.cosine(both, options.shrink),
+    "two_step": walk,
+    "linear": lambda: relations.ease(both, options.ridge),
+    "next": lambda: relations.slit(
+      items, starts, num_items, recent=options.recent,
+      decay=options.history_decay, ridge=options.next_ridge,
+    ),
+  }
+  return [fit[name]() for name in options.relations]
+
+
+def _largest(table: Table, count: int) -> np.ndarray:
   """[V+1, count] columns of the largest entries of each row, 0 = none.
 
   Of equal entries those of the smaller column.
@@ -213,71 +321,54 @@ def largest(table: scipy.sparse.csr_array, count: int) -> np.ndarray:
   return kept
 
 
-def entries(
-  table: scipy.sparse.csr_array, rows: np.ndarray, columns: np.ndarray
-) -> np.ndarray:
-  """table[rows, columns], by a search in the sorted entries."""
-  entries = table.tocoo()
-  width = table.shape[1]
-  keys = entries.coords[0].astype(np.int64) * width + entries.coords[1]
-  order = np.argsort(keys, kind="stable")
-  keys, values = np.append(keys[order], -1), np.append(entries.data[order], 0)
-  wanted = rows.astype(np.int64) * width + columns
-  index = np.searchsorted(keys[:-1], wanted)
-  return np.where(keys[index] == wanted, values[index], 0)
+def _entries(table: Table, columns: np.ndarray) -> np.ndarray:
+  """Entries of each row at its columns [V+1, N]; 0 at column 0."""
+  rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
+  return np.where(columns > 0, table[rows, columns].toarray(), 0)
 
 
-class Sparse(NamedTuple):
-  """Scores of the items that have any: [M, E] items, [K, M, E] scores.
+class Scores(NamedTuple):
+  """Scores of the items that have any, by channel.
 
   An item may stand several times; its score is then the sum.
+
+  Attributes:
+    items: [K, M, E] int32.
+    scores: [K, M, E] float32.
   """
 
   items: jax.Array
   scores: jax.Array
 
 
-def consult(
-  memory: Memory,
-  reading: Reading,
-  *,
-  history_decay: float,
-  shrink: float,
-  popularity_power: float,
-) -> Sparse:
-  """m_k(v) of the neighbours of the recent items, the user's own taken out.
+def lookup(memory: Memory, context: PluginContext, options: Options) -> Scores:
+  """m_k(v) of the neighbours of the recent items, K + R channels, E = H N.
 
-  Args:
-    memory: the counts.
-    reading: the histories' newest items, E = H N.
-    history_decay: weight of each older item of the history.
-    shrink: added to the row sums.
-    popularity_power: a, of the division by the item's popularity.
+  What the user itself added to the transitions is taken out.
   """
-  shape = reading.items.shape
-  near = memory.neighbours[reading.items]  # [M, H, N]
-  counts = memory.counts[:, reading.items]  # [K, M, H, N]
-  totals = memory.totals[:, reading.items]  # [K, M, H]
-  own_items, own_weights = _own_transitions(memory, reading)
+  recent = context.items
+  near = memory.neighbours[recent]  # [M, H, N]
+  own_items, own_weights = _own_transitions(memory, context)
   same = own_items[..., None] == near[..., None, :]  # [M, H, 2W, N]
   own = jnp.einsum(
     "kmhw,mhwn->kmhn", own_weights, same.astype(jnp.float32),
     precision="highest",
   )
-  counts = jnp.maximum(counts - own, 0)
-  totals = jnp.maximum(totals - own_weights.sum(-1), 0)
-  age = history_decay ** jnp.arange(shape[1])
-  known = memory.popularity[near]
-  factor = jnp.where(
-    near > 0, jnp.maximum(known, 1) ** -popularity_power, 0
-  ) * age[:, None]
-  scores = counts / (totals[..., None] + shrink) * factor
+  counts = jnp.maximum(memory.counts[:, recent] - own, 0)  # [K, M, H, N]
+  totals = jnp.maximum(memory.totals[:, recent] - own_weights.sum(-1), 0)
+  age = options.history_decay ** jnp.arange(recent.shape[1])[:, None]
+  popularity = jnp.maximum(memory.interactions[near], 1)
+  factor = jnp.where(near > 0, popularity**-options.popularity_power, 0) * age
+  scores = counts / (totals[..., None] + options.shrink) * factor
+  near = jnp.broadcast_to(near, scores.shape)
+  items = jnp.concatenate([near, memory.related[:, recent]])
+  related = memory.related_scores[:, recent] * age
   flat = lambda x: x.reshape(*x.shape[:-2], -1)
-  return Sparse(flat(near), flat(scores))
+  return Scores(flat(items), flat(jnp.concatenate([scores, related])))
 
 
 def _own_transitions(
-  memory: Memory, reading: Reading
+  memory: Memory, context: PluginContext
 ) -> tuple[jax.Array, jax.Array]:
   """What the user itself added to the rows of its recent items.
 
@@ -286,11 +377,11 @@ def _own_transitions(
   """
   width = memory.kernel.shape[-1]
   steps = jnp.arange(1, width + 1)
-  place = memory.place[reading.interactions]
-  place = jnp.where(reading.items > 0, place, -1)[..., None]
+  place = memory.place[context.interactions]
+  place = jnp.where(context.items > 0, place, -1)[..., None]
   index = place + jnp.concatenate([steps, -steps])
-  first = memory.starts[reading.users][:, None, None]
-  last = memory.starts[reading.users + 1][:, None, None]
+  first = memory.starts[context.users][:, None, None]
+  last = memory.starts[context.users + 1][:, None, None]
   inside = (place >= 0) & (index >= first) & (index < last)
   index = jnp.clip(index, 0, memory.items.shape[0] - 1)
   items = jnp.where(inside, memory.items[index], 0)
@@ -298,55 +389,45 @@ def _own_transitions(
   return items, weights[:, None, None] * inside
 
 
-def repeats(reading: Reading, history_decay: float) -> Sparse:
-  """r(v) = sum_h decay^h [x_(n-h) = v], what the user itself did before; K = 1.
+def repeats(context: PluginContext, history_decay: float) -> Scores:
+  """r(v) = sum_h decay^h [x_(n-h) = v], what the user itself did before.
 
-  It reads no target and nobody else, so that there is nothing to take out.
-
-  Args:
-    reading: the histories' newest items, E = H.
-    history_decay: weight of each older item.
+  One channel, E = H. It reads no target and nobody else: there is nothing to
+  take out.
   """
-  age = history_decay ** jnp.arange(reading.items.shape[1])
-  return Sparse(reading.items, jnp.where(reading.items > 0, age, 0)[None])
-
-
-def holds_repeats(split: Split) -> bool:
-  """Whether 1 % of the training interactions repeat an item of their user.
-
-  Fewer are taken for slips of a log that records first encounters.
-  """
-  distinct, _, _ = distinct_sequences(split)
-  total = int(np.sum(split.train_end))
-  return total - len(distinct) >= _REPEATS * max(total, 1)
+  age = history_decay ** jnp.arange(context.items.shape[1])
+  scores = jnp.where(context.items > 0, age, 0)
+  return Scores(context.items[None], scores[None])
 
 
 def dense(
-  sparse: Sparse, candidates: jax.Array | None, num_items: int
+  found: Scores, candidates: jax.Array | None, num_items: int
 ) -> jax.Array:
   """The scores of candidates, [K, M, C].
 
   Args:
-    sparse: scores of the items that have any.
+    found: scores of the items that have any.
     candidates: [C] shared, [M, C], or None for 0..V in order.
     num_items: V.
   """
-  channels, rows, _ = sparse.scores.shape
-  row = jnp.arange(rows)[:, None]
-  if candidates is None or candidates.ndim == 2:
-    nothing = jnp.zeros((channels, rows, num_items + 1))
-    out = nothing.at[:, row, sparse.items].add(sparse.scores)
-    if candidates is None:
-      return out
-    return jnp.take_along_axis(out, candidates[None], axis=-1)
-  count = len(candidates)
-  slots = jnp.full(num_items + 1, count)
-  slots = slots.at[candidates].set(jnp.arange(count))
-  nothing = jnp.zeros((channels, rows, count))
-  out = nothing.at[:, row, slots[sparse.items]].add(sparse.scores, mode="drop")
-  return out[..., slots[candidates]]
+  row = jnp.arange(found.items.shape[1])[:, None]
+  count, slots = num_items + 1, jnp.arange(num_items + 1)
+  if candidates is not None and candidates.ndim == 1:
+    count = len(candidates)
+    slots = jnp.full(num_items + 1, count).at[candidates].set(jnp.arange(count))
+
+  def one(items: jax.Array, scores: jax.Array) -> jax.Array:
+    nothing = jnp.zeros((items.shape[0], count))
+    return nothing.at[row, slots[items]].add(scores, mode="drop")
+
+  out = jax.vmap(one)(*found)
+  if candidates is None:
+    return out
+  if candidates.ndim == 1:
+    return out[..., slots[candidates]]
+  return jnp.take_along_axis(out, candidates[None], axis=-1)
 
 
-def evidence(scores: jax.Array) -> jax.Array:
+def log_scores(scores: jax.Array) -> jax.Array:
   """log(m + e) - log e, which is 0 where the memory knows nothing."""
   return jnp.log1p(scores / EPSILON)

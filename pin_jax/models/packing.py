@@ -1,9 +1,9 @@
-"""Packing: short histories share a row, so that padding is not paid for.
+"""Packing: short histories share a row, so that padding is not paid for. Ours.
 
-Ours. Where most users are barely active, most of a batch's positions are
-padding, and an encoder of one history a row computes them all. Packed, several
-histories lie in a row and read nothing of each other; the rows in use come in
-chunks, and a loop stops after the last.
+Where most users are barely active, most of a batch's positions are padding, and
+an encoder of one history a row computes them all. Packed, several histories lie
+in a row and read nothing of each other; the rows in use come in chunks, and a
+loop stops after the last.
 """
 
 import math

@@ -8,33 +8,25 @@ from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
 COMPUTE = ("float32", "bfloat16")
 
 
-def computed_in(
-  backbone: Backbone, compute: str, *, keep: tuple[str, ...] = ("bias",)
-) -> Backbone:
-  """Wraps a backbone so that it computes in another type than its params'.
+def computed_in(backbone: Backbone, compute: str) -> Backbone:
+  """The backbone that computes in another type than that of its params.
 
   The params stay float32, and with them what is done to them: optimizer,
   moving average, Gramians, aggregation. `encode`, `represent` and `score` see
-  them cast, so that their gradients come back through the cast as float32; a
-  gradient is rounded once a use of the params, and the uses (rows of a table,
-  steps of the GRU, chunks of the loss, groups) add up in float32.
+  them cast, all but the item bias; gradients come back through the cast as
+  float32. A gradient is rounded once a use of the params; the uses (rows of a
+  table, steps of the GRU, chunks of the loss, groups) add up in float32.
 
   In the compute type: operands of the products, activations and residual
   stream, what `represent` returns. In float32 in any case: the products'
   accumulators, statistics of LayerNorm, attention logits and their softmax, the
   GRU's state and gates, dropout's factor, DIN's last layer, the logits with
   their item bias, every loss. bfloat16 has float32's range, so that there is no
-  loss scaling; float16 is not offered.
-
-  Where `compute` is float32 nothing changes, to the bit.
+  loss scaling. With float32 nothing changes, to the bit.
 
   Args:
     backbone: the backbone to wrap.
     compute: one of COMPUTE.
-    keep: params by their name, at the top of the tree, that are not cast.
-
-  Returns:
-    The backbone with the same params; `score` gives float32.
 
   Raises:
     InputError: for an unknown type.
@@ -43,13 +35,13 @@ def computed_in(
     Micikevicius et al., ICLR 2018, arXiv 1710.03740 (master weights, float32
     accumulation); Kalamkar et al. 2019, arXiv 1905.12322 (bfloat16 without loss
     scaling); params, compute and output types are the policy of DeepMind's jmp.
-    Deviations: LayerNorm's parameters are cast with the others, the item bias
-    is not. How the sums that broadcasting leaves behind (gradients of Dense
-    biases and of positions) are accumulated is XLA's choice.
+    Deviations: LayerNorm's parameters are cast with the others. How the sums
+    that broadcasting leaves behind (gradients of Dense biases and of positions)
+    are accumulated is XLA's choice.
   """
   if compute not in COMPUTE:
     raise InputError(
-      f"backbone.compute={compute!r} is unknown; use one of {list(COMPUTE)}"
+      f"compute={compute!r} is unknown; use one of {list(COMPUTE)}"
     )
 
   def cast(tree: PyTree) -> PyTree:
@@ -58,10 +50,8 @@ def computed_in(
     )
     return jax.tree.map(narrow, tree)
 
-  def cast_params(params: PyTree) -> PyTree:
-    if not isinstance(params, dict):
-      return cast(params)
-    return {k: v if k in keep else cast(v) for k, v in params.items()}
+  def cast_params(params: dict[str, PyTree]) -> dict[str, PyTree]:
+    return {k: v if k == "bias" else cast(v) for k, v in params.items()}
 
   def encode(
     params: PyTree, history: jax.Array | Histories | Rows,

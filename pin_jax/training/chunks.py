@@ -132,17 +132,7 @@ def accumulated(
       jax.tree.map(_zeros_wide, params),
       jax.tree.map(jnp.zeros_like, padded[0]),
     )
-    whole = (used + rest - 1) // chunk
-    carry = jax.lax.fori_loop(
-      0, whole, lambda i, x: add(x, i * chunk, chunk), carry
-    )
-    if rest < chunk:
-      left = jnp.maximum(used - whole * chunk, 0)
-      carry = jax.lax.fori_loop(
-        0, -(-left // rest),
-        lambda i, x: add(x, whole * chunk + i * rest, rest), carry,
-      )
-    value, rows, of_params, of_inputs = carry
+    value, rows, of_params, of_inputs = _loop(add, carry, used, chunk, rest)
     of_params = jax.tree.map(lambda x, p: x.astype(p.dtype), of_params, params)
     rows, of_inputs = jax.tree.map(lambda x: x[:count], (rows, of_inputs))
     return (value, rows), (of_params, of_inputs)
@@ -156,6 +146,23 @@ def accumulated(
 
   total.defvjp(forward, backward)
   return total
+
+
+def _loop(
+  add: Callable, carry: PyTree, used: jax.Array, chunk: int, rest: int
+) -> PyTree:
+  """add(carry, first row, rows) over the rows in use."""
+  whole = (used + rest - 1) // chunk
+  carry = jax.lax.fori_loop(
+    0, whole, lambda i, carry: add(carry, i * chunk, chunk), carry
+  )
+  if rest == chunk:
+    return carry
+  left = jnp.maximum(used - whole * chunk, 0)
+  return jax.lax.fori_loop(
+    0, -(-left // rest),
+    lambda i, carry: add(carry, whole * chunk + i * rest, rest), carry,
+  )
 
 
 def _zeros_wide(x: jax.Array) -> jax.Array:

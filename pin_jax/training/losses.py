@@ -59,9 +59,7 @@ def sampled(
 
 
 def softmax_cross_entropy(
-  logits: jax.Array,
-  target: jax.Array,
-  where: jax.Array | None = None,
+  logits: jax.Array, target: jax.Array, where: jax.Array | None = None
 ) -> jax.Array:
   """-log softmax(logits)[target], unreduced.
 
@@ -101,9 +99,7 @@ def focal(loss: jax.Array, focusing: float) -> jax.Array:
 
 
 def sampled_softmax(
-  positive: jax.Array,
-  negatives: jax.Array,
-  log_counts: jax.Array,
+  positive: jax.Array, negatives: jax.Array, log_counts: jax.Array,
   where: jax.Array | None = None,
 ) -> jax.Array:
   """Softmax cross-entropy with the normaliser estimated from negatives (logQ).
@@ -125,9 +121,8 @@ def sampled_softmax(
   Returns:
     [...] float32, nats.
 
-  Reference:
-    Bengio & Senecal, IEEE Trans. Neural Networks 2008 (importance-sampled
-    normaliser); Yi et al., RecSys 2019 (logQ for batch negatives).
+  Reference: Bengio & Senecal, IEEE Trans. Neural Networks 2008 (importance-
+    sampled normaliser); Yi et al., RecSys 2019 (logQ for batch negatives).
     Deviation: the target is in the normaliser by construction, not by a draw,
     so its own logit is not corrected (as Khrylchenko et al., RecSys 2025,
     arXiv 2507.09331, argue); Yi et al. correct it too, which is biased.
@@ -142,29 +137,18 @@ def sampled_softmax(
 
 
 def binary_cross_entropy(
-  positive: jax.Array,
-  negatives: jax.Array,
-  where: jax.Array | None = None,
-  *,
-  power: float = 1.0,
+  positive: jax.Array, negatives: jax.Array, where: jax.Array | None = None,
+  *, power: float = 1.0,
 ) -> jax.Array:
   """-(power log sigmoid(s+) + sum_j log(1 - sigmoid(s_j))) / (1 + k).
 
-  k counts the negatives that take part. With `power` from `gbce_power` this is
-  gBCE: sigmoid(s+)^power stands for the probability of the target.
+  k counts the negatives that take part. With `power` = beta of `gbce_power`
+  this is gBCE: sigmoid(s+)^beta stands for the probability of the target.
 
-  Args:
-    positive: [...] logit s+ of the target.
-    negatives: [..., C] logits s_j.
-    where: optional [..., C] bool, negatives that take part.
-    power: beta, 1 for the plain loss.
+  Args: as `sampled_softmax`; [...] float32, nats a term.
 
-  Returns:
-    [...] float32, nats a term.
-
-  Reference:
-    Petrov & Macdonald, RecSys 2023, arXiv 2308.07192, equations of BCE and
-    gBCE. Deviation: masked negatives leave the divisor too.
+  Reference: Petrov & Macdonald, RecSys 2023, arXiv 2308.07192, equations of BCE
+    and gBCE. Deviation: masked negatives leave the divisor too.
   """
   positive = jax.nn.softplus(-positive.astype(jnp.float32))
   terms = jax.nn.softplus(negatives.astype(jnp.float32))
@@ -179,17 +163,11 @@ def gbce_power(rate: float, calibration: float) -> float:
   then calibrated against the overconfidence of sampling).
 
   Args:
-    rate: alpha = k / (V - 1), the share of the negatives that are sampled.
-    calibration: t in [0, 1].
+    rate: alpha = k / (V - 1) in (0, 1], the share of the negatives that are
+      sampled; else InputError.
+    calibration: t in [0, 1]; else InputError.
 
-  Returns:
-    beta.
-
-  Raises:
-    InputError: if `rate` is outside (0, 1] or `calibration` outside [0, 1].
-
-  Reference:
-    Petrov & Macdonald, RecSys 2023, arXiv 2308.07192.
+  Reference: Petrov & Macdonald, RecSys 2023, arXiv 2308.07192.
   """
   if not 0 < rate <= 1:
     raise InputError(
@@ -204,23 +182,14 @@ def gbce_power(rate: float, calibration: float) -> float:
 
 
 def bayesian_personalized_ranking(
-  positive: jax.Array,
-  negatives: jax.Array,
-  where: jax.Array | None = None,
+  positive: jax.Array, negatives: jax.Array, where: jax.Array | None = None
 ) -> jax.Array:
   """Mean over the negatives of -log sigmoid(s+ - s_j); 0 without negatives.
 
-  Args:
-    positive: [...] logit s+ of the target.
-    negatives: [..., C] logits s_j.
-    where: optional [..., C] bool, negatives that take part.
+  Args: as `sampled_softmax`; [...] float32, nats.
 
-  Returns:
-    [...] float32, nats.
-
-  Reference:
-    Rendle et al., UAI 2009. Deviation: the mean over several negatives (the
-    paper has one a step); the prior on the parameters is the optimizer's
+  Reference: Rendle et al., UAI 2009. Deviation: the mean over several negatives
+    (the paper has one a step); the prior on the parameters is the optimizer's
     weight decay.
   """
   margins = negatives.astype(jnp.float32) - positive[..., None]
@@ -232,9 +201,7 @@ def _masked_sum(
   terms: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """(sum, number) of the terms that take part, over the last axis."""
-  if where is None:
-    where = jnp.ones(terms.shape, bool)
-  where = jnp.broadcast_to(where, terms.shape)
+  where = jnp.broadcast_to(True if where is None else where, terms.shape)
   return jnp.where(where, terms, 0).sum(-1), where.sum(-1)
 
 

@@ -2,7 +2,7 @@
 
 A proposal says how items are drawn and how often each is expected, which is
 what corrects the softmax (logQ). Padding is never drawn; draws of a row's own
-target are masked by `objectives.row_loss`.
+target are masked by `objectives.next_item_loss`.
 """
 
 import math
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pin_jax.data.batches import target_chances
+from pin_jax.data.batches import Draw, target_chances
 from pin_jax.data.splits import Split
 from pin_jax.types import Batch, InputError
+
+Shape = tuple[int, ...]
 
 
 class Negatives(NamedTuple):
@@ -41,16 +43,14 @@ class Proposal(NamedTuple):
       each item, of the same shape; -inf for an item that is never drawn.
   """
 
-  sample: Callable[[jax.Array, Batch, tuple[int, ...]], jax.Array]
+  sample: Callable[[jax.Array, Batch, Shape], jax.Array]
   log_counts: Callable[[jax.Array, Batch, int], jax.Array]
 
 
 def uniform(num_items: int) -> Proposal:
   """q(v) = 1 / V over the items 1..V."""
 
-  def sample(
-    key: jax.Array, batch: Batch, shape: tuple[int, ...]
-  ) -> jax.Array:
+  def sample(key: jax.Array, batch: Batch, shape: Shape) -> jax.Array:
     return jax.random.randint(key, shape, 1, num_items + 1)
 
   def log_counts(items: jax.Array, batch: Batch, count: int) -> jax.Array:
@@ -66,15 +66,7 @@ def popularity(counts: ArrayLike, exponent: float = 1.0) -> Proposal:
   the q that is drawn from, to the last digit; O(log V) a draw. An item that
   does not occur in training is never drawn (but with a = 0).
 
-  Args:
-    counts: [V+1] occurrences in the training data; the first is ignored.
-    exponent: a >= 0.
-
-  Returns:
-    The proposal.
-
-  Raises:
-    InputError: as `unit_widths`.
+  Arguments and errors are those of `unit_widths`.
   """
   widths = unit_widths(counts, exponent)
   ends = np.cumsum(widths)
@@ -85,9 +77,7 @@ def popularity(counts: ArrayLike, exponent: float = 1.0) -> Proposal:
     logs = np.log(np.concatenate([[0], widths]) / 2**32)
   log_q = jnp.asarray(logs, jnp.float32)
 
-  def sample(
-    key: jax.Array, batch: Batch, shape: tuple[int, ...]
-  ) -> jax.Array:
+  def sample(key: jax.Array, batch: Batch, shape: Shape) -> jax.Array:
     bits = jax.random.bits(key, shape, jnp.uint32)
     index = jnp.searchsorted(ends, bits, side="right").astype(jnp.int32)
     return 1 + jnp.minimum(index, last)
@@ -150,13 +140,11 @@ def in_batch(counts: ArrayLike, groups: ArrayLike) -> Proposal:
       batches of each group, in any unit; see `batch_counts`.
     groups: [U], the group whose batches hold a user.
 
-  Returns:
-    The proposal; its batches must be of one group each.
+  The batches must be of one group each.
 
-  Reference:
-    Yi et al., RecSys 2019. Deviation: C of the targets are drawn, not all
-    taken; q is counted beforehand, not estimated while training. The positions
-    of one window are not independent; q is the distribution of each of them.
+  Reference: Yi et al., RecSys 2019. Deviation: C of the targets are drawn, not
+    all taken; q is counted beforehand, not estimated while training. The
+    positions of one window are not independent; q is the distribution of each.
   """
   counts = np.asarray(counts, np.float64)
   with np.errstate(divide="ignore"):
@@ -164,9 +152,7 @@ def in_batch(counts: ArrayLike, groups: ArrayLike) -> Proposal:
   log_q = jnp.asarray(logs, jnp.float32)
   groups = jnp.asarray(groups, jnp.int32)
 
-  def sample(
-    key: jax.Array, batch: Batch, shape: tuple[int, ...]
-  ) -> jax.Array:
+  def sample(key: jax.Array, batch: Batch, shape: Shape) -> jax.Array:
     targets = batch.targets.reshape(-1)
     real_first = jnp.argsort(targets == 0, stable=True)
     last = jnp.maximum((targets > 0).sum(), 1)
@@ -187,17 +173,13 @@ def mixture(parts: Sequence[tuple[float, Proposal]]) -> Proposal:
   normaliser unbiased and its weights bounded where one proposal is.
 
   Args:
-    parts: (share > 0, proposal); shares are normalised, and the C draws
-      rounded to them.
-
-  Returns:
-    The proposal.
+    parts: (share > 0, proposal), at least one; shares are normalised, and the C
+      draws rounded to them.
 
   Raises:
-    InputError: if there are no parts, or a share is not positive and finite.
+    InputError: for other shares.
 
-  Reference:
-    Veach & Guibas, SIGGRAPH 1995 (the weights); Yang et al., WWW 2020
+  Reference: Veach & Guibas, SIGGRAPH 1995 (the weights); Yang et al., WWW 2020
     (batch and uniform negatives mixed).
   """
   shares = [share for share, _ in parts]
@@ -210,9 +192,7 @@ def mixture(parts: Sequence[tuple[float, Proposal]]) -> Proposal:
   def sizes(count: int) -> list[int]:
     return np.diff(np.rint(borders * count)).astype(int).tolist()
 
-  def sample(
-    key: jax.Array, batch: Batch, shape: tuple[int, ...]
-  ) -> jax.Array:
+  def sample(key: jax.Array, batch: Batch, shape: Shape) -> jax.Array:
     keys = jax.random.split(key, len(parts))
     drawn = [
       proposal.sample(k, batch, (*shape[:-1], size))
@@ -235,12 +215,7 @@ def mixture(parts: Sequence[tuple[float, Proposal]]) -> Proposal:
 
 
 def batch_counts(
-  split: Split,
-  groups: np.ndarray,
-  *,
-  num_groups: int,
-  length: int,
-  draw: str,
+  split: Split, groups: np.ndarray, num_groups: int, draw: Draw
 ) -> np.ndarray:
   """How often an item is expected among the targets of each group's batches.
 
@@ -248,20 +223,20 @@ def batch_counts(
     split: holds the targets.
     groups: [U] group of each user; -1 leaves the user out.
     num_groups: G.
-    length: L, targets a window.
-    draw: as given to `batches.draw_batch`, or 'validation' for batches of
-      `batches.draw_held_out`: the validation targets, all alike.
+    draw: how the batches are drawn.
 
   Returns:
     [G, V+1] float64, in any unit.
   """
   data = split.interactions
-  if draw == "validation":
+  if draw.draw == "validation":  # the held-out targets, all alike
     users = np.flatnonzero((split.validation >= 0) & (groups >= 0))
     rows = data.offsets[:-1][users] + split.validation[users]
     chances = np.ones(len(rows))
   else:
-    rows, users, chances = target_chances(split, length=length, draw=draw)
+    rows, users, chances = target_chances(
+      split, length=draw.length, draw=draw.draw
+    )
   items, groups = np.asarray(data.items[rows]), np.asarray(groups)[users]
   return np.stack([
     np.bincount(items[own], chances[own], data.num_items + 1)

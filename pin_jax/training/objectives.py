@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pin_jax import aggregation
 from pin_jax.models import packing, plugins
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import LOCAL, Layout
 from pin_jax.training import losses
@@ -48,7 +48,7 @@ def position_weights(
 
 
 def backbone_head(backbone: Backbone) -> Head:
-  """(params, None, states [M], candidates) -> logits [M, C], no plugin."""
+  """The head of stage 1; nothing is shared."""
 
   def head(
     params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
@@ -61,46 +61,37 @@ def backbone_head(backbone: Backbone) -> Head:
 
 
 def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
-  """The head of stage 2; its context is that of `with_reading`.
+  """The head of stage 2; its states are those of `with_plugin_context`.
 
   Returns:
-    (plugin params, (backbone params, evidence), (states [M], Reading [M]),
-    candidates) -> [M, C].
+    (plugin params, (backbone params, evidence), (states [M], PluginContext [M]
+    or None), candidates) -> [M, C].
   """
+  model = plugins.Model(backbone, plugin)
 
   def head(
     params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
   ) -> jax.Array:
-    return plugins.logits(
-      backbone, plugin, params, *shared, *states, candidates
-    )
+    frozen, evidence = shared
+    weights = plugins.Weights(frozen, params, evidence)
+    return plugins.logits(model, weights, *states, candidates)
 
   return head
 
 
-def with_reading(backbone: Backbone) -> Backbone:
-  """The backbone over contexts (context, Reading [B, L] or None)."""
+def with_plugin_context(backbone: Backbone) -> Backbone:
+  """The backbone over contexts (its own, PluginContext [B, L] or None)."""
 
   def at(context: PyTree, rows: jax.Array, columns: jax.Array) -> PyTree:
-    own, reading = context
-    reading = jax.tree.map(lambda x: x[rows, columns], reading)
-    return backbone.at(own, rows, columns), reading
+    own, of_plugin = context
+    of_plugin = jax.tree.map(lambda x: x[rows, columns], of_plugin)
+    return backbone.at(own, rows, columns), of_plugin
 
   return backbone._replace(at=at)
 
 
-def row_loss(spec: LossSpec, head: Head) -> RowLoss:
-  """The loss at each of M positions, for `chunked`.
-
-  Args:
-    spec: what is minimised.
-    head: (params, frozen, states [M], candidates) -> logits [M, C]; no
-      candidates are the whole catalogue 0..V.
-
-  Returns:
-    f(params, (frozen, negatives of all rows or None), states [M],
-    (targets [M], negatives of each row or None)) -> [M].
-  """
+def _row_loss(spec: LossSpec, head: Head) -> RowLoss:
+  """The loss at each of M positions, for `chunked`."""
 
   def rows(
     params: PyTree, shared: PyTree, states: PyTree, constants: PyTree
@@ -130,7 +121,8 @@ def next_item_loss(
 
   Args:
     backbone: gives the states of the positions.
-    head: turns states and candidates into logits.
+    head: (params, shared, states [M], candidates) -> logits [M, C]; no
+      candidates are the whole catalogue 0..V.
     loss: what is minimised.
     chunk: positions whose logits are alive at a time, on each device.
     layout: how the windows are split over devices.
@@ -140,7 +132,7 @@ def next_item_loss(
     scale [B, L] or None, negatives that `loss` draws, by default None) ->
     (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(row_loss(loss, head), chunk, sharding.shards_axis(layout))
+  total = chunked(_row_loss(loss, head), chunk, sharding.shards_axis(layout))
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
@@ -148,7 +140,8 @@ def next_item_loss(
     negatives: Negatives | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     scale = jnp.ones(targets.shape) if scale is None else scale
-    rows, columns = real_first(targets)
+    order = jnp.argsort(targets.reshape(-1) == 0, stable=True)  # real first
+    rows, columns = order // targets.shape[-1], order % targets.shape[-1]
     states = backbone.at(context, rows, columns)
     common, own = negatives, None
     if negatives is not None and negatives.items.ndim == 2:
@@ -161,12 +154,6 @@ def next_item_loss(
     return value, jnp.zeros(targets.shape).at[rows, columns].set(of_rows)
 
   return sharding.over_shards(run, layout)
-
-
-def real_first(targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(rows, columns) of all positions, those with a target first; [B * L]."""
-  order = jnp.argsort(targets.reshape(-1) == 0, stable=True)
-  return order // targets.shape[-1], order % targets.shape[-1]
 
 
 class GroupBatch(NamedTuple):
@@ -279,7 +266,7 @@ def windows_loss(
   ) -> tuple[jax.Array, jax.Array]:
     """One window a row."""
     encode = lambda history, key: backbone.encode(params, history, key)
-    history = given(params, batch.history, batch.activeness)
+    history = given(backbone, batch.history, batch.activeness)
     if len(keys) == 1:
       context = encode(history, keys[0])
     else:
@@ -319,7 +306,7 @@ def _packed_loss(loss: WindowsLoss, backbone: Backbone) -> WindowsLoss:
   ) -> tuple[jax.Array, jax.Array]:
     batch, weights, factors, key, common, own = shared
     source, index = jax.tree.map(lambda x: x[0], constants)
-    history = given(params, batch.history, batch.activeness)
+    history = given(backbone, batch.history, batch.activeness)
     context = backbone.encode(
       params, packing.rows_of(history, source), jax.random.fold_in(key, index)
     )

@@ -1,4 +1,4 @@
-"""Exact backdoor adjustment: importance weights from a stratum classifier.
+"""Exact backdoor adjustment: importance weights from a group classifier.
 
 Group weights P(d) alone converge to sum_d P(y|x,d) Q(d|x) with
 Q(d|x) proportional to P(d) P(x|d). Weighting every example of group d by
@@ -53,34 +53,12 @@ def log_propensity(
   return jax.nn.log_softmax(logits).reshape(*history.shape, -1)
 
 
-def classifier_loss(
-  backbone: Backbone, frozen: PyTree, params: PyTree, batch: Batch,
-  groups: jax.Array, mean: str = "interactions",
-) -> jax.Array:
-  """Mean of -log P(d|x) over the real positions, nats.
-
-  Args:
-    backbone: frozen model whose representation the classifier reads.
-    frozen: its params.
-    params: the classifier's.
-    batch: [B] windows drawn from the training distribution of events.
-    groups: [U] group of each user.
-    mean: see `position_weights`.
-
-  Returns:
-    scalar.
-  """
-  logs = log_propensity(backbone, frozen, params, batch.history)
-  label = groups[batch.users][:, None, None]
-  chosen = jnp.take_along_axis(logs, label, axis=-1)[..., 0]
-  return -jnp.sum(chosen * position_weights(batch.targets, mean))
-
-
 class Fit(NamedTuple):
   """How well a classifier's P(d|x) fits events.
 
   Attributes:
-    log_likelihood: mean of log P(d|x) of the users' groups, nats.
+    log_likelihood: mean of log P(d|x) of the users' groups, nats: what is
+      maximised.
     shares_log_likelihood: the same of the groups' shares of the events, which
       know nothing of x.
     calibration_error: classwise, see `calibration_error`.
@@ -95,7 +73,15 @@ def classifier_fit(
   backbone: Backbone, frozen: PyTree, params: PyTree, batch: Batch,
   groups: jax.Array, mean: str = "interactions",
 ) -> Fit:
-  """The fit on the real positions of a batch; arguments of `classifier_loss`.
+  """The fit on the real positions of a batch.
+
+  Args:
+    backbone: frozen model whose representation the classifier reads.
+    frozen: its params.
+    params: the classifier's.
+    batch: [B] windows drawn from the training distribution of events.
+    groups: [U] group of each user.
+    mean: see `position_weights`.
   """
   logs = log_propensity(backbone, frozen, params, batch.history)
   weights = position_weights(batch.targets, mean)
@@ -111,7 +97,7 @@ def classifier_fit(
 def calibration_error(
   probability: jax.Array, label: jax.Array, weights: jax.Array, bins: int = 15
 ) -> jax.Array:
-  """Classwise expected calibration error of a stratum classifier.
+  """Classwise expected calibration error of a group classifier.
 
   1/G sum_d sum_b n_db / n |share of label d in bin (d, b) - mean P(d|x) there|,
   with bins of equal width on P(d|x): 0 where P(d|x) = p says that a share p of
@@ -123,11 +109,8 @@ def calibration_error(
     weights: [...], what each event counts, n_db and n in all; 0 = nothing.
     bins: bins of [0, 1] a group.
 
-  Returns:
-    scalar in [0, 1].
-
-  Reference:
-    Kull et al., "Beyond temperature scaling", NeurIPS 2019 (classwise-ECE).
+  Reference: Kull et al., "Beyond temperature scaling", NeurIPS 2019
+    (classwise-ECE).
   """
   count = probability.shape[-1]
   excess = jax.nn.one_hot(label, count) - probability
@@ -140,9 +123,7 @@ def calibration_error(
 
 
 def classifier_step(
-  backbone: Backbone,
-  optimizer: Optimizer,
-  draw: Draw,
+  backbone: Backbone, optimizer: Optimizer, draw: Draw
 ) -> Step:
   """One step of fitting P(d|x) on the windows that the groups are drawn from.
 
@@ -159,10 +140,10 @@ def classifier_step(
     )
     batch = jax.tree.map(lambda x: x[0], batch)
     loss, grads = jax.value_and_grad(
-      lambda p: classifier_loss(
-        backbone, operands.frozen["backbone"], p, batch,
+      lambda params: -classifier_fit(
+        backbone, operands.frozen["backbone"], params, batch,
         operands.frozen["groups"], draw.mean,
-      )
+      ).log_likelihood
     )(state.params)
     updates, opt_state = optimizer.transformation.update(
       grads, state.optimizer, state.params
@@ -175,8 +156,7 @@ def classifier_step(
 
 
 def event_shares(
-  split: Split, groups: np.ndarray, *, num_groups: int, length: int, draw: str,
-  mean: str,
+  split: Split, groups: np.ndarray, num_groups: int, draw: Draw
 ) -> np.ndarray:
   """Share of each group in the events that the classifier is fitted on.
 
@@ -184,19 +164,19 @@ def event_shares(
     split: holds the training targets.
     groups: [U] group of each user.
     num_groups: G.
-    length: L, targets a window.
-    draw: how windows are drawn, see `draw_windows`.
-    mean: how positions count, see `position_weights`.
+    draw: how windows are drawn, and how their positions count.
 
   Returns:
     [G], sums to 1.
   """
-  if mean == "interactions":
-    _, users, chances = target_chances(split, length=length, draw=draw)
+  if draw.mean == "interactions":
+    _, users, chances = target_chances(
+      split, length=draw.length, draw=draw.draw
+    )
     mass = np.bincount(users, chances, len(groups))
   else:  # every window alike
-    windows = -(-training_targets(split) // length)
-    mass = windows if draw == "interactions" else np.sign(windows)
+    windows = -(-training_targets(split) // draw.length)
+    mass = windows if draw.draw == "interactions" else np.sign(windows)
   of_groups = np.bincount(groups, mass, num_groups)
   return of_groups / of_groups.sum()
 
@@ -222,11 +202,7 @@ def stabilised_weights(
 
 
 def fitted_importance(backbone: Backbone, *, clip: float = 10.0) -> Importance:
-  """Weights of the examples from the fitted classifier.
-
-  Args:
-    backbone: the frozen model that the classifier reads.
-    clip: largest weight.
+  """Weights of the examples from the fitted classifier, at most `clip`.
 
   Returns:
     (frozen, batch [G, B]) -> [G, B, L]; `frozen` holds `backbone`,

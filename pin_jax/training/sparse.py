@@ -55,7 +55,7 @@ def row_sparse(
     **extra: Any,
   ) -> tuple[PyTree, PyTree]:
     of_table = {
-      name: jax.tree.map(lambda _, name=name: name in tables, value)
+      name: jax.tree.map(lambda _, mark=name in tables: mark, value)
       for name, value in updates.items()
     }
     marks = optax.tree_utils.tree_map_params(
@@ -86,14 +86,8 @@ def add_rows(
 ) -> PyTree:
   """`optax.apply_updates` where the tables' updates are of some rows only.
 
-  Args:
-    params: whole.
-    updates: leaves like those of params, [N, ...] of tables.
-    rows: [N], as for `row_sparse`.
-    tables: as for `row_sparse`.
-
-  Returns:
-    The new params; given donated ones, nothing but the rows is written.
+  Rows and tables are those of `row_sparse`. Given donated params, nothing but
+  the rows is written.
   """
   others = {k: v for k, v in params.items() if k not in tables}
   of_others = {k: v for k, v in updates.items() if k not in tables}
@@ -120,13 +114,8 @@ class View(NamedTuple):
 
 
 def view(
-  params: PyTree,
-  groups: GroupBatch,
-  keys: jax.Array,
-  *,
-  loss: LossSpec,
-  tables: tuple[str, ...],
-  layout: Layout = LOCAL,
+  params: PyTree, groups: GroupBatch, keys: jax.Array, *, loss: LossSpec,
+  tables: tuple[str, ...], layout: Layout = LOCAL,
 ) -> View:
   """Cuts out the rows that the groups' losses read.
 
@@ -134,7 +123,7 @@ def view(
     params: whole.
     groups: [G, B] windows; the target of a position is the item that the next
       one reads, as `draw_batch` cuts them.
-    keys: [G]; negatives are those that the group losses would draw from them.
+    keys: [G], of the groups' losses.
     loss: one of sampled negatives.
     tables: see `types.Backbone`.
     layout: the rows are brought to every device.
@@ -142,7 +131,7 @@ def view(
   Returns:
     The view; losses and gradients on it are those on the whole tables.
   """
-  batch = sharding.replicate(groups.batch, layout)
+  batch = sharding.lay(groups.batch, layout)
   drawn = group_negatives(loss, keys, batch)
   parts = (
     jnp.zeros(1, jnp.int32), batch.history, batch.targets[..., -1], drawn.items
@@ -165,9 +154,9 @@ def view(
   few = {name: take_rows(params[name], rows) for name in tables}
   return View(
     rows,
-    {**params, **sharding.replicate(few, layout)},
+    {**params, **sharding.lay(few, layout)},
     groups._replace(
-      batch=sharding.split_rows(local, layout, 1),
+      batch=sharding.lay(local, layout, None, sharding.DATA),
       negatives=drawn._replace(items=negatives.reshape(drawn.items.shape)),
     ),
   )

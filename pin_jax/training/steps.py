@@ -16,7 +16,7 @@ import optax
 from pin_jax import aggregation
 from pin_jax.data.batches import Draw, HeldOut, Pool, Sequences, read_back
 from pin_jax.models import packing
-from pin_jax.models.conditioned import given
+from pin_jax.models.backbones import given
 from pin_jax.scale import sharding, streaming
 from pin_jax.scale.sharding import LOCAL, Layout
 from pin_jax.training import sparse
@@ -29,7 +29,7 @@ from pin_jax.training.objectives import (
   next_item_loss,
   plugin_head,
   position_weights,
-  with_reading,
+  with_plugin_context,
 )
 from pin_jax.training.optimizers import Optimizer
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
@@ -177,7 +177,7 @@ def _next_batch(
     batch = draw.batch(key, operands.sequences, operands.pool)
   else:
     batch = streaming.batch_of(operands.streamed, t)
-  return sharding.split_rows(batch, layout, 1)
+  return sharding.lay(batch, layout, None, sharding.DATA)
 
 
 def _aggregator(
@@ -309,7 +309,7 @@ def plugin_step(
     The step; its state's leaves lead with [S].
   """
   total = next_item_loss(
-    with_reading(backbone), plugin_head(backbone, plugin), loss=loss,
+    with_plugin_context(backbone), plugin_head(backbone, plugin), loss=loss,
     layout=layout,
   )
 
@@ -317,18 +317,18 @@ def plugin_step(
     params: PyTree, operands: Operands, batch: Batch, key: jax.Array
   ) -> jax.Array:
     context, frozen = _encoded(backbone, plugin, params, operands.frozen, batch)
-    reading = None
+    of_plugin = None
     if plugin.recent:
       columns = jnp.arange(1 - draw.length, 1)
       users = jnp.broadcast_to(batch.users[:, None], batch.history.shape)
-      reading = read_back(
+      of_plugin = read_back(
         operands.sequences, users, batch.last[:, None] + columns, plugin.recent
       )
     weights = position_weights(batch.targets, draw.mean)
     negatives = loss.draw(key, batch)
     return total(
       params, (jax.lax.stop_gradient(frozen), operands.evidence),
-      (context, reading), batch.targets, weights, negatives=negatives,
+      (context, of_plugin), batch.targets, weights, negatives=negatives,
     )[0]
 
   def step(
@@ -359,7 +359,7 @@ def _encoded(
   batch: Batch,
 ) -> tuple[PyTree, PyTree]:
   """(context, the backbone's params as the plugin wants them)."""
-  history = given(frozen, batch.history, batch.activeness)
+  history = given(backbone, batch.history, batch.activeness)
   if plugin.adapt is None:
     context = packing.encode(backbone, frozen, history)
     return jax.lax.stop_gradient(context), frozen
@@ -409,9 +409,7 @@ def many(step: Step) -> Step:
   Run k does what `step` does with run k's state, key and frozen params, up to
   the rounding of batched products. All runs are at the same t, so that what
   depends on t alone (`diagnose_every`) stays a branch; a loop whose length
-  depends on the data (`losses.accumulated`) takes as long as the longest. Runs
-  may also differ in what an optimizer of `optax.inject_hyperparams` keeps in
-  its state, such as the learning rate.
+  depends on the data (`losses.accumulated`) takes as long as the longest.
 
   Args:
     step: of one run.
