@@ -240,6 +240,10 @@ class Options(NamedTuple):
   other_versions: bool
   interrupted: Callable[[], bool]
 
+  def say(self, line: str) -> None:
+    """Prints a line as it is."""
+    self.console.print(line, markup=False, emoji=False, soft_wrap=True)
+
   def check(self) -> None:
     """Raises Interrupted where the job is to end."""
     if self.interrupted():
@@ -287,14 +291,12 @@ def run(
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
   if line := sizes.told(config, fitted):
-    console.print(line, markup=False)
+    options.say(line)
   config = fitted
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
     if _finished(directory):
-      console.print(
-        f"{directory} is finished; reprinting its tables", markup=False
-      )
+      options.say(f"{directory} is finished; reprinting its tables")
     else:
       _compute(config, problem, networks, directory, options)
     options.check()
@@ -346,21 +348,18 @@ def _compute(
   options: Options,
 ) -> None:
   """Trains and ranks; writes the rows and, last of all, the summary."""
-  _describe(problem, options.console)
-  changed = sections.changed_settings(of_results(config)).items()
-  if changed:
-    options.console.print(
+  _describe(problem, options.say)
+  if changed := sections.changed_settings(of_results(config)).items():
+    options.say(
       "settings other than the defaults: "
-      + ", ".join(f"{key}={value!r}" for key, value in changed),
-      markup=False, soft_wrap=True,
+      + ", ".join(f"{key}={value!r}" for key, value in changed)
     )
-  learnt = information(selected(config), config)
-  if learnt:
-    options.console.print(learnt, markup=False, soft_wrap=True)
+  if learnt := information(selected(config), config):
+    options.say(learnt)
   if len(config.seeds) < MIN_SEEDS:
-    options.console.print(
+    options.say(
       f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
-      "give a verdict", markup=False,
+      "give a verdict"
     )
   rows, closeness, cost = _train_all(
     config, problem, networks, directory, options
@@ -401,7 +400,7 @@ def _train_all(
         trainer.train(stage, monitor)
         if first == 0 and stage == next(iter(methods.values())).stages[-1]:
           for line in _power(config, problem, trainer, seeds[0]):
-            options.console.print(line, markup=False, soft_wrap=True)
+            options.say(line)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
@@ -430,7 +429,7 @@ def _store(
   return functools.partial(
     checkpoints.Checkpoints, about=about,
     check=same_job(about, ("versions",) if options.other_versions else ()),
-    say=lambda x: options.console.print(x, markup=False, soft_wrap=True),
+    say=options.say,
   )
 
 
@@ -454,9 +453,8 @@ def _closeness(
   return truth.closeness(problem.world, np.asarray(history), target, models)
 
 
-def _describe(problem: Problem, console: rich.console.Console) -> None:
+def _describe(problem: Problem, say: Callable[[str], None]) -> None:
   data = problem.split.interactions
-  say = functools.partial(console.print, markup=False, emoji=False)
   say(
     f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, "
     f"{data.num_interactions:,} interactions; fingerprint "

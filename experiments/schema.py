@@ -8,6 +8,7 @@ writes the page of all keys. `configs.base.default`, the checks at launch and
 
 import contextlib
 import difflib
+import textwrap
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -606,7 +607,10 @@ def listing() -> str:
   for source, own in SOURCES.items():
     found |= {f"data.{name} ({source})": key for name, key in own.items()}
   return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
-    f"  {name} = {_default(key)}\n    {key.meaning}; {key.takes}"
+    f"  {name} = {_default(key)}\n" + textwrap.fill(
+      f"{key.meaning}; {key.takes}", 80, initial_indent="    ",
+      subsequent_indent="    ",
+    )
     for name, key in found.items()
   )
 

@@ -575,7 +575,9 @@ def _flags(name, *words, **workdir):
     flags.FLAGS.unparse_flags()
     with _arguments(["experiments.main", *arguments]):
       with contextlib.suppress(SystemExit):
-        app.run(main.main, flags_parser=main._parse)
+        app.run(main.main, flags_parser=lambda argv: commands.parse_with(
+          argv, main.CONFIG, main.DEFAULT
+        ))
 
   ROWS[f"flags: {name}"] = (action, words)
 

@@ -238,7 +238,7 @@ def test_other_meshes_are_told_apart_before_the_data_are_read(
 
 
 if __name__ == "__main__":  # the main job without its plots
-  from experiments import main, report
+  from experiments import commands, main, report
 
   report.write_report = lambda directory, console: None
-  main.launch()
+  commands.launch(main.main, main.CONFIG, default=main.DEFAULT)
