@@ -8,8 +8,8 @@ writes the page of all keys. `configs.base.default`, the checks at launch and
 
 import contextlib
 import difflib
-import textwrap
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
