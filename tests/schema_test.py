@@ -183,7 +183,7 @@ def test_the_page_of_keys_is_current():
 
 
 def test_none_is_none_on_the_command_line():
-  column = base.files_section("x.csv", user="who")
+  column = base.data_section("files", path="x.csv", user="who")
   values, argv = flags.FlagValues(), ["main", "--config.data.user=None",
                                       "--config.data.max_history=None"]
   holder = config_flags.DEFINE_config_dict(

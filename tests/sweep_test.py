@@ -88,7 +88,7 @@ from ml_collections import ConfigDict
 from experiments.configs import base
 def get_config(argument=None):
   config = base.default()
-  config.data = base.files_section(%r)
+  config.data = base.data_section("files", path=%r)
   config.prior.exponent = %s
   return config
 def sweep():
