@@ -259,9 +259,9 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    plugins.Model(backbone, None), [plugins.Weights(params, None)],
-    split, segments=np.zeros(USERS, int), served_by=np.zeros(USERS, int),
-    newcomers=(0, 0), length=LENGTH, origin={},
+    plugins.Model(backbone, None), serving.Routes(
+      [plugins.Weights(params, None)], *np.zeros((2, USERS), int), (0, 0)
+    ), split, length=LENGTH, origin={},
   )
   if way == "loaded":
     serving.save(model, tmp_path / "model.pin", ["cpu"])
