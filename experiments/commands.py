@@ -214,11 +214,6 @@ def _in_one_line(message: str) -> str:
   return f"{' '.join(filter(None, lines))}; see --help"
 
 
-def command_line(arguments: Sequence[str]) -> str:
-  """A command to be pasted into a shell; values in double quotes."""
-  return " ".join(map(_quoted, arguments))
-
-
 def more_seeds(command: str, seeds: Sequence[int], *, swept: bool) -> str:
   """How to get the seeds that a verdict takes, as a command where it is known.
 
@@ -242,14 +237,6 @@ def more_seeds(command: str, seeds: Sequence[int], *, swept: bool) -> str:
     else:
       kept.append(word)
   if "experiments.main" not in kept:
-    return f"run the job with {command_line([wanted])} in another workdir"
+    return f"run the job with {shlex.quote(wanted)} in another workdir"
   new = f"--workdir={workdir.rstrip('/')}-{len(seeds) + len(lacking)}seeds"
-  return command_line([*kept, new, wanted])
-
-
-def _quoted(argument: str) -> str:
-  name, equals, value = argument.partition("=")
-  plain = shlex.quote(argument) == argument
-  if plain or not equals or set(value) & set('"$`\\!'):
-    return shlex.quote(argument)
-  return f'{shlex.quote(name)}="{value}"'
+  return shlex.join([*kept, new, wanted])

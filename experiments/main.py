@@ -20,6 +20,7 @@ After 4 and 75 the same command continues.
 """
 
 import contextlib
+import shlex
 import sys
 
 from absl import flags, logging
@@ -80,7 +81,7 @@ def main(_: list[str]) -> None:
     from experiments import job  # after the flags, for it takes seconds
 
     job.run(
-      CONFIG.value, _WORKDIR.value, command=commands.command_line(command),
+      CONFIG.value, _WORKDIR.value, command=shlex.join(command),
       other_versions=_OTHER_VERSIONS.value, interrupted=interrupted,
     )
 

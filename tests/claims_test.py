@@ -275,12 +275,12 @@ def test_equal_ranks_are_no_change_and_the_verdict_ends_with_it():
 @pytest.mark.parametrize(("command", "seeds", "swept", "want"), [
   ("python -m experiments.main --config=a.py --workdir=/r/toy/", (4,), False,
    'python -m experiments.main --config=a.py --workdir=/r/toy-3seeds '
-   '--config.seeds="(4, 0, 1)"'),
+   "'--config.seeds=(4, 0, 1)'"),
   ("python -m experiments.main --config.seeds='(0,1)' --workdir 'a b'", (0, 1),
-   False, "python -m experiments.main --workdir=\"a b-3seeds\" "
-   '--config.seeds="(0, 1, 2)"'),
+   False, "python -m experiments.main '--workdir=a b-3seeds' "
+   "'--config.seeds=(0, 1, 2)'"),
   ("", (0,), False,
-   'run the job with --config.seeds="(0, 1, 2)" in another workdir'),
+   "run the job with '--config.seeds=(0, 1, 2)' in another workdir"),
   ("x", (0, 2), True, "python -m experiments.sweep … --more_seeds=1"),
 ])  # fmt: skip
 def test_the_command_that_adds_seeds(command, seeds, swept, want):

@@ -16,7 +16,7 @@ from etils import epath
 from summaries_test import make_workdir
 from toy_rows import make_rows
 
-from experiments import commands, sweep
+from experiments import sweep
 from experiments.methods import METHODS
 from pin_jax.types import InputError
 
@@ -358,19 +358,6 @@ def test_bad_arguments_are_one_line_and_code_2(tmp_path, arguments, message):
   assert done.returncode == 2
   assert done.stderr.startswith(f"error: {message}")
   assert done.stderr.count("\n") == 1
-
-
-def test_commands_can_be_pasted(tmp_path):
-  arguments = [
-    "echo", "a b", "--x=('a','b')", "--y=$HOME", "--z=3", '--w=say "it"', "it's"
-  ]
-  text = commands.command_line(arguments)
-  assert """--x="('a','b')" """ in text
-  done = subprocess.run(
-    f"for x in {text}; do printf '%s\\n' \"$x\"; done", shell=True,
-    capture_output=True, text=True, check=True,
-  )
-  assert done.stdout.splitlines() == arguments
 
 
 @pytest.mark.slow
