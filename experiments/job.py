@@ -195,7 +195,12 @@ def claim_workdir(
         f"workdir {directory} holds results without the configuration of a "
         "job; use another --workdir"
       )
-    _write_claim(path, mine)
+    if not processes.is_first():
+      raise InputError(
+        f"workdir {directory} does not hold what process 0 wrote there; use "
+        "one that all processes see"
+      )
+    disk.write({path: json.dumps(mine, indent=2) + "\n"})
     return
   theirs = workdir.read_json(path, config={}, data="")
   theirs["config"] = of_results(ConfigDict(theirs["config"]))
@@ -207,16 +212,6 @@ def claim_workdir(
     )
 
 
-def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
-  directory = path.parent
-  if not processes.is_first():
-    raise InputError(
-      f"workdir {directory} does not hold what process 0 wrote there; use one "
-      "that all processes see"
-    )
-  disk.write({path: json.dumps(mine, indent=2) + "\n"})
-
-
 def of_results(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON, without the keys on which no result depends."""
   whole = schema.canonical(config.to_dict())
@@ -226,14 +221,7 @@ def of_results(config: ConfigDict) -> dict[str, Any]:
 
 
 class Options(NamedTuple):
-  """How a job runs, whatever it computes.
-
-  Attributes:
-    console: where to print; standard output by default.
-    command: how the job was launched, for its summary.
-    other_versions: continue what other versions of libraries began.
-    interrupted: whether to save and end; see `interruption.noticed`.
-  """
+  """How a job runs, whatever it computes; see `run`."""
 
   console: rich.console.Console
   command: str
@@ -265,10 +253,10 @@ def run(
     config: as from `experiments.configs.base.default`; its sizes that are None
       are fitted to the data.
     directory: the job's workdir.
-    console: see `Options`.
+    console: where to print; standard output by default.
     command: how the job was launched, for its summary.
-    other_versions: see `Options`.
-    interrupted: see `Options`.
+    other_versions: continue what other versions of libraries began.
+    interrupted: whether to save and end; see `interruption.noticed`.
 
   Returns:
     The comparison table; an empty one in a process that does not write.
