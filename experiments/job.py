@@ -275,9 +275,10 @@ def run(
   )
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  fitted, problem, networks = processes.together(lambda: _prepare(config))
+  processes.together(lambda: settings.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
+  fitted, problem, networks = processes.together(lambda: _prepare(config))
   if line := sizes.told(config, fitted):
     options.say(line)
   config = fitted
@@ -296,9 +297,9 @@ def run(
 def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them, before anything is written.
   """
-  settings.check(sizes.for_any_data(config))
-  config, problem = prepare(config)
-  settings.check(config)  # with the sizes that the data gave
+  asked, (config, problem) = config, prepare(config)
+  if sizes.told(asked, config):  # sizes that the data gave
+    settings.check(config)
   networks = networks_of(config, problem)
   check(config, problem, networks)
   return config, problem, networks
