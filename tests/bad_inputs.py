@@ -545,8 +545,8 @@ for _row in (
       ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
       ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
       ("cagrad:c=x", "'c=x'", "number"),
-      ("cvar:", "'' is no option", "options are ['alpha']"),
-      ("annealed_backdoor", "give steps", "annealed_backdoor:steps=number"),
+      ("cvar:", "'alpha'", "options are ['alpha']"),
+      ("annealed_backdoor", "missing", "options are ['steps'"),
     )),
   ("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'"),
   ("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern"),
@@ -581,7 +581,7 @@ for _row in (
 ):
   _config(*_row)
 _config("loss.name", "gbce", "made for 'uniform'", loss__proposal="in_batch")
-_config("loss.name", "gbce", "rate of 1.03448", loss__negatives=30)
+_config("loss.name", "gbce", "config section loss", "rate=1.03448", loss__negatives=30)
 _config("evaluation.protocol", "sampled", "99", "more")
 
 
@@ -634,7 +634,7 @@ _flags("--config=tests/tiny.py --workdir=s3://b/w", "s3://b/w", "local path")
 _flags(f"{TINY}/w --coordinator=h:99999 --num_processes=2 --process_id=0",
        "--coordinator=h:99999", "1 to 65535")
 _flags(f"{TINY}/w --coordinator=h:1 --num_processes=2 --process_id=0 "
-       "--patience=9999999999", "--patience=9999999999", "1 to 1000000")
+       "--patience=9999999999", "--patience=9999999999", "[1, 1000000]")
 
 
 def _words(program, name, *words):
