@@ -581,7 +581,8 @@ for _row in (
 ):
   _config(*_row)
 _config("loss.name", "gbce", "made for 'uniform'", loss__proposal="in_batch")
-_config("loss.name", "gbce", "config section loss", "rate=1.03448", loss__negatives=30)
+_config("loss.name", "gbce", "config section loss", "rate=1.03448",
+        loss__negatives=30)
 _config("evaluation.protocol", "sampled", "99", "more")
 
 
