@@ -23,9 +23,11 @@ def check(config: ConfigDict) -> None:
   """
   schema.check_keys(config)
   build.check_adjustments(config, np.ones(config.groups.num_groups))
-  for wrong, key, remedy in (*_of_others(config), *_rules(config)):
-    if wrong:
-      raise schema.bad(key, _value(config, key), remedy)
+  build.proposal_shares(config.loss.proposal)
+  for rules in (_of_others, _rules, _of_scale):
+    for wrong, key, remedy in rules(config):
+      if wrong:
+        raise schema.bad(key, _value(config, key), remedy)
 
 
 def _value(config: ConfigDict, key: str) -> Any:
@@ -50,26 +52,12 @@ def _of_others(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
       )
 
 
-def _rules(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
+def _rules(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
   """(whether it is broken, key, remedy) of what keys must be together."""
   backbone, groups, loss = config.backbone, config.groups, config.loss
-  data, devices = config.mesh.data, config.mesh.data * config.mesh.model
-  stages = stages_of(selected(config))
-  kinds = {stage.plugin for stage in stages if stage.kind == "plugin"}
-  exact = any(stage.kind == "classifier" for stage in stages)
   mixes = config.plugin.name in build.MIXING
-  mixed, alone = bool(kinds) and mixes, "memory_alone" in kinds
-  not_uniform = set(build.proposal_shares(loss.proposal)) != {"uniform"}
-  rows = config.optimizer.tables != "dense"
-  stream = config.data.source == "stored" and config.data.stream
   windows = max(config.batch_size, config.joint.batch_size)
-  by_rows = "optimizer.tables='row_sparse': {}, or set 'dense'".format
-  on_disk = (
-    "data.stream=True leaves the interactions on disk: {}, or set "
-    "data.stream=False"
-  ).format
-  memory = "the memory is made of all interactions; "
-  return (
+  yield from (
     ("heads" in build.backbone_options(backbone)
      and backbone.width % backbone.heads > 0, "backbone.width",
      f"give a multiple of backbone.heads={backbone.heads}"),
@@ -81,10 +69,10 @@ def _rules(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
      f"give at most backbone.length={backbone.length}, what the model reads"),
     (len(config.seeds) % config.num_seeds > 0, "num_seeds",
      f"the number of seeds, {len(config.seeds)}, must be a multiple of it"),
-    (backbone.reads_activeness and exact, "backbone.reads_activeness",
+    (backbone.reads_activeness and _exact(config), "backbone.reads_activeness",
      "exact adjustment estimates P(d|x) from states that must not hold d; "
      "set False or leave 'pin_exact' out"),
-    (loss.name == "gbce" and not_uniform, "loss.proposal",
+    (loss.name == "gbce" and _not_uniform(config), "loss.proposal",
      "loss.name='gbce' is made for 'uniform' negatives"),
     ("focal" in config.methods and loss.name not in PROPER, "loss.name",
      f"the method 'focal' takes one of {PROPER}"),
@@ -100,39 +88,70 @@ def _rules(config: ConfigDict) -> tuple[tuple[bool, str, str], ...]:
      "them"),
     ((config.prior.kind == "custom") != bool(config.prior.get("values")),
      "prior.values", "give numbers exactly where prior.kind asks for them"),
-    # Several devices.
-    (devices > 1 and config.num_seeds > 1, "num_seeds",
+  )
+
+
+def _of_scale(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
+  """Likewise, of what does not go together with scale."""
+  data, model, loss = config.mesh.data, config.mesh.model, config.loss
+  kinds = {
+    stage.plugin for stage in stages_of(selected(config))
+    if stage.kind == "plugin"
+  }
+  mixed = bool(kinds) and config.plugin.name in build.MIXING
+  alone = "memory_alone" in kinds
+  yield from (
+    (data * model > 1 and config.num_seeds > 1, "num_seeds",
      "several devices train one seed at a time; set 1"),
-    (config.mesh.model > 1 and (mixed or alone), "mesh.model",
+    (model > 1 and (mixed or alone), "mesh.model",
      "plugins that mix the memory into the logits read the whole catalogue; "
      "set 1, or another plugin.name and methods without 'memory_alone'"),
-    (data > 1 and backbone.pack_rows > 0, "backbone.pack_rows",
+    (data > 1 and config.backbone.pack_rows > 0, "backbone.pack_rows",
      f"rows are not packed across mesh.data={data} devices; set 0"),
     (config.joint.batch_size % data > 0, "joint.batch_size",
      f"give a multiple of mesh.data={data}"),
     *((share % data > 0, "batch_size",
        f"{share} windows a {whose} must be a multiple of mesh.data={data}")
       for whose, share in (
-        ("group", config.batch_size // groups.num_groups),
+        ("group", config.batch_size // config.groups.num_groups),
         ("segment", config.batch_size // 2),
         ("shared plugin", config.batch_size if "shared" in kinds else 0),
       )),
-    # Item tables that are updated by rows.
-    (rows and loss.name == "softmax", "loss.name", by_rows(
-      "it reads every row; use a sampled loss such as 'sampled_softmax'")),
-    (rows and config.optimizer.average > 0, "optimizer.average",
-     by_rows("it writes every row; set 0")),
-    (rows and backbone.name == "din", "backbone.name",
-     by_rows("it has no table that can be cut by rows; use another")),
-    # Interactions that stay on disk.
-    (stream and config.num_seeds > 1, "num_seeds", on_disk("set 1")),
-    (stream and config.split.protocol != "leave_one_out", "split.protocol",
-     on_disk("times are not stored; set 'leave_one_out'")),
-    (stream and mixed, "plugin.name", on_disk(f"{memory}use another")),
-    (stream and alone, "methods",
-     on_disk(f"{memory}leave 'memory_alone' out")),
-    (stream and exact, "methods",
-     on_disk("exact adjustment needs them on the device; leave it out")),
-    (stream and loss.name != "softmax" and not_uniform, "loss.proposal",
-     on_disk("set 'uniform'")),
   )
+  if config.optimizer.tables != "dense":
+    for wrong, key, remedy in (
+      (loss.name == "softmax", "loss.name",
+       "it reads every row; use a sampled loss such as 'sampled_softmax'"),
+      (config.optimizer.average > 0, "optimizer.average",
+       "it writes every row; set 0"),
+      (config.backbone.name == "din", "backbone.name",
+       "it has no table that can be cut by rows; use another"),
+    ):
+      yield wrong, key, (
+        f"optimizer.tables='row_sparse': {remedy}, or set 'dense'"
+      )
+  if config.data.source == "stored" and config.data.stream:
+    memory = "the memory is made of all interactions; "
+    for wrong, key, remedy in (
+      (config.num_seeds > 1, "num_seeds", "set 1"),
+      (config.split.protocol != "leave_one_out", "split.protocol",
+       "times are not stored; set 'leave_one_out'"),
+      (mixed, "plugin.name", f"{memory}use another"),
+      (alone, "methods", f"{memory}leave 'memory_alone' out"),
+      (_exact(config), "methods",
+       "exact adjustment needs them on the device; leave it out"),
+      (loss.name != "softmax" and _not_uniform(config), "loss.proposal",
+       "set 'uniform'"),
+    ):
+      yield wrong, key, (
+        f"data.stream=True leaves the interactions on disk: {remedy}, or set "
+        "data.stream=False"
+      )
+
+
+def _exact(config: ConfigDict) -> bool:
+  return any(s.kind == "classifier" for s in stages_of(selected(config)))
+
+
+def _not_uniform(config: ConfigDict) -> bool:
+  return set(build.proposal_shares(config.loss.proposal)) != {"uniform"}
