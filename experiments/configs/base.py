@@ -29,10 +29,7 @@ def parse(argument: str | None, **defaults: str) -> dict[str, str]:
 
   Args:
     argument: the text after the colon, or None.
-    **defaults: the keys that the config knows.
-
-  Returns:
-    The values, as strings.
+    **defaults: the keys that the config knows, and their values.
 
   Raises:
     InputError: for a key that the config does not know.
