@@ -128,7 +128,7 @@ def exit_code(action: Callable[[], None]) -> int:
     if full:
       text = (
         f"memory is full ({text[:200]}); lower batch_size, loss.negatives, "
-        "num_seeds, backbone.width"
+        "num_seeds or backbone.width"
       )
     if isinstance(error, BrokenPipeError):
       text = "standard output was closed before all was written to it"
