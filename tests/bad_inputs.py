@@ -303,8 +303,8 @@ def _(folder):
 @row("sampler: draw", "draw='all' is unknown", "use one of")
 def _(folder):
   nothing = batches.Sequences(*[np.zeros(0, np.int32)] * 3)
-  batches.draw_batch(
-    jax.random.key(0), nothing, None, batch_size=1, length=1, draw="all"
+  batches.Draw(batch_size=1, length=1, draw="all").batch(
+    jax.random.key(0), nothing, None
   )
 
 

@@ -272,9 +272,8 @@ def test_windows_are_consecutive_training_items(lengths, seed, draw):
   targets = batches.training_targets(split)
   hypothesis.assume(all((targets[groups == g] > 0).any() for g in (0, 1)))
   pool = batches.make_pool(targets, groups, num_groups=2, length=4)
-  batch = batches.draw_batch(
-    jax.random.key(seed), batches.make_sequences(split), pool, batch_size=3,
-    length=4, draw=draw,
+  batch = batches.Draw(batch_size=3, length=4, draw=draw).batch(
+    jax.random.key(seed), batches.make_sequences(split), pool
   )
   for group in range(2):
     for user, history, target in zip(

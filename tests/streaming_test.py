@@ -165,19 +165,21 @@ def _drawn(split, draw):
   if draw == "validation":
     pool = batches.make_held_out(split.validation, groups, num_groups=2)
     return (
-      lambda key, t, pool: batches.draw_held_out_windows(
-        jax.random.fold_in(key, t), pool, **sizes
+      lambda key, t, pool: batches.Draw(**sizes, draw="validation").windows(
+        jax.random.fold_in(key, t), pool
       ), (pool,),
-      lambda key: batches.draw_held_out(key, on_device, pool, **sizes),
+      lambda key: batches.Draw(**sizes, draw="validation").batch(
+        key, on_device, pool
+      ),
     )
   pool = batches.make_pool(
     batches.training_targets(split), groups, num_groups=2, length=LENGTH
   )
   return (
-    lambda key, t, pool: batches.draw_windows(
-      jax.random.fold_in(key, t), pool, draw=draw, **sizes
+    lambda key, t, pool: batches.Draw(**sizes, draw=draw).windows(
+      jax.random.fold_in(key, t), pool
     ), (pool,),
-    lambda key: batches.draw_batch(key, on_device, pool, draw=draw, **sizes),
+    lambda key: batches.Draw(**sizes, draw=draw).batch(key, on_device, pool),
   )
 
 
