@@ -248,11 +248,6 @@ def _(folder):
   splits.temporal_fractions(_data(), validation=0.9, test=0.9)
 
 
-@row("split: share type", "test='a' is no number", "give a share")
-def _(folder):
-  splits.temporal_fractions(_data(), test="a")
-
-
 @row("split: order", "validation_time=5", "test_time=3", "ascending")
 def _(folder):
   splits.temporal(_data(), validation_time=5, test_time=3)

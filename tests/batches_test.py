@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 
 from pin_jax.data.batches import (
+  Draw,
   Pool,
   Windows,
   cut_windows,
-  Draw,
   make_held_out,
   make_pool,
   make_sequences,
