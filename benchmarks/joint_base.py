@@ -5,21 +5,18 @@ experiments/configs/beauty.py: its step, its dispatch, its ranker; with the
 softmax over the whole catalogue, width 64 and 255 windows a step.
 """
 
-import io
 import os
 from typing import Any
 
 import jax
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs
 from experiments.build import make_networks
 from experiments.configs import beauty
 from experiments.methods import METHODS
 from experiments.problem import Problem, make_problem, requests_for
-from experiments.stages import Run, Trainer, num_steps
+from experiments.stages import Run, Trainer
 from pin_jax.models import plugins
 from pin_jax.training.loop import compile_steps
 from pin_jax.training.steps import Operands
@@ -37,16 +34,11 @@ def full_softmax(config: ConfigDict) -> ConfigDict:
 def prepare(
   config: ConfigDict, data: Problem, folder: str, seed: int = 0
 ) -> tuple[Trainer, Run, Operands]:
-  """The stage 'base' as the main job trains it; logs go to the folder."""
+  """The stage 'base' as the main job trains it."""
   networks = make_networks(config, data.split.interactions.num_items)
   stage = METHODS["base"].stages[0]
-  steps, workdir = num_steps(config, stage), epath.Path(folder)
-  silent = rich.console.Console(file=io.StringIO())
-  trainer = Trainer(
-    config, data, networks, workdir, (seed,), logs.RunLog(workdir),
-    logs.JobProgress(steps, silent),
-  )
-  run = trainer.backbone_run(stage, steps)
+  trainer = Trainer(config, data, networks, epath.Path(folder), (seed,))
+  run = trainer.prepare(stage)
   return trainer, run, trainer.operands(stage, run)
 
 
@@ -63,8 +55,8 @@ class JointBase:
     self.trainer, run, self.operands = prepare(
       config, self.problem, os.path.dirname(data), seed
     )
-    self.state = run.start(seed)
-    self.ndcg = run.evaluator(seed)
+    self.state = run.start()
+    self.ndcg = lambda params: run.evaluate(seed, params)["all"]
     self.start = jax.device_get(self.state)
     self.run = compile_steps(run.step)
     self.dispatch, self.t = config.dispatch, 0
@@ -102,7 +94,7 @@ class JointBase:
 
   def validate(self) -> float:
     """NDCG@10 of all validation targets."""
-    return self.ndcg(self.state.params)["all"]
+    return self.ndcg(self.state.params)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from pin_jax.data import activeness, batches, files, simulator, splits
 from pin_jax.evaluation import metrics, ranking, statistics
 from pin_jax.models import plugins
 from pin_jax.models.gru4rec import gru4rec
-from pin_jax.training import objectives
-from pin_jax.training.loop import fit
+from pin_jax.training import loop, objectives
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -182,17 +181,18 @@ def train_backbone(
   draw = batches.Draw(BATCH // count, LENGTH)
   step = backbone_step(backbone, adjustment, optimizer, draw)
 
-  def evaluate(params: PyTree) -> np.ndarray:
+  def evaluate(run: int, params: PyTree) -> dict[str, float]:
     ranks = rank(plugins.Weights(params, None), sequences, validation)
-    return metrics.ndcg(ranks.rank, 10).mean(keepdims=True)
+    return {"all": metrics.ndcg(ranks.rank, 10).mean()}
 
-  return fit(
+  for event in loop.run(
     step, init_state(params, optimizer, adjustment),
     Operands(jax.random.key(3), sequences, pool, None),
-    name=f"{count} groups", num_steps=steps, evaluate=evaluate,
-    evaluate_every=EVERY, dispatch=EVERY,
-    on_evaluation=lambda t, values: print(f"  step {t}: {values.round(4)}"),
-  ).best
+    loop.Plan(steps, EVERY, select=("all",), dispatch=EVERY), evaluate,
+  ):
+    if isinstance(event, loop.Validation):
+      print(f"  step {event.step}: {event.values['all']:.4f}")
+  return event.best
 
 
 rank, validation = ranker(None), requests("validation")
@@ -213,22 +213,29 @@ step = plugin_step(
 )
 
 
-def evaluate_plugins(params: PyTree) -> np.ndarray:
+def evaluate_plugins(run: int, params: PyTree) -> dict[str, float]:
   """Validation of tail and head, each of which keeps its own best step."""
   served = plugins.Weights(adjusted, params)
   ndcg = metrics.ndcg(rank_plugged(served, sequences, validation).rank, 10)
-  return np.array([ndcg[validation.segments == s].mean() for s in (0, 1)])
+  tail, head = (ndcg[validation.segments == s].mean() for s in (0, 1))
+  return {"tail": tail, "head": head}
 
 
 print("PIN, stage 2, tail and head")
 start = plugins.init_stacked(plugin, jax.random.key(4), 2)
-personal = fit(
+plan = loop.Plan(
+  PLUGIN_STEPS, EVERY, select=("tail", "head"), dispatch=EVERY, stacked=True,
+  evaluate_first=True,
+)
+for event in loop.run(
   step, init_state(start, optimizer, stacked=True),
-  Operands(jax.random.key(5), sequences, by_segment, adjusted),
-  name="plugins", num_steps=PLUGIN_STEPS, evaluate=evaluate_plugins,
-  evaluate_every=EVERY, dispatch=EVERY, stacked=True, evaluate_first=True,
-  on_evaluation=lambda t, values: print(f"  step {t}: {values.round(4)}"),
-).best
+  Operands(jax.random.key(5), sequences, by_segment, adjusted), plan,
+  evaluate_plugins,
+):
+  if isinstance(event, loop.Validation):
+    tail, head = event.values.values()
+    print(f"  step {event.step}: tail {tail:.4f}, head {head:.4f}")
+personal = event.best
 
 # %% [markdown]
 # # 6. Ranking and comparison

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,13 +114,10 @@ def proposal_shares(spec: str) -> dict[str, float]:
   Raises:
     InputError: for an unknown or repeated name, or a bad share.
   """
-  shares = {}
+  shares: dict[str, float] = {}
   for item in spec.split(","):
     name, _, number = item.partition(":")
-    try:
-      share = float(number or 1)
-    except ValueError:
-      share = math.nan
+    share = schema.number(number or "1")
     if name not in PROPOSALS or name in shares or not 0 < share < math.inf:
       raise schema.bad(
         "loss.proposal", spec,
@@ -129,87 +126,6 @@ def proposal_shares(spec: str) -> dict[str, float]:
       )
     shares[name] = share
   return shares
-
-
-def weighting_options(key: str, spec: str) -> tuple[str, dict[str, float]]:
-  """Reads a weighting, 'name' or 'name:option=number,…'.
-
-  Args:
-    key: of the config, for the errors.
-    spec: its value.
-
-  Returns:
-    The name, one of WEIGHTINGS, and the options by name.
-
-  Raises:
-    InputError: for an unknown name, for an option that is unknown, repeated or
-      not the user's to set, or a bad number.
-  """
-  name, colon, text = spec.partition(":")
-  if name not in WEIGHTINGS:
-    raise schema.bad(key, spec, f"use one of {list(WEIGHTINGS)}")
-  parameters = inspect.signature(WEIGHTINGS[name]).parameters.values()
-  known = {
-    parameter.name: schema.Key(None, parameter.annotation)
-    for parameter in parameters
-    if parameter.annotation in (int, float) and parameter.name != "num_groups"
-  }
-  given: dict[str, float] = {}
-  for item in text.split(",") if colon else ():
-    option, _, written = item.partition("=")
-    if option not in known or option in given:
-      raise schema.bad(
-        key, spec,
-        f"{item!r} is no option, or repeated; options are {list(known)}, each "
-        "as option=number"
-      )
-    try:
-      number = float(written)
-    except ValueError:
-      number = math.nan
-    if number.is_integer():
-      number = int(number)
-    if not known[option].accepts(number):
-      raise schema.bad(key, spec, f"{item!r}: {known[option].remedy}")
-    given[option] = number
-  for one in parameters:
-    if one.name in known.keys() - given and one.default is one.empty:
-      raise schema.bad(
-        key, spec, f"give {one.name}, as {name}:{one.name}=number"
-      )
-  return name, given
-
-
-def named_blocks(blocks: Iterable[str]) -> dict[str, str]:
-  """Reads `pin.blocks`: pattern -> weighting.
-
-  Raises:
-    InputError: for what is no pattern=weighting, or repeated.
-  """
-  named: dict[str, str] = {}
-  for item in blocks:
-    pattern, _, spec = item.partition("=")
-    try:
-      re.compile(pattern)
-    except re.error as error:
-      raise schema.bad(
-        "pin.blocks", tuple(blocks),
-        f"{pattern!r} is no regular expression ({error})",
-      ) from error
-    if not (pattern and spec):
-      raise schema.bad(
-        "pin.blocks", tuple(blocks),
-        f"{item!r} must be pattern=weighting, such as 'items|bias=joint'",
-      )
-    if pattern in (*named, OTHERS):
-      raise schema.bad(
-        "pin.blocks", tuple(blocks),
-        f"{pattern!r} is repeated, or the name of what no pattern matches, "
-        "which has pin.weighting; give each pattern once",
-      )
-    weighting_options("pin.blocks", spec)
-    named[pattern] = spec
-  return named
 
 
 class Networks(NamedTuple):
@@ -248,9 +164,10 @@ def make_networks(
   backbone = backbone._replace(packed=config.backbone.pack_rows)
   if config.backbone.reads_activeness:
     backbone = conditioned(backbone)
-  layout = sharding.make_layout(
-    backbone, num_items, devices=devices, **config.mesh
-  )
+  with schema.section("mesh"):
+    layout = sharding.make_layout(
+      backbone, num_items, devices=devices, **config.mesh
+    )
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
   made = {
@@ -288,31 +205,45 @@ def networks_of(config: ConfigDict, problem: Problem) -> Networks:
 def make_weighting(
   key: str, spec: str, prior: np.ndarray, shares: np.ndarray
 ) -> aggregation.Weighting:
-  """Builds a weighting that a config key names.
+  """Builds a weighting, 'name' or 'name:option=number,…'.
 
   A rule that takes no prior of its own is preceded by it.
 
   Args:
     key: of the config, for the errors.
-    spec: its value, see `settings.weighting_options`.
+    spec: its value.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
 
   Raises:
-    InputError: for an unknown name or option, or a bad number.
+    InputError: for an unknown name, for an option that is unknown, repeated,
+      missing or not the user's to set, or for a bad number.
   """
-  name, options = weighting_options(key, spec)
-  given = {"prior": prior, "shares": shares, "num_groups": len(prior)}
-  given |= {"start": shares, "end": prior}  # annealed: joint to adjusted
+  name, _, text = spec.partition(":")
+  if name not in WEIGHTINGS:
+    raise schema.bad(key, spec, f"use one of {list(WEIGHTINGS)}")
   known = inspect.signature(WEIGHTINGS[name]).parameters
-  arguments = {name: given[name] for name in known if name in given}
+  of_data = {"prior": prior, "shares": shares, "num_groups": len(prior)}
+  of_data |= {"start": shares, "end": prior}  # annealed: joint to adjusted
+  arguments = {key: of_data[key] for key in known if key in of_data}
+  options = [key for key in known if key not in of_data]
+  for item in text.split(",") if text else ():
+    option, _, written = item.partition("=")
+    if option not in options or option in arguments:
+      raise schema.bad(
+        key, spec,
+        f"{item!r} is no option, or repeated; options are {options}, each as "
+        "option=number",
+      )
+    kind = schema.Key(None, known[option].annotation)
+    number = schema.number(written)
+    if not kind.accepts(number):
+      raise schema.bad(key, spec, f"{item!r}: {kind.remedy}")
+    arguments[option] = number
   try:
-    weighting = WEIGHTINGS[name](**arguments, **options)
+    weighting = WEIGHTINGS[name](**arguments)
   except (TypeError, ValueError) as error:
-    free = [name for name in known if name not in given]
-    raise InputError(
-      f"config key {key}={spec!r}: {error}; options are {free}"
-    ) from error
+    raise schema.bad(key, spec, f"{error}; options are {options}") from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)
 
@@ -334,40 +265,74 @@ def make_adjustment(
   """
   weighting = make_weighting(key, pin.weighting, prior, shares)
   given = {"path": pin.path, "diagnose_every": pin.diagnose_every}
-  named = named_blocks(pin.blocks)
-  if named and pin.granularity == "tensor":
-    raise InputError(
-      f"config key pin.blocks={tuple(pin.blocks)}: pin.granularity='tensor' "
-      "makes every tensor a block already; give one of the two"
+  if not pin.blocks:
+    by_tensor = pin.granularity == "tensor" or (
+      pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
     )
-  if named:
-    rules = {
-      pattern: make_weighting("pin.blocks", spec, prior, shares)
-      for pattern, spec in named.items()
-    }
-    block_of = lambda leaf: next(
-      (p for p in named if re.search(p, leaf)), OTHERS
+    return Adjustment(weighting, str if by_tensor else None, **given)
+  bad = functools.partial(schema.bad, "pin.blocks", tuple(pin.blocks))
+  if pin.granularity == "tensor":
+    raise bad(
+      "pin.granularity='tensor' makes every tensor a block already; give one "
+      "of the two"
     )
-    return Adjustment({**rules, OTHERS: weighting}, block_of, **given)
-  by_tensor = pin.granularity == "tensor" or (
-    pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
-  )
-  return Adjustment(weighting, str if by_tensor else None, **given)
+  rules = {}
+  for item in pin.blocks:
+    pattern, _, spec = item.partition("=")
+    if not (pattern and spec):
+      raise bad(
+        f"{item!r} must be pattern=weighting, such as 'items|bias=joint'"
+      )
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise bad(f"{pattern!r} is no regular expression ({error})") from error
+    if pattern in (*rules, OTHERS):
+      raise bad(
+        f"{pattern!r} is repeated, or the name of what no pattern matches, "
+        "which has pin.weighting; give each pattern once"
+      )
+    rules[pattern] = make_weighting("pin.blocks", spec, prior, shares)
+  block_of = lambda leaf: next((p for p in rules if re.search(p, leaf)), OTHERS)
+  return Adjustment({**rules, OTHERS: weighting}, block_of, **given)
 
 
 def stage_adjustment(
   config: ConfigDict, rule: str | None, prior: np.ndarray, shares: np.ndarray
 ) -> Adjustment:
-  """How a stage aggregates: as `pin` says, or by the rule that it names.
-
-  Raises:
-    InputError: for a bad specification, naming its config key.
-  """
+  """How a stage aggregates: as `pin` says, or by the rule that it names."""
   if rule is None:
     return make_adjustment(config.pin, prior, shares)
   pin = config.pin.copy_and_resolve_references()
   pin.weighting, pin.blocks = config.rules[rule], ()
   return make_adjustment(pin, prior, shares, f"rules.{rule}")
+
+
+def check_adjustments(
+  config: ConfigDict, prior: np.ndarray, params: PyTree | None = None
+) -> None:
+  """Raises InputError where a weighting, or what goes with it, is wrong.
+
+  Args:
+    config: the whole configuration.
+    prior: [G], P(d), or any other where it is not known yet.
+    params: the backbone's, or their shapes; None where they are not known yet.
+  """
+  for rule in config.rules:
+    stage_adjustment(config, rule, prior, prior)
+  made = make_adjustment(config.pin, prior, prior)
+  if params is None:
+    return
+  try:
+    aggregation.aggregate(
+      lambda *_: None, made.rules, path=made.path, blocks=made.blocks
+    ).init(params)
+  except ValueError as error:
+    raise InputError(
+      f"config keys pin.path={config.pin.path!r}, pin.weighting="
+      f"{config.pin.weighting!r}, pin.blocks={tuple(config.pin.blocks)}: "
+      f"{error}"
+    ) from error
 
 
 def make_loss(

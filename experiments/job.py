@@ -53,13 +53,12 @@ from experiments.problem import (
   requests_for,
 )
 from experiments.stages import (
+  Monitor,
   Trainer,
-  check_adjustment,
-  check_candidates,
-  check_loss,
-  check_pools,
+  check,
   num_steps,
   routed,
+  same_job,
 )
 from experiments.tables import (
   MIN_SEEDS,
@@ -311,10 +310,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   config, problem = prepare(config)
   settings.check(config)  # with the sizes that the data gave
   networks = networks_of(config, problem)
-  check_adjustment(config, problem, networks)
-  check_loss(config, problem)
-  check_candidates(config, problem)
-  check_pools(config, problem)
+  check(config, problem, networks)
   return config, problem, networks
 
 
@@ -394,17 +390,15 @@ def _train_all(
   total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   progress = logs.JobProgress(total, options.console)
+  monitor = Monitor(log, progress, options.interrupted)
   store = _store(config, problem, options)
   rows, closeness, cost, seconds = [], [], {}, {}
   try:
     for first in range(0, len(config.seeds), config.num_seeds):
       seeds = tuple(config.seeds[first : first + config.num_seeds])
-      trainer = Trainer(
-        config, problem, networks, directory, seeds, log, progress,
-        store=store, interrupted=options.interrupted,
-      )
+      trainer = Trainer(config, problem, networks, directory, seeds, store)
       for stage in stages:
-        trainer.train(stage)
+        trainer.train(stage, monitor)
         if first == 0 and stage == next(iter(methods.values())).stages[-1]:
           for line in _power(config, problem, trainer, seeds[0]):
             options.console.print(line, markup=False, soft_wrap=True)
@@ -429,16 +423,14 @@ def _store(
   config: ConfigDict, problem: Problem, options: Options
 ) -> Callable[[epath.Path], checkpoints.Checkpoints]:
   """Opens checkpoints that say what they belong to."""
-  say = lambda line: options.console.print(line, markup=False, soft_wrap=True)
+  about = {
+    "config": of_results(config), "data": fingerprint(problem),
+    "versions": workdir.versions(),
+  }
   return functools.partial(
-    checkpoints.Checkpoints,
-    about={
-      "config": of_results(config),
-      "data": fingerprint(problem),
-      "versions": workdir.versions(),
-    },
-    accepted=("versions",) if options.other_versions else (),
-    say=say,
+    checkpoints.Checkpoints, about=about,
+    check=same_job(about, ("versions",) if options.other_versions else ()),
+    say=lambda x: options.console.print(x, markup=False, soft_wrap=True),
   )
 
 
@@ -510,8 +502,8 @@ def _power(
   if len(config.seeds) < MIN_SEEDS or roots(base) & roots(other):
     return []
   validation = {
-    name: trainer.prepare(chosen).evaluator(seed)(
-      trainer.trained[chosen.name][seed].best
+    name: trainer.prepare(chosen).evaluate(
+      seed, trainer.trained[chosen.name][seed].best
     )
     for name in dict.fromkeys(plugin or stage for stage, plugin in base.serve)
     for chosen in [_chosen(base, name)]

@@ -31,7 +31,7 @@ LEARNT = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One run of `fit`.
+  """One run of the loop.
 
   Attributes:
     name: unique; the checkpoints' directory.

@@ -5,6 +5,7 @@
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -447,6 +448,15 @@ def section(name: str) -> Iterator[None]:
       raise
     kind = "section" if isinstance(KEYS.get(name), dict) else "key"
     raise InputError(f"config {kind} {name}: {error}") from error
+
+
+def number(text: str) -> float:
+  """The number that a text says, an int where it is whole; else NaN."""
+  try:
+    value = float(text)
+  except ValueError:
+    return math.nan
+  return int(value) if value.is_integer() else value
 
 
 def bad(key: str, value: Any, remedy: str) -> InputError:

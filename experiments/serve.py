@@ -33,7 +33,7 @@ from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
-from experiments.stages import Trainer, routed
+from experiments.stages import Trainer, routed, same_job
 from pin_jax import disk, serving
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError
@@ -345,9 +345,9 @@ def recommender(
   trainer = Trainer(
     config, problem, networks_of(config, problem), directory,
     tuple(config.seeds[first : first + config.num_seeds]),
-    store=functools.partial(checkpoints.Checkpoints, about={
+    functools.partial(checkpoints.Checkpoints, check=same_job({
       "config": of_results(config), "data": data,
-    }),
+    })),
   )
   for stage in methods[name].stages:
     trainer.read(stage)
@@ -412,9 +412,8 @@ def _made(
   return serving.make(
     trainer.model(
       stage and stage.plugin, method.stage(entry[0]).reads_activeness
-    ), slots, problem.split,
-    segments=problem.segments, served_by=of_users, newcomers=of_new,
-    length=trainer.length, origin=origin,
+    ), serving.Routes(slots, problem.segments, of_users, of_new),
+    problem.split, length=trainer.length, origin=origin,
     remembered=trainer.remembered.train_end,
   )
 

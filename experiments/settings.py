@@ -1,6 +1,6 @@
 """Checks a configuration before any long work."""
 
-
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import build, schema
@@ -20,7 +20,7 @@ def check(config: ConfigDict) -> None:
     InputError: for the first key or value that is wrong.
   """
   _check_keys(config)
-  _check_weightings(config)
+  build.check_adjustments(config, np.ones(config.groups.num_groups))
   _check_backbone(config.backbone)
   _check_plugin(config)
   _check_together(config)
@@ -237,11 +237,3 @@ def _check_keys(config: ConfigDict) -> None:
         )
     elif not key.accepts(value):
       raise schema.bad(name, value, key.remedy)
-
-
-def _check_weightings(config: ConfigDict) -> None:
-  """Names and options of all weightings."""
-  build.weighting_options("pin.weighting", config.pin.weighting)
-  for rule, spec in config.rules.items():
-    build.weighting_options(f"rules.{rule}", spec)
-  build.named_blocks(config.pin.blocks)

@@ -23,8 +23,7 @@ from experiments.methods import METHODS
 from pin_jax import aggregation
 from pin_jax.data import activeness, batches, simulator, splits
 from pin_jax.data.interactions import from_columns
-from pin_jax.training import objectives, propensity
-from pin_jax.training.loop import fit
+from pin_jax.training import loop, objectives, propensity
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -110,16 +109,13 @@ def problem(confounding):
 
 
 def run(step, state, sequences, pool, frozen, num_steps):
-  """`fit` from start to end; -> (params, stacked logs)."""
-  logs = []
-  result = fit(
+  """The loop from start to end; -> (params, stacked logs)."""
+  _, *events, result = loop.run(
     step, state, Operands(jax.random.key(0), sequences, pool, frozen),
-    name="adjustment", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
-    evaluate_every=num_steps, dispatch=num_steps // 2,
-    on_steps=lambda t, log: logs.append(log),
+    loop.Plan(num_steps, num_steps, dispatch=num_steps // 2),
   )
-  merged = jax.tree.map(lambda *x: np.concatenate(x), *logs)
-  return result.best, merged
+  logs = [event.logs for event in events]
+  return result.best, jax.tree.map(lambda *x: np.concatenate(x), *logs)
 
 
 def train(

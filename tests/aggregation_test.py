@@ -34,7 +34,12 @@ def quadratic(theta, batch, key):
   return 0.5 * slope * (theta["w"] - centre) ** 2
 
 
-def one_weight(path, weighting, fused=None, theta=1.5):
+def fused(theta, batches, keys, weights):
+  losses = quadratic(theta, batches, keys)
+  return jnp.vdot(weights, losses), losses
+
+
+def one_weight(path, weighting, theta=1.5):
   init, step = aggregation.aggregate(
     quadratic, weighting, path=path, weighted_loss=fused
   )
@@ -80,10 +85,7 @@ def test_cheap_paths_say_what_they_do_not_know():
   products = one_weight("accumulated", aggregation.backdoor(PRIOR)).gramian
   np.testing.assert_allclose(np.diagonal(products), gradients**2, rtol=1e-5)
   assert np.isnan(products[~np.eye(4, dtype=bool)]).all()
-  fused = lambda theta, batches, keys, weights: (
-    lambda losses: (jnp.vdot(weights, losses), losses)
-  )(quadratic(theta, batches, None))
-  products = one_weight("weighted", aggregation.backdoor(PRIOR), fused).gramian
+  products = one_weight("weighted", aggregation.backdoor(PRIOR)).gramian
   assert products.shape == (4, 4)
   assert np.isnan(products).all()
 

@@ -28,6 +28,7 @@ from experiments import (
   report,
   serve,
 )
+from experiments.stages import same_job
 from pin_jax import serving
 from pin_jax.data import (
   activeness,
@@ -44,8 +45,8 @@ from pin_jax.evaluation import metrics, ranking
 from pin_jax.evaluation import statistics as intervals
 from pin_jax.models import plugins
 from pin_jax.models.sasrec import sasrec
+from pin_jax.training import loop
 from pin_jax.training.checkpoints import Checkpoints
-from pin_jax.training.loop import fit
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.types import Requests
 from tests import tiny, toys
@@ -318,11 +319,6 @@ def _(folder):
   metrics.reciprocal_rank([1.0], 0)
 
 
-@row("metric: impressions", "(2,)", "(1,)", "as many of both")
-def _(folder):
-  metrics.group_auc([0.5, 0.5], [1])
-
-
 @row("metric: shapes", "positive has shape (2,) but negatives (1, 1)", "[N, C]")
 def _(folder):
   metrics.log_loss([1.0, 2.0], [[1.0]])
@@ -366,12 +362,9 @@ def _(folder):
   make_optimizer(10, learning_rate=-1)
 
 
-@row("fit: dispatch", "dispatch=3", "evaluate_every=4", "divisor")
+@row("loop: dispatch", "dispatch=3", "evaluate_every=4", "divisor")
 def _(folder):
-  fit(
-    None, None, None, name="run", num_steps=4, evaluate=None,
-    evaluate_every=4, dispatch=3,
-  )
+  list(loop.run(None, None, None, loop.Plan(4, 4, dispatch=3)))
 
 
 TREE = {"x": np.ones(3, np.float32)}
@@ -385,7 +378,7 @@ def _saved(folder, **about):
 
 
 def _restored(folder, like=None, **about):
-  store = Checkpoints(folder, about=about)
+  store = Checkpoints(folder, check=same_job(about))
   try:
     store.restore(like or TREE)
   finally:
@@ -643,9 +636,9 @@ def _recommender():
   model = plugins.Model(toys.bigram(6), plugins.translation(7))
   params = model.backbone.init(jax.random.key(0))
   weights = plugins.Weights(params, np.zeros(7, np.float32))
+  routes = serving.Routes([weights], np.array([0, 1]), np.zeros(2, int), (0, 0))
   return serving.make(
-    model, [weights], splits.leave_one_out(data), segments=np.array([0, 1]),
-    served_by=np.zeros(2, int), newcomers=(0, 0), length=3, origin={},
+    model, routes, splits.leave_one_out(data), length=3, origin={},
   )
 
 
@@ -663,12 +656,12 @@ def _serving(name, *words, users=("ann",), histories=None, **options):
   ROWS[f"serving: {name}"] = (action, words)
 
 
-_serving("unknown user", "user 'amy' is unknown", "unknown: 2 of 3",
-         "nearest known: 'ann'", "give its history",
+_serving("unknown user", "user 'amy' is unknown", "2 such of 3",
+         "give its history",
          users=("amy", "bob", "zoe"))
-_serving("unknown item", "item 'x' is unknown", "nearest known: 'f'",
-         "leave it out", histories=[["a", "x"]])
-_serving("unknown item to allow", "item 'bb' is unknown", "'b', 'c'",
+_serving("unknown item", "item 'x' is unknown", "leave it out",
+         histories=[["a", "x"]])
+_serving("unknown item to allow", "item 'bb' is unknown",
          allow=["bb"])
 _serving("unknown item to deny", "item 'q' is unknown", "leave it out",
          deny=["a", "q"])
@@ -704,7 +697,7 @@ def _(folder):
   serving.load(folder / "m.pin")
 
 
-@row("model: text", "m.pin is damaged or no exported model", "copy or export")
+@row("model: text", "m.pin is damaged or not what", "export the job")
 def _(folder):
   (folder / "m.pin").write_text("nothing of the kind " * 9)
   serving.load(folder / "m.pin")

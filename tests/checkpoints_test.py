@@ -137,26 +137,6 @@ def _files(directory):
   return sorted(p for p in (directory / "7").rglob("*") if p.is_file())
 
 
-def test_the_record_and_the_tree_are_files_of_the_step(saved):
-  names = {p.relative_to(saved / "7").parts[0] for p in _files(saved)}
-  assert {"tree", "record"} <= names
-
-
-@pytest.mark.parametrize("part", ["tree", "record"])
-@pytest.mark.parametrize("damage", ["deleted", "emptied", "truncated"])
-def test_damaged_files_are_refused(saved, part, damage):
-  for path in _files(saved):
-    if path.relative_to(saved / "7").parts[0] != part:
-      continue
-    if damage == "deleted":
-      path.unlink()
-    elif damage == "emptied":
-      path.write_bytes(b"")
-    else:
-      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  _assert_refused(saved, (_state(), _state().params))
-
-
 def test_no_single_damaged_file_goes_unnoticed(saved, tmp_path):
   refused = 0
   like = _state(), _state().params
@@ -181,19 +161,6 @@ def test_no_single_damaged_file_goes_unnoticed(saved, tmp_path):
         checkpoints.close()
       shutil.rmtree(copy)
   assert refused >= 4
-
-
-@pytest.mark.parametrize("part", ["tree", "record"])
-def test_a_missing_part_is_refused(saved, part):
-  shutil.rmtree(saved / "7" / part)
-  _assert_refused(saved, (_state(), _state().params))
-
-
-def test_the_remedy_in_the_message_works(saved):
-  shutil.rmtree(saved / "7")
-  checkpoints = Checkpoints(saved)
-  assert checkpoints.restore((_state(), _state().params)) is None
-  checkpoints.close()
 
 
 def _with_rows(state, rows):

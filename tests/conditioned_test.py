@@ -1,20 +1,18 @@
 """Activeness as an input of the backbone: against numpy, packed, on every way.
 """
 
-import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 from references import ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
-from experiments import build, logs, settings, stages
+from experiments import build, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
@@ -261,9 +259,9 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    plugins.Model(backbone, None), [plugins.Weights(params, None)],
-    split, segments=np.zeros(USERS, int), served_by=np.zeros(USERS, int),
-    newcomers=(0, 0), length=LENGTH, origin={},
+    plugins.Model(backbone, None), serving.Routes(
+      [plugins.Weights(params, None)], *np.zeros((2, USERS), int), (0, 0)
+    ), split, length=LENGTH, origin={},
   )
   if way == "loaded":
     serving.save(model, tmp_path / "model.pin", ["cpu"])
@@ -303,10 +301,7 @@ def tiny(**changes):
 def trained(made, workdir):
   problem = make_problem(made)
   networks = build.networks_of(made, problem)
-  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
-  out = stages.Trainer(
-    made, problem, networks, epath.Path(workdir), (0,), logs.NoLog(), progress
-  )
+  out = stages.Trainer(made, problem, networks, epath.Path(workdir), (0,))
   for stage in stages_of(selected(made)):
     out.train(stage)
   return {name: found[0].best for name, found in out.trained.items()}

@@ -9,7 +9,6 @@ check by themselves that nothing was lost.
 
 import contextlib
 import io
-import json
 import logging
 import os
 import pathlib
@@ -35,10 +34,9 @@ from experiments import (
   summaries,
   workdir,
 )
-from pin_jax import archives
-from pin_jax.training import checkpoints, steps
+from pin_jax import serving
+from pin_jax.training import loop, steps
 from pin_jax.training.checkpoints import Checkpoints
-from pin_jax.training.loop import fit
 from tests import events, tiny
 from tests.summaries_test import make_workdir
 from tests.toy_rows import make_rows
@@ -225,7 +223,7 @@ OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
   "recommendations": lambda job, to: serve.writer(
     to / "recs.parquet"
   )(_JOB_ROWS),
-  "exported model": lambda job, to: archives.write(
+  "exported model": lambda job, to: serving._write(
     to / "m.pin", {}, {"x": bytes(9000)}
   ),
 }
@@ -276,23 +274,13 @@ def _(folder, say):
     assert not (folder / "config.json").exists()
 
 
-@row("checkpoint's record without its keys", 0, "run/9 is damaged", "no about")
-def _(folder, say):
-  _saved(folder, 3, 9)
-  (path,) = (folder / "run" / "9" / "record").glob("metadata*")
-  sealed = json.loads(path.read_text())
-  del sealed["about"]
-  path.write_text(json.dumps(checkpoints._seal(sealed)))
-  _restored(folder, say, 3)
-
-
 @row("checkpoint's record of nothing", 2, "is damaged", "delete it")
 def _(folder, say):
   _saved(folder, 3)
   store = Checkpoints(folder / "checkpoints" / "toy")
   store.save(4, (State(jnp.zeros(2)), jnp.zeros(2)), {"stale": 0})
   store.close()
-  _fit(folder, _step())
+  _trained(folder, _step())
 
 
 @row("disk full while logging", 3, "log.jsonl cannot be written",
@@ -335,15 +323,15 @@ def _step(loss_at=-1, gradient_at=-1):
   return step
 
 
-def _fit(folder, step, logged=None, **options):
+def _trained(folder, step, watch=lambda event: None, **options):
+  """The events of a toy's training."""
   store = Checkpoints(folder / "checkpoints" / "toy")
   try:
-    return fit(
-      step, State(jnp.zeros(2)), None, name="toy", num_steps=12,
-      evaluate=lambda params: np.ones(1), evaluate_every=4, dispatch=2,
-      checkpoints=store, **options,
-      on_steps=lambda t, log: logged is None or logged.append(log),
-    )
+    return [watch(event) or event for event in loop.run(
+      step, State(jnp.zeros(2)), None,
+      loop.Plan(12, 4, ("all",), dispatch=2, names=("toy",)),
+      lambda k, params: {"all": 1.0}, checkpoints=store, **options,
+    )]
   finally:
     store.close()
 
@@ -351,30 +339,31 @@ def _fit(folder, step, logged=None, **options):
 @row("loss not finite", 3, "toy: the loss of group [0] is nan at step 6",
      "JAX_DEBUG_NANS", "learning rate")
 def _(folder, say):
-  _fit(folder, _step(loss_at=6))
+  _trained(folder, _step(loss_at=6))
 
 
 @row("gradient not finite, losses finite", 3, "a parameter is not finite",
      "JAX_DEBUG_NANS")
 def _(folder, say):
-  _fit(folder, _step(gradient_at=9))
+  _trained(folder, _step(gradient_at=9))
+
+
+def _skipped(events):
+  logs = [event.logs for event in events if isinstance(event, loop.Steps)]
+  return np.flatnonzero(np.concatenate([x["skipped"] for x in logs])).tolist()
 
 
 @row("gradient not finite, skipped", 0)
 def _(folder, say):
-  logged = []
-  result = _fit(folder, steps.skipping(_step(gradient_at=9)), logged)
-  skipped = np.concatenate([log["skipped"] for log in logged])
-  np.testing.assert_array_equal(np.flatnonzero(skipped), [9])
-  assert result.last_step == 12
+  events = _trained(folder, steps.skipping(_step(gradient_at=9)))
+  assert _skipped(events) == [9]
+  assert events[-1].last_step == 12
 
 
 @row("loss not finite, skipped", 0)
 def _(folder, say):
-  logged = []
-  _fit(folder, steps.skipping(_step(loss_at=5)), logged)
-  skipped = np.concatenate([log["skipped"] for log in logged])
-  np.testing.assert_array_equal(np.flatnonzero(skipped), [5])
+  events = _trained(folder, steps.skipping(_step(loss_at=5)))
+  assert _skipped(events) == [5]
   store = Checkpoints(folder / "checkpoints" / "toy")
   (state, _), _ = store.restore((State(jnp.zeros(2)), jnp.zeros(2)))
   store.close()
@@ -382,22 +371,17 @@ def _(folder, say):
 
 
 def _interrupted_by(number, folder):
-  def on_evaluation(t, values):
-    if t == 4:
+  def watch(event):
+    if isinstance(event, loop.Validation) and event.step == 4:
       os.kill(os.getpid(), number)
-
-  def ended(resumed):
-    result = _fit(folder, _step(), on_resume=resumed.append)
-    np.testing.assert_array_equal(result.best, [4, 4])
 
   with interruption.noticed() as interrupted:
     try:
-      _fit(
-        folder, _step(), on_evaluation=on_evaluation, interrupted=interrupted
-      )
+      _trained(folder, _step(), watch, interrupted=interrupted)
     finally:
-      ended(resumed := [])
-      assert resumed == [4]
+      first, *_, last = _trained(folder, _step())
+      np.testing.assert_array_equal(last.best, [4, 4])
+      assert first.step == 4
 
 
 @row("SIGTERM while training", 75, "toy: interrupted after step", "continues")

@@ -33,7 +33,6 @@ from experiments.logs import read_log
 from experiments.methods import METHODS, compared, stages_of
 from pin_jax import aggregation, serving
 from pin_jax.training import loop
-from pin_jax.training.loop import FitResult
 from pin_jax.types import InputError, TrainingError
 from tests import events
 
@@ -351,12 +350,12 @@ def test_one_seed_is_said_to_prove_nothing(finished):
 class _Trained:
   """Stands for the trainer of a base with known validation levels."""
 
-  trained = {"base": {0: FitResult("best", [9], [0.1], 9, 0.0)}}
+  trained = {"base": {0: loop.Result("best", [9], [0.1], 9, 0.0)}}
 
   def prepare(self, stage):
     assert stage.name == "base"
-    evaluator = lambda seed: {"best": {"tail": 0.1, "head": 0.2}}.get
-    return stages.Run(None, None, None, None, None, evaluator, ("all",))
+    evaluate = lambda seed, params: {"tail": 0.1, "head": 0.2}
+    return stages.Run(None, None, None, None, None, evaluate, ("all",))
 
 
 @pytest.mark.parametrize(("methods", "seeds", "count"), [
@@ -429,7 +428,7 @@ def test_contradictory_adjustments_are_refused(tmp_path, pin, message):
 
 def _aggregated(config, prior, shares):
   """Weights [blocks][G] by name of a made-up tree."""
-  rules, blocks = build.make_adjustment(config.pin, prior, shares)
+  rules, blocks, *_ = build.make_adjustment(config.pin, prior, shares)
   params = {"items": jnp.ones(2), "block": {"kernel": jnp.ones(3)}}
   loss = lambda params, x, key: x * sum(
     jnp.sum(leaf) for leaf in jax.tree.leaves(params)
@@ -541,7 +540,7 @@ def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
 
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
-  monkeypatch.setattr(loop, "fit_many", None)  # training would fail
+  monkeypatch.setattr(loop, "run", None)  # training would fail
   _, again = _run(config, workdir)
   assert "is finished" in again
   assert text.split("All models", 1)[1] == again.split("All models", 1)[1]
@@ -564,22 +563,19 @@ def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
   class Killed(Exception):
     pass
 
-  fit = loop.fit_many
+  run = loop.run
 
-  def dying_fit(*args, **kwargs):
-    on_steps = kwargs["on_steps"]
-
-    def deliver(k, start, log):
-      on_steps(k, start, log)
-      if kwargs["names"] == ["pin/backbone"] and start >= 8:
+  def dying(step, state, operands, plan, *args, **kwargs):
+    for event in run(step, state, operands, plan, *args, **kwargs):
+      yield event
+      steps = isinstance(event, loop.Steps) and event.start
+      if plan.names == ("pin/backbone",) and steps >= 8:
         raise Killed
 
-    return fit(*args, **{**kwargs, "on_steps": deliver})
-
-  monkeypatch.setattr(loop, "fit_many", dying_fit)
+  monkeypatch.setattr(loop, "run", dying)
   with pytest.raises(Killed):
     _run(config, tmp_path / "killed")
-  monkeypatch.setattr(loop, "fit_many", fit)
+  monkeypatch.setattr(loop, "run", run)
   _run(config, tmp_path / "killed")
   whole, killed = (
     pl.read_parquet(tmp_path / name / "rows.parquet")

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from experiments import commands, interruption, job, schema
-from pin_jax.training import loop
+from pin_jax.training import steps
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
 
@@ -101,18 +101,16 @@ def test_most_steps_skipped_is_no_success(tmp_path, monkeypatch):
   config = tiny.get_config()
   config.non_finite = "skip"
 
-  def fit(step, state, _, *, on_resume, on_steps, on_evaluation, **options):
-    on_resume(0, -1)
-    options["evaluate"](0, state.params)
-    for bad in (5, 6):  # of ten steps, in two dispatches of five
-      skipped = np.arange(10) < bad
-      on_steps(0, 0, {"loss": np.ones((5, 1)), "skipped": skipped[:5]})
-      on_steps(0, 5, {"loss": np.ones((5, 1)), "skipped": skipped[5:]})
-      on_evaluation(0, 10 + bad, np.zeros(1))
+  def failing(*args, **kwargs):
+    def step(state, operands, t):  # 5 of the first ten, 6 of the second
+      bad = (t < 5) | (t >= 10) & (t < 16)
+      return state, {"loss": jnp.where(bad, jnp.nan, 1.0)[None]}
 
-  monkeypatch.setattr(loop, "fit_many", fit)
+    return step
+
+  monkeypatch.setattr(steps, "backbone_step", failing)
   with pytest.raises(TrainingError, match="base: 6 of the 10 steps before step "
-                                          "16 were not finite"):
+                                          "20 were not finite"):
     job.run(config, tmp_path / "w", commands.Console(file=io.StringIO()))
 
 

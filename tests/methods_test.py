@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import build, job, logs, serve, settings, stages, workdir
+from experiments import build, job, serve, settings, stages, workdir
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
 from pin_jax import serving
@@ -34,10 +34,9 @@ def _config(**changes):
 
 
 def _trainer(config, problem, directory):
-  progress = logs.JobProgress(100, rich.console.Console(file=io.StringIO()))
   return stages.Trainer(
     config, problem, build.networks_of(config, problem), epath.Path(directory),
-    (0,), logs.NoLog(), progress,
+    (0,),
   )
 
 
@@ -200,7 +199,7 @@ def test_refit_moves_backbones_and_leaves_gates(refitted):
     made.read(stage)
   best = {name: runs[0].best for name, runs in made.trained.items()}
   for k, slot in enumerate(
-    serve.recommender(refitted, method="joint_plugins").slots
+    serve.recommender(refitted, method="joint_plugins").routes.slots
   ):
     own = jax.tree.map(lambda x, k=k: x[k], best["joint/plugins"])
     jax.tree.map(np.testing.assert_array_equal, slot.plugins, own)

@@ -16,8 +16,7 @@ from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.models import plugins, sasrec
 from pin_jax.models.backbones import tied_score
-from pin_jax.training import losses, negatives, objectives
-from pin_jax.training.loop import fit
+from pin_jax.training import loop, losses, negatives, objectives
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -316,13 +315,11 @@ def test_every_loss_learns_the_ring(ring, name, proposal, path):
   )
   params = backbone.init(jax.random.key(0))
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  seen = []
-  state = fit(
+  _, steps, result = loop.run(
     step, init_state(params, optimizer, adjustment), operands,
-    name=name, num_steps=40, evaluate=lambda p: np.zeros(1),
-    evaluate_every=40, dispatch=40,
-    on_steps=lambda t, log: seen.append(log["loss"]),
+    loop.Plan(40, 40, dispatch=40),
   )
   assert _accuracy(params["table"]) < 0.3
-  assert _accuracy(state.best["table"]) == 1
-  assert seen[0][-5:].mean() < 0.8 * seen[0][0].mean()
+  assert _accuracy(result.best["table"]) == 1
+  seen = steps.logs["loss"]
+  assert seen[-5:].mean() < 0.8 * seen[0].mean()

@@ -7,8 +7,7 @@ import pytest
 from scipy import special
 
 from pin_jax.data import batches, simulator, splits
-from pin_jax.training import propensity
-from pin_jax.training.loop import fit
+from pin_jax.training import loop, propensity
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import Operands, init_state
 from pin_jax.types import Backbone, Batch
@@ -277,11 +276,9 @@ def test_classifier_recovers_the_known_posterior():
     jax.random.key(0), batches.make_sequences(split), pool,
     {"backbone": table, "groups": jnp.asarray(strata)},
   )
-  logs = []
-  result = fit(
-    step, init_state(params, optimizer), operands, name="classifier",
-    num_steps=300, evaluate=lambda p: np.zeros(1), evaluate_every=300,
-    dispatch=300, on_steps=lambda t, log: logs.append(log),
+  _, steps, result = loop.run(
+    step, init_state(params, optimizer), operands,
+    loop.Plan(300, 300, dispatch=300),
   )
   np.testing.assert_array_equal(operands.frozen["backbone"]["table"], before)
   assert jax.tree.structure(result.best) == jax.tree.structure(params)
@@ -295,7 +292,7 @@ def test_classifier_recovers_the_known_posterior():
   ignorance = p_x @ (posterior * np.log(posterior / shares)).sum(-1)
   print(f"KL {apart:.5f} of {ignorance:.5f}")
   assert apart < 0.002 < 0.1 * ignorance
-  loss = logs[0]["loss"][:, 0]
+  loss = steps.logs["loss"][:, 0]
   entropy = -p_x @ (posterior * np.log(posterior)).sum(-1)
   np.testing.assert_allclose(loss[0], np.log(NUM_GROUPS), rtol=1e-5)
   np.testing.assert_allclose(loss[-100:].mean(), entropy, rtol=0.02)

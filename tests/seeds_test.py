@@ -1,6 +1,6 @@
 """Several runs at once: run k is the single run with its seed.
 
-The reference is `fit` of one run, which tests/training_test.py checks by hand.
+The reference is the loop of one run: tests/training_test.py checks it by hand.
 """
 
 import io
@@ -9,12 +9,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import polars as pl
 import pytest
 import rich.console
 from etils import epath
-from ml_collections import ConfigDict
 from toys import assert_trees_close, bigram
 from training_test import (
   NUM_ITEMS,
@@ -25,13 +23,11 @@ from training_test import (
 )
 
 from experiments import job, report, serve
-from experiments.configs import base
 from experiments.logs import read_log
 from pin_jax.aggregation import weightings
 from pin_jax.data.batches import Draw
 from pin_jax.models import gru4rec, plugins
 from pin_jax.training import checkpoints, loop
-from pin_jax.training.loop import fit, fit_many
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -44,6 +40,7 @@ from pin_jax.training.steps import (
   plugin_step,
 )
 from pin_jax.types import TrainingError
+from tests import tiny
 
 LENGTH, STEPS, SEEDS = 4, 20, (0, 1, 5)
 # The toy's few products are summed in one order with and without the axis; the
@@ -129,44 +126,50 @@ def joined(start, seeds=SEEDS):
 
 @jax.jit
 def wave(params):
-  """Validation values that go up and down as params change; [S] or [1]."""
+  """Validation values that go up and down as params change, by slot."""
   leaf = jax.tree.leaves(params)[-1]
   slots = leaf.reshape(2, -1) if leaf.ndim == 3 else leaf.reshape(1, -1)
-  return jnp.sin(40 * slots.std(-1))
+  values = jnp.sin(40 * slots.std(-1))
+  return {str(slot): value for slot, value in enumerate(values)}
 
 
-def fit_options(**options):
-  return {"num_steps": STEPS, "evaluate_every": 4, "dispatch": 2} | options
+def plan_of(*, stacked=False, **options):
+  options = {"num_steps": STEPS, "evaluate_every": 4, "dispatch": 2} | options
+  select = ("0", "1") if stacked else ("0",)
+  return loop.Plan(select=select, stacked=stacked, **options)
+
+
+def note(event, logs, values):
+  """Keeps what an event says, by step."""
+  if isinstance(event, loop.Steps):
+    logs[event.start] = event.logs
+  if isinstance(event, loop.Validation):
+    values[event.step] = dict(event.values)
 
 
 def fit_one(step, start, seed, **options):
   """-> (result, logs by step, values by step)."""
   logs, values = {}, {}
-  result = fit(
-    step, *start(seed), name="one", evaluate=wave,
-    on_steps=lambda t, log: logs.update({t: log}),
-    on_evaluation=lambda t, value: values.update({t: value.tolist()}),
-    **fit_options(**options),
-  )
-  return result, logs, values
+  for event in loop.run(
+    step, *start(seed), plan_of(**options), lambda k, params: wave(params)
+  ):
+    note(event, logs, values)
+  return event, logs, values
 
 
-def fit_all(step, start, **options):
+def fit_all(step, start, *, checkpoints=None, watch=lambda event: None,
+            **options):
   """The same of all seeds at once; [N] of each."""
-  logs, values = [{} for _ in SEEDS], [{} for _ in SEEDS]
-
-  def on_evaluation(k, t, value):
-    values[k][t] = value.tolist()
-
-  hooks = {
-    "on_steps": lambda k, t, log: logs[k].update({t: log}),
-    "on_evaluation": on_evaluation,
-  }
-  results = fit_many(
-    many(step), *joined(start), names=[f"seed{s}" for s in SEEDS],
-    evaluate=lambda k, params: wave(params),
-    **fit_options(**hooks | options),
-  )
+  logs, values, results = [{} for _ in SEEDS], [{} for _ in SEEDS], []
+  names = tuple(f"seed{s}" for s in SEEDS)
+  for event in loop.run(
+    many(step), *joined(start), plan_of(names=names, **options),
+    lambda k, params: wave(params), checkpoints=checkpoints,
+  ):
+    note(event, logs[event.run], values[event.run])
+    watch(event)
+    if isinstance(event, loop.Result):
+      results.append(event)
   return list(zip(results, logs, values, strict=True))
 
 
@@ -249,39 +252,6 @@ def test_a_look_every_few_steps_stays_a_branch():
   assert one == together > at_own_steps
 
 
-def test_runs_may_differ_in_what_the_optimizer_keeps():
-  rates = (0.3, 0.01)
-  tuned = optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)
-
-  def step_of(optimizer):
-    def step(state, operands, t):
-      noise = jax.random.normal(jax.random.fold_in(operands.key, t))
-      loss = lambda w: (w - noise) ** 2
-      value, grad = jax.value_and_grad(loss)(state.params)
-      updates, kept = optimizer.update(grad, state.optimizer)
-      params = optax.apply_updates(state.params, updates)
-      return state._replace(params=params, optimizer=kept), {"loss": value}
-
-    return step
-
-  states = []
-  for rate in rates:
-    kept = tuned.init(jnp.float32(1))
-    kept.hyperparams["learning_rate"] = jnp.float32(rate)
-    states.append(TrainState(jnp.float32(1), kept, (), None))
-  keys = join_runs([key_of(s, 0) for s in range(2)])
-  after, _ = unrolled(
-    many(step_of(tuned)), join_runs(states),
-    Operands(keys, None, None, None),
-  )
-  for k, rate in enumerate(rates):
-    w = 1.0
-    for t in range(STEPS):
-      noise = jax.random.normal(jax.random.fold_in(keys[k], t))
-      w -= rate * 2 * (w - float(noise))
-    np.testing.assert_allclose(after.params[k], w, rtol=1e-4)
-
-
 # The loop alone, with a step that counts and scripted values.
 
 
@@ -296,14 +266,18 @@ def scripted(values, *, step=None, **options):
     return state, {"loss": loss, "t": jnp.full(len(values), t)}
 
   params = {"w": jnp.arange(len(values)) * 100.0}
-  results = fit_many(
+  results = []
+  for event in loop.run(
     several, TrainState(params, (), (), None), None,
-    names=["first", "second"],
-    evaluate=lambda k, params: np.array([next(scripts[k])]),
-    on_steps=lambda k, t, log: calls[k][0].extend(log["t"].tolist()),
-    on_evaluation=lambda k, t, value: calls[k][1].append(t),
-    **fit_options(num_steps=40) | options,
-  )
+    plan_of(names=("first", "second"), **{"num_steps": 40, **options}),
+    lambda k, params: {"0": next(scripts[k])},
+  ):
+    if isinstance(event, loop.Steps):
+      calls[event.run][0].extend(event.logs["t"].tolist())
+    if isinstance(event, loop.Validation):
+      calls[event.run][1].append(event.step)
+    if isinstance(event, loop.Result):
+      results.append(event)
   return results, calls
 
 
@@ -343,18 +317,20 @@ def test_resumed_equals_uninterrupted(tmp_path):
   crash = sorted(set(last))[1]  # one run has stopped, the others go on
   resumed = []
 
-  def dying(k, t, value):
-    if t == crash:
+  def watch(event):
+    if isinstance(event, loop.Started):
+      resumed.append(event)
+
+  def dying(event):
+    watch(event)
+    if isinstance(event, loop.Validation) and event.step == crash:
       raise Stop
 
-  for hooks in ({"on_evaluation": dying}, {}):
+  for one in (dying, watch):
     saved = checkpoints.Checkpoints(tmp_path)
     again = None
     try:
-      again = fit_all(
-        step, start, patience=1, checkpoints=saved,
-        on_resume=lambda k, t: resumed.append((k, t)), **hooks,
-      )
+      again = fit_all(step, start, patience=1, checkpoints=saved, watch=one)
     except Stop:
       pass
     saved.close()
@@ -379,19 +355,11 @@ def test_cost_is_shared_out_among_the_running(monkeypatch):
 
 
 def tiny_config(num_seeds):
-  config = base.default()
-  config.data = ConfigDict({
-    "source": "simulator", "seed": 0, "num_users": 60, "num_items": 30,
-    "borders": (4, 6, 9, 30),
-  })
-  config.groups.num_groups = 3
-  config.backbone.update(length=6, width=8, blocks=1, dropout=0.1)
-  config.plugin.hidden, config.batch_size = 4, 24
+  config = tiny.get_config()
   config.backbone_steps, config.plugin_steps = 12, 8
   config.classifier_steps = 8
   config.pin.diagnose_every = 4
   config.dispatch, config.validation.every = 4, 4
-  config.methods = ("base", "pin")
   config.seeds, config.num_seeds = (0, 1), num_seeds
   return config
 
@@ -437,22 +405,19 @@ def test_a_job_of_seeds_at_once_is_the_job_of_one_after_another(
   tmp_path, monkeypatch
 ):
   one_by_one = run_job(tiny_config(1), tmp_path / "one")
-  whole_fit = loop.fit_many
+  whole = loop.run
 
-  def dying_fit(*args, **kwargs):
-    on_steps = kwargs["on_steps"]
-
-    def deliver(k, start, log):
-      on_steps(k, start, log)
-      if kwargs["names"][k] == "seed1/pin/backbone" and start >= 8:
+  def dying(step, state, operands, plan, *args, **kwargs):
+    for event in whole(step, state, operands, plan, *args, **kwargs):
+      yield event
+      steps = isinstance(event, loop.Steps) and event.start
+      if plan.names[event.run] == "seed1/pin/backbone" and steps >= 8:
         raise Stop
 
-    return whole_fit(*args, **{**kwargs, "on_steps": deliver})
-
-  monkeypatch.setattr(loop, "fit_many", dying_fit)
+  monkeypatch.setattr(loop, "run", dying)
   with pytest.raises(Stop):
     run_job(tiny_config(2), tmp_path / "two")
-  monkeypatch.setattr(loop, "fit_many", whole_fit)
+  monkeypatch.setattr(loop, "run", whole)
   at_once = run_job(tiny_config(2), tmp_path / "two")
   assert_jobs_equal(one_by_one, at_once)
   runs = {"base", "pin/backbone", "pin/plugins"}
@@ -475,7 +440,7 @@ def test_every_stage_trains_seeds_at_once(tmp_path):
     jobs.append(run_job(config, tmp_path / str(num_seeds)))
   assert_jobs_equal(*jobs)
   served = [
-    serve.recommender(tmp_path / n, method="pin_exact", seed=1).slots
+    serve.recommender(tmp_path / n, method="pin_exact", seed=1).routes.slots
     for n in ("1", "2")
   ]
   assert_trees_close(*served, 1e-3)

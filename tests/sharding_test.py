@@ -1,6 +1,5 @@
 """Training and evaluation over eight devices, in a process of its own."""
 
-import io
 import json
 import os
 import pathlib
@@ -11,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 from toys import RULES
 
-from experiments import build, logs, settings, stages
+from experiments import build, settings, stages
 from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
@@ -60,15 +58,9 @@ def trained(made, workdir, names=tuple(STAGES)):
   settings.check(made)
   problem = make_problem(made)
   networks = build.make_networks(made, ITEMS)
-  console = rich.console.Console(file=io.StringIO())
-  workdir = epath.Path(workdir)
-  workdir.mkdir(exist_ok=True)
-  log, progress = logs.RunLog(workdir), logs.JobProgress(1000, console)
-  out = stages.Trainer(made, problem, networks, workdir, (0,), log, progress)
+  out = stages.Trainer(made, problem, networks, epath.Path(workdir), (0,))
   for name in names:
     out.train(STAGES[name])
-  log.close()
-  progress.close()
   return out
 
 
@@ -295,6 +287,8 @@ def test_what_does_not_go_over_devices_is_named(key, value, mesh):
   made.methods = ("base", "pin")
   if key == "plugin.name":
     key, value = "mesh.model", 2
+  elif key == "mesh.model":
+    key = "section mesh: data=1, model"
   with pytest.raises(InputError, match=f"{key}={value}"):
     settings.check(made)
     build.make_networks(made, ITEMS)

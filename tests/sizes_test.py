@@ -7,8 +7,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import job, problem, schema, sizes, sweep
+from experiments.build import networks_of
 from experiments.configs import base, files
-from experiments.stages import check_pools
+from experiments.stages import check
 from pin_jax.types import InputError
 
 
@@ -158,14 +159,15 @@ def test_a_tail_without_targets_is_refused_before_training(tmp_path):
   ))
   config = files.get_config(f"path={path}")
   config.groups.head_share = 0.2
-  with pytest.raises(InputError, match="head_share=0.2.*give a smaller share"):
+  with pytest.raises(InputError, match="groups.head_share: group 0 of 2 has"):
     job.run(config, tmp_path / "w")
   assert not (tmp_path / "w").exists()
   config.groups.head_share = None
   made, data = problem.prepare(config)
-  check_pools(made, data)
+  check(made, data, networks_of(made, data))
   config.pin.plugin_draw, config.groups.head_share = "validation", 0.2
-  check_pools(*problem.prepare(config))
+  made, data = problem.prepare(config)
+  check(made, data, networks_of(made, data))
 
 
 def test_three_interactions_each_are_the_cause(tmp_path):

@@ -5,13 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
-import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import build, settings, stages
 from experiments.configs import base
-from experiments.logs import JobProgress, NoLog
 from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
 from pin_jax.data import batches, stored
@@ -160,26 +158,17 @@ def test_a_directory_of_any_name_is_read_back(data, path, tmp_path, name):
 def _drawn(split, draw):
   """(windows function, what it draws from, batch function of one key)."""
   groups = np.arange(split.interactions.num_users) % 2
-  sizes = {"batch_size": ROWS, "length": LENGTH}
+  how = batches.Draw(ROWS, LENGTH, draw)
   on_device = batches.make_sequences(split)
   if draw == "validation":
     pool = batches.make_held_out(split.validation, groups, num_groups=2)
-    return (
-      lambda key, t, pool: batches.Draw(**sizes, draw="validation").windows(
-        jax.random.fold_in(key, t), pool
-      ), (pool,),
-      lambda key: batches.Draw(**sizes, draw="validation").batch(
-        key, on_device, pool
-      ),
+  else:
+    pool = batches.make_pool(
+      batches.training_targets(split), groups, num_groups=2, length=LENGTH
     )
-  pool = batches.make_pool(
-    batches.training_targets(split), groups, num_groups=2, length=LENGTH
-  )
   return (
-    lambda key, t, pool: batches.Draw(**sizes, draw=draw).windows(
-      jax.random.fold_in(key, t), pool
-    ), (pool,),
-    lambda key: batches.Draw(**sizes, draw=draw).batch(key, on_device, pool),
+    lambda key, t, pool: how.windows(jax.random.fold_in(key, t), pool), pool,
+    lambda key: how.batch(key, on_device, pool),
   )
 
 
@@ -188,12 +177,12 @@ def _drawn(split, draw):
 ])
 def test_batches_are_those_of_the_device(data, path, draw):
   """In order, from the start again, of another size, and the last twice."""
-  windows, drawn_from, batch = _drawn(leave_one_out(data), draw)
+  windows, pool, batch = _drawn(leave_one_out(data), draw)
   batch = jax.jit(batch)
   sequences = batches.host_sequences(leave_one_out(stored.read(path)))
   key = jax.random.key(3)
   stream = streaming.Stream(
-    sequences, windows, drawn_from, key=key, num_steps=STEPS,
+    sequences, windows, pool, key=key, num_steps=STEPS,
     dispatch=DISPATCH, length=LENGTH, layout=sharding.LOCAL,
   )
   for t, count in ((0, 4), (4, 2), (0, 4), (5, 1), (4, 2), (4, 2)):
@@ -248,10 +237,7 @@ def _trained(config, workdir):
   networks = build.make_networks(
     config, problem.split.interactions.num_items
   )
-  progress = JobProgress(1, rich.console.Console(quiet=True))
-  out = stages.Trainer(
-    config, problem, networks, epath.Path(workdir), (0,), NoLog(), progress
-  )
+  out = stages.Trainer(config, problem, networks, epath.Path(workdir), (0,))
   for stage in METHODS["pin"].stages:
     out.train(stage)
   return fingerprint(problem), out

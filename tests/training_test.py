@@ -12,8 +12,7 @@ from pin_jax.data import batches, splits
 from pin_jax.data.batches import Draw
 from pin_jax.data.interactions import Interactions
 from pin_jax.models import plugins, sasrec
-from pin_jax.training import checkpoints, objectives
-from pin_jax.training.loop import fit
+from pin_jax.training import checkpoints, loop, objectives
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.training.steps import (
   Adjustment,
@@ -232,12 +231,9 @@ def test_joint_training_is_one_group():
     backbone, adjustment, optimizer, Draw(batch_size, length)
   )
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  delivered = []
-  result = fit(
+  _, steps, result = loop.run(
     step, init_state(params, optimizer, adjustment), operands,
-    name="joint", num_steps=num_steps, evaluate=lambda p: np.zeros(1),
-    evaluate_every=num_steps, dispatch=num_steps,
-    on_steps=lambda t, log: delivered.append(log["loss"][:, 0]),
+    loop.Plan(num_steps, num_steps, dispatch=num_steps),
   )
 
   def loss(params, history, targets):
@@ -262,7 +258,7 @@ def test_joint_training_is_one_group():
     updates, opt_state = update(gradient, opt_state, params)
     params = optax.apply_updates(params, updates)
     losses.append(value)
-  np.testing.assert_allclose(delivered[0], losses, rtol=1e-5)
+  np.testing.assert_allclose(steps.logs["loss"][:, 0], losses, rtol=1e-5)
   assert_trees_close(result.best, params)
 
 
@@ -284,13 +280,11 @@ def test_moving_average_by_formula():
     current = np.asarray(state.params["table"], np.float64)
     expected = 0.7 * expected + 0.3 * current
   np.testing.assert_allclose(state.average["table"], expected, rtol=1e-5)
-  seen = []
-  result = fit(
-    step, initial(), operands, name="average", num_steps=6,
-    evaluate=lambda p: seen.append(np.asarray(p["table"])) or np.zeros(1),
-    evaluate_every=6, dispatch=3,
+  *_, seen, result = loop.run(
+    step, initial(), operands, loop.Plan(6, 6, ("all",), dispatch=3),
+    lambda k, params: {"all": 0, "table": np.asarray(params["table"])},
   )
-  np.testing.assert_allclose(seen[0], expected, rtol=1e-5)
+  np.testing.assert_allclose(seen.values["table"], expected, rtol=1e-5)
   np.testing.assert_allclose(result.best["table"], expected, rtol=1e-5)
 
 
@@ -385,13 +379,10 @@ def plugin_training(data, num_steps, *, clip=0.01, length=6):
   state = init_state(start, optimizer, stacked=True)
   before = jax.tree.map(np.array, frozen)
   operands = Operands(jax.random.key(3), sequences, pool, frozen)
-  logs = []
-  result = fit(
-    step, state, operands, name="plugin", num_steps=num_steps,
-    evaluate=lambda p: np.zeros(2), evaluate_every=num_steps,
-    dispatch=num_steps, stacked=True, on_steps=lambda t, log: logs.append(log),
+  _, steps, result = loop.run(
+    step, state, operands, loop.Plan(num_steps, num_steps, dispatch=num_steps)
   )
-  return before, operands.frozen, result, start, logs
+  return before, operands.frozen, result, start, steps.logs
 
 
 def test_stage_two_freezes_the_backbone():
@@ -426,7 +417,7 @@ def test_segments_are_independent():
   altered = data[:2] + random_sequences([5, 7], seed=5)
   _, _, first, _, logs = plugin_training(data, 6)
   _, _, second, _, _ = plugin_training(altered, 6)
-  assert (logs[0]["norms"] > 0.01).any()  # clipping is at work
+  assert (logs["norms"] > 0.01).any()  # clipping is at work
   of = lambda tree, s: jax.tree.map(lambda x: x[s], tree)
   assert_trees_equal(of(first.best, 0), of(second.best, 0))
   with pytest.raises(AssertionError):
@@ -463,9 +454,9 @@ def test_plugin_step_equals_optax_by_hand():
     updates, _ = by_hand.update(gradient, by_hand.init(own), own)
     expected = optax.apply_updates(own, updates)
     got = jax.tree.map(lambda x, s=segment: x[s], result.best)
-    np.testing.assert_allclose(logs[0]["loss"][0, segment], value, rtol=1e-5)
+    np.testing.assert_allclose(logs["loss"][0, segment], value, rtol=1e-5)
     np.testing.assert_allclose(
-      logs[0]["norms"][0, segment], optax.tree.norm(gradient), rtol=1e-4
+      logs["norms"][0, segment], optax.tree.norm(gradient), rtol=1e-4
     )
     assert_trees_close(got, expected, tolerance=1e-4)
 
@@ -484,29 +475,35 @@ def counting_step(bad_at=None):
   return step
 
 
-def counting_fit(values, *, start=0.0, step=None, **options):
-  """Runs `fit` with scripted validation values; -> (result, calls)."""
+def counted(values, *, start=0.0, step=None, checkpoints=None, **options):
+  """The loop with scripted validation values; -> (result, calls)."""
   calls = {"steps": [], "evaluations": [], "params": [], "resumed": []}
+  slots = "abc"[: np.size(start)]
   script = iter(values)
 
-  def evaluate(params):
+  def evaluate(k, params):
     calls["params"].append(np.asarray(params["w"]).tolist())
-    return np.array(next(script))
+    return dict(zip(slots, next(script), strict=True))
 
   params = {"w": jnp.asarray(start, jnp.float32)}
   options = {"num_steps": 12, "evaluate_every": 4, "dispatch": 2} | options
-  result = fit(
-    step or counting_step(), TrainState(params, (), (), None), None,
-    name="counting", evaluate=evaluate,
-    on_steps=lambda t, log: calls["steps"].append((t, log["t"].tolist())),
-    on_evaluation=lambda t, v: calls["evaluations"].append((t, v.tolist())),
-    on_resume=calls["resumed"].append, **options,
-  )
-  return result, calls
+  plan = loop.Plan(select=tuple(slots), names=("counting",), **options)
+  for event in loop.run(
+    step or counting_step(), TrainState(params, (), (), None), None, plan,
+    evaluate, checkpoints=checkpoints,
+  ):
+    match event:
+      case loop.Started(_, t):
+        calls["resumed"].append(t)
+      case loop.Steps(_, t, log):
+        calls["steps"].append((t, log["t"].tolist()))
+      case loop.Validation(_, t, found):
+        calls["evaluations"].append((t, [*found.values()]))
+  return event, calls
 
 
-def test_fit_runs_every_step_once_and_validates_on_time():
-  result, calls = counting_fit([[0.1], [0.3], [0.2]])
+def test_the_loop_runs_every_step_once_and_validates_on_time():
+  result, calls = counted([[0.1], [0.3], [0.2]])
   assert [t for t, _ in calls["steps"]] == [0, 2, 4, 6, 8, 10]
   assert sum((ts for _, ts in calls["steps"]), []) == list(range(12))
   assert calls["evaluations"] == [(4, [0.1]), (8, [0.3]), (12, [0.2])]
@@ -516,7 +513,7 @@ def test_fit_runs_every_step_once_and_validates_on_time():
 
 
 def test_steps_need_not_be_a_multiple_of_dispatch():
-  result, calls = counting_fit(
+  result, calls = counted(
     [[0.1], [0.2]], num_steps=11, evaluate_every=6, dispatch=3
   )
   lists = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
@@ -529,12 +526,12 @@ def test_steps_need_not_be_a_multiple_of_dispatch():
 @pytest.mark.parametrize("dispatch", [0, 3, 8])
 def test_dispatch_must_divide_evaluate_every(dispatch):
   with pytest.raises(ValueError, match=f"dispatch={dispatch} .*every=4"):
-    counting_fit([], dispatch=dispatch)
+    counted([], dispatch=dispatch)
 
 
 def test_patience_stops_early():
   values = [[0.5], [0.4], [0.5], [0.6]]  # an equal value is no improvement
-  result, calls = counting_fit(values, num_steps=40, patience=2)
+  result, calls = counted(values, num_steps=40, patience=2)
   assert [t for t, _ in calls["evaluations"]] == [4, 8, 12]
   assert result[1:4] == ([4], [0.5], 12)
   assert result.best["w"] == 4
@@ -542,13 +539,13 @@ def test_patience_stops_early():
 
 def test_patience_counts_from_the_last_improvement():
   values = [[0.5], [0.4], [0.6], [0.5], [0.5], [0.9]]
-  result, calls = counting_fit(values, num_steps=40, patience=2)
+  result, calls = counted(values, num_steps=40, patience=2)
   assert result[1:4] == ([12], [0.6], 20)
 
 
 def test_each_slot_keeps_its_own_best_from_the_start_on():
   values = [[0.5, 0.1, 0.2], [0.4, 0.3, 0.2], [0.6, 0.2, 0.1], [0.6, 0.2, 0.1]]
-  result, calls = counting_fit(
+  result, calls = counted(
     values, start=[100.0, 200.0, 300.0], stacked=True, evaluate_first=True
   )
   assert [t for t, _ in calls["evaluations"]] == [0, 4, 8, 12]
@@ -559,7 +556,7 @@ def test_each_slot_keeps_its_own_best_from_the_start_on():
 
 def test_any_slot_that_improves_resets_patience():
   values = [[0.5, 0.1], [0.5, 0.2], [0.5, 0.3], [0.5, 0.3]]
-  result, _ = counting_fit(
+  result, _ = counted(
     values, start=[0.0, 0.0], stacked=True, patience=1, num_steps=40
   )
   assert result.last_step == 16
@@ -567,17 +564,17 @@ def test_any_slot_that_improves_resets_patience():
 
 
 def test_the_start_can_be_best_without_slots():
-  result, _ = counting_fit([[0.5], [0.4], [0.4], [0.4]], evaluate_first=True)
+  result, _ = counted([[0.5], [0.4], [0.4], [0.4]], evaluate_first=True)
   assert result.best_steps == [0]
   assert result.best["w"] == 0
 
 
 def test_non_finite_loss_names_run_group_and_step():
   with pytest.raises(TrainingError, match=r"counting.*\[1\].*nan at step 7"):
-    counting_fit([[0.1]] * 3, step=counting_step(bad_at=7))
+    counted([[0.1]] * 3, step=counting_step(bad_at=7))
 
 
-def test_state_given_to_fit_shares_no_buffer_with_params():
+def test_a_state_shares_no_buffer_with_params():
   backbone = bigram(NUM_ITEMS)
   adjustment = Adjustment(aggregation.backdoor([1.0]))
   optimizer = make_optimizer(2, average=0.5)
@@ -588,23 +585,16 @@ def test_state_given_to_fit_shares_no_buffer_with_params():
   params = backbone.init(jax.random.key(0))
   state = init_state(params, optimizer, adjustment)
   operands = Operands(jax.random.key(1), sequences, pool, None)
-  fit(
-    step, state, operands, name="donates", num_steps=2,
-    evaluate=lambda p: np.zeros(1), evaluate_every=2, dispatch=1,
-  )
+  list(loop.run(step, state, operands, loop.Plan(2, 2, dispatch=1)))
   assert np.isfinite(np.asarray(params["table"])).all()  # not donated
 
 
 # Resuming.
 
 
-class Stop(Exception):
-  """Stands for a crash."""
-
-
-def scripted_by_params(params):
+def wave(k, params):
   """A validation value that goes up and down as params change."""
-  return np.sin(40 * np.asarray(params["table"]).std(keepdims=True)[0])
+  return {"wave": np.sin(40 * np.asarray(params["table"]).std())}
 
 
 def resumable(directory, *, average, stop_at=None, evaluate_first=False):
@@ -626,27 +616,22 @@ def resumable(directory, *, average, stop_at=None, evaluate_first=False):
   operands = Operands(jax.random.key(1), sequences, pool, None)
   logs, values, resumed = {}, [], []
 
-  def on_steps(first, log):
-    for offset in range(len(log["loss"])):
-      logs[first + offset] = {k: v[offset] for k, v in log.items()}
-
-  def on_evaluation(t, value):
-    if t == stop_at:
-      raise Stop
-    values.append((t, value.tolist()))
-
   saved = checkpoints.Checkpoints(directory)
+  plan = loop.Plan(14, 4, ("wave",), 2, evaluate_first=evaluate_first)
   result = None
-  try:
-    result = fit(
-      step, state, operands, name="resumable", num_steps=14,
-      evaluate=scripted_by_params,
-      evaluate_every=4, dispatch=2, checkpoints=saved, on_steps=on_steps,
-      on_evaluation=on_evaluation, on_resume=resumed.append,
-      evaluate_first=evaluate_first,
-    )
-  except Stop:
-    pass
+  for event in loop.run(step, state, operands, plan, wave, checkpoints=saved):
+    match event:
+      case loop.Started(_, t):
+        resumed.append(t)
+      case loop.Steps(_, first, log):
+        for offset in range(len(log["loss"])):
+          logs[first + offset] = {k: v[offset] for k, v in log.items()}
+      case loop.Validation(_, t, found):
+        if t == stop_at:  # a crash
+          break
+        values.append((t, found["wave"]))
+      case loop.Result():
+        result = event
   saved.close()
   saved = checkpoints.Checkpoints(directory)
   final = saved.restore(shapes)
@@ -686,7 +671,7 @@ def test_early_stop_is_remembered(tmp_path):
   options = {"num_steps": 40, "patience": 1}
   for values, expected in (([[0.5], [0.4]], [-1]), ([], [8])):
     saved = checkpoints.Checkpoints(tmp_path)
-    result, calls = counting_fit(values, checkpoints=saved, **options)
+    result, calls = counted(values, checkpoints=saved, **options)
     saved.close()
     assert calls["resumed"] == expected
     assert result[1:4] == ([4], [0.5], 8)

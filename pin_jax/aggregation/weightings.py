@@ -56,11 +56,7 @@ _DINKELBACH_STEPS = 8
 def tempered(prior: Sequence[float], exponent: float) -> np.ndarray:
   """P(d)^a, normalised: a = 1 is the prior, a = 0 uniform on its support. Ours.
 
-  Args:
-    exponent: a, finite.
-
-  Returns:
-    [G] float32, on the simplex.
+  a = `exponent` is finite; [G] float32, on the simplex.
   """
   weights = normalised(prior).astype(np.float64)
   _require(np.isfinite(exponent), f"exponent={exponent} must be finite")
@@ -93,14 +89,8 @@ def annealed_backdoor(
 ) -> Weighting:
   """Backdoor weights that move from one prior to another. Ours.
 
-  w(t) = (1 - f) start^a + f end^a, f = min(t / steps, 1), both normalised.
-  Simplex; linear. State: t.
-
-  Args:
-    start: [G] prior of the first update.
-    end: [G] prior from update `steps` on.
-    steps: updates that the move takes, >= 1.
-    exponent: a, see `tempered`.
+  w(t) = (1 - f) start^a + f end^a, f = min(t / steps, 1) of two priors, both
+  `tempered` by the exponent a; steps >= 1. Simplex; linear. State: t.
   """
   start, end = tempered(start, exponent), tempered(end, exponent)
   _require(
@@ -122,13 +112,9 @@ def inverse_propensity(
 ) -> Weighting:
   """Examples weighted by 1 / share^a of their group, clipped. Ours.
 
-  w_g ~ share_g min(share_g^-a, clip): a = 0 is the joint gradient, a = 1
-  without a clip equal weights. Simplex; linear. The standard estimator with the
-  group in the place of the treatment.
-
-  Args:
-    exponent: a >= 0.
-    clip: the largest weight of an example, > 0.
+  w_g ~ share_g min(share_g^-a, clip), a = `exponent` >= 0, clip > 0: a = 0 is
+  the joint gradient, a = 1 without a clip equal weights. Simplex; linear. The
+  standard estimator with the group in the place of the treatment.
 
   Reference: Horvitz & Thompson, "A generalization of sampling without
     replacement from a finite universe", JASA 1952; the clip: Ionides,
@@ -165,12 +151,9 @@ def preceded_by(prior: Sequence[float], weighting: Weighting) -> Weighting:
 def group_dro(prior: Sequence[float], step_size: float = 0.01) -> Weighting:
   """Online group DRO: weights move towards the groups with large losses.
 
-  q_g <- q_g exp(eta L_g) / sum_h q_h exp(eta L_h); w = q. Simplex; linear.
-  State: log q. Without the paper's adjustment C / sqrt(n_g).
-
-  Args:
-    prior: [G] the first q, before the first losses.
-    step_size: eta >= 0.
+  q_g <- q_g exp(eta L_g) / sum_h q_h exp(eta L_h), from the prior; w = q;
+  eta = `step_size` >= 0. Simplex; linear. State: log q. Without the paper's
+  adjustment C / sqrt(n_g).
 
   Reference: Sagawa et al., "Distributionally robust neural networks for group
     shifts", ICLR 2020, algorithm 1.
@@ -190,15 +173,10 @@ def streaming_dro(
 ) -> Weighting:
   """Group DRO on losses that are smoothed over steps.
 
-  l_g <- (1 - gamma) l_g + gamma L_g, from the first L_g on;
-  q_g <- q_g exp(eta l_g) / sum_h q_h exp(eta l_h); w = q. Simplex; linear.
-  State: log q, l and whether l has started. gamma = 1 is `group_dro`.
-  Inferred: from the paper's abstract and accounts by others.
-
-  Args:
-    prior: [G] the first q.
-    step_size: eta >= 0.
-    smoothing: gamma in (0, 1].
+  l_g <- (1 - gamma) l_g + gamma L_g, from the first L_g on; then `group_dro`
+  on l. gamma = `smoothing` is in (0, 1]; 1 is `group_dro`. Simplex; linear.
+  State: log q, l and whether l has started. Inferred: from the paper's abstract
+  and accounts by others.
 
   Reference: Wen et al., "Distributionally-robust recommendations for improving
     worst-case user experience", WWW 2022.
@@ -224,11 +202,8 @@ def cvar(prior: Sequence[float], alpha: float) -> Weighting:
   """Conditional value at risk: the worst share alpha of the prior mass.
 
   w = argmax sum_g w_g L_g over 0 <= w_g <= P(d=g) / alpha, sum_g w_g = 1;
-  equal losses share in proportion to P(d). Simplex; linear; alpha = 1 is
-  `backdoor`. Over groups, where the literature has examples.
-
-  Args:
-    alpha: in (0, 1].
+  equal losses share in proportion to P(d). alpha is in (0, 1]; 1 is `backdoor`.
+  Simplex; linear. Over groups, where the literature has examples.
 
   Reference: Rockafellar & Uryasev, "Optimization of conditional value-at-risk",
     Journal of Risk 2000.
@@ -252,19 +227,15 @@ def famo(
 ) -> Weighting:
   """Fast adaptive multitask optimization: equal rates of decrease.
 
-  w_g ~ z_g / L_g, z = softmax(xi); xi follows Adam on the gradient
-  (diag(z) - z z^T) (log L(t-1) - log L(t)) + decay xi. Simplex; linear; for
-  losses > 0: a group whose loss is not positive gets weight 0 (all equal if
-  none is). State: xi, Adam's moments, the number of updates, losses.
+  w_g ~ z_g / L_g, z = softmax(xi); xi follows Adam (`step_size` >= 0; b1 and b2
+  in [0, 1)) on the gradient (diag(z) - z z^T) (log L(t-1) - log L(t)) + decay
+  xi, decay >= 0. Simplex; linear; for losses > 0: a group whose loss is not
+  positive gets weight 0 (all equal if none is). State: xi, Adam's moments, the
+  number of updates, losses.
 
   Deviation: the paper evaluates a batch again after the update. Here log L(t-1)
   and log L(t) come from consecutive batches: no further forward pass, more
   noise.
-
-  Args:
-    step_size: Adam's, >= 0.
-    decay: of the logits, >= 0.
-    b1, b2: Adam's, in [0, 1).
 
   Reference: Liu et al., "FAMO: Fast adaptive multitask optimization",
     NeurIPS 2023.
@@ -376,13 +347,10 @@ def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
 
   For each g, over the others h in random order, with c = cos(p_g, grad_h) and
   its running mean t_gh: if c < t_gh, p_g gets as much of grad_h added as makes
-  c = t_gh; t_gh <- (1 - beta) t_gh + beta c. d = mean_g p_g. Linear, at a given
-  state. State: t [G, G] and the random key. t = 0 and beta = 0 is `pcgrad`.
-  Deviation: the mean where the paper has the sum; pairs with a zero gradient
-  are left alone.
-
-  Args:
-    beta: in [0, 1].
+  c = t_gh; t_gh <- (1 - beta) t_gh + beta c, beta in [0, 1]. d = mean_g p_g.
+  Linear, at a given state. State: t [G, G] and the random key. t = 0 and
+  beta = 0 is `pcgrad`. Deviation: the mean where the paper has the sum; pairs
+  with a zero gradient are left alone.
 
   Reference: Wang et al., "Gradient vaccine: investigating and improving
     multi-task optimization in massively multilingual models", ICLR 2021.
@@ -470,16 +438,13 @@ def cagrad(c: float = 0.4) -> Weighting:
   """Conflict-averse gradient: best worst case near the mean gradient.
 
   d = argmax min_g <grad_g, d> over ||d - m|| <= c ||m||, m = mean_g grad_g.
-  Not non-conflicting for c < 1, homogeneous of degree 1 in the gradients,
-  w_g >= 1 / G.
+  c > 0; c < 1 for convergence to a minimum of the mean loss, and then not
+  non-conflicting. Homogeneous of degree 1 in the gradients, w_g >= 1 / G.
 
   By duality d = m + c ||m|| sum_g x_g grad_g, where x >= 0 minimises
   (x^T G x / 2 + sum_g x_g <grad_g, m> / (c ||m||) + 1 / 2) / sum_g x_g: a ratio
   (Dinkelbach 1967). At a Pareto stationary point d -> m, as in the authors'
   code.
-
-  Args:
-    c: > 0; < 1 for convergence to a minimum of the mean loss.
 
   Reference: Liu et al., "Conflict-averse gradient descent for multi-task
     learning", NeurIPS 2021, algorithm 1.
@@ -599,7 +564,7 @@ def aligned_mtl() -> Weighting:
 def gradient_alignment(heads: int = 1) -> Weighting:
   """Gradients turned until none opposes the tail's: from the head to the tail.
 
-    t   = mean of grad_h over the tail, h = 0 .. G-1-heads
+    t   = mean of grad_h over the tail, h = 0 .. G-1-heads, but h = 0 always
     p_g = argmin_p ||p - grad_g|| over <t, p> >= 0
         = grad_g - min(<t, grad_g>, 0) / ||t||^2 t
     d   = mean_g p_g
@@ -618,10 +583,6 @@ def gradient_alignment(heads: int = 1) -> Weighting:
   gradients. *Ours*: activeness groups in place of users, and the projection,
   since no weights on group gradients give that gradient; the discriminator of
   activeness is left out.
-
-  Args:
-    heads: number of the most active groups that are no part of the tail, >= 1;
-      the least active one always is.
 
   Reference: Yin et al., "Learning transferrable parameters for long-tailed
     sequential user behavior modeling", KDD 2020; Nichol et al., "On first-order

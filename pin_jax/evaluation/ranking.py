@@ -33,7 +33,7 @@ from pin_jax.models import packing, plugins
 from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
-from pin_jax.scale.sharding import LOCAL, Layout
+from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
 from pin_jax.types import (
   InputError,
   PluginContext,
@@ -63,18 +63,18 @@ class Ranks(NamedTuple):
 
 
 class States(NamedTuple):
-  """Rows of one segment, ready to be scored.
+  """Rows of one segment, ready for `plugins.logits`.
 
   Attributes:
-    states: the backbone's, leading axis M.
-    context: what the plugin reads of the history, or None.
     weights: of the segment: its plugin's own, the backbone's as the plugin
       wants them.
+    states: the backbone's, leading axis M.
+    context: what the plugin reads of the history, or None.
   """
 
+  weights: Weights
   states: PyTree
   context: PluginContext | None
-  weights: Weights
 
 
 class Chunk(NamedTuple):
@@ -98,35 +98,21 @@ def chunk_of(num_items: int, layout: Layout = LOCAL) -> Chunk:
   return Chunk(users, min(items, 1 << num_items.bit_length()))
 
 
-def score_items(
-  model: Model, rows: States, candidates: jax.Array | None,
-  items: jax.Array | None = None,
-) -> jax.Array:
-  """Logits [M, C] of rows of one segment, through its plugin.
-
-  For `candidates` and `items` see `plugins.logits`.
-  """
-  return plugins.logits(
-    model, rows.weights, rows.states, rows.context, candidates, items
-  )
-
-
 def _score_in_chunks(
   model: Model, rows: States, width: int, num_items: int,
   candidates: jax.Array | None,
 ) -> jax.Array:
-  """`score_items` of [C] or, if None, 0..V; `width` at a time, mixed once."""
+  """Logits of [C] or, if None, 0..V; `width` at a time, mixed once."""
   index = jnp.arange(num_items + 1) if candidates is None else candidates
   chunks = -(-len(index) // width)
   columns = jnp.pad(index, (0, chunks * width - len(index)))
-  plain = model.plugin and model.plugin._replace(mix=None)
-  some = lambda items: score_items(model._replace(plugin=plain), rows, items)
+  plain = Model(
+    model.backbone, model.plugin and model.plugin._replace(mix=None)
+  )
+  some = lambda items: plugins.logits(plain, *rows, items)
   logits = jax.lax.map(some, columns.reshape(chunks, width))
   logits = jnp.moveaxis(logits, 0, 1).reshape(-1, chunks * width)
-  return plugins.mixed(
-    model, rows.weights, rows.states, rows.context, logits[:, : len(index)],
-    candidates,
-  )
+  return plugins.mixed(model, *rows, logits[:, : len(index)], candidates)
 
 
 def _states_before(
@@ -148,7 +134,7 @@ def _states_before(
   context = None
   if model.plugin is not None and model.plugin.recent:
     context = read_back(sequences, users, positions - 1, model.plugin.recent)
-  return States(states, context, Weights(frozen, own, weights.evidence))
+  return States(Weights(frozen, own, weights.evidence), states, context)
 
 
 # Chunk after chunk of requests.
@@ -181,7 +167,7 @@ def _compiled(
     weights: Weights, sequences: Sequences, rows: tuple, size: int
   ) -> PyTree:
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
-    return sharding.replicate(jax.lax.map(one, rows), layout)
+    return sharding.lay(jax.lax.map(one, rows), layout)
 
   return Program(run, users, nothing)
 
@@ -282,12 +268,12 @@ def _split(
 
   def cut(x: jax.Array, first: jax.Array) -> jax.Array:
     by_shard = x.reshape(shards, own, *x.shape[1:])
-    by_shard = sharding.split_tables(by_shard, layout)
+    by_shard = sharding.lay(by_shard, layout, MODEL)
     pad = [(0, 0), (0, part - own)] + [(0, 0)] * (x.ndim - 1)
-    by_shard = sharding.split_tables(jnp.pad(by_shard, pad), layout)
+    by_shard = sharding.lay(jnp.pad(by_shard, pad), layout, MODEL)
     some = jax.lax.dynamic_slice_in_dim(by_shard, first, width, 1)
     rows = some.reshape(shards * width, *x.shape[1:])
-    return sharding.split_tables(rows, layout)
+    return sharding.lay(rows, layout, MODEL)
 
   def scored(states: States, index: jax.Array) -> _Scored:
     first = jnp.minimum(index * width, part - width)
@@ -298,7 +284,7 @@ def _split(
     tables = {name: cut(whole[name], first) for name in layout.tables}
     weights = states.weights._replace(backbone={**whole, **tables})
     states = states._replace(weights=weights)
-    logits = score_items(model, states, None, items)
+    logits = plugins.logits(model, *states, None, items)
 
     def column(of: jax.Array) -> jax.Array:
       row = of % own - first
@@ -306,7 +292,7 @@ def _split(
       return jnp.where(inside, of // own * width + row, shards * width)
 
     return _Scored(
-      sharding.split_columns(logits, layout), items,
+      sharding.lay(logits, layout, DATA, MODEL), items,
       fresh & (items > 0) & (items <= num_items), column,
     )
 
@@ -354,7 +340,7 @@ def rank_program(
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
   ) -> Ranks:
-    requests = sharding.split_rows(requests, layout)
+    requests = sharding.lay(requests, layout, DATA)
     states = _states_before(model, weights, sequences, requests, length)
     users, positions, _ = requests
     target = sequences.items[sequences.starts[users] + positions][:, None]
@@ -369,7 +355,7 @@ def rank_program(
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
       logits, total = found.logits, total[:, None]
-      masked = sharding.split_columns(jnp.zeros(logits.shape, bool), layout)
+      masked = sharding.lay(jnp.zeros(logits.shape, bool), layout, DATA, MODEL)
       masked = masked.at[row, found.column(seen)].set(True, mode="drop")
       other = found.fresh & (found.items != target)
       above = other & ~(logits <= total)
@@ -528,7 +514,7 @@ def make_sampled_ranker(
     states = _states_before(model, weights, sequences, requests, length)
     target = sequences.items[sequences.starts[requests[0]] + requests[1]]
     candidates = jnp.concatenate([target[:, None], drawn], axis=1)
-    return score_items(model, states, candidates)
+    return plugins.logits(model, *states, candidates)
 
   program = _compiled(
     of_chunk, chunk_of(interactions.num_items).users, np.zeros((0, 1 + count))

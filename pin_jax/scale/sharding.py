@@ -80,22 +80,20 @@ def make_layout(
   there = jax.devices() if devices is None else devices
   if jax.process_count() > 1 and data * model < len(there):
     raise InputError(
-      f"config keys mesh.data={data}, mesh.model={model} leave "
-      f"{len(there) - data * model} of the {len(there)} devices of "
-      f"{jax.process_count()} processes without work; give numbers whose "
-      f"product is {len(there)}"
+      f"data={data}, model={model} leave {len(there) - data * model} of the "
+      f"{len(there)} devices of {jax.process_count()} processes without work; "
+      f"give numbers whose product is {len(there)}"
     )
   if data * model == 1 and devices is None:
     return LOCAL
   if data * model > len(there):
     raise InputError(
-      f"config keys mesh.data={data}, mesh.model={model} need {data * model} "
-      f"devices and there are {len(there)}; lower them"
+      f"data={data}, model={model} need {data * model} devices and there are "
+      f"{len(there)}; lower them"
     )
   if model > 1 and not backbone.tables:
     raise InputError(
-      f"config key mesh.model={model}: the backbone has no item table that can "
-      "be split; set 1"
+      f"model={model}: the backbone has no item table that can be split; set 1"
     )
   axes = (AxisType.Auto,) * 2
   mesh = jax.make_mesh(
@@ -176,32 +174,19 @@ def built(function: Callable[..., PyTree], layout: Layout) -> Callable:
   return jax.jit(lambda *args: constrain(function(*args), layout))
 
 
-def replicate(tree: PyTree, layout: Layout) -> PyTree:
-  """The tree, whole on every device; for use inside of jit."""
-  return _lay(tree, layout, PartitionSpec())
+def lay(tree: PyTree, layout: Layout, *axes: str | None) -> PyTree:
+  """The tree, split by the mesh's axes; for use inside of jit.
 
-
-def split_rows(tree: PyTree, layout: Layout, axis: int = 0) -> PyTree:
-  """The tree, an axis of all its leaves split over `data`; inside of jit."""
-  return _lay(tree, layout, PartitionSpec(*[None] * axis, DATA))
-
-
-def split_columns(tree: PyTree, layout: Layout) -> PyTree:
-  """The tree, [M, C, ...] over `data` and `model`; inside of jit."""
-  return _lay(tree, layout, PartitionSpec(DATA, MODEL))
-
-
-def split_tables(tree: PyTree, layout: Layout) -> PyTree:
-  """The tree, the first axis of all its leaves over `model`; inside of jit."""
-  return _lay(tree, layout, PartitionSpec(MODEL))
-
-
-def _lay(tree: PyTree, layout: Layout, spec: PartitionSpec) -> PyTree:
+  Args:
+    tree: arrays.
+    layout: of a mesh, or LOCAL, where nothing happens.
+    *axes: what the first axes of all leaves are split over, DATA, MODEL or
+      None; with none of them every leaf is whole on every device.
+  """
   if layout.mesh is None:
     return tree
-  return jax.lax.with_sharding_constraint(
-    tree, NamedSharding(layout.mesh, spec)
-  )
+  split = NamedSharding(layout.mesh, PartitionSpec(*axes))
+  return jax.lax.with_sharding_constraint(tree, split)
 
 
 def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
@@ -221,38 +206,17 @@ def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
     return jax.tree.map(jnp.asarray, tree)
 
   def spread(x: np.ndarray) -> jax.Array:
-    x = np.asarray(x)
+    x = np.asarray(x) if len(x) else np.zeros(1, x.dtype)
+    whole = -(-len(x) // layout.mesh.size) * layout.mesh.size
 
-    def piece(start: int, stop: int) -> np.ndarray:
-      part = x[start:stop]
-      last = x[-1:] if len(x) else np.zeros(1, x.dtype)
-      missing = stop - start - len(part)
-      return np.concatenate([part, np.repeat(last, missing)])
+    def own(index: tuple[slice, ...]) -> np.ndarray:
+      start, stop, _ = index[0].indices(whole)
+      missing = stop - max(min(stop, len(x)), start)
+      return np.pad(x[start:stop], (0, missing), constant_values=x[-1])
 
-    return spread_pieces(piece, max(len(x), 1), x.dtype, layout)
+    return jax.make_array_from_callback((whole,), flat_sharding(layout), own)
 
   return jax.tree.map(spread, tree)
-
-
-def spread_pieces(
-  piece: Callable[[int, int], np.ndarray], size: int, dtype: np.dtype,
-  layout: Layout,
-) -> jax.Array:
-  """A flat array over all devices whose slices are made where they belong.
-
-  Args:
-    piece: (start, stop) -> elements start .. stop - 1, beyond the end too.
-    size: N, rounded up to a multiple of the devices.
-    dtype: of the elements.
-    layout: where to; without a mesh, on the one device.
-  """
-  if layout.mesh is None:
-    return jnp.asarray(piece(0, size), dtype)
-  whole = -(-size // layout.mesh.size) * layout.mesh.size
-  return jax.make_array_from_callback(
-    (whole,), flat_sharding(layout),
-    lambda index: piece(*index[0].indices(whole)[:2]).astype(dtype),
-  )
 
 
 def flat_sharding(layout: Layout) -> NamedSharding:
@@ -266,12 +230,10 @@ def put_replicated(tree: PyTree, layout: Layout) -> PyTree:
   if layout.mesh is None:
     return jax.tree.map(jnp.asarray, tree)
   everywhere = NamedSharding(layout.mesh, PartitionSpec())
-
-  def put(x: np.ndarray) -> jax.Array:
-    x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, everywhere, x.__getitem__)
-
-  return jax.tree.map(put, tree)
+  put = lambda x: jax.make_array_from_callback(
+    x.shape, everywhere, x.__getitem__
+  )
+  return jax.tree.map(lambda x: put(np.asarray(x)), tree)
 
 
 def fetch(tree: PyTree) -> PyTree:
@@ -304,7 +266,7 @@ def kept(step: Callable[..., tuple], layout: Layout) -> Callable[..., tuple]:
 
   def run(state: PyTree, *args: PyTree) -> tuple[PyTree, PyTree]:
     state, log = step(state, *args)
-    return constrain(state, layout), replicate(log, layout)
+    return constrain(state, layout), lay(log, layout)
 
   return run
 
@@ -328,7 +290,7 @@ def over_shards(loss: Callable[..., tuple], layout: Layout) -> Callable:
     return loss
 
   def cut(x: jax.Array) -> jax.Array:
-    return split_rows(x.reshape(count, -1, *x.shape[1:]), layout)
+    return lay(x.reshape(count, -1, *x.shape[1:]), layout, DATA)
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,

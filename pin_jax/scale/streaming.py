@@ -6,10 +6,10 @@ steps. A process reads the rows of its own devices. The batches are those of the
 device bit by bit, and a run continues at any step without an iterator's state.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +41,13 @@ def batch_of(streamed: Streamed, t: jax.Array) -> Batch:
 
 
 class Stream:
-  """The batches of a stage, dispatch by dispatch."""
+  """The batches of a stage, dispatch by dispatch, a few of them read ahead."""
 
   def __init__(
     self,
     sequences: Sequences,
     draw: Callable[..., Windows],
-    drawn_from: tuple[PyTree, ...],
+    pool: PyTree,
     *,
     key: jax.Array,
     num_steps: int,
@@ -59,51 +59,40 @@ class Stream:
 
     Args:
       sequences: on disk.
-      draw: (key of the run, t, *drawn_from) -> the windows of step t, [G, B].
-      drawn_from: arrays.
+      draw: (key of the run, t, pool) -> the windows of step t, [G, B].
+      pool: arrays to draw from.
       key: the run's.
       num_steps: of the stage.
       dispatch: steps at a time.
       length: L.
       layout: rows are split over its `data` axis.
     """
-    host = jax.local_devices(backend="cpu")[0]
-    self._args = jax.device_put((key, drawn_from), host)
-    self._draw = jax.jit(lambda key, steps, args: jax.vmap(
-      lambda t: draw(key, t, *args)
-    )(steps))
-    self._sequences, self._layout = sequences, layout
+    self._host = jax.local_devices(backend="cpu")[0]
+    self._args = jax.device_put((key, pool), self._host)
+    self._draw = jax.jit(jax.vmap(draw, (None, 0, None)))
+    self._sequences, self._length, self._layout = sequences, length, layout
     self._num_steps, self._dispatch = num_steps, dispatch
-    self._length, self._host = length, host
-    self._next = -1
-    self._pieces: Iterator[dict] = iter(())
+    self._reader = ThreadPoolExecutor(1)
+    self._ahead: dict[tuple[int, int], Future] = {}
 
   def __call__(self, t: int, count: int) -> Streamed:
     """The batches of the steps t .. t + count - 1."""
-    index, inside = divmod(t, self._dispatch)
-    if inside or count != self._count(index):
-      return self._put(t, count, self._read(t, count))
-    if index != self._next:
-      self._pieces = self._reading_from(index)
-    self._next = index + 1
-    return self._put(t, count, next(self._pieces))
-
-  def _count(self, index: int) -> int:
-    return min(self._dispatch, self._num_steps - index * self._dispatch)
-
-  def _reading_from(self, index: int) -> Iterator[dict]:
-    """Dispatches in order, a few of them read ahead."""
-    last = -(-self._num_steps // self._dispatch)
-    read = lambda k: self._read(int(k) * self._dispatch, self._count(int(k)))
-    options = grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD)
-    steps = grain.MapDataset.range(index, last)
-    return iter(steps.map(read).to_iter_dataset(options))
+    get = lambda *one: (
+      self._ahead.get(one) or self._reader.submit(self._read, *one)
+    )
+    now = get(t, count)
+    self._ahead = {
+      (start, size): get(start, size)
+      for start in range(t + count, self._num_steps, self._dispatch)[:_AHEAD]
+      for size in [min(self._dispatch, self._num_steps - start)]
+    }
+    return self._put(t, now.result())
 
   def _read(self, t: int, count: int) -> dict[tuple, Batch]:
     """{rows: their batches} of all that this process's devices hold."""
-    key, drawn_from = self._args
+    key, pool = self._args
     steps = jax.device_put(np.arange(t, t + count, dtype=np.int32), self._host)
-    windows = jax.device_get(self._draw(key, steps, drawn_from))
+    windows = jax.device_get(self._draw(key, steps, pool))
     return {
       (rows.start, rows.stop): cut_windows(
         self._sequences, Windows(*(x[..., rows] for x in windows)),
@@ -123,24 +112,23 @@ class Stream:
       sorted({index[2].indices(shape[2])[:2] for index in found})
     ]
 
-  def _put(self, t: int, count: int, pieces: dict[tuple, Batch]) -> Streamed:
+  def _put(self, t: int, parts: dict[tuple, Batch]) -> Streamed:
     mesh = self._layout.mesh
     if mesh is None:
-      (batches,) = pieces.values()
+      (batches,) = parts.values()
       return Streamed(jnp.int32(t), jax.device_put(batches))
     split = NamedSharding(mesh, _SPLIT)
 
-    def put(name: str) -> jax.Array:
-      parts = {rows: getattr(part, name) for rows, part in pieces.items()}
-      some = next(iter(parts.values()))
-      size = some.shape[2] * self._layout.data
-      shape = (*some.shape[:2], size, *some.shape[3:])
+    def put(*own: np.ndarray) -> jax.Array:
+      size = own[0].shape[2] * self._layout.data
+      shape = (*own[0].shape[:2], size, *own[0].shape[3:])
+      of_rows = dict(zip(parts, own, strict=True))
       return jax.make_array_from_callback(
-        shape, split, lambda index: parts[index[2].indices(size)[:2]]
+        shape, split, lambda index: of_rows[index[2].indices(size)[:2]]
       )
 
     start = sharding.put_replicated(np.int32(t), self._layout)
-    return Streamed(start, Batch(*map(put, Batch._fields)))
+    return Streamed(start, jax.tree.map(put, *parts.values()))
 
 
 _SPLIT = PartitionSpec(None, None, sharding.DATA)
@@ -182,21 +170,15 @@ def _nearer(
 ) -> tuple[Sequences, Requests]:
   """The histories of the requests and their targets, and users renumbered."""
   lengths = requests.positions.astype(np.int64) + 1
-  offsets = np.concatenate([[0], np.cumsum(lengths)])
-  size = 1 << max(int(offsets[-1]) - 1, 1).bit_length()  # few shapes
-  begins = sequences.starts[requests.users]
-
-  def read(start: int, stop: int) -> np.ndarray:
-    place = np.arange(start, min(stop, offsets[-1]))
-    row = np.searchsorted(offsets, place, side="right") - 1
-    items = sequences.items[begins[row] + place - offsets[row]]
-    return np.pad(items, (0, stop - start - len(items)))
-
-  numbers = np.arange(len(lengths), dtype=np.int32)
-  starts = offsets[:-1].astype(np.int32)
-  targets = np.asarray(sequences.targets[requests.users], np.int32)
+  starts = np.cumsum(lengths) - lengths
+  row = np.repeat(np.arange(len(lengths)), lengths)
+  size = 1 << max(len(row) - 1, 1).bit_length()  # few shapes
+  items = np.zeros(size, np.int32)
+  place = sequences.starts[requests.users][row] + np.arange(len(row))
+  items[: len(row)] = sequences.items[place - starts[row]]
+  targets = sequences.targets[requests.users]
   near = Sequences(
-    sharding.spread_pieces(read, size, np.int32, layout),
-    *sharding.spread_flat((starts, targets), layout),
+    items, starts.astype(np.int32), np.asarray(targets, np.int32)
   )
-  return near, requests._replace(users=numbers)
+  numbers = np.arange(len(lengths), dtype=np.int32)
+  return sharding.spread_flat(near, layout), requests._replace(users=numbers)

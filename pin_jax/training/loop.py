@@ -1,8 +1,13 @@
-"""The one loop of both stages: validate, select, checkpoint, resume."""
+"""The one loop of both stages: train, validate, select, checkpoint, resume.
+
+    for event in run(step, state, operands, plan, evaluate):
+      print(event)
+    best = event.best  # a `Result` comes last
+"""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,26 +17,89 @@ from etils import epath
 
 from pin_jax import disk
 from pin_jax.scale import streaming
-from pin_jax.training import finite
 from pin_jax.training.checkpoints import Checkpoints
-from pin_jax.training.steps import Operands, Step, TrainState, copied
-from pin_jax.types import (
-  InputError,
-  Interrupted,
-  PyTree,
+from pin_jax.training.steps import (
+  SKIPPED,
+  Operands,
+  Step,
+  TrainState,
+  all_finite,
+  copied,
+)
+from pin_jax.types import InputError, Interrupted, PyTree, TrainingError
+
+_REMEDY = (
+  "lower the learning rate or the clipping norm, or skip such steps; the same "
+  "run with JAX_DEBUG_NANS=True stops at that step"
 )
 
 
-class FitResult(NamedTuple):
-  """What `fit` returns of a run.
+class Plan(NamedTuple):
+  """How a run is trained, or N runs at once.
 
   Attributes:
-    best: params at the best validated step (each segment's own in stage 2).
+    num_steps: steps of a run.
+    evaluate_every: steps between validations (and checkpoints).
+    select: names of the validation values, higher is better, that select the
+      params: one, or where `stacked` one for each slot. With none nothing is
+      validated, and the last params are kept.
+    dispatch: steps a dispatch, a divisor of `evaluate_every`.
+    patience: stop after so many validations without improvement; 0 = never.
+    stacked: params lead with [S]; each slot is selected by itself.
+    evaluate_first: validate before step 0 too, so that the start can be best.
+    names: [N], the runs' names in errors.
+  """
+
+  num_steps: int
+  evaluate_every: int
+  select: tuple[str, ...] = ()
+  dispatch: int = 10
+  patience: int = 0
+  stacked: bool = False
+  evaluate_first: bool = False
+  names: tuple[str, ...] = ("run",)
+
+
+class Started(NamedTuple):
+  """Run k goes on after `step`, from a checkpoint; -1 = from nothing."""
+
+  run: int
+  step: int
+
+
+class Steps(NamedTuple):
+  """Run k has made a dispatch of steps.
+
+  Attributes:
+    run: k.
+    start: the first of them.
+    logs: of the steps, [count, ...] each.
+  """
+
+  run: int
+  start: int
+  logs: dict[str, np.ndarray]
+
+
+class Validation(NamedTuple):
+  """The validation values of run k after `step` steps, by name."""
+
+  run: int
+  step: int
+  values: Mapping[str, float]
+
+
+class Result(NamedTuple):
+  """What run k has come to.
+
+  Attributes:
+    best: params at the best validated step (each slot's own where stacked).
     best_steps: that step, a list of length 1 or S.
     best_values: its validation value.
     last_step: steps trained.
     cpu_seconds: processor time of all launches, validation included; what runs
       at once take together is shared out evenly among those not yet stopped.
+    run: k.
   """
 
   best: PyTree
@@ -39,6 +107,7 @@ class FitResult(NamedTuple):
   best_values: list[float]
   last_step: int
   cpu_seconds: float
+  run: int = 0
 
 
 class Progress(NamedTuple):
@@ -59,71 +128,17 @@ class Progress(NamedTuple):
   cpu_seconds: float
 
 
-def fit(
+def run(
   step: Step,
   state: TrainState,
   operands: Operands,
+  plan: Plan,
+  evaluate: Callable[[int, PyTree], Mapping[str, float]] | None = None,
   *,
-  name: str,
-  evaluate: Callable[[PyTree], np.ndarray],
-  on_steps: Callable[[int, dict[str, np.ndarray]], None] = lambda t, log: None,
-  on_evaluation: Callable[[int, np.ndarray], None] = lambda t, values: None,
-  on_resume: Callable[[int], None] = lambda t: None,
-  **options: Any,
-) -> FitResult:
-  """One run: `fit_many` with a single name, so that no axis [N] is there.
-
-  Args:
-    step: the pure step.
-    state: the state before step 0; donated.
-    operands: what the step reads.
-    name: the run's name in errors.
-    evaluate: params -> validation values.
-    on_steps: called with the first step and the stacked logs of a dispatch.
-    on_evaluation: called with the step and the validation values.
-    on_resume: called with the step that a checkpoint continues from, with -1
-      before a start from nothing.
-    **options: the others of `fit_many`.
-
-  Returns:
-    The best params and how they were reached.
-
-  Raises:
-    As `fit_many`.
-  """
-  return fit_many(
-    step, state, operands, names=(name,),
-    evaluate=lambda k, params: evaluate(params),
-    on_steps=lambda k, t, log: on_steps(t, log),
-    on_evaluation=lambda k, t, values: on_evaluation(t, values),
-    on_resume=lambda k, t: on_resume(t), **options,
-  )[0]
-
-
-def fit_many(
-  step: Step,
-  state: TrainState,
-  operands: Operands,
-  *,
-  names: Sequence[str],
-  num_steps: int,
-  evaluate: Callable[[int, PyTree], np.ndarray] | None,
-  evaluate_every: int,
-  dispatch: int = 10,
-  patience: int = 0,
-  stacked: bool = False,
-  evaluate_first: bool = False,
   checkpoints: Checkpoints | None = None,
-  on_steps: Callable[[int, int, dict[str, np.ndarray]], None] = (
-    lambda k, t, log: None
-  ),
-  on_evaluation: Callable[[int, int, np.ndarray], None] = (
-    lambda k, t, values: None
-  ),
-  on_resume: Callable[[int, int], None] = lambda k, t: None,
   interrupted: Callable[[], bool] = lambda: False,
   stream: Callable[[int, int], streaming.Streamed] | None = None,
-) -> list[FitResult]:
+) -> Iterator[Started | Steps | Validation | Result]:
   """Runs steps, validates, keeps the best params, checkpoints, resumes.
 
   `dispatch` steps run in one compiled scan; the next is queued before the
@@ -136,127 +151,76 @@ def fit_many(
     state: the state before step 0; donated. Its leaves lead with [N] where
       N > 1.
     operands: what the step reads.
-    names: [N], the runs' names in errors.
-    num_steps: steps of a run.
-    evaluate: (run k, its params) -> validation values, higher is better: [1],
-      or [S] where each segment keeps its own best; None = the last is kept.
-    evaluate_every: steps between validations (and checkpoints).
-    dispatch: steps a dispatch, a divisor of `evaluate_every`.
-    patience: stop after so many validations without improvement; 0 = never.
-    stacked: params of a run lead with [S]; each slot is selected by itself.
-    evaluate_first: validate before step 0 too, so that the start can be best.
+    plan: how long, how often, what selects.
+    evaluate: (run k, its params) -> validation values by name.
     checkpoints: where to save and resume, all runs as one; None = nowhere.
-    on_steps: called with the run, the first step and the stacked logs of a
-      dispatch.
-    on_evaluation: called with the run, the step and the validation values.
-    on_resume: called with the run and the step that a checkpoint continues
-      from, with -1 before a start from nothing.
     interrupted: whether to save and end, asked before every dispatch.
     stream: (first step, count) -> their batches, where they come from disk.
 
-  Returns:
-    [N] best params and how they were reached.
+  Yields:
+    Of every run: `Started`; `Steps` after each dispatch; `Validation`, before
+    its checkpoint is saved; `Result`, at the end.
 
   Raises:
-    TrainingError: if a loss or a parameter is not finite, or a save fails.
+    TrainingError: if a loss or a parameter is not finite, if most steps were
+      skipped, or if a save fails.
     Interrupted: where `interrupted` says so, once all is saved.
     InputError: if `dispatch` does not divide `evaluate_every`, or for a
       checkpoint that cannot be continued.
   """
-  if dispatch < 1 or evaluate_every % dispatch:
+  if plan.dispatch < 1 or plan.evaluate_every % plan.dispatch:
     raise InputError(
-      f"dispatch={dispatch} does not divide evaluate_every={evaluate_every}; "
-      "give a divisor of at least 1"
+      f"dispatch={plan.dispatch} does not divide evaluate_every="
+      f"{plan.evaluate_every}; give a divisor of at least 1"
     )
-  run = compile_steps(step)
-
-  def at(t: int, count: int) -> PyTree:
-    if stream is None:
-      return operands
-    return operands._replace(streamed=stream(t, count))
-
-  of_run = _take if len(names) > 1 else lambda tree, k: tree
-  served = lambda s: s.params if s.average is None else s.average
-  best = copied(served(state))
-  progress = [Progress(0, [], [], 0, 0.0)] * len(names)
-  saved = checkpoints and checkpoints.restore((state, best))
-  if saved:
-    (state, best), progress = saved[0], _from_record(
-      saved[1], checkpoints.directory
-    )
-  for k, one in enumerate(progress):
-    on_resume(k, one.step if saved else -1)
-  if checkpoints and not (saved or evaluate_first):
-    checkpoints.save(0, (state, best), _to_record(progress))
-  clock = time.process_time()
-
-  def live() -> list[int]:
-    stopped = [0 < patience <= one.stale for one in progress]
-    return [k for k in range(len(names)) if not stopped[k]]
-
-  def validate(t: int) -> None:
-    nonlocal best, clock
-    better, running = {}, live()
-    for k in running:
-      finite.check_params(of_run(state.params, k), names[k], t)
-    for k in running:
-      if evaluate is None:
-        values = np.array([float(t)])
-      else:
-        params = of_run(served(state), k)
-        values = np.asarray(evaluate(k, params), np.float64).reshape(-1)
-        on_evaluation(k, t, values)
-      progress[k], better[k] = _compare(progress[k], t, values)
-    now = time.process_time()
-    share, clock = (now - clock) / len(running), now
-    for k in running:
-      total = progress[k].cpu_seconds + share
-      progress[k] = progress[k]._replace(cpu_seconds=total)
-    nothing = np.zeros(len(progress[0].values), bool)
-    chosen = np.stack([better.get(k, nothing) for k in range(len(names))])
-    best = _select(chosen, served(state), best, stacked)
-    if checkpoints:
-      checkpoints.save(t, (state, best), _to_record(progress))
-
-  def leave(t: int) -> None:
-    for k in live():
-      progress[k] = progress[k]._replace(step=t)
-    if checkpoints:
-      checkpoints.save(t, (state, best), _to_record(progress))
-      checkpoints.wait()
-    raise Interrupted(f"{names[0]}: interrupted after step {t}")
-
-  def advance(t: int) -> int:
-    """Trains until the next validation; returns its step."""
-    nonlocal state
-    pending, stop = None, t + evaluate_every - t % evaluate_every
-    stop = min(stop, num_steps)
-    while t < stop:
-      if interrupted():
-        _deliver(pending, names, live(), on_steps)
-        leave(t)
-      count = min(dispatch, stop - t)
-      state, logs = run(state, at(t, count), t, count)
-      _deliver(pending, names, live(), on_steps)
-      pending, t = (t, logs), t + count
-    _deliver(pending, names, live(), on_steps)
-    return t
-
-  if evaluate_first and not progress[0].values:
-    validate(0)
-  t = max(one.step for one in progress)
-  while t < num_steps and live():
-    t = advance(t)
-    validate(t)
+  advance, runs = compile_steps(step), _Runs(plan, state, checkpoints)
+  state = runs.restore(state)
+  for k, one in enumerate(runs.progress):
+    yield Started(k, one.step if runs.resumed else -1)
+  if plan.evaluate_first and not runs.progress[0].values:
+    yield from runs.validate(0, state, evaluate)
+  elif not runs.resumed:
+    runs.save(0, state)
+  pending, t = None, max(one.step for one in runs.progress)
+  while t < plan.num_steps and runs.live():
+    if interrupted():
+      yield from runs.read(pending)
+      runs.leave(t, state)
+    until = plan.evaluate_every - t % plan.evaluate_every
+    count = min(plan.dispatch, until, plan.num_steps - t)
+    if stream is not None:
+      operands = operands._replace(streamed=stream(t, count))
+    state, logs = advance(state, operands, t, count)
+    yield from runs.read(pending)  # the last ones, while these are computed
+    pending, t = (t, logs), t + count
+    if count == until or t == plan.num_steps:
+      yield from runs.read(pending)
+      pending = None
+      yield from runs.validate(t, state, evaluate)
   if checkpoints:
     checkpoints.wait()
-  return results(best, _to_record(progress))
+  yield from results(runs.best, _to_record(runs.progress))
+
+
+def compile_steps(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
+  """(state, operands, first step, count) -> (state, logs), in one dispatch.
+
+  The state is donated; every `count` has a program of its own.
+  """
+
+  def run(
+    state: TrainState, operands: Operands, start: int, count: int
+  ) -> tuple[TrainState, PyTree]:
+    body = lambda s, t: step(s, operands, t)
+    return jax.lax.scan(body, state, start + jnp.arange(count))
+
+  return jax.jit(run, static_argnums=3, donate_argnums=0)
 
 
 def results(
   best: PyTree, record: dict[str, Any], where: epath.PathLike = "a checkpoint"
-) -> list[FitResult]:
-  """What `fit_many` returned, from its last checkpoint.
+) -> list[Result]:
+  """What `run` ended with, from its last checkpoint.
 
   Args:
     best: the selected params, of N > 1 runs leading with [N].
@@ -264,14 +228,136 @@ def results(
     where: the checkpoints' directory, for messages.
 
   Raises:
-    InputError: if the record is not what `fit_many` saves.
+    InputError: if the record is not what `run` saves.
   """
   progress = _from_record(record, where)
-  of_run = _take if len(progress) > 1 else lambda tree, k: tree
   return [
-    FitResult(of_run(best, k), one.steps, one.values, one.step, one.cpu_seconds)
+    Result(
+      _of_run(best, k, len(progress)), one.steps, one.values, one.step,
+      one.cpu_seconds, k,
+    )
     for k, one in enumerate(progress)
   ]
+
+
+class _Runs:
+  """How far N runs are, and their best params so far."""
+
+  def __init__(
+    self, plan: Plan, state: TrainState, checkpoints: Checkpoints | None
+  ) -> None:
+    self._plan, self._checkpoints = plan, checkpoints
+    self.best = copied(_served(state))
+    self.progress = [Progress(0, [], [], 0, 0.0)] * len(plan.names)
+    self.resumed = False
+    self._skipped: list[list[int]] = [[] for _ in plan.names]
+    self._clock = time.process_time()
+
+  def live(self) -> list[int]:
+    """The runs that patience has not stopped."""
+    return [
+      k for k, one in enumerate(self.progress)
+      if not 0 < self._plan.patience <= one.stale
+    ]
+
+  def restore(self, state: TrainState) -> TrainState:
+    """The state of the newest checkpoint, or the given one."""
+    saved = self._checkpoints and self._checkpoints.restore((state, self.best))
+    if not saved:
+      return state
+    (state, self.best), record = saved
+    self.progress = _from_record(record, self._checkpoints.directory)
+    self.resumed = True
+    return state
+
+  def save(self, t: int, state: TrainState) -> None:
+    """Queues a checkpoint."""
+    if self._checkpoints:
+      record = _to_record(self.progress)
+      self._checkpoints.save(t, (state, self.best), record)
+
+  def leave(self, t: int, state: TrainState) -> None:
+    """Saves and raises Interrupted."""
+    for k in self.live():
+      self.progress[k] = self.progress[k]._replace(step=t)
+    self.save(t, state)
+    if self._checkpoints:
+      self._checkpoints.wait()
+    raise Interrupted(f"{self._plan.names[0]}: interrupted after step {t}")
+
+  def read(self, pending: tuple[int, PyTree] | None) -> Iterator[Steps]:
+    """Waits for a dispatch, (first step, logs); checks its losses.
+
+    A gradient that is not finite shows in the loss of the next step, or in the
+    parameters before a validation.
+    """
+    if pending is None:
+      return
+    start, logs = pending[0], jax.device_get(pending[1])
+    own = {k: logs for k in self.live()}
+    if len(self.progress) > 1:
+      own = {k: jax.tree.map(lambda x, k=k: x[:, k], logs) for k in own}
+    for k, log in own.items():
+      loss, skipped = log["loss"], log.get(SKIPPED, np.zeros(len(log["loss"])))
+      bad = np.argwhere(~np.isfinite(loss[skipped == 0]))
+      if len(bad):
+        first, *group = bad[0].tolist()
+        step = start + np.flatnonzero(skipped == 0)[first]
+        raise TrainingError(
+          f"{self._plan.names[k]}: the loss of group {group} is "
+          f"{loss[skipped == 0][tuple(bad[0])]} at step {step}; {_REMEDY}"
+        )
+      self._skipped[k] += skipped.tolist()
+    for k, log in own.items():
+      yield Steps(k, start, log)
+
+  def validate(
+    self, t: int, state: TrainState, evaluate: Callable[..., Any] | None
+  ) -> Iterator[Validation]:
+    """Validates and selects after t steps; saves."""
+    live, served = self.live(), _served(state)
+    slots = len(self._plan.select) or 1
+    better = np.zeros((len(self.progress), slots), bool)
+    for k in live:
+      self._check(k, t, state)
+    for k in live:
+      values = [float(t)]  # the last is best
+      if self._plan.select:
+        found = evaluate(k, self._own(served, k))
+        yield Validation(k, t, found)
+        values = [found[name] for name in self._plan.select]
+      self.progress[k], better[k] = _compare(self.progress[k], t, values)
+    now = time.process_time()
+    share, self._clock = (now - self._clock) / len(live), now
+    for k in live:
+      total = self.progress[k].cpu_seconds + share
+      self.progress[k] = self.progress[k]._replace(cpu_seconds=total)
+    self.best = _select(better, served, self.best, self._plan.stacked)
+    self.save(t, state)
+
+  def _check(self, k: int, t: int, state: TrainState) -> None:
+    """Raises TrainingError where run k cannot go on after t steps."""
+    if not all_finite(self._own(state.params, k)):
+      raise TrainingError(
+        f"{self._plan.names[k]}: a parameter is not finite after step {t - 1}; "
+        f"{_REMEDY}"
+      )
+    skipped = self._skipped[k]
+    if 2 * sum(skipped) > len(skipped):
+      raise TrainingError(
+        f"{self._plan.names[k]}: {sum(skipped):.0f} of the {len(skipped)} "
+        f"steps before step {t} were not finite and skipped; lower the "
+        "learning rate or the clipping norm"
+      )
+    skipped.clear()
+
+  def _own(self, tree: PyTree, k: int) -> PyTree:
+    """The part of run k."""
+    return _of_run(tree, k, len(self.progress))
+
+
+def _served(state: TrainState) -> PyTree:
+  return state.params if state.average is None else state.average
 
 
 def _to_record(progress: list[Progress]) -> dict[str, Any]:
@@ -293,9 +379,10 @@ def _from_record(
 
 
 def _compare(
-  old: Progress, t: int, values: np.ndarray
+  old: Progress, t: int, values: list[float]
 ) -> tuple[Progress, np.ndarray]:
   """(progress after a validation, which of its slots improved)."""
+  values = np.asarray(values, np.float64)
   before = np.asarray(old.values or [-math.inf] * len(values))
   better = values > before
   steps = old.steps or [0] * len(values)
@@ -308,19 +395,9 @@ def _compare(
   ), better
 
 
-def compile_steps(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
-  """(state, operands, first step, count) -> (state, logs), in one dispatch.
-
-  The state is donated; every `count` has a program of its own.
-  """
-
-  def run(
-    state: TrainState, operands: Operands, start: int, count: int
-  ) -> tuple[TrainState, PyTree]:
-    body = lambda s, t: step(s, operands, t)
-    return jax.lax.scan(body, state, start + jnp.arange(count))
-
-  return jax.jit(run, static_argnums=3, donate_argnums=0)
+def _of_run(tree: PyTree, k: int, count: int) -> PyTree:
+  """The part of run k in a tree of `count` runs."""
+  return tree if count == 1 else _take(tree, k)
 
 
 @jax.jit
@@ -347,20 +424,3 @@ def _pick(better: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jnp.where(chosen, new, old)
 
   return jax.tree.map(pick, new, old)
-
-
-def _deliver(
-  pending: tuple[int, Any] | None,
-  names: Sequence[str],
-  live: list[int],
-  on_steps: Callable[..., None],
-) -> None:
-  if pending is None:
-    return
-  start, logs = pending[0], jax.device_get(pending[1])
-  of_run = lambda k: jax.tree.map(lambda x: x[:, k], logs)
-  by_run = {k: of_run(k) for k in live} if len(names) > 1 else {0: logs}
-  for k, log in by_run.items():
-    finite.check_losses(log, names[k], start)
-  for k, log in by_run.items():
-    on_steps(k, start, log)

@@ -95,15 +95,14 @@ def unit_widths(counts: ArrayLike, exponent: float = 1.0) -> np.ndarray:
   max(count^a - one unit, 0), to within one unit.
 
   Args:
-    counts: [V+1], the first is ignored.
-    exponent: a >= 0.
+    counts: [V+1], finite and >= 0; the first is ignored.
+    exponent: a, finite and >= 0.
 
   Returns:
     [V] int64, 0 for an item that is never drawn.
 
   Raises:
-    InputError: if the exponent or a count is negative or not finite, or no
-      item occurs.
+    InputError: for other numbers, or where no item occurs.
   """
   if not 0 <= exponent < math.inf:
     raise InputError(

@@ -29,16 +29,9 @@ def position_weights(
 
   mean = 'interactions' weights every real position alike, mean = 'users'
   every row alike and the positions within it alike; their sum is 1. Importance
-  weights multiply these. Their sum is left as it is: dividing by it, group by
-  group, would make another prior of P(d) where a group has less of it.
-
-  Args:
-    targets: [B, L], 0 = none.
-    mean: 'interactions' or 'users'.
-    importance: optional [B, L] weights >= 0.
-
-  Returns:
-    [B, L] float32.
+  weights >= 0 multiply these. Their sum is left as it is: dividing by it, group
+  by group, would make another prior of P(d) where a group has less of it.
+  Targets (0 = none), importance and the result are [B, L].
   """
   real = (targets > 0).astype(jnp.float32)
   if mean == "users":
@@ -206,9 +199,7 @@ def group_losses(
   Args:
     backbone: the model.
     mean: see `position_weights`.
-    loss: what is minimised at every position.
-    chunk: positions whose logits are alive at a time, on each device.
-    layout: how windows and tables are split over devices.
+    loss, chunk, layout: see `next_item_loss`.
   """
   total = windows_loss(next_item_loss(
     backbone, backbone_head(backbone), loss=loss, chunk=chunk, layout=layout

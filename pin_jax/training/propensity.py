@@ -165,9 +165,6 @@ def event_shares(
     groups: [U] group of each user.
     num_groups: G.
     draw: how windows are drawn, and how their positions count.
-
-  Returns:
-    [G], sums to 1.
   """
   if draw.mean == "interactions":
     _, users, chances = target_chances(
@@ -186,14 +183,12 @@ def stabilised_weights(
 ) -> jax.Array:
   """min(share_d / P(d|x), clip) for every group's own examples.
 
+  Their mean is 1 in each group where the propensities are exact and unclipped.
+
   Args:
     log_probability: [G, ..., G], log P(.|x) of the examples of group g.
     shares: [G], of `event_shares`.
     clip: largest weight.
-
-  Returns:
-    [G, ...] weights with mean 1 in each group where the propensities are
-    exact and unclipped.
   """
   groups = jnp.arange(shares.shape[0])
   own = jax.vmap(lambda x, g: x[..., g])(log_probability, groups)

@@ -131,7 +131,7 @@ def view(
   Returns:
     The view; losses and gradients on it are those on the whole tables.
   """
-  batch = sharding.replicate(groups.batch, layout)
+  batch = sharding.lay(groups.batch, layout)
   drawn = group_negatives(loss, keys, batch)
   parts = (
     jnp.zeros(1, jnp.int32), batch.history, batch.targets[..., -1], drawn.items
@@ -154,9 +154,9 @@ def view(
   few = {name: take_rows(params[name], rows) for name in tables}
   return View(
     rows,
-    {**params, **sharding.replicate(few, layout)},
+    {**params, **sharding.lay(few, layout)},
     groups._replace(
-      batch=sharding.split_rows(local, layout, 1),
+      batch=sharding.lay(local, layout, None, sharding.DATA),
       negatives=drawn._replace(items=negatives.reshape(drawn.items.shape)),
     ),
   )

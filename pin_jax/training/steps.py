@@ -177,7 +177,7 @@ def _next_batch(
     batch = draw.batch(key, operands.sequences, operands.pool)
   else:
     batch = streaming.batch_of(operands.streamed, t)
-  return sharding.split_rows(batch, layout, 1)
+  return sharding.lay(batch, layout, None, sharding.DATA)
 
 
 def _aggregator(
@@ -409,9 +409,7 @@ def many(step: Step) -> Step:
   Run k does what `step` does with run k's state, key and frozen params, up to
   the rounding of batched products. All runs are at the same t, so that what
   depends on t alone (`diagnose_every`) stays a branch; a loop whose length
-  depends on the data (`losses.accumulated`) takes as long as the longest. Runs
-  may also differ in what an optimizer of `optax.inject_hyperparams` keeps in
-  its state, such as the learning rate.
+  depends on the data (`losses.accumulated`) takes as long as the longest.
 
   Args:
     step: of one run.
