@@ -231,7 +231,8 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
 def locked(file: epath.PathLike, busy: str | None = None) -> Iterator[None]:
   """Lets one process after another into the block.
 
-  The lock goes with the process, however it ends.
+  The lock goes with the process, however it ends. File systems without locks
+  are not guarded.
 
   Args:
     file: of the lock, made where it is missing.
@@ -248,6 +249,8 @@ def locked(file: epath.PathLike, busy: str | None = None) -> Iterator[None]:
     lock.acquire()
   except filelock.Timeout:
     raise InputError(busy) from None
+  except NotImplementedError:  # of such a file system
+    pass
   try:
     yield
   finally:

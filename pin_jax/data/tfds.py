@@ -77,20 +77,13 @@ class _UserSequences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     frame = _read_ratings(archive, self.builder_config)
     frame = frame.sort("user", "time", maintain_order=True)
-    runs = frame["user"].rle().struct.unnest()
-    offset = 0
-    for length, user in zip(runs["len"], runs["value"], strict=True):
-      rows = frame.slice(offset, length)
-      offset += length
-      yield (
-        str(user),
-        {
-          "user_id": str(user),
-          "item_ids": rows["item"].to_numpy(),
-          "ratings": rows["rating"].to_numpy(),
-          "timestamps": rows["time"].to_numpy(),
-        },
-      )
+    for (user,), rows in frame.group_by("user", maintain_order=True):
+      yield str(user), {
+        "user_id": str(user),
+        "item_ids": rows["item"].to_numpy(),
+        "ratings": rows["rating"].to_numpy(),
+        "timestamps": rows["time"].to_numpy(),
+      }
 
 
 def _url_infos(
