@@ -314,11 +314,12 @@ def _try_parse(block: bytes, config: Release) -> pl.DataFrame | None:
     frame = config.parse(block)
   except (pl.exceptions.PolarsError, ValueError):
     return None
+  texts = frame.select(pl.col(pl.String))
   complete = (
     frame.height == block.count(b"\n")
     and not any(column.null_count() for column in frame)
     and frame["rating"].is_finite().all()
-    and not any((column == "").any() for column in frame.select(pl.String))
+    and not any((column == "").any() for column in texts)
   )
   return frame if complete else None
 
