@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
-import rich.console
-import rich.table
 
 from pin_jax.data import simulator
 from pin_jax.evaluation import metrics
@@ -70,28 +68,3 @@ def average(tables: list[pl.DataFrame]) -> list[dict[str, Any]]:
     return []
   merged = pl.concat(tables).group_by("model", maintain_order=True).mean()
   return merged.to_dicts()
-
-
-def print_closeness(
-  lines: list[dict[str, Any]], console: rich.console.Console
-) -> None:
-  """Prints the table of `closeness`."""
-  table = rich.table.Table(
-    title="Distance from the simulator's exact distributions (test events)",
-    title_justify="left", box=rich.box.SIMPLE_HEAD,
-  )
-  table.add_column("model")
-  for header in ("KL from P(y|do(x))", "KL from P(y|x)", "NDCG@10"):
-    table.add_column(header, justify="right")
-  for line in lines:
-    numbers = [
-      f"{line[key]:.4f}"
-      for key in ("kl_interventional", "kl_observational", "ndcg")
-    ]
-    table.add_row(rich.text.Text(line["model"]), *numbers)
-  console.print(table)
-  console.print(
-    "KL in nats, lower is closer; NDCG@10 with the history not masked, higher "
-    "is better. The oracle P(y|x) is the best attainable by any model that "
-    "reads the same window.",
-  )

@@ -50,7 +50,7 @@ from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.types import Requests
 from tests import tiny, toys
-from tests.summaries_test import make_workdir
+from tests.toy_rows import make_workdir
 
 ROWS = {}  # name: (function of a folder, words of the message)
 
@@ -478,7 +478,7 @@ def _(folder):
 
 @row("report: no rows", "has no rows.parquet", "finished run")
 def _(folder):
-  report.write_report(folder)
+  report.write_report([folder])
 
 
 def _config(key, value, *words):
@@ -531,7 +531,7 @@ for _spec, *_words in (
   ("gradvac:beta=nan", "'beta=nan'", "number from 0"),
   ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
   ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
-  ("cvar:", "'' is no option", "options are ['alpha']"),
+  ("cvar:", "give alpha", "cvar:alpha=number"),
   ("annealed_backdoor", "give steps", "annealed_backdoor:steps=number"),
 ):
   _config("pin.weighting", _spec, f"pin.weighting={_spec!r}", *_words)
@@ -851,20 +851,20 @@ def _(folder):
 @row("report: damaged rows", "rows.parquet is damaged", "restore it")
 def _(folder):
   (folder / "rows.parquet").write_bytes(b"PAR1" + bytes(99) + b"PAR1")
-  report.write_report(folder)
+  report.write_report([folder])
 
 
 @row("report: log of another encoding", "log.jsonl line 1 is damaged", "delete")
 def _(folder):
   make_workdir(folder / "job")
   (folder / "job" / "log.jsonl").write_bytes('{"run": "é"}'.encode("latin1"))
-  report.write_pages([folder / "job"])
+  report.write_report([folder / "job"])
 
 
 @row("report: no place", "output=' ' is no path", "name a file or directory")
 def _(folder):
   make_workdir(folder / "job")
-  report.write_pages([folder / "job"], output=" ", num_resamples=10)
+  report.write_report([folder / "job"], output=" ", num_resamples=10)
 
 
 @row("workdir: of no job, to serve", "config.json is damaged", "delete it")
