@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
@@ -16,7 +15,6 @@ from etils import epath
 from ml_collections import config_flags
 
 from experiments import processes
-from experiments.tables import MIN_SEEDS
 from pin_jax.types import InputError, Interrupted, TrainingError
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells count
@@ -214,29 +212,3 @@ def _in_one_line(message: str) -> str:
   return f"{' '.join(filter(None, lines))}; see --help"
 
 
-def more_seeds(command: str, seeds: Sequence[int], *, swept: bool) -> str:
-  """How to get the seeds that a verdict takes, as a command where it is known.
-
-  Args:
-    command: that ran the job, '' where nothing is known of it.
-    seeds: that were trained.
-    swept: whether the job is one of a sweep's models at their chosen settings.
-  """
-  others = [seed for seed in range(MIN_SEEDS + len(seeds)) if seed not in seeds]
-  lacking = others[: max(MIN_SEEDS - len(seeds), 0)]
-  if swept:
-    numbers = ",".join(map(str, lacking))
-    return f"python -m experiments.sweep … --more_seeds={numbers}"
-  wanted = f"--config.seeds={(*seeds, *lacking)}"
-  words, kept, workdir = iter(shlex.split(command)), [], "runs/job"
-  for word in words:
-    name, equals, value = word.partition("=")
-    if name.lstrip("-") in ("workdir", "config.seeds"):
-      value = value if equals else next(words, "")
-      workdir = value if name.endswith("workdir") else workdir
-    else:
-      kept.append(word)
-  if "experiments.main" not in kept:
-    return f"run the job with {shlex.quote(wanted)} in another workdir"
-  new = f"--workdir={workdir.rstrip('/')}-{len(seeds) + len(lacking)}seeds"
-  return shlex.join([*kept, new, wanted])

@@ -1,11 +1,11 @@
-"""The main job: data -> stages -> full ranking -> comparison.
+"""The main job: data -> stages -> full ranking -> report.
 
 A workdir belongs to one configuration and one data set, and to one process at
 a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
-(rows_sampled.parquet for sampled candidates), summary.json, the tables and
-plots/, all of which are the same however often the job was killed, and
-cpu_seconds.json, which is not. With several processes (see `processes`) the
-first writes all but the checkpoints.
+(rows_sampled.parquet for sampled candidates), summary.json and report.md, all
+of which are the same however often the job was killed, cpu_seconds.json, which
+is not, and report.html, .json and .tex, which tell of it. With several
+processes (see `processes`) the first writes all but the checkpoints.
 """
 
 import contextlib
@@ -23,13 +23,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments import (
-  claims,
   commands,
   logs,
   processes,
   report,
+  results,
   schema,
-  sections,
   settings,
   sizes,
   truth,
@@ -52,6 +51,7 @@ from experiments.problem import (
   prepare,
   requests_for,
 )
+from experiments.results import MIN_SEEDS, SUFFIXES, few_seeds, number_range
 from experiments.stages import (
   Monitor,
   Trainer,
@@ -59,12 +59,6 @@ from experiments.stages import (
   num_steps,
   routed,
   same_job,
-)
-from experiments.tables import (
-  MIN_SEEDS,
-  SUFFIXES,
-  few_seeds,
-  number_range,
 )
 from pin_jax import disk
 from pin_jax.data import activeness, batches
@@ -84,7 +78,7 @@ _TYPES = {  # of what a ranker returns
 
 
 def method_rows(
-  method: Method, seed: int, problem: Problem, trainer: Trainer
+  key: str, method: Method, seed: int, problem: Problem, trainer: Trainer
 ) -> pl.DataFrame:
   """Ranks the test targets with a method's models; one row a user."""
   users = np.flatnonzero(problem.split.test >= 0)
@@ -95,14 +89,14 @@ def method_rows(
     ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
-    for key, values in ranks._asdict().items():
+    for name, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
-      columns.setdefault(key, np.zeros(shape, values.dtype))[chosen] = values
-  return result_rows(method.title, seed, problem, users, columns)
+      columns.setdefault(name, np.zeros(shape, values.dtype))[chosen] = values
+  return result_rows(key, seed, problem, users, columns)
 
 
 def result_rows(
-  title: str,
+  model: str,
   seed: int,
   problem: Problem,
   users: np.ndarray,
@@ -111,7 +105,7 @@ def result_rows(
   """One row a user, as every table reads them.
 
   Args:
-    title: name of the model.
+    model: key of its method, or the name of another library's.
     seed: of its training.
     problem: the data.
     users: [n], who have test targets.
@@ -121,7 +115,7 @@ def result_rows(
   data = problem.split.interactions
   target = data.items[data.offsets[users] + problem.split.test[users]]
   return pl.DataFrame({
-    "model": [title] * len(users),
+    "model": [model] * len(users),
     "seed": np.full(len(users), seed, np.int32),
     "user": pl.Series(data.user_ids[users].tolist()),
     "group": problem.groups[users].astype(np.int32),
@@ -246,7 +240,7 @@ def run(
   command: str = "",
   other_versions: bool = False,
   interrupted: Callable[[], bool] = lambda: False,
-) -> pl.DataFrame:
+) -> None:
   """Runs the main job, or what is left of it, and prints its tables.
 
   Args:
@@ -257,9 +251,6 @@ def run(
     command: how the job was launched, for its summary.
     other_versions: continue what other versions of libraries began.
     interrupted: whether to save and end; see `interruption.noticed`.
-
-  Returns:
-    The comparison table; an empty one in a process that does not write.
 
   Raises:
     InputError: for any bad input, before training starts.
@@ -289,9 +280,8 @@ def run(
     else:
       _compute(config, problem, networks, directory, options)
     options.check()
-    if not processes.is_first():
-      return pl.DataFrame()
-    return report.write_report(directory, console=console)
+    if processes.is_first():
+      report.write_report([directory], console=console)
 
 
 def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
@@ -338,7 +328,7 @@ def _compute(
 ) -> None:
   """Trains and ranks; writes the rows and, last of all, the summary."""
   _describe(problem, options.say)
-  if changed := sections.changed_settings(of_results(config)).items():
+  if changed := results.changed_settings(of_results(config)).items():
     options.say(
       "settings other than the defaults: "
       + ", ".join(f"{key}={value!r}" for key, value in changed)
@@ -393,9 +383,9 @@ def _train_all(
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
-        for method in methods.values():
+        for key, method in methods.items():
           options.check()
-          rows.append(method_rows(method, seed, problem, trainer))
+          rows.append(method_rows(key, method, seed, problem, trainer))
         if problem.world is not None and config.loss.name in settings.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
@@ -432,10 +422,8 @@ def _closeness(
   )
   data = problem.split.interactions
   models = {
-    method.title: model_log_probabilities(
-      method, seed, problem, trainer, users
-    )
-    for method in methods.values()
+    key: model_log_probabilities(method, seed, problem, trainer, users)
+    for key, method in methods.items()
     if not any(stage.focal for stage in method.stages)
   }
   target = data.items[data.offsets[users] + requests.positions]
@@ -501,7 +489,7 @@ def _power(
     served = base.serve[index][1] or base.serve[index][0]
     users[segment] = int((tested == index).sum())
     levels[segment] = validation[served].get(segment, math.nan)
-  return claims.power_lines(config.claims, users, levels, len(config.seeds))
+  return results.power_lines(config.claims, users, levels, len(config.seeds))
 
 
 def _chosen(method: Method, name: str) -> Stage:
@@ -515,7 +503,7 @@ def _summary(
 ) -> dict[str, Any]:
   """What the tables need besides the rows."""
   methods = selected(config)
-  base, other = (methods[name].title for name in compared([*methods]))
+  base, other = compared([*methods])
   about = about_data(problem)
   learnt = information(methods, config)
   if learnt:

@@ -277,10 +277,9 @@ RULES = tuple(
 )
 
 
-def learnt_by(title: str, config: Mapping[str, Any]) -> str:
-  """What the row of a title has learnt from, in words."""
-  method = next((m for m in METHODS.values() if m.title == title), None)
-  return LEARNT["none" if method is None else learns(method, config)]
+def learnt_by(key: str, config: Mapping[str, Any]) -> str:
+  """What the rows of a method's key have learnt from, in words."""
+  return LEARNT[learns(METHODS[key], config) if key in METHODS else "none"]
 
 
 def information(methods: Mapping[str, Method], config: ConfigDict) -> str:

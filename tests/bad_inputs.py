@@ -50,7 +50,7 @@ from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.training.optimizers import make_optimizer
 from pin_jax.types import Requests
 from tests import tiny, toys
-from tests.summaries_test import make_workdir
+from tests.toy_rows import make_workdir
 
 ROWS = {}  # name: (function of a folder, words of the message)
 
@@ -249,11 +249,6 @@ def _(folder):
   splits.temporal_fractions(_data(), validation=0.9, test=0.9)
 
 
-@row("split: share type", "test='a' is no number", "give a share")
-def _(folder):
-  splits.temporal_fractions(_data(), test="a")
-
-
 @row("split: order", "validation_time=5", "test_time=3", "ascending")
 def _(folder):
   splits.temporal(_data(), validation_time=5, test_time=3)
@@ -304,8 +299,8 @@ def _(folder):
 @row("sampler: draw", "draw='all' is unknown", "one of")
 def _(folder):
   nothing = batches.Sequences(*[np.zeros(0, np.int32)] * 3)
-  batches.draw_batch(
-    jax.random.key(0), nothing, None, batch_size=1, length=1, draw="all"
+  batches.Draw(batch_size=1, length=1, draw="all").batch(
+    jax.random.key(0), nothing, None
   )
 
 
@@ -483,7 +478,7 @@ def _(folder):
 
 @row("report: no rows", "has no rows.parquet", "finished run")
 def _(folder):
-  report.write_report(folder)
+  report.write_report([folder])
 
 
 def _config(key, value, *words, **more):
@@ -880,20 +875,20 @@ def _(folder):
 @row("report: damaged rows", "rows.parquet is damaged", "restore it")
 def _(folder):
   (folder / "rows.parquet").write_bytes(b"PAR1" + bytes(99) + b"PAR1")
-  report.write_report(folder)
+  report.write_report([folder])
 
 
 @row("report: log of another encoding", "log.jsonl line 1 is damaged", "delete")
 def _(folder):
   make_workdir(folder / "job")
   (folder / "job" / "log.jsonl").write_bytes('{"run": "é"}'.encode("latin1"))
-  report.write_pages([folder / "job"])
+  report.write_report([folder / "job"])
 
 
 @row("report: no place", "output=' ' is no path", "name a file or directory")
 def _(folder):
   make_workdir(folder / "job")
-  report.write_pages([folder / "job"], output=" ", num_resamples=10)
+  report.write_report([folder / "job"], output=" ", num_resamples=10)
 
 
 @row("workdir: of no job, to serve", "config.json is damaged", "delete it")

@@ -234,5 +234,5 @@ def test_other_meshes_are_told_apart_before_the_data_are_read(
 if __name__ == "__main__":  # the main job without its plots
   from experiments import commands, main, report
 
-  report.write_report = lambda directory, console: None
+  report.write_report = lambda directories, console: None
   commands.launch(main.main, main.CONFIG, default=main.DEFAULT)
