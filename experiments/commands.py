@@ -210,5 +210,3 @@ def _in_one_line(message: str) -> str:
   if "Traceback" in message:
     lines = [lines[0], lines[-1]]
   return f"{' '.join(filter(None, lines))}; see --help"
-
-
