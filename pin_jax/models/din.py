@@ -103,7 +103,6 @@ def din(
   at_least(1, attention_hidden=attention_hidden, hidden=hidden)
   unit, predictor = _ActivationUnit(attention_hidden), _Predictor(hidden)
   indices = lambda x: jnp.arange(num_items + 1) if x is None else x
-  within = lambda module, params, *args: module.apply({"params": params}, *args)
 
   def init(key: jax.Array) -> PyTree:
     keys = jax.random.split(key, 3)
@@ -137,7 +136,7 @@ def din(
 
     def pool(index: jax.Array) -> jax.Array:
       embedded = lookup(params["items"], index)
-      weights = within(unit, params["unit"], past, embedded)
+      weights = _within(unit, params["unit"], past, embedded)
       weights = (weights * factors[..., None]).astype(past.dtype)
       return jnp.einsum("mlc,mld->mcd", weights, past)
 
@@ -148,9 +147,13 @@ def din(
     params: PyTree, representations: jax.Array, candidates: jax.Array | None
   ) -> jax.Array:
     embedded = lookup(params["items"], indices(candidates))
-    return within(predictor, params["predictor"], representations, embedded)
+    return _within(predictor, params["predictor"], representations, embedded)
 
   return Backbone(init, encode, _prefix, represent, score)
+
+
+def _within(module: nn.Module, params: PyTree, *args: jax.Array) -> jax.Array:
+  return module.apply({"params": params}, *args)
 
 
 def _prefix(
