@@ -378,7 +378,8 @@ def make_sampled_loss(
     InputError: if gBCE has more negatives than there are items.
   """
   rate = options.negatives / max(num_items - 1, 1)
-  return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
+  with schema.section("loss.negatives"):
+    return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
 def make_optimizer(
