@@ -412,9 +412,8 @@ def _made(
   return serving.make(
     trainer.model(
       stage and stage.plugin, method.stage(entry[0]).reads_activeness
-    ), slots, problem.split,
-    segments=problem.segments, served_by=of_users, newcomers=of_new,
-    length=trainer.length, origin=origin,
+    ), serving.Routes(slots, problem.segments, of_users, of_new),
+    problem.split, length=trainer.length, origin=origin,
     remembered=trainer.remembered.train_end,
   )
 

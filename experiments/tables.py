@@ -292,7 +292,7 @@ def _std_over_seeds(values: np.ndarray, frame: pl.DataFrame) -> float:
 
 def _user_means(values: np.ndarray, frame: pl.DataFrame) -> np.ndarray:
   """Means over users of means over seeds, [..., N] -> [...]."""
-  return statistics.average_within_users(values, user_ids(frame)).mean(-1)
+  return statistics.by_seed(values, user_ids(frame)).mean((-2, -1))
 
 
 def protocol_line(

@@ -1,4 +1,4 @@
-"""Serving: routes a user to its segment's plugin and gives the top K, exactly.
+"""Serving: routes a user to a plugin, gives the top K, exports the model.
 
 A user of the training data is served by the plugin of its segment, as in the
 evaluation, whatever history it comes with. Somebody new has the activeness of
@@ -10,21 +10,22 @@ A `Recommender` comes from trained parameters (`make`) or from one portable file
 (`load`, written by `save`), and gives the same either way.
 """
 
-import contextlib
 import functools
 import io
+import json
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 import polars as pl
 from etils import epath
 
-from pin_jax import archives, disk
+from pin_jax import disk
 from pin_jax.data.splits import Split, training_counts
 from pin_jax.models import plugins
 from pin_jax.models.backbones import given
@@ -39,6 +40,23 @@ _MOST_SCORES = 2**24  # of a chunk of users
 _MOST_USERS = 256
 
 
+class Routes(NamedTuple):
+  """Who is served by what.
+
+  Attributes:
+    slots: parameters by slot: (backbone, one plugin's own, evidence: a Memory
+      or None; in a Recommender what a Memory holds of items, as a dict).
+    segments: [U] int32, by activeness; 1 = head.
+    of_users: [U] int32, each user's slot.
+    of_new: the slot of somebody new, by segment.
+  """
+
+  slots: tuple[plugins.Weights, ...]
+  segments: np.ndarray
+  of_users: np.ndarray
+  of_new: tuple[int, ...]
+
+
 class Users(NamedTuple):
   """The users of the training data.
 
@@ -48,142 +66,131 @@ class Users(NamedTuple):
     offsets: [U+1] int64, where a user's begin.
     ends: prefix -> [U] int64, how much of a history it is: 'all' of it,
       what comes before the test target ('validation'), or what trains.
-    segments: [U] int32, by activeness.
-    slots: [U] int32, which slot serves each.
   """
 
   ids: np.ndarray
   items: np.ndarray
   offsets: np.ndarray
   ends: dict[str, np.ndarray]
-  segments: np.ndarray
-  slots: np.ndarray
 
 
 class Recommender(NamedTuple):
   """What is needed to recommend.
 
   Attributes:
-    scores: (backbone params, plugin params, tables, inputs) -> scores [B, V+1];
-      see `make_scores`.
-    slots: parameters by slot: (backbone, one plugin's own, tables).
+    scores: (*slot, inputs) -> [B, V+1], -inf for padding; see `_inputs`.
+    routes: parameters, and whom they serve.
     users: of the training data.
     item_ids: [V] original ids, ascending.
     counts: [V+1] float32, training interactions of each item.
     length: L, what the backbone reads.
     recent: H, what the plugin reads; 0 = nothing.
     head_from: least activeness with which somebody new belongs to the head.
-    newcomers: the slot that serves somebody new, by segment.
     origin: where it comes from: JSON.
     reads_activeness: whether the backbone does.
   """
 
   scores: Callable[..., jax.Array]
-  slots: tuple[plugins.Weights, ...]
+  routes: Routes
   users: Users
   item_ids: np.ndarray
   counts: np.ndarray
   length: int
   recent: int
   head_from: int
-  newcomers: tuple[int, ...]
   origin: dict[str, Any]
   reads_activeness: bool = False
 
 
-class Inputs(NamedTuple):
-  """What is read of B users; all but the first where the model asks for it.
+def make(
+  model: plugins.Model,
+  routes: Routes,
+  split: Split,
+  *,
+  length: int,
+  origin: Mapping[str, Any],
+  remembered: np.ndarray | None = None,
+) -> Recommender:
+  """A recommender from trained parameters.
 
-  Attributes:
-    history: [B, L] int32, right-aligned, 0 = padding.
-    recent: [B, H] int32, the newest items first, 0 = none.
-    activeness: [B] float32, standardised.
-    own: [T] int32, the users' distinct training items, one after another.
-    starts: [B+1] int32, where a user's begin.
-    place: [B, H] int32, where a recent item lies in `own`; -1 = nowhere.
-    behaviours: [B] int32, activeness itself, for a backbone that reads it.
-  """
-
-  history: Any
-  recent: Any = None
-  activeness: Any = None
-  own: Any = None
-  starts: Any = None
-  place: Any = None
-  behaviours: Any = None
-
-
-def make_scores(
-  model: plugins.Model, *, num_items: int, length: int
-) -> Callable[..., jax.Array]:
-  """Builds the scores of all items, a pure function of trees of arrays.
-
-  A backbone that attends to the candidate takes one user after another, so
-  that its activations are those of one. Rows are not packed.
+  Rows are not packed. A backbone that attends to the candidate takes one user
+  after another, so that its activations are those of one.
 
   Args:
     model: backbone and plugin.
-    num_items: V.
+    routes: the parameters, and whom they serve.
+    split: of the training data.
     length: L.
+    origin: where the parameters come from, as JSON.
+    remembered: [U], how much of each user's history the slots' evidence holds;
+      None = the training prefix.
 
   Returns:
-    (backbone params, plugin params, tables, inputs as a dict) -> [B, V+1],
-    -inf for padding. The tables are those of `tables_of`.
+    The recommender.
   """
+  data = split.interactions
+  ends = {
+    "all": data.lengths,
+    "validation": np.where(split.test >= 0, split.test, data.lengths),
+    "train": split.train_end,
+    _REMEMBERED: split.train_end if remembered is None else remembered,
+  }
+  users = Users(
+    data.user_ids, np.asarray(data.items, np.int32), data.offsets,
+    {key: np.asarray(value, np.int64) for key, value in ends.items()},
+  )
+  tables = {id(s.evidence): _tables(s.evidence) for s in routes.slots}
+  routes = Routes(
+    tuple(s._replace(evidence=tables[id(s.evidence)]) for s in routes.slots),
+    np.asarray(routes.segments, np.int32),
+    np.asarray(routes.of_users, np.int32), tuple(routes.of_new),
+  )
+  return Recommender(
+    jax.jit(_scores(model, data.num_items, length)), routes, users,
+    data.item_ids, training_counts(split).astype(np.float32), length,
+    model.plugin.recent if model.plugin else 0,
+    head_from(split.activeness, routes.segments), dict(origin),
+    model.backbone.reads_activeness,
+  )
+
+
+def _scores(
+  model: plugins.Model, num_items: int, length: int
+) -> Callable[..., jax.Array]:
+  """`Recommender.scores`, a pure function of trees of arrays."""
   model = model._replace(backbone=model.backbone._replace(packed=0))
 
   def scores(
     backbone: PyTree, plugin: PyTree, tables: PyTree, inputs: dict[str, Any]
   ) -> jax.Array:
     frozen = plugins.adapted(model.plugin, plugin, backbone)
-    read = Inputs(**inputs)
-    rows = read.history.shape[0]
-    history = given(model.backbone, read.history, read.behaviours)
-    context = model.backbone.encode(frozen, history, None)
-    states = model.backbone.at(
-      context, jnp.arange(rows), jnp.full(rows, length - 1)
+    rows = inputs["history"].shape[0]
+    history = given(
+      model.backbone, inputs["history"], inputs.get("behaviours")
     )
-    memory, context = _read(tables, read)
+    states = model.backbone.at(
+      model.backbone.encode(frozen, history, None), jnp.arange(rows),
+      jnp.full(rows, length - 1),
+    )
+    memory, context = _read(tables, inputs)
     weights = plugins.Weights(frozen, plugin, memory)
     logits = plugins.logits(model, weights, states, context, None)
     logits = logits[:, : num_items + 1]
     return jnp.where(jnp.arange(num_items + 1) > 0, logits, -jnp.inf)
 
-  def one_by_one(
-    backbone: PyTree, plugin: PyTree, tables: PyTree, inputs: dict[str, Any]
-  ) -> jax.Array:
-    by_row = {k: inputs[k] for k in inputs if k not in ("own", "starts")}
-    if "starts" in inputs:
-      by_row["starts"] = jnp.stack(
-        [inputs["starts"][:-1], inputs["starts"][1:]], -1
-      )
+  def one_by_one(*slot: PyTree) -> jax.Array:
+    *slot, inputs = slot
     shared = {k: inputs[k] for k in ("own",) if k in inputs}
+    by_row = {k: x[:, None] for k, x in inputs.items() if k not in shared}
+    if shared:
+      starts = inputs["starts"]
+      by_row["starts"] = jnp.stack([starts[:-1], starts[1:]], -1)
+    return jax.lax.map(lambda x: scores(*slot, {**x, **shared})[0], by_row)
 
-    def one(row: dict[str, Any]) -> jax.Array:
-      alone = {k: x if k == "starts" else x[None] for k, x in row.items()}
-      return scores(backbone, plugin, tables, {**alone, **shared})[0]
-
-    return jax.lax.map(one, by_row)
-
-  return one_by_one if _attends(model, length) else scores
-
-
-def _attends(model: plugins.Model, length: int) -> bool:
-  """Whether the representation depends on the candidate."""
-
-  def represented(key: jax.Array) -> jax.Array:
-    params = model.backbone.init(key)
-    history = given(
-      model.backbone, jnp.ones((1, length), jnp.int32), jnp.ones(1, jnp.int32)
-    )
-    context = model.backbone.encode(params, history, None)
-    states = model.backbone.at(context, jnp.zeros(1, int), jnp.zeros(1, int))
-    return model.backbone.represent(params, states, jnp.array([0, 1]))
-
-  return jax.eval_shape(represented, jax.random.key(0)).shape[1] == 2
+  return scores if model.backbone.tables else one_by_one
 
 
-def tables_of(memory: Memory | None) -> dict[str, PyTree] | None:
+def _tables(memory: Memory | None) -> dict[str, PyTree] | None:
   """What a plugin's memory holds of items, without that of users."""
   if memory is None:
     return None
@@ -196,74 +203,20 @@ def tables_of(memory: Memory | None) -> dict[str, PyTree] | None:
 
 
 def _read(
-  tables: dict[str, PyTree] | None, read: Inputs
+  tables: dict[str, PyTree] | None, inputs: dict[str, Any]
 ) -> tuple[Memory | None, PluginContext | None]:
   """The memory and context of the B users, who are numbered 0..B-1."""
   if tables is None:
     return None, None
-  rows, recent = read.recent.shape
+  rows, recent = inputs["recent"].shape
   memory = Memory(
     tables["neighbours"], tables["counts"], tables["totals"],
     *tables["relations"], tables["interactions"], tables["popularity"],
-    read.activeness, read.own, read.starts, read.place.reshape(-1),
-    tables["kernel"],
+    inputs["activeness"], inputs["own"], inputs["starts"],
+    inputs["place"].reshape(-1), tables["kernel"],
   )
   place = jnp.arange(rows * recent).reshape(rows, recent)
-  return memory, PluginContext(jnp.arange(rows), read.recent, place)
-
-
-def make(
-  model: plugins.Model,
-  slots: Sequence[plugins.Weights],
-  split: Split,
-  *,
-  segments: np.ndarray,
-  served_by: np.ndarray,
-  newcomers: Sequence[int],
-  length: int,
-  origin: Mapping[str, Any],
-  remembered: np.ndarray | None = None,
-) -> Recommender:
-  """A recommender from trained parameters.
-
-  Args:
-    model: backbone and plugin.
-    slots: parameters by slot, of one plugin each; the evidence is a Memory or
-      None.
-    split: of the training data.
-    segments: [U], by activeness; 1 = head.
-    served_by: [U], each user's slot.
-    newcomers: the slot of somebody new, by segment.
-    length: L.
-    origin: where the parameters come from, as JSON.
-    remembered: [U], how much of each user's history the slots' evidence holds;
-      None = the training prefix.
-
-  Returns:
-    The recommender.
-  """
-  data = split.interactions
-  test = np.where(split.test >= 0, split.test, data.lengths)
-  ends = {
-    "all": data.lengths, "validation": test, "train": split.train_end,
-    _REMEMBERED: split.train_end if remembered is None else remembered,
-  }
-  users = Users(
-    data.user_ids, np.asarray(data.items, np.int32), data.offsets,
-    {key: np.asarray(value, np.int64) for key, value in ends.items()},
-    np.asarray(segments, np.int32), np.asarray(served_by, np.int32),
-  )
-  counts = training_counts(split).astype(np.float32)
-  scores = make_scores(model, num_items=data.num_items, length=length)
-  recent = model.plugin.recent if model.plugin else 0
-  tables = {id(s.evidence): tables_of(s.evidence) for s in slots}
-  return Recommender(
-    jax.jit(scores),
-    tuple(s._replace(evidence=tables[id(s.evidence)]) for s in slots),
-    users, data.item_ids, counts, length, recent,
-    head_from(split.activeness, users.segments), tuple(newcomers),
-    dict(origin), model.backbone.reads_activeness,
-  )
+  return memory, PluginContext(jnp.arange(rows), inputs["recent"], place)
 
 
 def head_from(activeness: np.ndarray, segments: np.ndarray) -> int:
@@ -355,16 +308,13 @@ def of_histories(
   items = 1 + _known(flat, recommender.item_ids, "item", "leave it out")
   ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
   starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
-  index = np.full(len(names), -1)
-  known = recommender.users.ids
-  words = known.dtype.kind != "O"
+  index, known = np.full(len(names), -1), recommender.users.ids
+  text = known.dtype.kind == "O"
   named = [
     k for k, name in enumerate(names)
-    if name is not None and not (words and _is_word(name))
+    if name is not None and (text or not _is_word(name))
   ]
-  if named:
-    given = _as_ids([names[k] for k in named], known, "user")
-    index[named] = _find(given, known)
+  index[named] = _find(_as_ids([names[k] for k in named], known, "user"), known)
   return Requests(names, index, items.astype(np.int32), starts, ends)
 
 
@@ -373,10 +323,9 @@ def _as_ids(values: Sequence[Any], like: np.ndarray, what: str) -> np.ndarray:
   text = like.dtype.kind == "O"
   out = np.empty(len(values), object if text else np.int64)
   for place, value in enumerate(values):
-    good = _is_whole(value) or (
-      isinstance(value, str) and (text or _is_number(value))
-    )
-    if not good or not (text or -(2**63) <= int(value) < 2**63):
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    spelled = isinstance(value, str) and (text or _is_number(value))
+    if not (whole or spelled) or not (text or -(2**63) <= int(value) < 2**63):
       raise InputError(
         f"{what} {value!r} is no {'text' if text else 'integer'}, as the ids "
         f"of the model's {what}s are; give one"
@@ -385,15 +334,9 @@ def _as_ids(values: Sequence[Any], like: np.ndarray, what: str) -> np.ndarray:
   return out
 
 
-def _is_whole(value: Any) -> bool:
-  return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
 def _is_number(text: str) -> bool:
   """Whether a text is an int64's own spelling."""
-  digits = text.removeprefix("-")
-  short = digits.isascii() and digits.isdigit() and len(digits) < 20
-  return short and str(int(text)) == text
+  return re.fullmatch("0|-?[1-9][0-9]{0,18}", text) is not None
 
 
 def _is_word(name: Any) -> bool:
@@ -418,18 +361,12 @@ def _known(
 ) -> np.ndarray:
   """Where the ids are among the known ones; raises InputError for others."""
   ids = _as_ids(values, known, what)
-  if not len(ids):
-    return np.zeros(0, np.int64)
   index = _find(ids, known)
   missing = np.flatnonzero(index < 0)
   if len(missing):
-    first = ids[missing[0]]
-    near = np.searchsorted(known, first)
-    near = known[max(near - 1, 0) : near + 1].tolist()
     raise InputError(
-      f"{what} {values[missing[0]]!r} is unknown to the model (unknown: "
-      f"{len(set(ids[missing].tolist()))} of {len(ids)}; nearest known: "
-      f"{', '.join(map(repr, near))}); check it or {remedy}"
+      f"{what} {values[missing[0]]!r} is unknown to the model (one of "
+      f"{len(missing)} such of {len(ids)}); check it or {remedy}"
     )
   return index
 
@@ -445,7 +382,6 @@ def recommend(
   mask_history: bool = True,
   allow: Sequence[Any] | None = None,
   deny: Sequence[Any] | None = None,
-  on_users: Callable[[int], None] = lambda count: None,
 ) -> pl.DataFrame:
   """The K best items of each request, exactly; ties go to the lower item.
 
@@ -457,7 +393,6 @@ def recommend(
       not only those that the model reads.
     allow: original ids of the only items to recommend; None = all.
     deny: original ids of items never to recommend.
-    on_users: called with the number of requests that were just answered.
 
   Returns:
     A row an item, the requests in order: `request` (its number), `user`
@@ -480,10 +415,11 @@ def recommend(
   items = np.zeros((count, k), np.int32)
   scores = np.full((count, k), -np.inf, np.float32)
   for index, found in _scored(recommender, requests, slots):
-    left = _masked(found, allowed, *_seen(requests, index, mask_history))
-    best = jax.device_get(_top(left, min(_rounded(k), num_items)))
+    found[:, ~allowed] = -np.inf
+    if mask_history:
+      found[_seen(requests, index)] = -np.inf
+    best = jax.device_get(_top(found, min(_rounded(k), num_items)))
     scores[index], items[index] = (x[: len(index), :k] for x in best)
-    on_users(len(index))
   return _table(recommender, requests, segments, slots, items, scores)
 
 
@@ -493,10 +429,10 @@ def route(
   """(segment [n], slot [n]) that serves each request; slot -1 = popularity."""
   users, lengths = requests.users, requests.ends - requests.starts
   head = (lengths >= recommender.head_from).astype(np.int32)
-  of_new = np.asarray(recommender.newcomers)[head]
+  of_new = np.asarray(recommender.routes.of_new)[head]
   known = users >= 0
-  segments = np.where(known, recommender.users.segments[users], head)
-  slots = np.where(known, recommender.users.slots[users], of_new)
+  segments = np.where(known, recommender.routes.segments[users], head)
+  slots = np.where(known, recommender.routes.of_users[users], of_new)
   return segments.astype(np.int32), np.where(lengths > 0, slots, -1)
 
 
@@ -523,28 +459,36 @@ def _allowed(
 
 def _scored(
   recommender: Recommender, requests: Requests, slots: np.ndarray
-) -> Iterator[tuple[np.ndarray, jax.Array]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields (requests [n], scores [>= n, V+1]) of chunks, of one slot each."""
   size = max(_MOST_SCORES // len(recommender.counts), 1)
   size = min(1 << size.bit_length() - 1, _MOST_USERS)
-  popular = np.where(np.arange(len(recommender.counts)), recommender.counts, 0)
   for slot in np.unique(slots):
     own = np.flatnonzero(slots == slot)
     for index in np.split(own, range(size, len(own), size)):
       rows = min(_rounded(len(index)), size)
       if slot < 0:
-        yield index, jnp.broadcast_to(popular, (rows, len(popular)))
+        yield index, np.tile(recommender.counts, (rows, 1))
         continue
       filled = np.pad(index, (0, rows - len(index)), mode="edge")
       inputs = _inputs(recommender, requests, filled)
-      weights = recommender.slots[slot]
-      yield index, recommender.scores(*weights, inputs)
+      weights = recommender.routes.slots[slot]
+      yield index, np.array(recommender.scores(*weights, inputs))
 
 
 def _inputs(
   recommender: Recommender, requests: Requests, index: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """The arrays of `Inputs` of some requests, as a dict."""
+  """What is read of B requests; all but the first where the model asks for it.
+
+  history: [B, L] int32, right-aligned, 0 = padding.
+  behaviours: [B] int32, activeness, for a backbone that reads it.
+  recent: [B, H] int32, the newest items first, 0 = none.
+  activeness: [B] float32, standardised.
+  own: [T] int32, the users' distinct training items, one after another.
+  starts: [B+1] int32, where a user's begin.
+  place: [B, H] int32, where a recent item lies in `own`; -1 = nowhere.
+  """
   recent = recommender.recent
   inputs = {"history": _last(requests, index, recommender.length)}
   users = recommender.users
@@ -587,18 +531,13 @@ def _last(requests: Requests, index: np.ndarray, count: int) -> np.ndarray:
 
 
 def _seen(
-  requests: Requests, index: np.ndarray, mask: bool
+  requests: Requests, index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(row, item) of the history items to leave out, filled up with none."""
-  lengths = (requests.ends - requests.starts)[index] * mask
-  rows = np.repeat(np.arange(len(index)), lengths)
-  first = np.repeat(np.cumsum(lengths) - lengths, lengths)
-  at = np.repeat(requests.starts[index], lengths) + np.arange(len(rows)) - first
-  missing = _rounded(len(rows)) - len(rows)
-  pad = lambda x, value: np.pad(
-    x.astype(np.int32), (0, missing), constant_values=value
-  )
-  return pad(rows, np.iinfo(np.int32).max), pad(requests.items[at], 0)
+  """(row, item) of everything in some histories."""
+  lengths = (requests.ends - requests.starts)[index]
+  row = np.repeat(np.arange(len(index)), lengths)
+  first = (requests.starts[index] - np.cumsum(lengths) + lengths)[row]
+  return row, requests.items[first + np.arange(len(row))]
 
 
 def _rounded(size: int) -> int:
@@ -608,15 +547,6 @@ def _rounded(size: int) -> int:
   that vary by themselves go into one program, but for the rows.
   """
   return 4 ** (((size - 1).bit_length() + 1) // 2) if size > 1 else 1
-
-
-@jax.jit
-def _masked(
-  scores: jax.Array, allowed: jax.Array, row: jax.Array, item: jax.Array
-) -> jax.Array:
-  """The scores, -inf for items that may not be."""
-  scores = jnp.where(allowed, scores, -jnp.inf)
-  return scores.at[row, item].set(-jnp.inf, mode="drop")
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -649,7 +579,7 @@ def _table(
   })
 
 
-# The portable file.
+# The portable file: an uncompressed zip, whose sums find damage.
 
 
 def save(
@@ -670,37 +600,46 @@ def save(
   Raises:
     WriteError: if it cannot be written; the file is then as it was.
   """
-  slots, arrays = _flat(recommender.slots)
-  users = recommender.users
+  users, routes = recommender.users, recommender.routes
+  slots, arrays = _flat(routes.slots)
   arrays["histories/items"] = users.items
   arrays["histories/offsets"] = users.offsets
   ends = {f"end_{key}": value for key, value in users.ends.items()}
-  tables = {
-    "users.parquet": {
-      "user": users.ids.tolist(), "segment": users.segments,
-      "slot": users.slots, **ends,
-    },
-    "items.parquet": {
-      "item": recommender.item_ids.tolist(),
-      "interactions": recommender.counts[1:],
-    },
-  }
-  archives.write(path, {
+  _write(path, {
     "format": FORMAT, "schema": SCHEMA,
-    "versions": {x.__name__: x.__version__ for x in (jax, jaxlib, np, pl)},
     "platforms": list(platforms), "length": recommender.length,
     "recent": recommender.recent, "head_from": recommender.head_from,
-    "newcomers": list(recommender.newcomers), "slots": slots,
+    "newcomers": list(routes.of_new), "slots": slots,
     "arrays": {
       name: {"dtype": str(array.dtype), "shape": list(array.shape)}
       for name, array in arrays.items()
     },
     "origin": recommender.origin,
   }, {
-    "program.jax": _export(recommender, platforms).serialize(),
-    **{name: _bytes(array) for name, array in arrays.items()},
-    **{name: _parquet(columns) for name, columns in tables.items()},
+    "program.jax": _export(recommender, platforms),
+    **{
+      name: array.astype(array.dtype.newbyteorder("<")).tobytes()
+      for name, array in arrays.items()
+    },
+    "users.parquet": _parquet({
+      "user": users.ids.tolist(), "segment": routes.segments,
+      "slot": routes.of_users, **ends,
+    }),
+    "items.parquet": _parquet({
+      "item": recommender.item_ids.tolist(),
+      "interactions": recommender.counts[1:],
+    }),
   })
+
+
+def _write(
+  path: epath.PathLike, manifest: dict[str, Any], members: dict[str, bytes]
+) -> None:
+  """Writes an archive, of the same bytes for the same content."""
+  text = json.dumps({**manifest, "members": list(members)}, indent=1)
+  with disk.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+    for name, data in {"manifest.json": text, **members}.items():
+      archive.writestr(zipfile.ZipInfo(name), data)  # the same date always
 
 
 def _flat(
@@ -720,9 +659,7 @@ def _flat(
   return numbers, arrays
 
 
-def _export(
-  recommender: Recommender, platforms: Sequence[str]
-) -> jax.export.Exported:
+def _export(recommender: Recommender, platforms: Sequence[str]) -> bytes:
   """The program for B users with T training items in all, both symbolic."""
   rows, items = jax.export.symbolic_shape("b, t")
   recent = recommender.recent
@@ -738,29 +675,16 @@ def _export(
     }
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    tuple(recommender.slots[0]),
+    tuple(recommender.routes.slots[0]),
   )
   export = jax.export.export(recommender.scores, platforms=platforms)
-  with _without_locations():
-    return export(*like, inputs)
-
-
-@contextlib.contextmanager
-def _without_locations() -> Iterator[None]:
-  """Programs lowered meanwhile do not say which files they come from."""
-  name = "jax_traceback_in_locations_limit"
+  limit = "jax_traceback_in_locations_limit"
   before = jax.config.jax_traceback_in_locations_limit
-  jax.config.update(name, 0)
+  jax.config.update(limit, 0)  # the program names none of our files
   try:
-    yield
+    return export(*like, inputs).serialize()
   finally:
-    jax.config.update(name, before)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-  """The little-endian bytes of an array, flat."""
-  array = np.ascontiguousarray(array)
-  return array.astype(array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    jax.config.update(limit, before)
 
 
 def _parquet(columns: dict[str, Any]) -> bytes:
@@ -782,31 +706,33 @@ def load(path: epath.PathLike) -> Recommender:
     InputError: if the file is absent or damaged, or made for another platform
       or by a version that cannot be read.
   """
-  manifest, members = archives.read(path)
-  with disk.reading(path, f"export the job again with jax {jax.__version__}"):
-    _check(path, manifest)
-    return _from_members(path, manifest, members)
-
-
-def _check(path: epath.PathLike, manifest: dict[str, Any]) -> None:
-  """Raises InputError for a file of another kind, or for other devices."""
-  kind = manifest["format"], manifest["schema"]
-  if kind != (FORMAT, SCHEMA):
-    raise InputError(
-      f"{path} is of format {kind[0]!r}, schema {kind[1]!r}, and not "
-      f"{FORMAT!r}, {SCHEMA}; export the job again"
-    )
-  here = jax.export.default_export_platform()
-  if here not in manifest["platforms"]:
-    raise InputError(
-      f"{path} is for {manifest['platforms']} and this process runs on "
-      f"{here!r}; use one of these"
-    )
+  path = disk.place("path", path)
+  if not path.is_file():
+    raise InputError(f"{path} does not exist or is no file; check the path")
+  remedy = f"copy it again, or export the job again with jax {jax.__version__}"
+  with disk.reading(path, remedy):
+    archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    manifest = json.loads(archive.read("manifest.json"))
+    kind = manifest["format"], manifest["schema"]
+    if kind != (FORMAT, SCHEMA):
+      raise InputError(
+        f"{path} is of format {kind[0]!r}, schema {kind[1]!r}, and not "
+        f"{FORMAT!r}, {SCHEMA}; export the job again"
+      )
+    here = jax.export.default_export_platform()
+    if here not in manifest["platforms"]:
+      raise InputError(
+        f"{path} is for {manifest['platforms']} and this process runs on "
+        f"{here!r}; use one of these"
+      )
+    members = {name: archive.read(name) for name in manifest["members"]}
+    return _from_members(manifest, members)
 
 
 def _from_members(
-  path: epath.PathLike, manifest: dict[str, Any], members: dict[str, bytes]
+  manifest: dict[str, Any], members: dict[str, bytes]
 ) -> Recommender:
+  """Raises an exception of any kind where the members do not fit together."""
   exported = jax.export.deserialize(bytearray(members["program.jax"]))
   with disk.unheard():
     exported.mlir_module()  # which raises where the program cannot be read
@@ -819,35 +745,23 @@ def _from_members(
   users = _columns(members["users.parquet"], len(offsets) - 1, _USERS)
   items = _columns(members["items.parquet"], num_items, _ITEMS)
   args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-  program = jax.jit(exported.call)
-
-  def scores(*inputs: Any) -> jax.Array:
-    try:
-      return program(*inputs)
-    except (TypeError, ValueError, jax.errors.JaxRuntimeError) as error:
-      if "RESOURCE_EXHAUSTED" in str(error):
-        raise
-      raise InputError(
-        f"{path} has a program that does not run "
-        f"({' '.join(str(error).split())[:200]}); export the job again"
-      ) from error
-
   made = Recommender(
-    scores,
-    _slots(manifest["slots"], arrays, args),
+    jax.jit(exported.call),
+    Routes(
+      _slots(manifest["slots"], arrays, args), users["segment"].to_numpy(),
+      users["slot"].to_numpy(), tuple(manifest["newcomers"]),
+    ),
     Users(
       _ids(users["user"]), arrays["histories/items"], offsets,
       {
         key: users[f"end_{key}"].to_numpy() for key in (*PREFIXES, _REMEMBERED)
         if key in PREFIXES or f"end_{key}" in users
       },
-      users["segment"].to_numpy(), users["slot"].to_numpy(),
     ),
     _ids(items["item"]),
     np.concatenate([np.zeros(1, np.float32), items["interactions"].to_numpy()]),
     manifest["length"], manifest["recent"], manifest["head_from"],
-    tuple(manifest["newcomers"]), manifest["origin"],
-    "behaviours" in args[3],
+    manifest["origin"], "behaviours" in args[3],
   )
   _check_contents(made, exported.out_avals, args[3])
   return made
@@ -858,16 +772,15 @@ def _check_contents(
 ) -> None:
   """Raises ValueError for the first thing in which two parts disagree."""
   users, num_items = made.users, len(made.item_ids)
+  slots, segments, of_users, of_new = made.routes
   lengths = np.diff(users.offsets)
-  tables = [slot.evidence for slot in made.slots if slot.evidence is not None]
+  tables = [slot.evidence for slot in slots if slot.evidence is not None]
   related = [t["relations"][0] for t in tables if t["relations"] is not None]
   within = lambda x, low, high: x.size and low <= x.min() and x.max() <= high
-  asked = {"history"}
-  if made.reads_activeness:
-    asked |= {"behaviours"}
+  asked = {"history"} | {"behaviours"} & inputs.keys()
   if made.recent:
     asked |= {"recent", "activeness", "own", "starts", "place"}
-  whole = made.length, made.recent, made.head_from, *made.newcomers
+  whole = made.length, made.recent, made.head_from, *of_new
   for what, holds in {
     "a number is not whole": all(type(x) is int for x in whole),
     "the program takes other inputs": inputs.keys() == asked,
@@ -885,16 +798,16 @@ def _check_contents(
     "a prefix ends outside of its history": all(
       np.all((0 <= end) & (end <= lengths)) for end in users.ends.values()
     ),
-    "a segment is unknown": within(users.segments, 0, 1),
-    "a slot is unknown": within(users.slots, 0, len(made.slots) - 1)
-    and within(np.array(made.newcomers), 0, len(made.slots) - 1)
-    and len(made.newcomers) == 2,
+    "a segment is unknown": within(segments, 0, 1),
+    "a slot is unknown": within(of_users, 0, len(slots) - 1)
+    and within(np.array(of_new), 0, len(slots) - 1)
+    and len(of_new) == 2,
     "a neighbour is an unknown item": all(
       within(x, 0, num_items)
       for x in [*related, *(t["neighbours"] for t in tables)] if x.size
     ),
     "a number is not finite": all(
-      jnp.isfinite(x).all() for x in jax.tree.leaves((made.slots, made.counts))
+      jnp.isfinite(x).all() for x in jax.tree.leaves((slots, made.counts))
     ),
   }.items():
     if not holds:

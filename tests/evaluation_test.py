@@ -203,17 +203,6 @@ def sasrec():
   return Model(backbone, plugin), Weights(params, plugins)
 
 
-@pytest.mark.parametrize("item_chunk", [100, 16, 9])
-def test_ranks_do_not_depend_on_the_chunks(
-  sequences, requests, sasrec, item_chunk
-):
-  model, weights = sasrec
-  sizes = {"num_items": ITEMS, "length": LENGTH}
-  want = make_ranker(model, **sizes)(weights, sequences, requests)
-  rank = make_ranker(model, **sizes, item_chunk=item_chunk)
-  _assert_equal(rank(weights, sequences, requests), want)
-
-
 @pytest.mark.parametrize("item_chunk", [6000, 2500])
 def test_ranks_are_those_of_other_chunks_to_the_last_bit(item_chunk):
   """All items score alike but for rounding, so ranks show every bit of it."""

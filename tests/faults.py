@@ -34,7 +34,7 @@ from experiments import (
   summaries,
   workdir,
 )
-from pin_jax import archives
+from pin_jax import serving
 from pin_jax.training import loop, steps
 from pin_jax.training.checkpoints import Checkpoints
 from tests import events, tiny
@@ -223,7 +223,7 @@ OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
   "recommendations": lambda job, to: serve.writer(
     to / "recs.parquet"
   )(_JOB_ROWS),
-  "exported model": lambda job, to: archives.write(
+  "exported model": lambda job, to: serving._write(
     to / "m.pin", {}, {"x": bytes(9000)}
   ),
 }

@@ -16,7 +16,6 @@ LEVELS = {
   "pin_jax": 0,
   "pin_jax.types": 0,
   "pin_jax.disk": 0,
-  "pin_jax.archives": 0,
   "pin_jax.aggregation": 0,
   "pin_jax.data": 1,
   "pin_jax.models": 1,

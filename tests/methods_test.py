@@ -197,7 +197,7 @@ def test_refit_moves_backbones_and_leaves_gates(refitted):
     made.read(stage)
   best = {name: runs[0].best for name, runs in made.trained.items()}
   for k, slot in enumerate(
-    serve.recommender(refitted, method="joint_plugins").slots
+    serve.recommender(refitted, method="joint_plugins").routes.slots
   ):
     own = jax.tree.map(lambda x, k=k: x[k], best["joint/plugins"])
     jax.tree.map(np.testing.assert_array_equal, slot.plugins, own)

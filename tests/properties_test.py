@@ -131,8 +131,8 @@ def test_ids_are_stored_and_found_as_they_are(ids, on_disk):
     want = sorted(set(ids))
     assert data.user_ids.tolist() == data.item_ids.tolist() == want
     users = serving.Users(data.user_ids, *[np.arange(len(want) + 1)] * 2,
-                          {"all": np.zeros(len(want), int)}, None, None)
-    known = serving.Recommender(None, (), users, *[None] * 7)
+                          {"all": np.zeros(len(want), int)})
+    known = serving.Recommender(None, None, users, *[None] * 6)
     for form in (lambda x: x, str):
       found = serving.of_users(known, [form(x) for x in ids])
       assert found.names == ids

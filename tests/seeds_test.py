@@ -440,7 +440,7 @@ def test_every_stage_trains_seeds_at_once(tmp_path):
     jobs.append(run_job(config, tmp_path / str(num_seeds)))
   assert_jobs_equal(*jobs)
   served = [
-    serve.recommender(tmp_path / n, method="pin_exact", seed=1).slots
+    serve.recommender(tmp_path / n, method="pin_exact", seed=1).routes.slots
     for n in ("1", "2")
   ]
   assert_trees_close(*served, 1e-3)

@@ -16,9 +16,9 @@ def _knowing(ids):
   """A recommender of these users and items, without a model."""
   data = from_columns(ids, ids)
   users = serving.Users(
-    data.user_ids, data.items, data.offsets, {"all": data.lengths}, None, None
+    data.user_ids, data.items, data.offsets, {"all": data.lengths}
   )
-  return serving.Recommender(None, (), users, data.item_ids, *[None] * 6)
+  return serving.Recommender(None, None, users, data.item_ids, *[None] * 5)
 
 
 ODD = [" a", "a", "a ", "\ta", "\x0ba", "a\u2028b", "\xa0", "[a]", "7", "07"]

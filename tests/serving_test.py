@@ -1,6 +1,5 @@
 """Serving: routing, exact top K, agreement with the evaluation, the file."""
 
-import hashlib
 import io
 import json
 import operator
@@ -18,7 +17,7 @@ import pytest
 import rich.console
 
 from experiments import serve
-from pin_jax import archives, serving
+from pin_jax import serving
 from pin_jax.data import activeness, batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
@@ -94,8 +93,8 @@ def made():
     )
     slots = [weights._replace(plugins=x) for x in own]
     out[case] = model, weights, serving.make(
-      model, slots, SPLIT, segments=SEGMENTS, served_by=SEGMENTS,
-      newcomers=(0, 1), length=L, origin={"case": case},
+      model, serving.Routes(slots, SEGMENTS, SEGMENTS, (0, 1)), SPLIT,
+      length=L, origin={"case": case},
     )
   return out
 
@@ -194,7 +193,7 @@ def test_programs_do_not_grow_with_what_varies_from_call_to_call(made, case):
   scores = jax.jit(made[case][2].scores.__wrapped__)
   recommender = made[case][2]._replace(scores=scores)
   rng = np.random.default_rng(0)
-  programs = serving._top, serving._masked, scores
+  programs = serving._top, scores
   before = [program._cache_size() for program in programs]
   for k in range(1, V + 1):
     users, length = 1 + k % 7, rng.integers(1, 40)
@@ -207,7 +206,7 @@ def test_programs_do_not_grow_with_what_varies_from_call_to_call(made, case):
   grown = [p._cache_size() - b for p, b in zip(programs, before, strict=True)]
   # 1, 4 or 16 rows; lists of 1, 4, 16 or V; 1 .. 256 items.
   assert grown[0] <= 3 * 4
-  assert max(grown[1:]) <= 3 * 5
+  assert grown[1] <= 3 * 5
 
 
 def test_lists_of_given_histories(made):
@@ -375,7 +374,7 @@ def test_the_file_holds_what_the_documents_say(saved):
   assert str(program.out_avals[0].shape) == "(b, 24)"
   assert users["user"].to_list() == SPLIT.interactions.user_ids.tolist()
   assert users["segment"].to_list() == SEGMENTS.tolist()
-  assert manifest["versions"]["jax"] == jax.__version__
+  assert manifest["origin"] == {"case": "din gated"}
 
 
 def test_two_exports_are_the_same_bytes_and_name_no_path(made, saved, tmp_path):
@@ -394,33 +393,43 @@ def refused(path):
   return text
 
 
-def test_any_damage_is_noticed(saved, tmp_path):
+def same(one, two):
+  """Whether two recommenders are equal in all but their programs' objects."""
+  one, two = (jax.tree.leaves(x._replace(scores=None)) for x in (one, two))
+  return len(one) == len(two) and all(map(np.array_equal, one, two))
+
+
+def test_no_damage_gives_another_model(saved, tmp_path):
+  """Refused, but for bits of the archive that nobody reads, such as a date."""
   whole = (saved / "hstu-lora.pin").read_bytes()
   path = tmp_path / "damaged.pin"
   rng = np.random.default_rng(0)
-  ends = [0, 1, 30, len(whole) - 1, len(whole) - 65, len(whole) - 80]
+  of_archive = whole.rindex(b"PK\1\2")  # the last member's entry
+  ends = [0, 1, 30, *range(of_archive, len(whole))]
+  unread, meant = 0, serving.load(saved / "hstu-lora.pin")
   for at in [*ends, *rng.integers(0, len(whole), 200)]:
     flipped = bytearray(whole)
     flipped[at] ^= 1 << int(rng.integers(8))
     path.write_bytes(flipped)
-    assert "damaged" in refused(path)
+    try:
+      assert same(serving.load(path), meant)
+      unread += 1
+    except InputError:
+      assert "damaged" in refused(path)
+  assert unread < 60
   for size in [0, 10, 64, *rng.integers(0, len(whole), 20), len(whole) - 1]:
     path.write_bytes(whole[:size])
     assert "damaged" in refused(path)
 
 
-def rewritten(source, target, change, compression=zipfile.ZIP_STORED):
-  """A file whose members are changed, with a seal that is right."""
+def rewritten(source, target, change):
+  """A file whose members are changed."""
   with zipfile.ZipFile(source) as archive:
     members = {name: archive.read(name) for name in archive.namelist()}
   change(members)
-  with zipfile.ZipFile(target, "w", compression) as archive:
-    archive.comment = b"0" * 64
+  with zipfile.ZipFile(target, "w") as archive:
     for name, data in members.items():
       archive.writestr(name, data)
-  with target.open("r+b") as file:
-    seal = archives._seal(file)
-    file.write(seal)
   return target
 
 
@@ -432,37 +441,9 @@ def in_manifest(**values):
   return change
 
 
-def test_a_changed_archive_is_refused_for_what_it_is(saved, tmp_path):
-  def told(change, **options):
-    path = tmp_path / "changed.pin"
-    rewritten(saved / "gru4rec-memory.pin", path, change, **options)
-    return refused(path)
-
-  assert "items.parquet is missing" in told(lambda m: m.pop("items.parquet"))
-  assert "has no manifest" in told(lambda m: m.pop("manifest.json"))
-  assert "program.jax does not match" in told(
-    lambda m: m.update({"program.jax": b"x"})
-  )
-  nothing = lambda m: None
-  assert "compressed" in told(nothing, compression=zipfile.ZIP_DEFLATED)
-  assert "schema 9" in told(in_manifest(schema=9))
-  assert "runs on 'cpu'" in told(in_manifest(platforms=["tpu"]))
-  assert "export the job again" in told(in_manifest(arrays={}))
-  assert "export the job again" in told(in_manifest(slots=[[0]]))
-  path = tmp_path / "text.pin"
-  path.write_text("no archive " * 20)
-  assert "damaged" in refused(path)
-
-
-def resealed(name, change):
-  """A change of one member under sums that are right."""
-
+def in_member(name, change):
   def harm(members):
     members[name] = change(members[name])
-    manifest = json.loads(members["manifest.json"])
-    digest = hashlib.sha256(members[name]).hexdigest()
-    manifest["members"][name]["sha256"] = digest
-    members["manifest.json"] = json.dumps(manifest).encode()
 
   return harm
 
@@ -492,34 +473,42 @@ def first(value):
 
 
 CONTENTS = {
+  "a member is missing": (lambda m: m.pop("items.parquet"), "items.parquet"),
+  "no manifest": (lambda m: m.pop("manifest.json"), "manifest.json"),
+  "another schema": (in_manifest(schema=9), "schema 9"),
+  "another platform": (in_manifest(platforms=["tpu"]), "runs on 'cpu'"),
+  "no arrays": (in_manifest(arrays={}), "export the job again"),
+  "no slots": (in_manifest(slots=[[0]]), "export the job again"),
   "a history ends beyond all": (
-    resealed("histories/offsets", values("<i8", -1, 1 << 40)), "end to end"),
+    in_member("histories/offsets", values("<i8", -1, 1 << 40)), "end to end"),
   "offsets fall": (
-    resealed("histories/offsets", values("<i8", 3, 0)), "end to end"),
+    in_member("histories/offsets", values("<i8", 3, 0)), "end to end"),
   "offsets begin late": (
-    resealed("histories/offsets", values("<i8", 0, 1)), "end to end"),
+    in_member("histories/offsets", values("<i8", 0, 1)), "end to end"),
   "item 0": (
-    resealed("histories/items", values("<i4", 5, 0)), "unknown item"),
+    in_member("histories/items", values("<i4", 5, 0)), "unknown item"),
   "item V+1": (
-    resealed("histories/items", values("<i4", 5, V + 1)), "unknown item"),
+    in_member("histories/items", values("<i4", 5, V + 1)), "unknown item"),
   "a neighbour": (
-    resealed("evidence/2/3.neighbours", values("<i4", 7, -9)), "neighbour"),
+    in_member("evidence/2/3.neighbours", values("<i4", 7, -9)), "neighbour"),
   "nan": (
-    resealed("histories/items", values("<f4", 0, np.nan)), "unknown item"),
-  "a slot": (resealed("users.parquet", columns(slot=first(2))), "slot"),
-  "a segment": (resealed("users.parquet", columns(segment=first(-1))), "segm"),
-  "a prefix": (resealed("users.parquet", columns(end_all=first(99))), "prefix"),
-  "no end": (resealed("users.parquet", columns(end_all=first(None))), "gaps"),
+    in_member("histories/items", values("<f4", 0, np.nan)), "unknown item"),
+  "a slot": (in_member("users.parquet", columns(slot=first(2))), "slot"),
+  "a segment": (in_member("users.parquet", columns(segment=first(-1))), "segm"),
+  "a prefix": (
+    in_member("users.parquet", columns(end_all=first(99))), "prefix"),
+  "no end": (in_member("users.parquet", columns(end_all=first(None))), "gaps"),
   "users twice": (
-    resealed("users.parquet", columns(user=lambda x: [7] * len(x))), "ascend"),
+    in_member("users.parquet", columns(user=lambda x: [7] * len(x))), "ascend"),
   "a huge id": (
-    resealed("items.parquet", columns(item=lambda x: ["x" * 10**7] * len(x))),
+    in_member("items.parquet", columns(item=lambda x: ["x" * 10**7] * len(x))),
     "ascend"),
   "ids of another type": (
-    resealed("users.parquet", columns(user=lambda x: [0.5] * len(x))), "Float"),
+    in_member("users.parquet", columns(user=lambda x: [0.5] * len(x))),
+    "Float"),
   "counts": (
-    resealed("items.parquet", columns(interactions=first(np.inf))), "finite"),
-  "program": (resealed("program.jax", lambda data: data[:-900]), "export the"),
+    in_member("items.parquet", columns(interactions=first(np.inf))), "finite"),
+  "program": (in_member("program.jax", lambda data: data[:-900]), "export the"),
   "length": (in_manifest(length=10**9), "another length"),
   "recent": (in_manifest(recent=10**9), "another length"),
   "no recent": (in_manifest(recent=0), "other inputs"),

@@ -25,32 +25,6 @@ def _pair(num_users=300, seed=0):
   return base, base * rng.uniform(0.6, 1.7, num_users)
 
 
-def _numpy_percentile(statistic, num_users, resamples=2000, seed=99):
-  rng = np.random.default_rng(seed)
-  values = [
-    statistic(rng.integers(0, num_users, num_users)) for _ in range(resamples)
-  ]
-  return np.percentile(values, [2.5, 97.5])
-
-
-def test_relative_change_equals_a_numpy_bootstrap():
-  base, other = _pair()
-  got = statistics.relative_change(base, other)
-  want = _numpy_percentile(lambda i: other[i].mean() / base[i].mean() - 1, 300)
-  width = want[1] - want[0]
-  assert got.estimate == pytest.approx(other.mean() / base.mean() - 1)
-  np.testing.assert_allclose([got.low, got.high], want, atol=0.08 * width)
-
-
-def test_mean_interval_equals_a_numpy_bootstrap():
-  values, _ = _pair()
-  got = statistics.mean_interval(values)
-  want = _numpy_percentile(lambda i: values[i].mean(), 300)
-  width = want[1] - want[0]
-  assert got.estimate == pytest.approx(values.mean())
-  np.testing.assert_allclose([got.low, got.high], want, atol=0.08 * width)
-
-
 def test_pairing_makes_the_interval_narrow():
   base, _ = _pair()
   other = 1.1 * base
@@ -61,20 +35,6 @@ def test_pairing_makes_the_interval_narrow():
   assert broken.high - broken.low > 0.1
 
 
-def test_interval_covers_the_truth_about_95_times_in_100():
-  truth, hits, trials = 0.1, 0, 400
-  for seed in range(trials):
-    rng = np.random.default_rng(seed)
-    base = rng.uniform(0, 2, 80)
-    other = 1.1 * base + rng.normal(0, 0.5, 80)
-    change = statistics.relative_change(
-      base, other, num_resamples=300, seed=seed
-    )
-    hits += change.low <= truth <= change.high
-  spread = math.sqrt(0.95 * 0.05 / trials)
-  assert abs(hits / trials - 0.95) < 3.5 * spread
-
-
 def test_higher_confidence_is_wider():
   base, other = _pair()
   wide = statistics.relative_change(base, other, confidence=0.99)
@@ -82,20 +42,16 @@ def test_higher_confidence_is_wider():
   assert wide.low < narrow.low < narrow.high < wide.high
 
 
-def test_leading_axes_share_their_resamples():
+def test_leading_axes_share_their_resamples_and_batches_change_nothing(
+  monkeypatch
+):
   base, other = np.stack([_pair(seed=s) for s in range(6)], axis=1)
   base, other = base.reshape(2, 3, -1), other.reshape(2, 3, -1)
   together = statistics.relative_change(base, other)
+  monkeypatch.setattr(statistics, "_BATCH_ELEMENTS", 10 * base.shape[-1])
   assert together.low.shape == (2, 3)
   alone = statistics.relative_change(base[1, 2], other[1, 2])
   np.testing.assert_allclose([field[1, 2] for field in together], alone)
-
-
-def test_batches_do_not_change_the_result(monkeypatch):
-  base, other = _pair()
-  whole = statistics.relative_change(base, other)
-  monkeypatch.setattr(statistics, "_BATCH_ELEMENTS", 10 * len(base))
-  np.testing.assert_allclose(statistics.relative_change(base, other), whole)
 
 
 def test_result_follows_from_the_seed():
@@ -119,14 +75,6 @@ def test_rows_of_a_user_are_averaged_before_resampling():
   np.testing.assert_allclose(got, want)
 
 
-def test_repeated_rows_do_not_narrow_the_interval():
-  values, _ = _pair(50)
-  users = np.arange(50)
-  once = statistics.mean_interval(values, users=users)
-  thrice = statistics.mean_interval(np.tile(values, 3), users=np.tile(users, 3))
-  np.testing.assert_allclose(thrice, once)
-
-
 @pytest.mark.parametrize("num_users", [0, 1])
 def test_fewer_than_two_users_have_no_interval(num_users):
   ones = np.ones(num_users)
@@ -137,12 +85,6 @@ def test_fewer_than_two_users_have_no_interval(num_users):
     assert (change.estimate, mean.estimate) == (1, 1)
   else:
     assert np.isnan([change.estimate, mean.estimate]).all()
-
-
-def test_two_seeds_of_one_user_are_one_user():
-  change = statistics.relative_change([1.0, 2], [2.0, 4], users=[7, 7])
-  assert change.estimate == 1
-  assert math.isnan(change.low)
 
 
 @pytest.mark.parametrize("other", [np.zeros(20), np.ones(20)])
@@ -419,17 +361,6 @@ def test_gap_equals_a_numpy_loop():
   np.testing.assert_allclose(statistics.gap(tail, head).estimate, -got.estimate)
 
 
-def test_gap_of_two_means_agrees_with_scipys_welch_interval():
-  rng = np.random.default_rng(6)
-  head, tail = rng.normal(2, 1, 300), rng.normal(1, 2, 400)
-  want = scipy.stats.ttest_ind(head, tail, equal_var=False)
-  want = want.confidence_interval(0.95)
-  got = statistics.gap(head[None], tail[None], num_resamples=6000)
-  np.testing.assert_allclose(
-    got[1:], [want.low, want.high], atol=0.06 * (want.high - want.low)
-  )
-
-
 def test_worst_group_by_hand():
   groups = [np.full((2, 5), 0.3), np.full((2, 4), 0.1), np.full((2, 3), 0.2)]
   worst = statistics.worst_group(groups)
@@ -486,16 +417,6 @@ def test_holm_is_the_closed_test_of_bonferroni():
       for i in range(5)
     ]
     np.testing.assert_allclose(statistics.holm(p), want)
-
-
-def test_holm_keeps_the_family_wise_error():
-  rng = np.random.default_rng(1)
-  false = 0
-  for _ in range(2000):
-    z = 0.7 * rng.normal() + math.sqrt(0.51) * rng.normal(size=6)
-    p = scipy.stats.norm.sf(z)
-    false += statistics.holm(p).min() < 0.05
-  assert false / 2000 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 2000)
 
 
 # Power.

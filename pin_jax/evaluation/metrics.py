@@ -68,13 +68,13 @@ def hit_rate(ranks: ArrayLike, k: float) -> np.ndarray:
 
   Args:
     ranks: of any shape, 1 is best, fractions allowed.
-    k: cutoff K.
+    k: cutoff K, at least 1.
 
   Returns:
     float64 values of the shape of `ranks`.
 
   Raises:
-    InputError: if a rank or the cutoff is below 1 or NaN.
+    InputError: if a rank or the cutoff is below 1 or NaN; so do all metrics.
   """
   ranks = _checked(ranks, k)
   return (ranks <= k).astype(np.float64)
@@ -85,35 +85,14 @@ def ndcg(ranks: ArrayLike, k: float) -> np.ndarray:
 
   A tied target is discounted at its average rank. Averaging the discounts of
   the tied places instead, as scikit-learn does, gives a value that is at least
-  as high where the cutoff does not bind.
-
-  Args:
-    ranks: of any shape, 1 is best, fractions allowed.
-    k: cutoff K.
-
-  Returns:
-    float64 values of the shape of `ranks`.
-
-  Raises:
-    InputError: if a rank or the cutoff is below 1 or NaN.
+  as high where the cutoff does not bind. Arguments are those of `hit_rate`.
   """
   ranks = _checked(ranks, k)
   return np.where(ranks <= k, 1 / np.log2(1 + ranks), 0.0)
 
 
 def reciprocal_rank(ranks: ArrayLike, k: float = math.inf) -> np.ndarray:
-  """MRR@K: 1 / rank where rank <= K, else 0.
-
-  Args:
-    ranks: of any shape, 1 is best, fractions allowed.
-    k: cutoff K; infinite (no cutoff) by default.
-
-  Returns:
-    float64 values of the shape of `ranks`.
-
-  Raises:
-    InputError: if a rank or the cutoff is below 1 or NaN.
-  """
+  """MRR@K: 1 / rank where rank <= K, else 0; arguments as of `hit_rate`."""
   ranks = _checked(ranks, k)
   return np.where(ranks <= k, 1 / ranks, 0.0)
 
@@ -149,34 +128,6 @@ def user_auc(ranks: ArrayLike, candidates: ArrayLike) -> np.ndarray:
   return (candidates - ranks) / (candidates - 1)
 
 
-def group_auc(aucs: ArrayLike, impressions: ArrayLike) -> float:
-  """GAUC: mean of the users' AUC, weighted by their impressions.
-
-  With as many impressions for every user it is the plain mean.
-
-  Args:
-    aucs: [U] AUC of each user.
-    impressions: [U] number of candidates behind it.
-
-  Returns:
-    The weighted mean.
-
-  Raises:
-    InputError: if shapes differ or there is no impression.
-
-  Reference:
-    Zhu et al., KDD 2017 (optimized cost per click); Zhou et al., KDD 2018
-    (DIN), equation of GAUC.
-  """
-  shapes, total = (np.shape(aucs), np.shape(impressions)), np.sum(impressions)
-  if shapes[0] != shapes[1] or not total > 0:
-    raise InputError(
-      f"aucs has shape {shapes[0]}, impressions {shapes[1]} with a sum of "
-      f"{total}; pass as many of both, and at least one impression"
-    )
-  return float(np.average(np.asarray(aucs, np.float64), weights=impressions))
-
-
 def auc_components(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
   """A value a user whose mean over users is the AUC of all impressions pooled.
 
@@ -202,24 +153,24 @@ def auc_components(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
     DeLong et al., Biometrics 1988 (the components); Obuchowski, Biometrics
     1997 (clusters). Averaging them by user is ours.
   """
-  _check_impressions(positive, negatives)
-  positive = np.nan_to_num(
-    np.asarray(positive, np.float64), nan=-np.inf, posinf=np.inf, neginf=-np.inf
-  )
-  negatives = np.nan_to_num(
-    np.asarray(negatives, np.float64), nan=np.inf, posinf=np.inf, neginf=-np.inf
-  )
+  positive, negatives = _impressions(positive, negatives)
+  positive = np.where(np.isnan(positive), -np.inf, positive)
+  negatives = np.where(np.isnan(negatives), np.inf, negatives)
   below = _share_below(np.sort(negatives, axis=None), positive)
   above = 1 - _share_below(np.sort(positive), negatives)
   return below + above.mean(-1) - below.mean()
 
 
-def _check_impressions(positive: ArrayLike, negatives: ArrayLike) -> None:
+def _impressions(
+  positive: ArrayLike, negatives: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
+  """Scores as float64 [N] and [N, C]."""
   ours, theirs = np.shape(positive), np.shape(negatives)
   if len(theirs) != 2 or ours != theirs[:1]:
     raise InputError(
       f"positive has shape {ours} but negatives {theirs}; pass [N] and [N, C]"
     )
+  return np.asarray(positive, np.float64), np.asarray(negatives, np.float64)
 
 
 def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -245,8 +196,6 @@ def log_loss(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
   Raises:
     InputError: if the negatives are not [N, C].
   """
-  _check_impressions(positive, negatives)
-  positive = np.asarray(positive, np.float64)
-  negatives = np.asarray(negatives, np.float64)
+  positive, negatives = _impressions(positive, negatives)
   total = np.logaddexp(0, -positive) + np.logaddexp(0, negatives).sum(-1)
   return total / (1 + negatives.shape[-1])

@@ -63,18 +63,18 @@ class Ranks(NamedTuple):
 
 
 class States(NamedTuple):
-  """Rows of one segment, ready to be scored.
+  """Rows of one segment, ready for `plugins.logits`.
 
   Attributes:
-    states: the backbone's, leading axis M.
-    context: what the plugin reads of the history, or None.
     weights: of the segment: its plugin's own, the backbone's as the plugin
       wants them.
+    states: the backbone's, leading axis M.
+    context: what the plugin reads of the history, or None.
   """
 
+  weights: Weights
   states: PyTree
   context: PluginContext | None
-  weights: Weights
 
 
 class Chunk(NamedTuple):
@@ -98,35 +98,21 @@ def chunk_of(num_items: int, layout: Layout = LOCAL) -> Chunk:
   return Chunk(users, min(items, 1 << num_items.bit_length()))
 
 
-def score_items(
-  model: Model, rows: States, candidates: jax.Array | None,
-  items: jax.Array | None = None,
-) -> jax.Array:
-  """Logits [M, C] of rows of one segment, through its plugin.
-
-  For `candidates` and `items` see `plugins.logits`.
-  """
-  return plugins.logits(
-    model, rows.weights, rows.states, rows.context, candidates, items
-  )
-
-
 def _score_in_chunks(
   model: Model, rows: States, width: int, num_items: int,
   candidates: jax.Array | None,
 ) -> jax.Array:
-  """`score_items` of [C] or, if None, 0..V; `width` at a time, mixed once."""
+  """Logits of [C] or, if None, 0..V; `width` at a time, mixed once."""
   index = jnp.arange(num_items + 1) if candidates is None else candidates
   chunks = -(-len(index) // width)
   columns = jnp.pad(index, (0, chunks * width - len(index)))
-  plain = model.plugin and model.plugin._replace(mix=None)
-  some = lambda items: score_items(model._replace(plugin=plain), rows, items)
+  plain = Model(
+    model.backbone, model.plugin and model.plugin._replace(mix=None)
+  )
+  some = lambda items: plugins.logits(plain, *rows, items)
   logits = jax.lax.map(some, columns.reshape(chunks, width))
   logits = jnp.moveaxis(logits, 0, 1).reshape(-1, chunks * width)
-  return plugins.mixed(
-    model, rows.weights, rows.states, rows.context, logits[:, : len(index)],
-    candidates,
-  )
+  return plugins.mixed(model, *rows, logits[:, : len(index)], candidates)
 
 
 def _states_before(
@@ -148,7 +134,7 @@ def _states_before(
   context = None
   if model.plugin is not None and model.plugin.recent:
     context = read_back(sequences, users, positions - 1, model.plugin.recent)
-  return States(states, context, Weights(frozen, own, weights.evidence))
+  return States(Weights(frozen, own, weights.evidence), states, context)
 
 
 # Chunk after chunk of requests.
@@ -298,7 +284,7 @@ def _split(
     tables = {name: cut(whole[name], first) for name in layout.tables}
     weights = states.weights._replace(backbone={**whole, **tables})
     states = states._replace(weights=weights)
-    logits = score_items(model, states, None, items)
+    logits = plugins.logits(model, *states, None, items)
 
     def column(of: jax.Array) -> jax.Array:
       row = of % own - first
@@ -528,7 +514,7 @@ def make_sampled_ranker(
     states = _states_before(model, weights, sequences, requests, length)
     target = sequences.items[sequences.starts[requests[0]] + requests[1]]
     candidates = jnp.concatenate([target[:, None], drawn], axis=1)
-    return score_items(model, states, candidates)
+    return plugins.logits(model, *states, candidates)
 
   program = _compiled(
     of_chunk, chunk_of(interactions.num_items).users, np.zeros((0, 1 + count))

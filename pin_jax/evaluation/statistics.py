@@ -17,7 +17,6 @@ Reference:
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -72,38 +71,6 @@ class Worst(NamedTuple):
   high: np.ndarray
 
 
-def average_within_users(
-  values: ArrayLike, users: ArrayLike | None
-) -> np.ndarray:
-  """Averages the rows of each user: [..., N] -> [..., U].
-
-  Args:
-    values: [..., N], one value a row.
-    users: [N], the user of each row; None if every row is a user of its own.
-
-  Returns:
-    [..., U] float64, in the order of the sorted user ids.
-
-  Raises:
-    InputError: if `users` has another length than `values`.
-  """
-  values = np.asarray(values, np.float64)
-  if users is None:
-    return values
-  users = np.asarray(users)
-  if users.shape != values.shape[-1:]:
-    raise InputError(
-      f"users has shape {users.shape} but values {values.shape}; "
-      "pass one user id for each entry of the last axis"
-    )
-  _, index, counts = np.unique(users, return_inverse=True, return_counts=True)
-  order = np.argsort(index, kind="stable")
-  starts = np.cumsum(counts) - counts
-  if not counts.size:
-    return values
-  return np.add.reduceat(values[..., order], starts, axis=-1) / counts
-
-
 def by_seed(
   values: ArrayLike, users: ArrayLike | None, seeds: ArrayLike | None = None
 ) -> np.ndarray:
@@ -120,9 +87,10 @@ def by_seed(
   Raises:
     InputError: if lengths differ, or a user and seed have not just one row.
   """
+  values = np.asarray(values, np.float64)
   if seeds is None:
-    return average_within_users(values, users)[..., None, :]
-  values, seeds = np.asarray(values, np.float64), np.asarray(seeds)
+    return _averaged(values, users)[..., None, :]
+  seeds = np.asarray(seeds)
   if users is None or seeds.shape != values.shape[-1:]:
     raise InputError(
       f"seeds has shape {seeds.shape} but values {values.shape}; "
@@ -140,8 +108,24 @@ def by_seed(
   return values[..., np.argsort(place)].reshape(shape)
 
 
+def _averaged(values: np.ndarray, users: ArrayLike | None) -> np.ndarray:
+  """Averages the rows of each user: [..., N] -> [..., U]."""
+  if users is None or not np.size(users):
+    return values
+  users = np.asarray(users)
+  if users.shape != values.shape[-1:]:
+    raise InputError(
+      f"users has shape {users.shape} but values {values.shape}; "
+      "pass one user id for each entry of the last axis"
+    )
+  _, index, counts = np.unique(users, return_inverse=True, return_counts=True)
+  starts = np.cumsum(counts) - counts
+  rows = values[..., np.argsort(index, kind="stable")]
+  return np.add.reduceat(rows, starts, axis=-1) / counts
+
+
 class _Draws(NamedTuple):
-  """What resampling gave: interval ends [...] and draws [..., R]."""
+  """What resampling gave: interval ends [...] and draws [..., R], sorted."""
 
   low: np.ndarray
   high: np.ndarray
@@ -158,69 +142,49 @@ def _resample(
 ) -> _Draws:
   """Bootstrap of a statistic of means, users crossed with seeds.
 
-  What scipy resamples are the indices of each part's users and those of the
-  seeds, once for all series, so that the series stay paired. A resample enters
-  as the number of times it draws each user and seed, which turns its means into
-  matrix products.
+  A resample draws each part's users and the seeds, once for all series, which
+  so stay paired. It enters as the number of times it draws each, which turns
+  its means into matrix products.
 
   Args:
-    parts: K arrays [M, S, U_k]: M series of values over the users of K disjoint
+    parts: K arrays [..., S, U_k]: series of values over the users of K disjoint
       parts of the population, of which each is resampled by itself.
-    statistic: function of the means, [K, M, R] -> [..., R].
+    statistic: function of the means, [K, ..., R] -> [..., R].
     confidence: coverage of the percentile interval.
-    num_resamples: R, over all batches.
-    seed: of the resampling.
+    num_resamples: R.
+    seed: of the draws.
 
   Returns:
     Ends, see `relative_change`, and draws; NaN throughout for fewer than two
     users in a part, ends NaN where a resample is undefined.
   """
-  series, num_seeds = parts[0].shape[:2]
+  *shape, num_seeds, _ = parts[0].shape
   sizes = [part.shape[-1] for part in parts]
-  if min(sizes) < 2:
-    empty = np.full((len(parts), series, num_resamples), np.nan)
-    draws = statistic(empty)
-    return _Draws(draws[..., 0], draws[..., 0], draws)
-  flat = [part.reshape(-1, part.shape[-1]).T for part in parts]
-
-  def resampled(*indices: np.ndarray, axis: int = -1) -> np.ndarray:
-    del axis  # Always the last one.
-    drawn = [_counts(*pair) for pair in zip(indices, sizes, strict=False)]
-    means = [d @ f / n for d, f, n in zip(drawn, flat, sizes, strict=True)]
-    seeds = np.ones((len(means[0]), 1))
+  means = np.full((num_resamples, len(parts), math.prod(shape)), np.nan)
+  rng = np.random.default_rng(seed)
+  most = max(1, _BATCH_ELEMENTS // max(*sizes, 1))
+  for start in range(0, num_resamples if min(sizes) > 1 else 0, most):
+    count = min(most, num_resamples - start)
+    drawn = [_counts(rng, count, n) for n in sizes]
+    seeds = np.ones((count, 1))
     if num_seeds > 1:
-      seeds = _counts(indices[-1], num_seeds)
-    means = np.reshape(means, (len(parts), -1, series, num_seeds))
-    return statistic(np.einsum("krms,rs->kmr", means, seeds) / num_seeds)
-
-  samples = [np.arange(n) for n in sizes]
-  samples += [np.arange(num_seeds)] if num_seeds > 1 else []
-  with warnings.catch_warnings(), np.errstate(all="ignore"):
-    warnings.simplefilter("ignore")
-    result = scipy.stats.bootstrap(
-      samples,
-      resampled,
-      n_resamples=num_resamples,
-      batch=max(1, _BATCH_ELEMENTS // max(sizes)),
-      vectorized=True,
-      axis=-1,
-      method="percentile",
-      rng=np.random.default_rng(seed),
-    )
-  draws = np.sort(np.asarray(result.bootstrap_distribution), -1)
+      seeds = _counts(rng, count, num_seeds)
+    for k, (users, part) in enumerate(zip(drawn, parts, strict=True)):
+      values = part.reshape(-1, sizes[k]).T
+      own = (users @ values / sizes[k]).reshape(count, -1, num_seeds)
+      means[start : start + count, k] = np.einsum(
+        "rms,rs->rm", own, seeds
+      ) / num_seeds
+  means = np.moveaxis(means, 0, -1).reshape(len(parts), *shape, num_resamples)
+  draws = np.sort(statistic(means), -1)
   unknown = np.isnan(draws[..., -1])  # NaN is last
-  outside = (_p_of(np.arange(num_resamples), num_resamples) < _level(
-    confidence
-  )).sum()
+  # 1 - confidence as one writes it: .05, not .05000000000000004.
+  level = round(1 - confidence, 12)
+  outside = (_p_of(np.arange(num_resamples), num_resamples) < level).sum()
   ends = np.full((2, *unknown.shape), np.nan)
   if outside:
     ends = draws[..., outside - 1], draws[..., num_resamples - outside]
   return _Draws(*(np.where(unknown, np.nan, end) for end in ends), draws)
-
-
-def _level(confidence: float) -> float:
-  """1 - confidence as one writes it: .05, not .05000000000000004."""
-  return round(1 - confidence, 12)
 
 
 def _p_of(count: ArrayLike, num_resamples: int) -> np.ndarray:
@@ -228,10 +192,11 @@ def _p_of(count: ArrayLike, num_resamples: int) -> np.ndarray:
   return np.minimum(1, 2 * (1 + np.asarray(count)) / (num_resamples + 1))
 
 
-def _counts(indices: np.ndarray, size: int) -> np.ndarray:
-  """How often each row of indices [R, n] draws each of `size` units."""
+def _counts(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
+  """How often each of `size` units is drawn, [rows, size]."""
+  drawn = rng.integers(0, size, (rows, size))
   return np.asarray(
-    [np.bincount(row, minlength=size) for row in indices], np.float64
+    [np.bincount(row, minlength=size) for row in drawn], np.float64
   )
 
 
@@ -242,10 +207,6 @@ def _check_options(confidence: float, num_resamples: int) -> None:
     )
   if num_resamples < 1:
     raise InputError(f"num_resamples is {num_resamples}; pass at least 1")
-
-
-def _flat(cube: np.ndarray) -> np.ndarray:
-  return cube.reshape(math.prod(cube.shape[:-2]), *cube.shape[-2:])
 
 
 def _mean(cube: np.ndarray) -> np.ndarray:
@@ -282,15 +243,11 @@ def mean_interval(
   """
   _check_options(confidence, num_resamples)
   cube = by_seed(values, users, seeds)
-  shape = cube.shape[:-2]
   low, high, _ = _resample(
-    [_flat(cube)],
-    lambda means: means[0],
-    confidence=confidence,
-    num_resamples=num_resamples,
-    seed=seed,
+    [cube], lambda means: means[0], confidence=confidence,
+    num_resamples=num_resamples, seed=seed,
   )
-  return Interval(_mean(cube), low.reshape(shape), high.reshape(shape))
+  return Interval(_mean(cube), low, high)
 
 
 def _ratio(base: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -359,29 +316,16 @@ def relative_change(
       "pass the same rows of both models"
     )
   pair = by_seed(np.stack([base, other]), users, seeds)
-  shape = pair.shape[1:-2]
-  if not pair.shape[-1]:
-    return Change(*np.full((5, *shape), np.nan))
-  found = _resample(
-    [_flat(pair)],
-    lambda means: _ratio(*np.split(means[0], 2)),
-    confidence=confidence,
-    num_resamples=num_resamples,
-    seed=seed,
+  low, high, draws = _resample(
+    [pair], lambda means: _ratio(*means[0]), confidence=confidence,
+    num_resamples=num_resamples, seed=seed,
   )
-  border = round(-margin, 12)
+  border, unknown = round(-margin, 12), np.isnan(draws[..., -1])
   p_values = (
-    _p_value(beyond, found.draws)
-    for beyond in (found.draws <= border, found.draws >= border)
+    np.where(unknown, np.nan, _p_of(beyond.sum(-1), num_resamples))
+    for beyond in (draws <= border, draws >= border)
   )
-  fields = (x.reshape(shape) for x in (found.low, found.high, *p_values))
-  return Change(_ratio(*_mean(pair)), *fields)
-
-
-def _p_value(beyond: np.ndarray, draws: np.ndarray) -> np.ndarray:
-  """p of a border from which of the draws are beyond it, [..., R] -> [...]."""
-  p_value = _p_of(beyond.sum(-1), draws.shape[-1])
-  return np.where(np.isnan(draws).any(-1), np.nan, p_value)
+  return Change(_ratio(*_mean(pair)), low, high, *p_values)
 
 
 def gap(
@@ -399,9 +343,9 @@ def gap(
   Args:
     head: [..., S, U_head], see `by_seed`.
     tail: [..., S, U_tail].
-    confidence: coverage of the interval.
-    num_resamples: number of bootstrap resamples.
-    seed: of the resampling.
+    confidence: as of `mean_interval`, the others too.
+    num_resamples: R.
+    seed: of the draws.
 
   Returns:
     Estimate and percentile interval, each [...]; the interval is NaN for fewer
@@ -412,16 +356,11 @@ def gap(
   """
   _check_options(confidence, num_resamples)
   parts = [np.asarray(x, np.float64) for x in (head, tail)]
-  estimate = _mean(parts[0]) - _mean(parts[1])
   low, high, _ = _resample(
-    [_flat(x) for x in parts],
-    lambda means: means[0] - means[1],
-    confidence=confidence,
-    num_resamples=num_resamples,
-    seed=seed,
+    parts, lambda means: means[0] - means[1], confidence=confidence,
+    num_resamples=num_resamples, seed=seed,
   )
-  shape = estimate.shape
-  return Interval(estimate, low.reshape(shape), high.reshape(shape))
+  return Interval(_mean(parts[0]) - _mean(parts[1]), low, high)
 
 
 def worst_group(
@@ -438,9 +377,9 @@ def worst_group(
 
   Args:
     groups: G arrays [..., S, U_g], see `by_seed`.
-    confidence: coverage of the interval.
-    num_resamples: number of bootstrap resamples.
-    seed: of the resampling.
+    confidence: as of `mean_interval`, the others too.
+    num_resamples: R.
+    seed: of the draws.
 
   Returns:
     Index, estimate and percentile interval, each [...]; the interval is NaN for
@@ -455,16 +394,10 @@ def worst_group(
   parts = [np.asarray(x, np.float64) for x in groups]
   means = np.stack([_mean(x) for x in parts])
   low, high, _ = _resample(
-    [_flat(x) for x in parts],
-    lambda drawn: drawn.min(0),
-    confidence=confidence,
-    num_resamples=num_resamples,
-    seed=seed,
+    parts, lambda drawn: drawn.min(0), confidence=confidence,
+    num_resamples=num_resamples, seed=seed,
   )
-  shape = means.shape[1:]
-  return Worst(
-    means.argmin(0), means.min(0), low.reshape(shape), high.reshape(shape)
-  )
+  return Worst(means.argmin(0), means.min(0), low, high)
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
