@@ -136,7 +136,7 @@ def _wrong(page, text):
   for path in re.findall(r"--config=([\w/]+\.py)", text):
     if not (ROOT / path).exists():
       yield path
-  for key in re.findall(r"--config\.([\w.]*\w)", text):
+  for key in re.findall(r"--config\.([a-z][\w.]*\w)", text):
     if key not in KEYS and not any(x.startswith(f"{key}.") for x in KEYS):
       yield key
 

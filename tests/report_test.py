@@ -134,7 +134,9 @@ def test_tables_hold_the_numbers_of_the_rows(pages):
       ranks = part["rank"].to_numpy()
       want = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
       cell = f"{want:.4f}".replace("0.", ".")
-      assert f"| {cell} [" in markdown and f"& {cell} [" in latex
+      assert f"& {cell} [" in latex
+      if model == "base":  # several jobs: the others' as changes of it
+        assert cell in markdown.split("overall, tail, head: ")[1][:30]
 
 
 def test_markdown_is_short_and_its_tables_rectangular(pages):
@@ -142,7 +144,7 @@ def test_markdown_is_short_and_its_tables_rectangular(pages):
   assert len(markdown) < 12_000  # two jobs of four models
   assert "history not masked" not in markdown.replace("'history", "")
   blocks = [b for b in markdown.split("\n\n") if b.startswith("|")]
-  assert len(blocks) == 6
+  assert len(blocks) == 2
   for block in blocks:
     widths = {line.replace("\\|", "").count("|") for line in block.splitlines()}
     assert len(widths) == 1
