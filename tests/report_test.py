@@ -270,7 +270,7 @@ def test_a_job_of_one_model_and_a_sampled_one(tmp_path):
     )
     text = (tmp_path / "out" / "report.md").read_text()
     few = text.split("## toy (few)")[1]
-    assert "NDCG@10, sampled candidates" in few
+    assert "NDCG@10 against base, sampled candidates" in few
     assert "SAMPLED PROTOCOL, not comparable" in few
     assert "against 9 items" in few and "full ranking over" not in few
     assert ("AUC by activeness" in few) == (path == sampled)
