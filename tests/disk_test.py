@@ -54,6 +54,7 @@ def test_a_job_a_summary_and_a_log_are_read_back(name, tmp_path):
   summaries.write(summaries.read(job), job / name)
   assert summaries.read(job / name).rows.height == 480
   log = logs.RunLog(epath.Path(job / name))
+  log.rewind("toy", -1)
   log.evaluation("toy", 3, {"all": 0.5})
   log.close()
   assert logs.read_log(epath.Path(job / name))[-1]["step"] == 3
