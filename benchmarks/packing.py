@@ -1,6 +1,6 @@
 """Times packed against plain rows on a data set.
 
-CPU-milliseconds of a whole joint training step and of ranking 1,024 users, one
+CPU-milliseconds of a step of the joint base and of ranking 1,024 users, one
 history a row and packed in turn within one process; the ratio is the median
 over the repetitions:
 
@@ -9,26 +9,19 @@ over the repetitions:
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from experiments.build import BACKBONES
-from pin_jax import aggregation
-from pin_jax.data import batches, files, splits
-from pin_jax.evaluation import ranking
+from benchmarks.joint_base import full_softmax, prepare
+from experiments.configs import beauty
+from experiments.problem import make_problem, requests_for
 from pin_jax.models import plugins
-from pin_jax.training.optimizers import make_optimizer
-from pin_jax.training.steps import (
-  Adjustment,
-  Operands,
-  backbone_step,
-  init_state,
-)
-from pin_jax.types import Backbone, PyTree, Requests
 
 
 def main() -> None:
@@ -39,66 +32,36 @@ def main() -> None:
   parser.add_argument("--path", required=True)
   parser.add_argument("--backbones", default="sasrec,gru4rec,hstu")
   parser.add_argument("--rows", type=int, default=8)
-  parser.add_argument("--batch_size", type=int, default=255)
-  parser.add_argument("--length", type=int, default=32)
-  parser.add_argument("--width", type=int, default=64)
   parser.add_argument("--repetitions", type=int, default=10)
   args = parser.parse_args()
-  split = splits.leave_one_out(files.read(args.path))
   for name in args.backbones.split(","):
-    plain = BACKBONES[name](
-      split.interactions.num_items, length=args.length, width=args.width,
-      dropout=0.5,
-    )
-    other = plain._replace(packed=args.rows)
-    print(json.dumps({"backbone": name, **compare(plain, other, split, args)}))
+    config = full_softmax(beauty.get_config(f"path={args.path}"))
+    config.backbone.name = name
+    works = []
+    for rows in (0, args.rows):
+      config.backbone.pack_rows = rows
+      works.append(workloads(config))
+    print(json.dumps({"backbone": name} | {
+      key: pairwise(*(work[key] for work in works), args.repetitions)
+      for key in works[0]
+    }))
 
 
-def compare(
-  plain: Backbone, other: Backbone, split: splits.Split,
-  args: argparse.Namespace,
-) -> dict[str, list[float]]:
-  """[CPU-milliseconds plain, packed, ratio] of every kind of work."""
-  params = jax.jit(plain.init)(jax.random.key(0))
-  works = [
-    workloads(backbone, params, split, args) for backbone in (plain, other)
-  ]
-  return {
-    name: pairwise(*(work[name] for work in works), args.repetitions)
-    for name in works[0]
-  }
-
-
-def workloads(
-  backbone: Backbone, params: PyTree, split: splits.Split,
-  args: argparse.Namespace,
-) -> dict[str, Callable[[int], None]]:
+def workloads(config: ConfigDict) -> dict[str, Callable[[int], None]]:
   """Functions of the repetition's number, which draws the batch."""
-  sequences = batches.make_sequences(split)
-  targets = batches.training_targets(split)
-  pool = batches.make_pool(
-    targets, np.zeros(len(targets), int), num_groups=1, length=args.length
-  )
-  optimizer = make_optimizer(100)
-  adjustment = Adjustment(aggregation.backdoor(np.ones(1)))
-  draw = batches.Draw(args.batch_size, args.length)
-  step = jax.jit(backbone_step(backbone, adjustment, optimizer, draw))
-  state = init_state(params, optimizer, adjustment)
-  operands = Operands(jax.random.key(1), sequences, pool, None)
-  model = plugins.Model(backbone, None)
-  rank = ranking.make_ranker(
-    model, num_items=split.interactions.num_items, length=args.length
-  )
-  chosen = np.random.default_rng(0).choice(len(targets), 1024, replace=False)
-  requests = Requests(
-    chosen, np.asarray(split.test)[chosen], np.zeros(1024, int)
-  )
-  weights = plugins.Weights(params, None)
+  problem = make_problem(config)
+  with tempfile.TemporaryDirectory() as folder:
+    trainer, run, operands = prepare(config, problem, folder)
+  state, step, rank = run.start(), jax.jit(run.step), trainer.ranker(None)
+  users = np.flatnonzero(problem.split.test >= 0)
+  chosen = np.random.default_rng(0).choice(users, 1024, replace=False)
+  requests = requests_for(problem, "test", chosen)
+  weights = plugins.Weights(state.params, None)
   return {
     "step": lambda i: jax.block_until_ready(
       step(state, operands, jnp.int32(i))[0].params
     ),
-    "rank": lambda i: rank(weights, sequences, requests),
+    "rank": lambda i: rank(weights, operands.sequences, requests),
   }
 
 

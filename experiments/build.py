@@ -240,9 +240,13 @@ def make_weighting(
     if not kind.accepts(number):
       raise schema.bad(key, spec, f"{item!r}: {kind.remedy}")
     arguments[option] = number
+  for option in options:
+    needed = known[option].default is inspect.Parameter.empty
+    if needed and option not in arguments:
+      raise schema.bad(key, spec, f"give {option}, as {name}:{option}=number")
   try:
     weighting = WEIGHTINGS[name](**arguments)
-  except (TypeError, ValueError) as error:
+  except ValueError as error:
     raise schema.bad(key, spec, f"{error}; options are {options}") from error
   own = {"prior", "shares", "start"} & set(known)
   return weighting if own else preceded_by(prior, weighting)

@@ -110,7 +110,8 @@ class Trainer:
 
   Each stage is trained once and resumes where it can. Several seeds share the
   steps' dispatches and the checkpoints; each has its own selection, its own
-  patience and its own logs, as if it were alone.
+  patience and its own logs, as if it were alone. `workdir` takes the
+  checkpoints, which `store` opens.
 
   Attributes:
     trained: stage -> seed -> result.
@@ -130,16 +131,7 @@ class Trainer:
     seeds: tuple[int, ...],
     store: Callable[..., Checkpoints] = Checkpoints,
   ) -> None:
-    """Prepares what the stages share.
-
-    Args:
-      config: the whole configuration.
-      problem: its data.
-      networks: its backbone and plugin.
-      workdir: where checkpoints go.
-      seeds: what to train at once.
-      store: opens the checkpoints of a directory.
-    """
+    """Prepares what the stages share."""
     self._config, self._problem, self._networks = config, problem, networks
     self._layout, self._store = networks.layout, store
     self._directory, self._seeds = workdir / "checkpoints", seeds
@@ -193,12 +185,10 @@ class Trainer:
       return plugins.Weights(self._best(backbone, seed), None)
     return plugins.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
-      self._evidence(plugin, refit=bool(self._config.refit)),
+      self._evidence(plugin, bool(self._config.refit)),
     )
 
-  def _evidence(
-    self, stage: Stage, *, refit: bool = False
-  ) -> Memory | None:
+  def _evidence(self, stage: Stage, refit: bool = False) -> Memory | None:
     """What the plugins of a stage read besides, None where that is nothing."""
     mixes = self._networks.plugins[stage.plugin].mix is not None
     return self._networks.evidence(refit) if mixes else None
@@ -233,9 +223,7 @@ class Trainer:
       num_steps(config, stage), config.validation.every, run.select,
       dispatch=config.dispatch, patience=config.validation.patience,
       stacked=stage.kind == "plugin",
-      evaluate_first=bool(
-        run.select and (stage.kind == "plugin" or stage.start)
-      ),
+      evaluate_first=bool(run.select and stage.start),
       names=tuple(self.run_name(stage, seed) for seed in seeds),
     )
     self.trained[stage.name] = {}

@@ -40,18 +40,6 @@ def at_least(least: int, **numbers: Any) -> None:
       )
 
 
-class Histories(NamedTuple):
-  """Histories, one a row, and how active their users are.
-
-  Attributes:
-    items: [B, L] int32, right-aligned, 0 = padding.
-    activeness: [B] int32, training interactions of each row's user.
-  """
-
-  items: jax.Array
-  activeness: jax.Array
-
-
 class Rows(NamedTuple):
   """Histories laid one after another in the rows of a batch.
 
@@ -81,9 +69,9 @@ class Backbone(NamedTuple):
 
   Attributes:
     init: key -> params.
-    encode: (params, history [B, L], Histories or Rows, key or None) -> context
-      of the B rows; a key switches dropout on. With Rows, a position's context
-      is that of its history alone.
+    encode: (params, history [B, L] or Rows, key or None) -> context of the B
+      rows; a key switches dropout on. With Rows, a position's context is that
+      of its history alone.
     at: (context, rows [M], columns [M]) -> states after reading
       history[row, :column + 1], leading axis M.
     represent: (params, states [M], candidates) -> [M, 1 or C, D].
@@ -94,8 +82,8 @@ class Backbone(NamedTuple):
       and `score` gives the logits of the rows there are.
     packed: rows that are encoded at a time, several histories in each (see
       `packing`); 0 = one history a row, all at once.
-    reads_activeness: whether `encode` wants the users' activeness, in Histories
-      or Rows (see `backbones.conditioned`).
+    reads_activeness: whether `encode` wants Rows with the users' activeness
+      (see `backbones.conditioned`).
 
   Candidates are item indices [C] (shared by all rows) or [M, C], or None for
   the whole catalogue with padding, 0..V in order.

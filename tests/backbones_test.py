@@ -6,34 +6,16 @@ import numpy as np
 import pytest
 import references
 import scipy.special
-from references import ITEMS, LENGTH, WIDTH, wide
+from references import BUILDERS, ITEMS, LENGTH, WIDTH, wide
 from toys import noisy
 
 from pin_jax.data.batches import Sequences
 from pin_jax.evaluation.ranking import make_ranker
-from pin_jax.models.din import din
-from pin_jax.models.gru4rec import gru4rec
-from pin_jax.models.hstu import hstu
+from pin_jax.models.backbones import tied_score
 from pin_jax.models.plugins import Model, Weights, bottleneck
-from pin_jax.models.sasrec import sasrec
 from pin_jax.training import objectives
 from pin_jax.types import Batch, InputError, Plugin, Requests
 
-BUILDERS = {
-  "sasrec": lambda **more: sasrec(
-    ITEMS, length=LENGTH, width=WIDTH, blocks=1, **more
-  ),
-  "gru4rec": lambda **more: gru4rec(
-    ITEMS, length=LENGTH, width=WIDTH, layers=1, **more
-  ),
-  "hstu": lambda **more: hstu(
-    ITEMS, length=LENGTH, width=WIDTH, blocks=1, **more
-  ),
-  "din": lambda **more: din(
-    ITEMS, length=LENGTH, width=WIDTH, attention_hidden=3, hidden=6, **more
-  ),
-}
-PER_CANDIDATE = {"din"}
 HISTORY = np.asarray(
   [
     [0, 0, 0, 5, 2, 9, 4, 1],
@@ -89,6 +71,20 @@ def test_logits_equal_a_numpy_loop_over_every_prefix(name, model, logits):
     np.testing.assert_allclose(
       logits[row, column], want, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(("name", "options"), [
+  ("sasrec", {"blocks": 2}), ("gru4rec", {"layers": 2}),
+  ("hstu", {"blocks": 2, "heads": 1}), ("hstu", {"blocks": 2, "heads": 4}),
+])
+def test_stacked_layers_equal_numpy(name, options):
+  backbone = BUILDERS[name](**options)
+  params = noisy(backbone.init)
+  states = jax.jit(backbone.encode)(params, HISTORY[:2])[:, -1:]
+  got = tied_score(params, states, None)
+  for row, logits in zip(HISTORY[:2], got, strict=True):
+    want = getattr(references, name)(params, row[row > 0], **options)
+    np.testing.assert_allclose(logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_start_is_finite(name, model):
@@ -187,11 +183,23 @@ def test_candidates_give_columns_of_the_full_scores(model, logits, form):
   )
 
 
-def test_bad_dropout_and_long_histories_are_refused(name, model):
+@pytest.mark.parametrize(("name", "options", "message"), [
+  ("sasrec", {"width": 6, "heads": 4}, "width=6.*heads=4"),
+  ("hstu", {"width": 6, "heads": 4}, "width=6.*heads=4"),
+  ("sasrec", {"width": 8, "heads": 0}, "heads=0"),
+  ("din", {"attention_hidden": 0}, "attention_hidden=0"),
+  ("din", {"hidden": 0}, "hidden=0"),
+  *((name, {"dropout": rate}, f"dropout={rate}")
+    for name in BUILDERS for rate in (1.0, -0.1)),
+])
+def test_bad_options_are_named_in_one_line(name, options, message):
+  with pytest.raises(InputError, match=message) as error:
+    BUILDERS[name](**options)
+  assert "\n" not in str(error.value)
+
+
+def test_long_histories_are_refused(model):
   backbone, params, _ = model
-  for rate in (1.0, -0.1):
-    with pytest.raises(InputError, match=f"dropout={rate}"):
-      BUILDERS[name](dropout=rate)
   with pytest.raises(InputError, match="a history of 9 .* length=8"):
     backbone.encode(params, jnp.ones((1, LENGTH + 1), jnp.int32), None)
 
@@ -296,3 +304,58 @@ def test_plugin_training_starts_at_the_backbones_loss(name, model):
   losses = [x for _, x in _position_losses(name, frozen, batch)]
   np.testing.assert_allclose(value, np.mean(losses), rtol=1e-5)
   assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
+
+
+def test_a_state_of_hstu_knows_distances_but_not_its_place_in_the_window():
+  backbone = BUILDERS["hstu"](blocks=2)
+  params = noisy(backbone.init)
+  encode = jax.jit(backbone.encode)
+  early = jnp.asarray([[0, 5, 2, 9, 0, 0, 0, 0]])
+  late = jnp.asarray([[0, 0, 0, 0, 0, 5, 2, 9]])
+  swapped = jnp.asarray([[0, 0, 0, 0, 0, 2, 5, 9]])
+  first, second, third = (encode(params, x) for x in (early, late, swapped))
+  np.testing.assert_allclose(first[0, 3], second[0, 7], rtol=1e-5, atol=1e-5)
+  assert np.abs(second[0, 7] - third[0, 7]).max() > 1e-3
+
+
+def test_dropout_of_gru4rec_acts_behind_the_last_layer():
+  backbone = BUILDERS["gru4rec"](dropout=0.5)
+  params = noisy(backbone.init)
+  states = jax.jit(backbone.encode)(params, HISTORY, jax.random.key(1))
+  assert 0.2 < np.mean(np.asarray(states[1]) == 0) < 0.8
+
+
+@pytest.mark.parametrize("form", ["shared", "own", "one", "all"])
+@pytest.mark.parametrize("per_candidate", [False, True])
+def test_tied_score_equals_a_loop(form, per_candidate):
+  rng = np.random.default_rng(0)
+  params = {
+    "items": rng.normal(size=(ITEMS + 1, WIDTH)).astype(np.float32),
+    "bias": rng.normal(size=ITEMS + 1).astype(np.float32),
+  }
+  rows = 3
+  candidates = {
+    "shared": np.asarray([4, 0, 12, 4, 7]),
+    "own": rng.integers(0, ITEMS + 1, (rows, 5)),
+    "one": rng.integers(0, ITEMS + 1, (rows, 1)),
+    "all": None,
+  }[form]
+  index = np.arange(ITEMS + 1) if form == "all" else candidates
+  index = np.broadcast_to(index, (rows, index.shape[-1]))
+  k = index.shape[1] if per_candidate else 1
+  states = rng.normal(size=(rows, k, WIDTH)).astype(np.float32)
+  got = jax.jit(tied_score)(params, states, candidates)
+  want = np.zeros(index.shape)
+  for m in range(rows):
+    for c, v in enumerate(index[m]):
+      state = states[m, c if per_candidate else 0].astype(np.float64)
+      want[m, c] = state @ params["items"][v] + params["bias"][v]
+  assert got.shape == index.shape and got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_tied_score_accumulates_bfloat16_in_float32():
+  ones = jnp.ones((2, 1001), jnp.bfloat16)
+  params = {"items": ones, "bias": jnp.zeros(2)}
+  got = tied_score(params, ones[:1, None], None)
+  np.testing.assert_array_equal(got, [[1001, 1001]])

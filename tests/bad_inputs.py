@@ -536,7 +536,7 @@ for _spec, *_words in (
   ("gradvac:beta=nan", "'beta=nan'", "number from 0"),
   ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
   ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
-  ("cvar:", "'' is no option", "options are ['alpha']"),
+  ("cvar:", "give alpha", "cvar:alpha=number"),
   ("annealed_backdoor", "give steps", "annealed_backdoor:steps=number"),
 ):
   _config("pin.weighting", _spec, f"pin.weighting={_spec!r}", *_words)

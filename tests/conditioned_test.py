@@ -1,6 +1,4 @@
-"""Activeness as an input of the backbone: against numpy, packed, on every way.
-"""
-
+"""Activeness as an input of the backbone: against numpy, packed, everywhere."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +6,11 @@ import numpy as np
 import pytest
 import references
 from etils import epath
-from ml_collections import ConfigDict
-from references import ITEMS, LENGTH, WIDTH
+from references import BUILDERS, ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
+import tests.tiny
 from experiments import build, settings, stages
-from experiments.configs import base
 from experiments.methods import METHODS, selected, stages_of
 from experiments.problem import make_problem
 from pin_jax import aggregation, serving
@@ -23,22 +20,10 @@ from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
 from pin_jax.models import packing, plugins
 from pin_jax.models.backbones import conditioned, given
-from pin_jax.models.din import din
-from pin_jax.models.gru4rec import gru4rec
-from pin_jax.models.hstu import hstu
-from pin_jax.models.precision import computed_in
-from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding, streaming
 from pin_jax.training import objectives
 from pin_jax.types import Batch, InputError, Requests
 
-SIZES = {"length": LENGTH, "width": WIDTH, "dropout": 0.0}
-BUILDERS = {
-  "sasrec": lambda: sasrec(ITEMS, blocks=1, **SIZES),
-  "gru4rec": lambda: gru4rec(ITEMS, **SIZES),
-  "hstu": lambda: hstu(ITEMS, blocks=1, **SIZES),
-  "din": lambda: din(ITEMS, attention_hidden=3, hidden=6, **SIZES),
-}
 HISTORY = np.asarray([
   [0, 0, 0, 5, 2, 9, 4, 1],
   [7, 3, 11, 8, 12, 6, 10, 2],
@@ -283,16 +268,9 @@ def test_serving_tells_training_interactions_or_those_given(
 
 
 def tiny(**changes):
-  made = base.default()
-  made.data = ConfigDict({
-    "source": "simulator", "seed": 0, "num_users": 80, "num_items": 30,
-    "borders": (4, 6, 9, 30),
-  })
-  made.groups.num_groups = 3
-  made.backbone.update(name="gru4rec", length=6, width=8)
-  made.batch_size, made.backbone_steps, made.plugin_steps = 24, 10, 10
-  made.dispatch = made.validation.every = 10
-  made.pin.diagnose_every, made.plugin.hidden = 0, 4
+  made = tests.tiny.get_config()
+  made.backbone.update(name="gru4rec", blocks=2)
+  made.backbone_steps, made.plugin_steps, made.dispatch = 10, 10, 10
   made.update_from_flattened_dict(changes)
   settings.check(made)
   return made
@@ -307,12 +285,11 @@ def trained(made, workdir):
   return {name: found[0].best for name, found in out.trained.items()}
 
 
-@pytest.mark.parametrize("changes", [
-  pytest.param({}, marks=pytest.mark.slow),
-  {"loss.name": "sampled_softmax", "loss.negatives": 9,
-   "optimizer.tables": "row_sparse"},
-])
-def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path, changes):
+def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path):
+  changes = {
+    "loss.name": "sampled_softmax", "loss.negatives": 9,
+    "optimizer.tables": "row_sparse",
+  }
   both = tiny(methods=("base", "base_activeness"), **changes)
   found = trained(both, tmp_path / "row")
   assert "activeness" not in found["base"]
@@ -341,15 +318,3 @@ def test_exact_adjustment_of_a_model_that_is_told_is_refused():
       "methods": ("base", "pin_exact"), "backbone.reads_activeness": True
     })
   tiny(methods=("base_activeness", "pin_exact"))
-
-
-def test_bfloat16_reads_it_too(model):
-  backbone, params = model
-  want = logits_of(backbone, params, HISTORY, ACTIVENESS)
-  got = logits_of(
-    computed_in(backbone, "bfloat16"), params, HISTORY, ACTIVENESS
-  )
-  real = HISTORY > 0
-  np.testing.assert_allclose(
-    got[real], want[real], rtol=0.1, atol=0.03 * np.abs(want).max()
-  )

@@ -11,7 +11,6 @@ from references import ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
 from pin_jax.models.din import din
-from pin_jax.types import InputError
 
 HISTORY = np.asarray([[0, 0, 0, 5, 2, 9, 4, 1], [7, 3, 11, 8, 12, 6, 10, 2]])
 UNIT = 3
@@ -101,9 +100,3 @@ def test_dropout_leaves_out_items_and_keeps_the_mean():
   assert set(np.unique(factors)) == {0, np.float32(1 / 0.75)}
   sigma = math.sqrt(0.25 / 0.75 / factors[:, 2:].size)
   assert abs(factors[:, 2:].mean() - 1) < 5 * sigma
-
-
-@pytest.mark.parametrize("option", ["attention_hidden", "hidden"])
-def test_widths_below_one_are_refused(option):
-  with pytest.raises(InputError, match=f"{option}=0"):
-    din(ITEMS, **{option: 0})

@@ -711,7 +711,7 @@ def _sets(**values):
     (_sets(evaluation__protocol="sampled"),
      "evaluation.negatives: count=99 is more"),
     (_sets(loss__name="gbce", loss__proposal="in_batch"), "made for 'uniform'"),
-    (_sets(loss__name="gbce", loss__negatives=30), "rate of 1.03448"),
+    (_sets(loss__name="gbce", loss__negatives=30), "rate=1.03448"),
     (_set("backbone.name", "gru"), "backbone.name='gru': use one of"),
     (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
     (_set("backbone.layers", 0), "backbone.layers=0: give a whole number"),

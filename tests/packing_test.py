@@ -6,28 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from references import ITEMS
+from references import BUILDERS, ITEMS
 from toys import assert_trees_close, bigram, noisy
 
 from pin_jax.data.batches import Sequences
 from pin_jax.evaluation import ranking
 from pin_jax.models import packing, plugins
-from pin_jax.models.din import din
-from pin_jax.models.gru4rec import gru4rec
-from pin_jax.models.hstu import hstu
-from pin_jax.models.sasrec import sasrec
 from pin_jax.training import losses, negatives, objectives
 from pin_jax.types import Batch, Requests, Rows
 
-LENGTH, WIDTH = 7, 4
+LENGTH = 7
 COUNTS = np.asarray([3, 7, 0, 1, 4, 6, 5, 7, 2, 1])  # the histories' lengths
-BUILDERS = {
-  "sasrec": functools.partial(sasrec, blocks=1),
-  "gru4rec": gru4rec,
-  "hstu": functools.partial(hstu, blocks=1),
-  "din": functools.partial(din, attention_hidden=3, hidden=6),
-}
-
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -43,7 +32,7 @@ def _batch(counts=COUNTS, seed=0):
 
 
 def _build(name, **more):
-  backbone = BUILDERS[name](ITEMS, length=LENGTH, width=WIDTH, **more)
+  backbone = BUILDERS[name](length=LENGTH, **more)
   return backbone, noisy(backbone.init)
 
 

@@ -3,15 +3,31 @@
 Each backbone maps (params, items) to the logits [V+1] after the last item;
 `factor` multiplies the representation, as a plugin may; `later` counts the
 columns of the window after that item; `told` is the user's activeness, where
-the model reads it.
+the model reads it. BUILDERS make the models themselves, small and without
+dropout.
 """
 
+import functools
 import math
 
 import numpy as np
 import scipy.special
 
+from pin_jax.models import din as _din
+from pin_jax.models import gru4rec as _gru4rec
+from pin_jax.models import hstu as _hstu
+from pin_jax.models import sasrec as _sasrec
+
 ITEMS, LENGTH, WIDTH = 12, 8, 4
+_SIZES = {"length": LENGTH, "width": WIDTH, "dropout": 0.0}
+BUILDERS = {
+  "sasrec": functools.partial(_sasrec.sasrec, ITEMS, blocks=1, **_SIZES),
+  "gru4rec": functools.partial(_gru4rec.gru4rec, ITEMS, layers=1, **_SIZES),
+  "hstu": functools.partial(_hstu.hstu, ITEMS, blocks=1, **_SIZES),
+  "din": functools.partial(
+    _din.din, ITEMS, attention_hidden=3, hidden=6, **_SIZES
+  ),
+}
 
 
 def wide(params):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pin_jax.data.batches import make_sequences, read_back
-from pin_jax.models import memory, relations
+from pin_jax.models import memory
 from tests.toys import split_of, training_rows
 
 ITEMS, WINDOW, DECAY, SHRINK, POWER = 12, 3, 0.6, 2.0, 0.25
@@ -164,7 +164,7 @@ def test_items_after_the_training_prefix_relate_nothing():
 def test_many_rows_go_by_chunks(monkeypatch):
   split = _split()
   whole = _build(split, "linear")
-  monkeypatch.setattr(relations, "_CHUNK", 5)
+  monkeypatch.setattr(memory, "_CHUNK", 5)
   chunks = _build(split, "linear")
   np.testing.assert_array_equal(whole.related, chunks.related)
   np.testing.assert_array_equal(whole.related_scores, chunks.related_scores)

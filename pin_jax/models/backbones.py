@@ -13,46 +13,43 @@ import jax
 import jax.numpy as jnp
 
 from pin_jax.models.layers import lookup, product
-from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
+from pin_jax.types import Backbone, InputError, PyTree, Rows
 
 TABLES = ("items", "bias")  # what `tied_score` reads
 ACTIVENESS = "activeness"  # the params that `conditioned` adds
 _BUCKETS = 16
 
 
-def check_heads(width: int, heads: int) -> None:
-  """Raises InputError if `width` is no multiple of `heads`."""
+def check(*, width: int = 1, heads: int = 1, dropout: float) -> None:
+  """Raises InputError if `width` is no multiple of `heads`, or for a rate
+  outside [0, 1)."""
   if heads < 1 or width % heads:
     raise InputError(
       f"width={width} is no multiple of heads={heads}; change one of them"
     )
-
-
-def check_dropout(dropout: float) -> None:
-  """Raises InputError if the rate is outside [0, 1)."""
   if not 0 <= dropout < 1:
     raise InputError(
       f"dropout={dropout} is outside [0, 1); give a share such as 0.2"
     )
 
 
-def as_rows(history: jax.Array | Histories | Rows, length: int) -> Rows:
+def as_rows(history: jax.Array | Rows, length: int) -> Rows:
   """One history a row, if they are not laid out in rows already.
 
   Raises:
     InputError: if the rows are longer than the backbone reads.
   """
-  if isinstance(history, Rows):
-    return history
-  activeness = None
-  if isinstance(history, Histories):
-    history, activeness = history
-    activeness = jnp.broadcast_to(activeness[:, None], history.shape)
-  if history.shape[-1] > length:
+  rows = history if isinstance(history, Rows) else _one_a_row(history)
+  if rows.items.shape[-1] > length:
     raise InputError(
-      f"a history of {history.shape[-1]} is longer than length={length}; "
+      f"a history of {rows.items.shape[-1]} is longer than length={length}; "
       "raise it or cut the history"
     )
+  return rows
+
+
+def _one_a_row(history: jax.Array, activeness: jax.Array | None = None) -> Rows:
+  """Rows of one history each; activeness [B, L]."""
   history = jnp.asarray(history)
   later = jnp.arange(history.shape[-1] - 1, -1, -1)
   return Rows(history, (history > 0).astype(jnp.int32), later, activeness)
@@ -96,8 +93,7 @@ def from_encoder(encoder: nn.Module, length: int) -> Backbone:
     return encoder.init(key, nothing)["params"]
 
   def encode(
-    params: PyTree, history: jax.Array | Histories | Rows,
-    key: jax.Array | None = None,
+    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
   ) -> jax.Array:
     rngs = None if key is None else {"dropout": key}
     sized = encoder.clone(num_items=len(params["items"]) - 1)
@@ -148,8 +144,8 @@ def conditioned(backbone: Backbone) -> Backbone:
     backbone: one with params `items` [V+1, D].
 
   Returns:
-    The backbone; its `encode` takes what `given` makes, or Rows with
-    activeness, and raises ValueError where there is none.
+    The backbone; its `encode` takes Rows with activeness, which `given` makes,
+    and raises ValueError for others.
   """
   if backbone.reads_activeness:
     return backbone
@@ -160,7 +156,7 @@ def conditioned(backbone: Backbone) -> Backbone:
     return {**params, ACTIVENESS: jnp.zeros((_BUCKETS, width))}
 
   def encode(
-    params: PyTree, history: Histories | Rows, key: jax.Array | None = None
+    params: PyTree, history: Rows, key: jax.Array | None = None
   ) -> PyTree:
     if getattr(history, "activeness", None) is None:
       raise ValueError("the backbone reads activeness; give the users'")
@@ -171,12 +167,12 @@ def conditioned(backbone: Backbone) -> Backbone:
 
 def given(
   backbone: Backbone, history: jax.Array, activeness: jax.Array | None
-) -> jax.Array | Histories:
-  """What `encode` reads: histories [B, L], with their users' activeness [B]
-  where the backbone reads it."""
-  return (
-    Histories(history, activeness) if backbone.reads_activeness else history
-  )
+) -> jax.Array | Rows:
+  """What `encode` reads of [B, L]: with activeness [B] if the backbone does."""
+  if not backbone.reads_activeness or activeness is None:
+    return history
+  spread = jnp.broadcast_to(activeness[:, None], history.shape)
+  return _one_a_row(history, spread)
 
 
 def embed_activeness(table: jax.Array, activeness: jax.Array) -> jax.Array:

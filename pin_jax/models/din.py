@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from pin_jax.models.backbones import (
   ACTIVENESS,
   as_rows,
-  check_dropout,
+  check,
   embed_activeness,
 )
 from pin_jax.models.layers import dropout as drop
 from pin_jax.models.layers import lookup
-from pin_jax.types import Backbone, Histories, PyTree, Rows, at_least
+from pin_jax.types import Backbone, PyTree, Rows, at_least
 
 _MAX_ELEMENTS = 2**24  # activations of the unit that are alive at a time
 
@@ -84,14 +84,12 @@ def din(
     r_c      = sum over the history of a(h, c) e_h
     logit(c) = MLP([r_c, e_c, r_c * e_c])
 
-  A state is the items of its prefix and their dropout factors; `represent`
-  embeds them. It takes candidates in chunks whose activations are formed again
-  in the backward pass: memory is that of one chunk and of the result [M, C, D].
-  Every candidate costs L D `attention_hidden` products: train on sampled
-  candidates.
+  `represent` takes candidates in chunks whose activations are formed again in
+  the backward pass: memory is that of one chunk and of the result [M, C, D].
+  Every candidate costs L D `attention_hidden` products: train on sampled ones.
 
   Args:
-    num_items: V; item 0 is padding.
+    num_items: V.
     length: longest history L; no parameter depends on it.
     width: D.
     attention_hidden: width of the activation unit.
@@ -102,7 +100,7 @@ def din(
   Raises:
     InputError: if a width is smaller than 1, or `dropout` is outside [0, 1).
   """
-  check_dropout(dropout)
+  check(dropout=dropout)
   at_least(1, attention_hidden=attention_hidden, hidden=hidden)
   unit, predictor = _ActivationUnit(attention_hidden), _Predictor(hidden)
 
@@ -117,8 +115,7 @@ def din(
     }
 
   def encode(
-    params: PyTree, history: jax.Array | Histories | Rows,
-    key: jax.Array | None = None,
+    params: PyTree, history: jax.Array | Rows, key: jax.Array | None = None
   ) -> tuple[jax.Array, ...]:
     del params
     items, windows, _, activeness = as_rows(history, length)
@@ -129,8 +126,7 @@ def din(
     return items, factors, windows, *known
 
   def represent(
-    params: PyTree,
-    states: tuple[jax.Array, ...],
+    params: PyTree, states: tuple[jax.Array, ...],
     candidates: jax.Array | None,
   ) -> jax.Array:
     items, factors, *known = states

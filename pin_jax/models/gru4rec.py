@@ -11,7 +11,7 @@ to the caller.
 import flax.linen as nn
 import jax
 
-from pin_jax.models.backbones import check_dropout, from_encoder, item_inputs
+from pin_jax.models.backbones import check, from_encoder, item_inputs
 from pin_jax.models.layers import GRU, Dropout
 from pin_jax.types import Backbone, Rows
 
@@ -44,17 +44,14 @@ def gru4rec(
   logit(v) = <h_t, E_v> + b_v, with h_t the top layer's state after item t.
 
   Args:
-    num_items: V; item 0 is padding.
+    num_items: V.
     length: longest history L; no parameter depends on it.
     width: D, of the embeddings and of every layer.
-    layers: number of recurrent layers.
+    layers: recurrent layers.
     dropout: rate in [0, 1) on embeddings and on the output of every layer.
-
-  Returns:
-    The backbone's pure functions.
 
   Raises:
     InputError: if `dropout` is outside [0, 1).
   """
-  check_dropout(dropout)
+  check(dropout=dropout)
   return from_encoder(_Encoder(num_items, width, layers, dropout), length)

@@ -13,12 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.models.backbones import (
-  check_dropout,
-  check_heads,
-  from_encoder,
-  item_inputs,
-)
+from pin_jax.models.backbones import check, from_encoder, item_inputs
 from pin_jax.models.layers import Dropout, product, reads
 from pin_jax.types import Backbone, Rows
 
@@ -88,21 +83,17 @@ def hstu(
   its epsilon. logit(v) = <h_t, E_v> + b_v.
 
   Args:
-    num_items: V; item 0 is padding.
+    num_items: V.
     length: N, longest history L that the model reads.
     width: D, a multiple of `heads`; all heads together have D columns.
-    blocks: number of units.
-    heads: number of attention heads.
+    blocks: units.
+    heads: of the attention.
     dropout: rate in [0, 1) on embeddings and ahead of W_2.
-
-  Returns:
-    The backbone's pure functions.
 
   Raises:
     InputError: if `width` is no multiple of `heads`, or `dropout` is outside
       [0, 1).
   """
-  check_heads(width, heads)
-  check_dropout(dropout)
+  check(width=width, heads=heads, dropout=dropout)
   encoder = _Encoder(num_items, length, width, blocks, heads, dropout)
   return from_encoder(encoder, length)

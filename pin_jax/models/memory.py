@@ -24,6 +24,7 @@ ours. R further channels are relations of items (see `relations`),
 from which nothing is taken out.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from pin_jax.types import InputError, PluginContext, at_least
 RELATIONS = ("cosine", "two_step", "linear", "next")
 MOST_ITEMS = 50_000  # of 'linear' and 'next', which solve dense systems
 EPSILON = 1e-3  # of the score's logarithm
+_CHUNK = 1024  # rows of a table at a time
 _REPEATS = 0.01  # share of the training interactions that makes them a habit
 
 
@@ -86,20 +88,20 @@ class Memory(NamedTuple):
   """What plugins know of the training prefix, on the device.
 
   Attributes:
-    neighbours: [V+1, N] int32, items next to each item, 0 = none.
-    counts: [K, V+1, N] float32, C_k(item, neighbour) of all users.
-    totals: [K, V+1] float32, row sums, of all items.
-    related: [R, V+1, N] int32, each item's neighbours by relation, 0 = none.
-    related_scores: [R, V+1, N] float32, B_k(item, neighbour).
-    interactions: [V+1] float32, training interactions of each item.
-    popularity: [V+1] float32, log(1 + interactions), standardised over items.
-    activeness: [U] float32, log activeness, standardised over users.
-    items: [T] int32, each user's distinct training items in order.
-    starts: [U+1] int32, where a user's begin in `items`.
-    place: [I] int32, where an interaction's item lies in `items`; -1 where the
-      user's training prefix does not hold it.
-    kernel: [K, 2, W] float32, weight of b standing 1 .. W places after
-      (row 0) and before (row 1) a.
+    neighbours: [V+1, N] items next to each item, 0 = none.
+    counts: [K, V+1, N] C_k(item, neighbour) of all users.
+    totals: [K, V+1] their row sums, of all items.
+    related: [R, V+1, N] each item's neighbours by relation, 0 = none.
+    related_scores: [R, V+1, N] B_k(item, neighbour).
+    interactions: [V+1] training interactions of each item.
+    popularity: [V+1] log(1 + interactions), standardised over items.
+    activeness: [U] log activeness, standardised over users.
+    items: [T] each user's distinct training items in order.
+    starts: [U+1] where a user's begin in `items`.
+    place: [I] where an interaction's item lies in `items`; -1 where the user's
+      training prefix does not hold it.
+    kernel: [K, 2, W] weight of b standing 1 .. W places after (row 0) and
+      before (row 1) a.
   """
 
   neighbours: jax.Array
@@ -115,6 +117,11 @@ class Memory(NamedTuple):
   place: jax.Array
   kernel: jax.Array
 
+  @property
+  def num_items(self) -> int:
+    """V."""
+    return len(self.popularity) - 1
+
 
 def _kernels(window: int, decay: float) -> Mapping[str, np.ndarray]:
   """Name of each channel -> [2, W] weights of the places after and before."""
@@ -129,21 +136,14 @@ def _kernels(window: int, decay: float) -> Mapping[str, np.ndarray]:
 CHANNELS = tuple(_kernels(1, 1.0))
 
 
-def check(options: Options, num_items: int = 0) -> None:
-  """Raises InputError for options that `build` does not take.
-
-  Args:
-    options: of the memory.
-    num_items: V, where it is known.
-  """
-  for key, known, least in (
-    ("channels", CHANNELS, 1), ("relations", RELATIONS, 0)
-  ):
-    names = getattr(options, key)
-    if set(names) - set(known) or len(set(names)) < max(len(names), least):
+def check(options: Options, num_items: int) -> None:
+  """Raises InputError for options that `build` does not take."""
+  for key, known in (("channels", CHANNELS), ("relations", RELATIONS)):
+    names = tuple(getattr(options, key))
+    bad = set(names) - set(known) or len(set(names)) < len(names)
+    if bad or (key == "channels" and not names):
       raise InputError(
-        f"{key}={tuple(names)} is invalid; give some of {list(known)}, each "
-        "once"
+        f"{key}={names} is invalid; give some of {list(known)}, each once"
       )
   at_least(1, window=options.window, neighbours=options.neighbours)
   for key in ("decay", "ridge", "next_ridge"):
@@ -169,7 +169,7 @@ def build(
   Args:
     split: whose training interactions count.
     options: of the memory.
-    activeness: [U], by default that of the split.
+    activeness: [U] of the users, by default that of the split.
 
   Raises:
     InputError: for an unknown name, an option out of range, or a catalogue of
@@ -177,20 +177,18 @@ def build(
   """
   num_items = split.interactions.num_items
   check(options, num_items)
-  sequences = items, starts, place = distinct_sequences(split)
+  items, starts, place = distinct_sequences(split)
   named = _kernels(options.window, options.decay)
   kernel = np.stack([named[name] for name in options.channels])
   tables = [_count(items, starts, one, num_items) for one in kernel]
   union = sum(table / max(table.max(), 1) for table in tables).tocsr()
-  kept = _largest(union, options.neighbours)
+  shape = num_items + 1, options.neighbours
+  kept, _ = _largest(lambda rows: union[rows], shape)
   interactions = training_counts(split)
-  related = [
-    relations.thinned(rows_of, num_items, options.neighbours)
-    for rows_of in _fitted(*sequences[:2], interactions, options)
-  ]
-  near = [_largest(table, options.neighbours) for table in related]
-  scores = [_entries(*pair) for pair in zip(related, near, strict=True)]
-  shape = (-1, num_items + 1, options.neighbours)
+  related = np.reshape([
+    _largest(_fitted(name, items, starts, interactions, options), shape)
+    for name in options.relations
+  ], (-1, 2, *shape))
   known = split.activeness if activeness is None else activeness
   popularity = np.log1p(interactions)
   as_float = lambda x: jnp.asarray(x, jnp.float32)
@@ -198,7 +196,7 @@ def build(
   return Memory(
     as_int(kept), as_float(np.stack([_entries(x, kept) for x in tables])),
     as_float(np.stack([table.sum(1) for table in tables])),
-    as_int(np.reshape(near, shape)), as_float(np.reshape(scores, shape)),
+    as_int(related[:, 0]), as_float(related[:, 1]),
     as_float(interactions), as_float(_standardized(popularity, popularity)),
     as_float(known_activeness(known, known)), as_int(items), as_int(starts),
     as_int(place), as_float(kernel),
@@ -238,12 +236,7 @@ def holds_repeats(split: Split) -> bool:
 def known_activeness(
   activeness: np.ndarray, population: np.ndarray
 ) -> np.ndarray:
-  """What plugins read of activeness: its log, standardised; [n] float32.
-
-  Args:
-    activeness: [n] numbers of training interactions.
-    population: [U], those of the users that are standardised over.
-  """
+  """Log activeness [n], standardised over that of a population [U]; float32."""
   log = lambda x: np.log(np.maximum(x, 1))
   return _standardized(log(activeness), log(population))
 
@@ -273,52 +266,51 @@ def _count(
 
 
 def _fitted(
-  items: np.ndarray, starts: np.ndarray, interactions: np.ndarray,
+  name: str, items: np.ndarray, starts: np.ndarray, interactions: np.ndarray,
   options: Options,
-) -> list[relations.Rows]:
-  """The relations that are asked for, fitted to the sequences."""
-  if not options.relations:
-    return []
+) -> relations.Rows:
+  """A relation, fitted to the sequences."""
   num_items = len(interactions) - 1
-  users = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-  held = Table(
-    (np.ones(len(items)), (users, items)), (len(starts) - 1, num_items + 1)
-  )
-  both = (held.T @ held).tocsr()
-
-  def walk() -> relations.Rows:
+  if name == "two_step":
     kernel = _kernels(options.window, options.decay)["around"]
     return relations.random_walk(
       _count(items, starts, kernel, num_items), options.shrink,
       np.maximum(interactions, 1) ** -options.popularity_power,
     )
-
-  fit = {
-    "cosine": lambda: relations.cosine(both, options.shrink),
-    "two_step": walk,
-    "linear": lambda: relations.ease(both, options.ridge),
-    "next": lambda: relations.slit(
+  if name == "next":
+    return relations.slit(
       items, starts, num_items, recent=options.recent,
       decay=options.history_decay, ridge=options.next_ridge,
-    ),
-  }
-  return [fit[name]() for name in options.relations]
+    )
+  users = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+  held = Table(
+    (np.ones(len(items)), (users, items)), (len(starts) - 1, num_items + 1)
+  )
+  both = (held.T @ held).tocsr()
+  if name == "cosine":
+    return relations.cosine(both, options.shrink)
+  return relations.ease(both, options.ridge)
 
 
-def _largest(table: Table, count: int) -> np.ndarray:
-  """[V+1, count] columns of the largest entries of each row, 0 = none.
+def _largest(
+  rows_of: relations.Rows, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Columns [V+1, N] and values of each row's largest entries, 0 = none.
 
-  Of equal entries those of the smaller column.
+  The diagonal is left out; of equal entries the smaller column comes first.
   """
-  entries = table.tocoo()
-  rows, columns = entries.coords
-  order = np.lexsort((columns, -entries.data, rows))
-  rows, columns = rows[order], columns[order]
-  rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
-  kept = np.zeros((table.shape[0], count), np.int64)
-  near = rank < count
-  kept[rows[near], rank[near]] = columns[near]
-  return kept
+  columns, values = np.zeros(shape), np.zeros(shape)
+  for first in range(0, shape[0], _CHUNK):
+    chunk = rows_of(slice(first, first + _CHUNK))
+    chunk.setdiag(0, k=first)
+    chunk.eliminate_zeros()
+    chunk.sort_indices()
+    for row, span in enumerate(itertools.pairwise(chunk.indptr), first):
+      entries = chunk.data[slice(*span)]
+      order = np.argsort(-entries, kind="stable")[: shape[1]]
+      columns[row, : len(order)] = chunk.indices[slice(*span)][order]
+      values[row, : len(order)] = entries[order]
+  return columns.astype(np.int64), values
 
 
 def _entries(table: Table, columns: np.ndarray) -> np.ndarray:
@@ -328,13 +320,9 @@ def _entries(table: Table, columns: np.ndarray) -> np.ndarray:
 
 
 class Scores(NamedTuple):
-  """Scores of the items that have any, by channel.
+  """Scores of the items that have any, by channel; both are [K, M, E].
 
   An item may stand several times; its score is then the sum.
-
-  Attributes:
-    items: [K, M, E] int32.
-    scores: [K, M, E] float32.
   """
 
   items: jax.Array
@@ -372,8 +360,7 @@ def _own_transitions(
 ) -> tuple[jax.Array, jax.Array]:
   """What the user itself added to the rows of its recent items.
 
-  Returns:
-    Items [M, H, 2W], 0 = none, and their weights [K, M, H, 2W].
+  Items [M, H, 2W], 0 = none, and their weights [K, M, H, 2W].
   """
   width = memory.kernel.shape[-1]
   steps = jnp.arange(1, width + 1)
@@ -403,13 +390,7 @@ def repeats(context: PluginContext, history_decay: float) -> Scores:
 def dense(
   found: Scores, candidates: jax.Array | None, num_items: int
 ) -> jax.Array:
-  """The scores of candidates, [K, M, C].
-
-  Args:
-    found: scores of the items that have any.
-    candidates: [C] shared, [M, C], or None for 0..V in order.
-    num_items: V.
-  """
+  """The scores [K, M, C] of candidates: [C], [M, C] or, if None, 0..V."""
   row = jnp.arange(found.items.shape[1])[:, None]
   count, slots = num_items + 1, jnp.arange(num_items + 1)
   if candidates is not None and candidates.ndim == 1:

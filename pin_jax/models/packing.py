@@ -12,17 +12,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import Backbone, Histories, PyTree, Rows
+from pin_jax.types import Backbone, PyTree, Rows
 
 
 class Packed(NamedTuple):
   """Where the positions of B histories went.
 
   Attributes:
-    source: [B, L] int32, which position b L + c of the histories lies there;
-      -1 = none.
-    place: [B, L] int32, where each position of the histories lies, row L +
-      column; -1 = nowhere, for it is padding.
+    source: [B, L] which position b L + c of the histories is there; -1 = none.
+    place: [B, L] where each position of the histories lies, row L + column;
+      -1 = nowhere, for it is padding.
     used: scalar, rows that hold any.
   """
 
@@ -72,19 +71,24 @@ def take(values: jax.Array, source: jax.Array) -> jax.Array:
   return jnp.where(real, flat[jnp.maximum(source, 0)], 0)
 
 
-def rows_of(history: jax.Array | Histories, source: jax.Array) -> Rows:
+def rows_of(history: jax.Array | Rows, source: jax.Array) -> Rows:
   """The packed rows of histories [B, L] that `source` [R, L] names."""
-  items, activeness = history, None
-  if isinstance(history, Histories):
-    items, activeness = history
-    activeness = activeness[jnp.maximum(source, 0) // items.shape[1]]
+  items, activeness = _parts(history)
   length = items.shape[1]
   later = jnp.where(source >= 0, length - 1 - source % length, 0)
+  if activeness is not None:
+    activeness = take(activeness, source)
   return Rows(take(items, source), source // length + 1, later, activeness)
 
 
+def _parts(history: jax.Array | Rows) -> tuple[jax.Array, jax.Array | None]:
+  """Items and activeness, each [B, L]."""
+  whole = isinstance(history, Rows)
+  return (history.items, history.activeness) if whole else (history, None)
+
+
 def encode(
-  backbone: Backbone, params: PyTree, history: jax.Array | Histories
+  backbone: Backbone, params: PyTree, history: jax.Array | Rows
 ) -> PyTree:
   """The context of histories without dropout, in packed rows where that is on.
 
@@ -95,13 +99,12 @@ def encode(
   Args:
     backbone: every leaf of its context leads with [B, L].
     params: its parameters.
-    history: [B, L], right-aligned, alone or with its users' activeness.
+    history: [B, L], right-aligned, or one a row with the users' activeness.
   """
   chunk = backbone.packed
   if not chunk:
     return backbone.encode(params, history, None)
-  items = history.items if isinstance(history, Histories) else history
-  packed = pack(items)
+  packed = pack(_parts(history)[0])
   source = source_chunks(packed, chunk)
 
   def one(index: jax.Array) -> PyTree:

@@ -5,6 +5,7 @@ backbone is an argument that is not differentiated. Every plugin starts as the
 identity, and validation may leave it there.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -70,11 +71,8 @@ def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
   which makes the plugin start as the identity, is ours.
 
   Args:
-    width: D of the representation.
+    width: D.
     hidden: width of the bottleneck; default D / 2.
-
-  Returns:
-    The plugin.
 
   Raises:
     InputError: if `hidden` is smaller than 1.
@@ -91,9 +89,6 @@ def translation(width: int) -> Plugin:
 
   With a tied output this is an item bias <z, E_v> of rank one in the item
   table: what a segment likes more than another. Ours.
-
-  Args:
-    width: D.
   """
   return Plugin(lambda key: jnp.zeros(width), lambda z, x: x + z)
 
@@ -114,10 +109,10 @@ def low_rank(like: PyTree, *, rank: int) -> Plugin:
     Hu et al., ICLR 2022, arXiv 2106.09685. Deviation: no scaling alpha / r.
   """
   at_least(1, rank=rank)
-  leaves = jax.tree_util.tree_leaves_with_path(like)
+  named = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
   chosen = {
-    _name(path): leaf.shape for path, leaf in leaves
-    if leaf.ndim > 1 and re.search(_MATRICES, _name(path))
+    named(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(like)
+    if leaf.ndim > 1 and re.search(_MATRICES, named(path))
   }
   if not chosen:
     raise InputError(
@@ -137,12 +132,10 @@ def low_rank(like: PyTree, *, rank: int) -> Plugin:
 
   def adapt(params: PyTree, backbone: PyTree) -> PyTree:
     def add(path: tuple, leaf: jax.Array) -> jax.Array:
-      if _name(path) not in params:
-        return leaf
-      pair = params[_name(path)]
-      return leaf + jnp.tensordot(pair["a"], pair["b"], 1)
+      pair = params.get(named(path))
+      return leaf + jnp.tensordot(pair["a"], pair["b"], 1) if pair else leaf
 
-    return jax.tree_util.tree_map_with_path(add, backbone)
+    return jax.tree.map_with_path(add, backbone)
 
   return Plugin(init, adapt=adapt)
 
@@ -158,9 +151,6 @@ def adapter(like: PyTree, *, width: int, hidden: int) -> Plugin:
     like: the backbone's params, or their shapes.
     width: D.
     hidden: width of the bottlenecks.
-
-  Returns:
-    The plugin.
 
   Raises:
     InputError: if `hidden` is smaller than 1, or the backbone has no `Block`.
@@ -211,7 +201,7 @@ def memory_mix(options: Options) -> Plugin:
   ) -> jax.Array:
     del representation
     found = lookup(memory, context, options)
-    known = log_scores(dense(found, candidates, _num_items(memory)))
+    known = log_scores(dense(found, candidates, memory.num_items))
     return logits + jnp.einsum("k,kmc->mc", params, known)
 
   init = lambda key: jnp.zeros(options.num_channels)
@@ -237,7 +227,7 @@ def memory_alone(options: Options) -> Plugin:
   ) -> jax.Array:
     del representation, logits
     found = lookup(memory, context, options)
-    scores = dense(found, candidates, _num_items(memory))
+    scores = dense(found, candidates, memory.num_items)
     known = log_scores(scores[:transitions].sum(0))
     return params * (known + log_scores(scores[transitions:]).sum(0))
 
@@ -305,10 +295,10 @@ def gated(
     if reads_state:
       features.append(jax.nn.standardize(representation.astype(jnp.float32)))
     weights = gate.apply({"params": params}, jnp.concatenate(features, -1))
-    scores = dense(found, candidates, _num_items(memory))
+    scores = dense(found, candidates, memory.num_items)
     if own_repeats:
       own = repeats(context, options.history_decay)
-      own = dense(own, candidates, _num_items(memory))
+      own = dense(own, candidates, memory.num_items)
       scores = jnp.concatenate([scores, own])
     popularity = memory.popularity
     if candidates is not None:
@@ -321,14 +311,6 @@ def gated(
 
   init = lambda key: gate.init(key, jnp.zeros((1, size)))["params"]
   return Plugin(init, mix=mix, recent=options.recent)
-
-
-def _num_items(memory: Memory) -> int:
-  return len(memory.popularity) - 1
-
-
-def _name(path: tuple) -> str:
-  return "/".join(str(key.key) for key in path)
 
 
 def init_stacked(plugin: Plugin, key: jax.Array, num_segments: int) -> PyTree:
@@ -377,13 +359,8 @@ def mixed(
 ) -> jax.Array:
   """Logits [M, C] with the plugin's evidence, where it mixes any in.
 
-  Args:
-    model: as in `logits`, and likewise weights, states and context.
-    weights: of one segment.
-    states: [M, ...].
-    context: of the M positions.
-    scores: [M, C] logits without it.
-    candidates: what they are of, [C], [M, C] or None for 0..V.
+  Args as in `logits`, but `scores` are the logits without it, and `candidates`
+  what they are of: [C], [M, C] or None for 0..V.
   """
   backbone, plugin = model
   if plugin is None or plugin.mix is None:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pin_jax.types import Backbone, Histories, InputError, PyTree, Rows
+from pin_jax.types import Backbone, InputError, PyTree
 
 COMPUTE = ("float32", "bfloat16")
 
@@ -53,23 +53,12 @@ def computed_in(backbone: Backbone, compute: str) -> Backbone:
   def cast_params(params: dict[str, PyTree]) -> dict[str, PyTree]:
     return {k: v if k == "bias" else cast(v) for k, v in params.items()}
 
-  def encode(
-    params: PyTree, history: jax.Array | Histories | Rows,
-    key: jax.Array | None = None,
-  ) -> PyTree:
-    return backbone.encode(cast_params(params), history, key)
-
-  def represent(
-    params: PyTree, states: PyTree, candidates: jax.Array | None
-  ) -> jax.Array:
-    return backbone.represent(cast_params(params), states, candidates)
-
-  def score(
-    params: PyTree, representations: jax.Array, candidates: jax.Array | None
-  ) -> jax.Array:
-    logits = backbone.score(
+  return backbone._replace(
+    encode=lambda params, *args: backbone.encode(cast_params(params), *args),
+    represent=lambda params, *args: backbone.represent(
+      cast_params(params), *args
+    ),
+    score=lambda params, representations, candidates: backbone.score(
       cast_params(params), cast(representations), candidates
-    )
-    return logits.astype(jnp.float32)
-
-  return backbone._replace(encode=encode, represent=represent, score=score)
+    ).astype(jnp.float32),
+  )

@@ -9,14 +9,11 @@ targets outside the training prefix can teach how far to trust them.
 Each function returns the one that computes some rows of B.
 """
 
-import itertools
 from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
 import scipy.sparse
-
-_CHUNK = 1024  # rows
 
 Table = scipy.sparse.csr_array
 Rows = Callable[[slice], Table]
@@ -114,18 +111,3 @@ def _ridged(gram: Table, ridge: float) -> np.ndarray:
   dense = gram.toarray().astype(np.float32)
   dense[np.diag_indices_from(dense)] += ridge
   return dense
-
-
-def thinned(rows_of: Rows, num_items: int, count: int) -> Table:
-  """B without its diagonal and what is below a row's `count` largest."""
-  chunks = []
-  for first in range(0, num_items + 1, _CHUNK):
-    chunk = rows_of(slice(first, first + _CHUNK))
-    chunk.setdiag(0, k=first)
-    for start, end in itertools.pairwise(chunk.indptr):
-      row = chunk.data[start:end]
-      if len(row) > count:
-        row[row < np.partition(row, -count)[-count]] = 0
-    chunk.eliminate_zeros()
-    chunks.append(chunk)
-  return scipy.sparse.vstack(chunks).tocsr()

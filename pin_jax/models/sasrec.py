@@ -9,12 +9,7 @@ newest item always has the same position.
 import flax.linen as nn
 import jax
 
-from pin_jax.models.backbones import (
-  check_dropout,
-  check_heads,
-  from_encoder,
-  item_inputs,
-)
+from pin_jax.models.backbones import check, from_encoder, item_inputs
 from pin_jax.models.layers import Block, Dropout, lookup
 from pin_jax.types import Backbone, Rows
 
@@ -58,23 +53,19 @@ def sasrec(
   logit(v) = <h_t, E_v> + b_v, with h_t the state after reading item t.
 
   Args:
-    num_items: V; item 0 is padding.
+    num_items: V.
     length: longest history L that the model reads.
     width: D, a multiple of `heads`.
-    blocks: number of transformer blocks.
-    heads: number of attention heads.
+    blocks: transformer blocks.
+    heads: of the attention.
     dropout: rate in [0, 1) on embeddings, attention weights and residuals.
     expansion: width of the MLP as a multiple of D.
-
-  Returns:
-    The backbone's pure functions.
 
   Raises:
     InputError: if `width` is no multiple of `heads`, or `dropout` is outside
       [0, 1).
   """
-  check_heads(width, heads)
-  check_dropout(dropout)
+  check(width=width, heads=heads, dropout=dropout)
   encoder = _Encoder(
     num_items, length, width, blocks, heads, dropout, expansion
   )

@@ -111,14 +111,10 @@ class Result(NamedTuple):
 
 
 class Progress(NamedTuple):
-  """Host state of a run in the loop; saved with every checkpoint.
+  """Host state of a run, saved with every checkpoint.
 
-  Attributes:
-    step: steps done.
-    values: best validation value of every slot.
-    steps: the step it was reached at.
-    stale: validations since the last improvement of any slot.
-    cpu_seconds: processor time so far.
+  Steps done; of every slot the best value and its step; validations since any
+  slot has improved; processor time so far.
   """
 
   step: int

@@ -256,13 +256,15 @@ def windows_loss(
     keys: jax.Array, negatives: Negatives | None,
   ) -> tuple[jax.Array, jax.Array]:
     """One window a row."""
-    encode = lambda history, key: backbone.encode(params, history, key)
-    history = given(backbone, batch.history, batch.activeness)
+    encode = lambda history, activeness, key: backbone.encode(
+      params, given(backbone, history, activeness), key
+    )
+    read = batch.history, batch.activeness
     if len(keys) == 1:
-      context = encode(history, keys[0])
+      context = encode(*read, keys[0])
     else:
-      each = jax.tree.map(lambda x: stacks(x, len(keys)), history)
-      context = jax.tree.map(merge, jax.vmap(encode)(each, keys))
+      each = jax.tree.map(lambda x: stacks(x, len(keys)), read)
+      context = jax.tree.map(merge, jax.vmap(encode)(*each, keys))
     return loss(
       params, None, context, batch.targets, weights, factors, negatives
     )

@@ -121,9 +121,6 @@ def backbone_step(
     importance: (frozen, batch [G, B]) -> weights [G, B, L] of the examples,
       for exact backdoor adjustment.
     layout: how batch and state are split over devices.
-
-  Returns:
-    The step.
   """
   losses = group_losses(backbone, mean=draw.mean, loss=loss, layout=layout)
   aggregate = _aggregator(losses, adjustment, loss)
