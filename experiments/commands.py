@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
@@ -16,7 +15,6 @@ from etils import epath
 from ml_collections import config_flags
 
 from experiments import processes
-from experiments.tables import MIN_SEEDS
 from pin_jax.types import InputError, Interrupted, TrainingError
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells count
@@ -70,7 +68,7 @@ def launch(
   config: flags.FlagHolder | None = None,
   *,
   words: bool = False,
-  parse: Callable[[Sequence[str]], list[str]] | None = None,
+  default: str | None = None,
 ) -> None:
   """Parses flags and runs a program; every bad end is one line and its code.
 
@@ -79,9 +77,9 @@ def launch(
       A termination takes temporary files along.
     config: the flag of a configuration file, where there is one.
     words: whether the program takes arguments that are no flags.
-    parse: command line -> program's name and words; by default `parse_with`.
+    default: configuration file where none is given.
   """
-  parse = parse or (lambda argv: parse_with(argv, config))
+  parse = lambda argv: parse_with(argv, config, default)
 
   def checked(argv: Sequence[str]) -> int | None:
     if len(argv) > 1 and not words:
@@ -128,7 +126,7 @@ def exit_code(action: Callable[[], None]) -> int:
     if full:
       text = (
         f"memory is full ({text[:200]}); lower batch_size, loss.negatives, "
-        "num_seeds, backbone.width"
+        "num_seeds or backbone.width"
       )
     if isinstance(error, BrokenPipeError):
       text = "standard output was closed before all was written to it"
@@ -150,13 +148,15 @@ def _forget_output() -> None:
 
 
 def parse_with(
-  argv: Sequence[str], config: flags.FlagHolder | None = None
+  argv: Sequence[str], config: flags.FlagHolder | None = None,
+  default: str | None = None,
 ) -> list[str]:
   """Parses flags of which one may be a configuration.
 
   Args:
     argv: the command line.
     config: as ml_collections.config_flags defines it, or None.
+    default: see `launch`.
 
   Returns:
     The arguments that are no flags.
@@ -166,6 +166,8 @@ def parse_with(
   """
   for argument in argv[1:]:
     _check_argument(argument)
+  if default and not any(re.match("--?config(=|$)", x) for x in argv):
+    argv = [argv[0], f"--config={default}", *argv[1:]]
   try:
     rest = flags.FLAGS(argv)
     if config is not None:
@@ -176,8 +178,9 @@ def parse_with(
     TypeError, ValueError,
   ) as error:
     unknown = isinstance(error, AttributeError | KeyError)
+    text = str(error).strip("\"'") if unknown else str(error)
     kind = "unknown config key" if unknown else "flags:"
-    raise InputError(f"{kind} {_in_one_line(str(error))}") from error
+    raise InputError(f"{kind} {_in_one_line(text)}") from error
 
 
 def _check_argument(argument: str) -> None:
@@ -203,49 +206,7 @@ def _in_one_line(message: str) -> str:
   marker = f"{InputError.__name__}: "
   if marker in message:
     return message.rsplit(marker, 1)[1].strip()  # raised by a config file
-  lines = [x.strip() for x in message.strip("\"' \n").splitlines()]
+  lines = [line.strip() for line in message.strip().splitlines()]
   if "Traceback" in message:
     lines = [lines[0], lines[-1]]
-  text = " ".join(filter(None, lines)).replace("\\'", "'").replace("\\n", " ")
-  return f"{text}; see --help"
-
-
-def command_line(arguments: Sequence[str]) -> str:
-  """A command to be pasted into a shell; values in double quotes."""
-  return " ".join(map(_quoted, arguments))
-
-
-def more_seeds(command: str, seeds: Sequence[int], *, swept: bool) -> str:
-  """How to get the seeds that a verdict takes, as a command where it is known.
-
-  Args:
-    command: that ran the job, '' where nothing is known of it.
-    seeds: that were trained.
-    swept: whether the job is one of a sweep's models at their chosen settings.
-  """
-  others = [seed for seed in range(MIN_SEEDS + len(seeds)) if seed not in seeds]
-  lacking = others[: max(MIN_SEEDS - len(seeds), 0)]
-  if swept:
-    numbers = ",".join(map(str, lacking))
-    return f"python -m experiments.sweep … --more_seeds={numbers}"
-  wanted = f"--config.seeds={(*seeds, *lacking)}"
-  words, kept, workdir = iter(shlex.split(command)), [], "runs/job"
-  for word in words:
-    name, equals, value = word.partition("=")
-    if name.lstrip("-") in ("workdir", "config.seeds"):
-      value = value if equals else next(words, "")
-      workdir = value if name.endswith("workdir") else workdir
-    else:
-      kept.append(word)
-  if "experiments.main" not in kept:
-    return f"run the job with {command_line([wanted])} in another workdir"
-  new = f"--workdir={workdir.rstrip('/')}-{len(seeds) + len(lacking)}seeds"
-  return command_line([*kept, new, wanted])
-
-
-def _quoted(argument: str) -> str:
-  name, equals, value = argument.partition("=")
-  plain = shlex.quote(argument) == argument
-  if plain or not equals or set(value) & set('"$`\\!'):
-    return shlex.quote(argument)
-  return f'{shlex.quote(name)}="{value}"'
+  return f"{' '.join(filter(None, lines))}; see --help"

@@ -1,11 +1,11 @@
-"""The main job: data -> stages -> full ranking -> comparison.
+"""The main job: data -> stages -> full ranking -> report.
 
 A workdir belongs to one configuration and one data set, and to one process at
 a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
-(rows_sampled.parquet for sampled candidates), summary.json, the tables and
-plots/, all of which are the same however often the job was killed, and
-cpu_seconds.json, which is not. With several processes (see `processes`) the
-first writes all but the checkpoints.
+(rows_sampled.parquet for sampled candidates), summary.json and report.md, all
+of which are the same however often the job was killed, cpu_seconds.json, which
+is not, and report.html, .json and .tex, which tell of it. With several
+processes (see `processes`) the first writes all but the checkpoints.
 """
 
 import contextlib
@@ -23,13 +23,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments import (
-  claims,
   commands,
   logs,
   processes,
   report,
+  results,
   schema,
-  sections,
   settings,
   sizes,
   truth,
@@ -52,6 +51,7 @@ from experiments.problem import (
   prepare,
   requests_for,
 )
+from experiments.results import MIN_SEEDS, SUFFIXES, few_seeds, number_range
 from experiments.stages import (
   Monitor,
   Trainer,
@@ -59,12 +59,6 @@ from experiments.stages import (
   num_steps,
   routed,
   same_job,
-)
-from experiments.tables import (
-  MIN_SEEDS,
-  SUFFIXES,
-  few_seeds,
-  number_range,
 )
 from pin_jax import disk
 from pin_jax.data import activeness, batches
@@ -84,7 +78,7 @@ _TYPES = {  # of what a ranker returns
 
 
 def method_rows(
-  method: Method, seed: int, problem: Problem, trainer: Trainer
+  key: str, method: Method, seed: int, problem: Problem, trainer: Trainer
 ) -> pl.DataFrame:
   """Ranks the test targets with a method's models; one row a user."""
   users = np.flatnonzero(problem.split.test >= 0)
@@ -95,14 +89,14 @@ def method_rows(
     ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
       trainer.weights(seed, serve[0], stage), trainer.sequences, requests
     )
-    for key, values in ranks._asdict().items():
+    for name, values in ranks._asdict().items():
       shape = len(users), *values.shape[1:]
-      columns.setdefault(key, np.zeros(shape, values.dtype))[chosen] = values
-  return result_rows(method.title, seed, problem, users, columns)
+      columns.setdefault(name, np.zeros(shape, values.dtype))[chosen] = values
+  return result_rows(key, seed, problem, users, columns)
 
 
 def result_rows(
-  title: str,
+  model: str,
   seed: int,
   problem: Problem,
   users: np.ndarray,
@@ -111,7 +105,7 @@ def result_rows(
   """One row a user, as every table reads them.
 
   Args:
-    title: name of the model.
+    model: key of its method, or the name of another library's.
     seed: of its training.
     problem: the data.
     users: [n], who have test targets.
@@ -121,7 +115,7 @@ def result_rows(
   data = problem.split.interactions
   target = data.items[data.offsets[users] + problem.split.test[users]]
   return pl.DataFrame({
-    "model": [title] * len(users),
+    "model": [model] * len(users),
     "seed": np.full(len(users), seed, np.int32),
     "user": pl.Series(data.user_ids[users].tolist()),
     "group": problem.groups[users].astype(np.int32),
@@ -195,7 +189,12 @@ def claim_workdir(
         f"workdir {directory} holds results without the configuration of a "
         "job; use another --workdir"
       )
-    _write_claim(path, mine)
+    if not processes.is_first():
+      raise InputError(
+        f"workdir {directory} does not hold what process 0 wrote there; use "
+        "one that all processes see"
+      )
+    disk.write({path: json.dumps(mine, indent=2) + "\n"})
     return
   theirs = workdir.read_json(path, config={}, data="")
   theirs["config"] = of_results(ConfigDict(theirs["config"]))
@@ -207,16 +206,6 @@ def claim_workdir(
     )
 
 
-def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
-  directory = path.parent
-  if not processes.is_first():
-    raise InputError(
-      f"workdir {directory} does not hold what process 0 wrote there; use one "
-      "that all processes see"
-    )
-  disk.write({path: json.dumps(mine, indent=2) + "\n"})
-
-
 def of_results(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON, without the keys on which no result depends."""
   whole = schema.canonical(config.to_dict())
@@ -226,19 +215,16 @@ def of_results(config: ConfigDict) -> dict[str, Any]:
 
 
 class Options(NamedTuple):
-  """How a job runs, whatever it computes.
-
-  Attributes:
-    console: where to print; standard output by default.
-    command: how the job was launched, for its summary.
-    other_versions: continue what other versions of libraries began.
-    interrupted: whether to save and end; see `interruption.noticed`.
-  """
+  """How a job runs, whatever it computes; see `run`."""
 
   console: rich.console.Console
   command: str
   other_versions: bool
   interrupted: Callable[[], bool]
+
+  def say(self, line: str) -> None:
+    """Prints a line as it is."""
+    self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
   def check(self) -> None:
     """Raises Interrupted where the job is to end."""
@@ -254,20 +240,17 @@ def run(
   command: str = "",
   other_versions: bool = False,
   interrupted: Callable[[], bool] = lambda: False,
-) -> pl.DataFrame:
+) -> None:
   """Runs the main job, or what is left of it, and prints its tables.
 
   Args:
     config: as from `experiments.configs.base.default`; its sizes that are None
       are fitted to the data.
     directory: the job's workdir.
-    console: see `Options`.
+    console: where to print; standard output by default.
     command: how the job was launched, for its summary.
-    other_versions: see `Options`.
-    interrupted: see `Options`.
-
-  Returns:
-    The comparison table; an empty one in a process that does not write.
+    other_versions: continue what other versions of libraries began.
+    interrupted: whether to save and end; see `interruption.noticed`.
 
   Raises:
     InputError: for any bad input, before training starts.
@@ -283,32 +266,30 @@ def run(
   )
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  fitted, problem, networks = processes.together(lambda: _prepare(config))
+  processes.together(lambda: settings.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
+  fitted, problem, networks = processes.together(lambda: _prepare(config))
   if line := sizes.told(config, fitted):
-    console.print(line, markup=False)
+    options.say(line)
   config = fitted
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
     if _finished(directory):
-      console.print(
-        f"{directory} is finished; reprinting its tables", markup=False
-      )
+      options.say(f"{directory} is finished; reprinting its tables")
     else:
       _compute(config, problem, networks, directory, options)
     options.check()
-    if not processes.is_first():
-      return pl.DataFrame()
-    return report.write_report(directory, console=console)
+    if processes.is_first():
+      report.write_report([directory], console=console)
 
 
 def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them, before anything is written.
   """
-  settings.check(sizes.for_any_data(config))
-  config, problem = prepare(config)
-  settings.check(config)  # with the sizes that the data gave
+  asked, (config, problem) = config, prepare(config)
+  if sizes.told(asked, config):  # sizes that the data gave
+    settings.check(config)
   networks = networks_of(config, problem)
   check(config, problem, networks)
   return config, problem, networks
@@ -346,21 +327,18 @@ def _compute(
   options: Options,
 ) -> None:
   """Trains and ranks; writes the rows and, last of all, the summary."""
-  _describe(problem, options.console)
-  changed = sections.changed_settings(of_results(config)).items()
-  if changed:
-    options.console.print(
+  _describe(problem, options.say)
+  if changed := results.changed_settings(of_results(config)).items():
+    options.say(
       "settings other than the defaults: "
-      + ", ".join(f"{key}={value!r}" for key, value in changed),
-      markup=False, soft_wrap=True,
+      + ", ".join(f"{key}={value!r}" for key, value in changed)
     )
-  learnt = information(selected(config), config)
-  if learnt:
-    options.console.print(learnt, markup=False, soft_wrap=True)
+  if learnt := information(selected(config), config):
+    options.say(learnt)
   if len(config.seeds) < MIN_SEEDS:
-    options.console.print(
+    options.say(
       f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
-      "give a verdict", markup=False,
+      "give a verdict"
     )
   rows, closeness, cost = _train_all(
     config, problem, networks, directory, options
@@ -401,13 +379,13 @@ def _train_all(
         trainer.train(stage, monitor)
         if first == 0 and stage == next(iter(methods.values())).stages[-1]:
           for line in _power(config, problem, trainer, seeds[0]):
-            options.console.print(line, markup=False, soft_wrap=True)
+            options.say(line)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
-        for method in methods.values():
+        for key, method in methods.items():
           options.check()
-          rows.append(method_rows(method, seed, problem, trainer))
+          rows.append(method_rows(key, method, seed, problem, trainer))
         if problem.world is not None and config.loss.name in settings.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
@@ -430,7 +408,7 @@ def _store(
   return functools.partial(
     checkpoints.Checkpoints, about=about,
     check=same_job(about, ("versions",) if options.other_versions else ()),
-    say=lambda x: options.console.print(x, markup=False, soft_wrap=True),
+    say=options.say,
   )
 
 
@@ -444,19 +422,16 @@ def _closeness(
   )
   data = problem.split.interactions
   models = {
-    method.title: model_log_probabilities(
-      method, seed, problem, trainer, users
-    )
-    for method in methods.values()
+    key: model_log_probabilities(method, seed, problem, trainer, users)
+    for key, method in methods.items()
     if not any(stage.focal for stage in method.stages)
   }
   target = data.items[data.offsets[users] + requests.positions]
   return truth.closeness(problem.world, np.asarray(history), target, models)
 
 
-def _describe(problem: Problem, console: rich.console.Console) -> None:
+def _describe(problem: Problem, say: Callable[[str], None]) -> None:
   data = problem.split.interactions
-  say = functools.partial(console.print, markup=False, emoji=False)
   say(
     f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, "
     f"{data.num_interactions:,} interactions; fingerprint "
@@ -514,7 +489,7 @@ def _power(
     served = base.serve[index][1] or base.serve[index][0]
     users[segment] = int((tested == index).sum())
     levels[segment] = validation[served].get(segment, math.nan)
-  return claims.power_lines(config.claims, users, levels, len(config.seeds))
+  return results.power_lines(config.claims, users, levels, len(config.seeds))
 
 
 def _chosen(method: Method, name: str) -> Stage:
@@ -528,7 +503,7 @@ def _summary(
 ) -> dict[str, Any]:
   """What the tables need besides the rows."""
   methods = selected(config)
-  base, other = (methods[name].title for name in compared([*methods]))
+  base, other = compared([*methods])
   about = about_data(problem)
   learnt = information(methods, config)
   if learnt:

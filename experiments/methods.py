@@ -47,8 +47,7 @@ class Stage:
       ('memory_alone').
     assign: users' segments: by activeness, or drawn at random, as many users
       in each ('random').
-    rule: key of the config section `rules`, whose weighting combines the
-      groups; None = `pin.weighting`.
+    rule: weighting that combines the groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
     reads_activeness: whether its backbone is `conditioned`, whatever
       `backbone.reads_activeness` says.
@@ -136,13 +135,12 @@ def _fine_tuned(users: Users) -> Stage:
   )
 
 
-def _by_rule(name: str) -> Method:
+def _by_rule(name: str, options: str = "") -> Method:
   """Stage 1 with another's rule, for as many steps as PIN takes in all."""
-  stage = Stage(
+  return _single(name.replace("-", " "), Stage(
     name, "backbone", "both", grouped=True, sampling="groups",
-    rule=name.replace("-", "_"),
-  )
-  return _single(name.replace("-", " "), stage)
+    rule=name.replace("-", "_") + options,
+  ))
 
 
 METHODS: dict[str, Method] = {
@@ -196,7 +194,7 @@ METHODS: dict[str, Method] = {
   "inverse_propensity": _by_rule("inverse-propensity"),
   "group_dro": _by_rule("group-dro"),
   "streaming_dro": _by_rule("streaming-dro"),
-  "cvar": _by_rule("cvar"),
+  "cvar": _by_rule("cvar", ":alpha=0.4"),
   "pcgrad": _by_rule("pcgrad"),
   "upgrad": _by_rule("upgrad"),
   "consensus": _by_rule("consensus"),
@@ -274,10 +272,14 @@ def learns(method: Method, config: Mapping[str, Any]) -> Learnt:
   return "half" if "half" in found else "none"
 
 
-def learnt_by(title: str, config: Mapping[str, Any]) -> str:
-  """What the row of a title has learnt from, in words."""
-  method = next((m for m in METHODS.values() if m.title == title), None)
-  return LEARNT["none" if method is None else learns(method, config)]
+RULES = tuple(
+  name for name, method in METHODS.items() if method.stages[-1].rule
+)
+
+
+def learnt_by(key: str, config: Mapping[str, Any]) -> str:
+  """What the rows of a method's key have learnt from, in words."""
+  return LEARNT[learns(METHODS[key], config) if key in METHODS else "none"]
 
 
 def information(methods: Mapping[str, Method], config: ConfigDict) -> str:

@@ -1,231 +1,612 @@
-"""Tables and plots of a run, computed from its result rows and nothing else.
-
-    python -m experiments.report --workdir=DIR
-
-reads DIR/rows.parquet (one row a model, seed and user) and, where present,
-DIR/log.jsonl and DIR/summary.json; prints the tables and writes comparison.csv,
-.md and .json and plots/ beside them. Where the job ranked sampled candidates,
-rows_sampled.parquet gives comparison_sampled.csv, .md and .json instead.
+"""Reports on finished jobs: on the console, as HTML, Markdown and LaTeX.
 
     python -m experiments.report DIR... --output=OUT
 
-reads any number of finished jobs, or summaries of them (see
-experiments.summaries), and writes one self-contained page OUT/report.html, and
-its tables as OUT/report.md and OUT/report.tex. OUT is by default the workdir,
-where there is one. `--markdown=FILE` writes only the Markdown, to FILE.
-`--figures=DIR` writes every figure as an SVG file too, for papers and docs.
+reads any number of workdirs of finished jobs, or summaries of them, prints
+their tables and writes OUT/report.html (one page with all figures, loading
+nothing), report.md, report.tex and report.json (the tables' numbers). OUT is by
+default the workdir, where there is one. What the page folds away is not in the
+Markdown, which stays short. --markdown=FILE writes only the Markdown, to FILE;
+--figures=DIR every figure as SVG besides.
+
+    python -m experiments.report DIR --summary=docs/results/beauty
+
+writes a summary of a job that is small enough to commit, instead.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import base64
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
-import polars as pl
+import jinja2
+import matplotlib.figure
+import numpy as np
+import rich.box
 import rich.console
+import rich.table
+import rich.text
 from absl import flags
 from etils import epath
 
-from experiments import (
-  claims,
-  commands,
-  render,
-  sections,
-  summaries,
-  truth,
-)
-from experiments.logs import read_log
-from experiments.plots import plot_activeness, plot_gradients, plot_groups
-from experiments.tables import (
+from experiments import commands, figures, results
+from experiments.methods import learnt_by
+from experiments.results import (
+  HOLDS,
+  LEVEL,
+  METRIC,
+  MIN_SEEDS,
   NUM_RESAMPLES,
-  comparison,
-  model_rows,
-  model_table,
-  print_comparison,
-  print_models,
-  protocol_line,
-  write_comparison,
+  REFUTED,
+  UNEQUAL,
+  UNTESTED,
+  Analysis,
+  Cell,
+  Claim,
+  Results,
+  Table,
+  few_seeds,
+  title_of,
 )
 from pin_jax import disk
 from pin_jax.types import InputError
 
+_MODELS = 3  # in the figure by group
+_ERRS = {1: 15, 2: 5}  # seeds -> % that a test meant to err in 2.5 % errs in
+_TESTS = (
+  "p is one-sided, doubled, and corrected over the models by Holm's method: "
+  "for tail users of the hypothesis that nothing is gained, for head users "
+  "that more than the margin is lost. The claim holds where both are below "
+  ".05. It is refuted where p of harm is: the smaller one, corrected over both "
+  "and the models, of the hypotheses that tail users lose nothing and head "
+  "users no more than the margin. Models with fewer than three seeds, or that "
+  "have learnt from other interactions than the comparator, have no p and no "
+  "verdict."
+)
 
-def write_report(
-  workdir: epath.PathLike,
-  *,
-  base: str | None = None,
-  other: str | None = None,
-  cutoff: int = 10,
-  num_resamples: int = NUM_RESAMPLES,
-  console: rich.console.Console | None = None,
-) -> pl.DataFrame:
-  """Recomputes, prints and writes every table and plot of a workdir.
 
-  Reads rows.parquet; log.jsonl for the gradients; and from summary.json the
-  keys `base`, `other`, `protocol` (the split's line), `num_items`, `closeness`
-  and `fingerprint`, each of them optional.
+# What a report is made of; tables are those of `results`.
+
+
+class Text(NamedTuple):
+  """A paragraph; `code` where it is to be copied, as a command."""
+
+  text: str
+  code: bool = False
+
+
+class Verdict(NamedTuple):
+  """What was shown of a model: the outcome, of what, sentences."""
+
+  outcome: str
+  title: str
+  text: str
+
+
+class Figure(NamedTuple):
+  """A figure: its file's name without suffix, and what draws it."""
+
+  name: str
+  draw: Callable[[], matplotlib.figure.Figure]
+
+
+class Fold(NamedTuple):
+  """Blocks that only the page shows, on demand."""
+
+  title: str
+  blocks: Sequence["Block"]
+
+
+Block = Text | Verdict | Figure | Table | Fold
+
+
+class Section(NamedTuple):
+  """A section with the anchor that links and files are named after."""
+
+  anchor: str
+  title: str
+  blocks: Sequence[Block]
+
+
+def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
+  """The report on one or more jobs: verdicts, then every job."""
+  out = [_overview(jobs)]
+  for number, job in enumerate(jobs, 1):
+    name = job.results.name
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    title = job.data + (f" ({name})" if name != job.data else "")
+    anchor = f"job-{number}-{plain}"
+    out.append(Section(anchor, title, _blocks(job, anchor, num_resamples)))
+  return out
+
+
+def _overview(jobs: Sequence[Analysis]) -> Section:
+  """Verdicts: of one job on every model, else on each job's tested one."""
+  blocks: list[Block] = []
+  for job in jobs:
+    claims = [job.claim()] if len(jobs) > 1 else [
+      claim for claim in job.claims[job.main]
+      if claim.outcome != UNEQUAL or claim.model == job.other
+    ]
+    blocks += [
+      Verdict(
+        claim.outcome, f"{job.data}: {title_of(claim.model)}"
+        + (f" ({job.results.name})" if len(jobs) > 1 else ""),
+        verdict(job, claim),
+      )
+      for claim in filter(None, claims)
+    ]
+  if not blocks:
+    return Section("verdict", "Verdict", [
+      Text("Every job has one model: there is nothing to compare.")
+    ])  # fmt: skip
+  if any(block.outcome not in (UNTESTED, UNEQUAL) for block in blocks):
+    blocks.append(Text(_TESTS))
+  for title in dict.fromkeys(job.main for job in jobs):  # each by itself
+    own = {
+      job.results.name: job.claim() for job in jobs
+      if job.main == title and job.claim()
+    }
+    if len(own) > 1:
+      margin = max(job.margin for job in jobs)
+      blocks.append(Figure(f"jobs-{len(blocks)}", functools.partial(
+        figures.forest, own, margin,
+        f"The model under test of each job, {title}",
+      )))  # fmt: skip
+  return Section("verdict", "Verdict", blocks)
+
+
+def _blocks(job: Analysis, anchor: str, num_resamples: int) -> list[Block]:
+  """What a report says of a job."""
+  own, main = job.results, job.main
+  rows, column = own.rows, own.lists[main]
+  draw = lambda name, *arguments: Figure(
+    f"{anchor}-{name}", functools.partial(getattr(figures, name), *arguments)
+  )
+  tables = lambda title: [
+    *([results.change_table(job, title)] if job.claims[title] else []),
+    results.level_table(job, title),
+  ]
+  blocks: list[Block] = [Text(_facts(job)), *tables(main)]
+  more: list[Block] = [draw("activeness", rows)]
+  claims = {title_of(claim.model): claim for claim in job.claims[main]}
+  if claims:
+    models = dict.fromkeys(
+      [job.base, job.other, *(claim.model for claim in claims.values())]
+    )
+    models = [*models][:_MODELS]
+    more.append(results.seed_table(job, main))
+    blocks += [
+      draw("forest", claims, job.margin,
+           f"Change against {title_of(job.base)}, {main}"),
+      draw("groups", rows, models, column),
+    ]  # fmt: skip
+    sampled = "negative_scores" in rows.columns
+    blocks += [
+      results.group_table(job, main, metric, num_resamples)
+      for metric in [METRIC, *(("AUC", "GAUC", "log loss") if sampled else ())]
+    ]
+  more.append(results.metrics_table(job, main))
+  if own.summary.get("closeness"):
+    blocks.append(results.closeness_table(own))
+  if own.trials:
+    blocks.append(results.trials_table(own))
+  blocks.append(Text(f"Protocol: {own.protocol}."))
+  if own.summary.get("command"):
+    blocks.append(Text(own.summary["command"], code=True))
+  blocks += [
+    Fold(f"The same with the {title}", tables(title))
+    for title in list(own.lists)[1:]
+  ]
+  blocks.append(Fold("Activeness, each seed, other metrics", more))
+  blocks += _gradients(own, anchor)
+  if own.summary.get("cost"):
+    blocks.append(Fold("Training cost", [results.cost_table(own)]))
+  if own.summary or own.config:
+    blocks.append(Fold("Data and settings", _settings(own)))
+  return blocks
+
+
+def _facts(job: Analysis) -> str:
+  own = job.results
+  seeds = sorted(own.rows["seed"].unique())
+  parts = [f"{own.rows['user'].n_unique():,} test users"]
+  if "num_items" in own.summary:
+    parts.append(f"{own.summary['num_items']:,} items")
+  about = own.summary.get("description")
+  if about:
+    parts.append(
+      f"{about['interactions']:,} training interactions, a user's median "
+      f"{about['median']:g} and mean {about['mean']:.1f}, Gini "
+      f"{about['gini']:.2f}; head: {100 * about['head_users']:.0f} % of users "
+      f"with {100 * about['head_interactions']:.0f} % of interactions"
+    )
+  if own.config:
+    backbone = own.config["backbone"]
+    parts.append(
+      f"backbone {backbone['name']}, width {backbone['width']}, window "
+      f"{backbone['length']}"
+    )
+  few = few_seeds(len(seeds))
+  parts.append(f"seeds {', '.join(map(str, seeds))}" + (few and f" ({few})"))
+  parts.append(
+    f"compared with {title_of(job.base)}, margin for head users "
+    f"{100 * job.margin:g} %"
+  )
+  return "; ".join(parts) + "."
+
+
+def _gradients(own: Results, anchor: str) -> list[Block]:
+  """Diagnostics of each method's group gradients, its seeds together."""
+  together: dict[str, list[dict[str, Any]]] = {}
+  for run, records in own.gradients.items():
+    together.setdefault(results.without_seed(run), []).extend(records)
+  return [
+    Fold(f"Group gradients of {run}", [
+      Text(gradient_words(records)),
+      Figure(
+        f"{anchor}-gradients-{number}",
+        functools.partial(figures.gradients, records, run),
+      ),
+    ])
+    for number, (run, records) in enumerate(together.items(), 1)
+  ]  # fmt: skip
+
+
+def gradient_words(records: Sequence[dict[str, Any]]) -> str:
+  """Conflicts and cosines of a run's group gradients, in a sentence."""
+  conflicts = np.mean([r["conflict_rate"] for r in records])
+  effective = np.mean([r["effective_groups"] for r in records])
+  cosines = np.asarray([r["cosines"] for r in records], np.float64)
+  count = cosines.shape[-1]
+  others = cosines[:, ~np.eye(count, dtype=bool)]
+  noise = figures.noise_of(records)
+  alone = "what noise alone gives was not logged" if noise is None else (
+    f"groups of as many windows dealt at random, which is what noise alone "
+    f"gives, {100 * noise[0]:.1f} % and {noise[1]:.2f}"
+  )
+  return (
+    f"Over {len(records):,} logged steps, {100 * conflicts:.1f} % of the pairs "
+    f"of groups were in conflict (negative cosine), two groups' gradients had "
+    f"a mean cosine of {np.nanmean(others):.2f} ({alone}), and "
+    f"the weights counted for {effective:.1f} of {count} groups."
+  )
+
+
+def _settings(own: Results) -> list[Block]:
+  blocks: list[Block] = []
+  for title, key in (("Reading", "notes"), ("Split", "split_notes")):
+    facts = ", ".join(f"{k} {v}" for k, v in own.summary.get(key, {}).items())
+    blocks += [Text(f"{title}: {facts}.")] if facts else []
+  if "prior" in own.summary:
+    numbers = ", ".join(f"{p:.3f}" for p in own.summary["prior"])
+    blocks.append(
+      Text(f"P(d) of the groups, least active first: {numbers}.")
+    )
+  if own.summary.get("versions"):
+    found = (f"{k} {v}" for k, v in own.summary["versions"].items())
+    blocks.append(Text(f"Computed with {', '.join(found)}."))
+  return [*blocks, results.settings_table(own.config)]
+
+
+# Numbers in words.
+
+
+def verdict(job: Analysis, claim: Claim) -> str:
+  """One to three sentences that say what was shown and what was not."""
+  base, model = title_of(job.base), title_of(claim.model)
+  allowed = f"{100 * job.margin:g} %"
+  tail, head = (cell_text(x, "change") for x in (claim.tail, claim.head))
+  learnt = lambda key: learnt_by(key, job.results.config)
+  if claim.outcome == UNEQUAL:
+    return (
+      f"No verdict: {model} has learnt from {learnt(claim.model)}, {base} "
+      f"from {learnt(job.base)}. The difference (tail users {tail} %, head "
+      f"users {head} %) is that of the information too."
+    )
+  if claim.outcome == UNTESTED:
+    said = {1: "one seed shows", 2: "two seeds show"}[claim.seeds]
+    return (
+      f"No verdict: against {base}, {said} tail users at {tail} % and head "
+      f"users at {head} % (margin {allowed}). From so few a test that is to "
+      f"err in 2.5 % of all cases errs in some {_ERRS[claim.seeds]} %. For a "
+      f"verdict take three seeds or more: {_more_seeds(job.results)}"
+    )
+  words, numbers = [], []
+  for part, change, better, worse, neither in (
+    ("tail", tail, "tail users are served better", "tail users are served "
+     "worse", "for tail users no gain is shown"),
+    ("head", head, f"head users are shown to lose no more than {allowed}",
+     f"head users lose more than the {allowed} allowed",
+     f"for head users a loss above {allowed} is not ruled out"),
+  ):  # fmt: skip
+    p, harm = claim.p[part], claim.p[f"{part} harm"]
+    words.append(better if p < LEVEL else worse if harm < LEVEL else neither)
+    numbers.append(f"{change} %, " + (
+      f"p of harm {cell_text(harm, 'p')}" if harm < LEVEL
+      else f"p {cell_text(p, 'p')}"
+    ))
+  opening = {HOLDS: "The claim holds", REFUTED: "The claim is refuted"}.get(
+    claim.outcome, "The claim is not shown"
+  )
+  return (
+    f"{opening}: against {base}, {words[0]} ({numbers[0]}), and {words[1]} "
+    f"({numbers[1]})."
+  )
+
+
+def _more_seeds(own: Results) -> str:
+  seeds = sorted(own.rows["seed"].unique())
+  others = [seed for seed in range(MIN_SEEDS + len(seeds)) if seed not in seeds]
+  more = others[: max(MIN_SEEDS - len(seeds), 0)]
+  if own.trials:
+    return f"--more_seeds={','.join(map(str, more))} of experiments.sweep"
+  return f'--config.seeds="{(*seeds, *more)}" in another workdir'
+
+
+def cell_text(cell: Cell, kind: str) -> str:
+  """A table's cell, such as '.0514 [.0490, .0540]' or '+1.0 [−2.0, +3.0]'."""
+  if isinstance(cell, str):
+    return title_of(cell) if kind == "model" else cell
+  if isinstance(cell, tuple):
+    estimate, low, high = (cell_text(x, kind) for x in cell[:3])
+    return f"{estimate} [{low}, {high}]"
+  if isinstance(cell, list):
+    return ", ".join(cell_text(x, kind) for x in cell)
+  if not math.isfinite(cell):
+    return "n/a"
+  if kind == "p" and cell < 0.001:
+    return "< .001"
+  if kind == "change":
+    return f"{100 * cell:+.1f}".replace("-", "−")
+  form = {"count": ",.0f", "number": ".2f", "gap": "+.4f", "p": ".3f"}
+  text = f"{cell:{form.get(kind, '.4f')}}".replace("-", "−")
+  return text if kind in ("count", "number") else re.sub(r"\b0\.", ".", text)
+
+
+def cells(table: Table) -> list[list[str]]:
+  """All cells of a table as text."""
+  return [
+    [cell_text(x, c.kind) for x, c in zip(line, table.columns, strict=True)]
+    for line in table.lines
+  ]
+
+
+def words_of(table: Table) -> list[bool]:
+  """Which columns are words, for the left."""
+  return [c.kind in ("model", "word", "outcome") for c in table.columns]
+
+
+# Renderers.
+
+
+def _unfolded(blocks: Iterable[Block], inside: bool) -> Iterable[Block]:
+  """The blocks, and those in folds where they are wanted."""
+  for block in blocks:
+    if isinstance(block, Fold):
+      yield from block.blocks if inside else ()
+    else:
+      yield block
+
+
+def to_console(report: Sequence[Section], to: rich.console.Console) -> None:
+  """Prints what is not folded away."""
+  say = functools.partial(to.print, markup=False, highlight=False)
+  for section in report:
+    say(rich.text.Text(f"\n{section.title}", "bold"))
+    for block in _unfolded(section.blocks, inside=False):
+      match block:
+        case Text(text):
+          say(text, soft_wrap=True)
+        case Verdict(outcome, title, text):
+          say(f"{title}: {outcome}. {text}", soft_wrap=True)
+        case Table():
+          print_table(block, to)
+
+
+def print_table(table: Table, to: rich.console.Console) -> None:
+  """Prints a table.
+
+  What the verdicts say is left out, so that it fits a terminal: intervals of
+  levels, and outcomes.
+  """
+  out = rich.table.Table(
+    title=rich.text.Text(table.title), title_justify="left",
+    title_style="bold", box=rich.box.SIMPLE_HEAD, pad_edge=False,
+    padding=(0, 1, 0, 0),
+  )
+  shown = [i for i, c in enumerate(table.columns) if c.kind != "outcome"]
+  left = words_of(table)
+  for i in shown:
+    out.add_column(
+      rich.text.Text(table.columns[i].name), overflow="fold",
+      justify="left" if left[i] else "right",
+    )
+  for line in cells(table):
+    for i in shown:
+      kept = table.columns[i].kind == "change"
+      estimate, interval, rest = line[i].partition(" [")
+      line[i] = f"{estimate}\n[{rest}" if kept and interval else estimate
+    out.add_row(*(rich.text.Text(line[i]) for i in shown))
+  to.print(out, soft_wrap=False)
+  if table.note:
+    to.print(table.note, markup=False, highlight=False, soft_wrap=True)
+
+
+def to_html(report: Sequence[Section]) -> str:
+  """One page that loads nothing from elsewhere."""
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+  )
+  environment.globals |= {"cells": cells, "words_of": words_of, "picture": (
+    lambda figure: base64.b64encode(figures.svg(figure.draw())).decode()
+  )}
+  environment.filters["kind"] = lambda block: type(block).__name__
+  template = environment.get_template("report.html")
+  return template.render(title=_title(report), sections=report)
+
+
+def _title(report: Sequence[Section]) -> str:
+  names = dict.fromkeys(
+    s.title.split(" (")[0] for s in report if s.anchor.startswith("job-")
+  )
+  return f"Long-tailed recommendation on {', '.join(names)}"
+
+
+def to_markdown(report: Sequence[Section], pictures: str | None = None) -> str:
+  """The report without what is folded away.
 
   Args:
-    workdir: directory of the run, also written to.
-    base: model to compare with; None takes the summary's, else 'base'.
-    other: model under test; None takes the summary's, else 'pin'.
-    cutoff: K of the tables and plots.
-    num_resamples: bootstrap resamples of the users.
-    console: where to print; standard output by default.
-
-  Returns:
-    The comparison table; where there is one model, the table of the models.
-
-  Raises:
-    InputError: if rows.parquet is absent or does not allow the comparison, or
-      a file is damaged.
-    WriteError: if the disk is full or read-only.
+    report: its sections.
+    pictures: path of the figures' directory as seen from the file; None leaves
+      the figures out.
   """
-  workdir = disk.place("workdir", workdir)
-  console = console or commands.Console()
-  with disk.reading(workdir, summaries.REMEDY):
-    return _write_report(workdir, base, other, cutoff, num_resamples, console)
+  plain = markdown_text
+  parts = [f"# {plain(_title(report))}"]
+  for section in report:
+    parts.append(f"## {plain(section.title)}")
+    for block in _unfolded(section.blocks, inside=False):
+      match block:
+        case Text(text, code=True):
+          ticks = [len(x) + 1 for x in re.findall("`+", text)]
+          fence = "`" * max(3, 0, *ticks)
+          parts.append(f"{fence}bash\n{text}\n{fence}")
+        case Text(text):
+          parts.append(plain(text))
+        case Verdict(outcome, title, text):
+          parts.append(f"**{plain(title)}: {plain(outcome)}.** {plain(text)}")
+        case Figure(name) if pictures is not None:
+          parts.append(f"![{name}]({pictures}/{name}.svg)")
+        case Table(title, columns, _, note):
+          parts += [f"### {plain(title)}", markdown_table(
+            [column.name for column in columns], cells(block), words_of(block)
+          ), *([plain(note)] if note else [])]  # fmt: skip
+  return "\n\n".join(parts) + "\n"
 
 
-def _write_report(
-  workdir: epath.Path,
-  base: str | None,
-  other: str | None,
-  cutoff: int,
-  num_resamples: int,
-  console: rich.console.Console,
-) -> pl.DataFrame:
-  rows, suffix = summaries.read_rows(workdir)
-  summary = {}
-  if (workdir / "summary.json").exists():
-    summary = summaries.job_summary(workdir)
-  base = base or summary.get("base", "base")
-  other = other or summary.get("other", "pin")
-
-  table = None
-  if base != other:
-    table = comparison(
-      rows, base=base, other=other, cutoff=cutoff, num_resamples=num_resamples
-    )
-  models = model_table(rows, cutoff=cutoff)
-  protocol = protocol_line(
-    rows,
-    split=summary.get("protocol", "split not recorded"),
-    num_items=summary.get("num_items"),
-    num_resamples=num_resamples,
-  )
-  if "fingerprint" in summary:
-    protocol += f"; data {summary['data']} {summary['fingerprint']}"
-  names = {"base": base, "other": other, "protocol": protocol}
-  verdicts = _verdicts(
-    workdir, rows, summary, base, cutoff=cutoff, num_resamples=num_resamples
-  )
-  _print_cost(summary.get("cost", {}), console)
-  print_models(models, console=console)
-  if summary.get("closeness"):
-    truth.print_closeness(summary["closeness"], console)
-  if table is None:
-    console.print(f"Protocol: {protocol}.", markup=False)
-  else:
-    print_comparison(table, cutoff=cutoff, console=console, **names)
-  for model, verdict in verdicts.items():
-    console.print(f"{model}: {verdict}", markup=False)
-  write_comparison(
-    table, models, workdir, cutoff=cutoff, suffix=suffix, verdicts=verdicts,
-    **names,
-  )
-  _write_plots(
-    workdir, rows, base, other, console, cutoff=cutoff,
-    num_resamples=num_resamples,
-  )
-  written = [path for path in sorted(workdir.iterdir()) if path.is_file()]
-  written += sorted((workdir / "plots").iterdir())
-  console.print(f"written to {workdir}:", soft_wrap=True, markup=False)
-  for path in written:
-    console.print(f"  {path}", soft_wrap=True, markup=False)
-  return models if table is None else table
+_MARKDOWN = str.maketrans({
+  **{character: f"\\{character}" for character in "\\`*_|~"},
+  "<": "&lt;", ">": "&gt;", "&": "&amp;",
+})  # fmt: skip
 
 
-def _verdicts(
-  workdir: epath.Path, rows: pl.DataFrame, summary: dict[str, Any], base: str,
-  **options: int,
-) -> dict[str, str]:
-  """In words, for every model but the base, what was shown of it.
-
-  And for every one whether its last stage changed nothing.
-  """
-  path = workdir / "config.json"
-  config = summaries.config_of(path) if path.exists() else {}
-  found = sections.claim_lines(rows, summary, config, base=base, **options)
-  remarks = claims.unchanged(rows, summary.get("cost", {}))
-  own = {base: f"{remarks[base]}."} if base in remarks else {}
-  return own | {line["model"]: line["verdict"] for line in found}
+def markdown_text(text: str) -> str:
+  """Text in a line, with what Markdown reads as its own, or HTML, escaped."""
+  text = " ".join(text.splitlines()).translate(_MARKDOWN)
+  return text.replace("](", "]\\(").replace("][", "]\\[")
 
 
-def _print_cost(
-  cost: dict[str, dict], console: rich.console.Console
-) -> None:
-  """One line a run: steps, processor time, best validation."""
-  for run, spent in cost.items():
-    values = ", ".join(f"{x:.4f}" for x in spent["validation"])
-    chosen = f"best validation {values} at" if values else "kept as it is at"
-    skipped = f", {spent['skipped']} skipped" if "skipped" in spent else ""
-    console.print(
-      f"{run}: {spent['steps']:,} steps{skipped}, {spent['cpu_seconds']:.0f} "
-      f"CPU-seconds, {chosen} step {spent['best_steps']}",
-      markup=False, soft_wrap=True,
-    )
+def markdown_table(
+  headers: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[bool]
+) -> str:
+  """A Markdown table; columns of words are on the left."""
+  table = [[markdown_text(cell) for cell in line] for line in [headers, *lines]]
+  table.insert(1, [":--" if word else "--:" for word in left])
+  return "\n".join(f"| {' | '.join(line)} |" for line in table)
 
 
-def _write_plots(
-  workdir: epath.Path,
-  rows: pl.DataFrame,
-  base: str,
-  other: str,
-  console: rich.console.Console,
-  **options: int,
-) -> None:
-  plots = workdir / "plots"
-  users = model_rows(rows, base).unique("user", maintain_order=True)
-  columns = [users[c].to_numpy() for c in ("activeness", "group", "segment")]
-  plot_activeness(*columns, plots / "activeness.png")
-  if base != other:
-    plot_groups(rows, base, other, plots / "groups_ndcg.png", **options)
-  if not (workdir / "log.jsonl").exists():
-    return
-  records = read_log(workdir)
-  runs = dict.fromkeys(r["run"] for r in records if summaries.is_grouped(r))
-  for run in runs:
-    of_run = run.removesuffix("/backbone").replace("/", "-")
-    name = f"gradients-{of_run}"
-    try:
-      plot_gradients(records, run, plots / f"{name}.png")
-    except InputError as error:
-      console.print(f"{name}.png not written: {error}", markup=False)
+_LATEX = {
+  "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#",
+  "_": r"\_", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
+  "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$", "–": "--",
+  "…": r"\dots{}", "<": "$<$", ">": "$>$", "|": r"\textbar{}",
+}  # fmt: skip
 
 
-def write_pages(
+def latex_text(text: str) -> str:
+  """Text with what LaTeX reads as commands escaped."""
+  return "".join(_LATEX.get(character, character) for character in text)
+
+
+def to_latex(report: Sequence[Section]) -> str:
+  """All tables as LaTeX floats, to be \\input; they need booktabs."""
+  parts = ["% \\usepackage{booktabs,graphicx}"]
+  for section in report:
+    parts += [
+      f"% {line}" for block in section.blocks if isinstance(block, Text)
+      and block.text.startswith("Protocol: ")
+      for line in block.text.splitlines()
+    ]
+    tables = [block for block in _unfolded(section.blocks, inside=True)
+              if isinstance(block, Table)]  # fmt: skip
+    for number, table in enumerate(tables):
+      kinds = "".join("l" if word else "r" for word in words_of(table))
+      head, *lines = (
+        " & ".join(map(latex_text, line)) + r" \\"
+        for line in [[c.name for c in table.columns], *cells(table)]
+      )
+      caption = f"{section.title}: {table.title}. {table.note}".strip()
+      parts.append("\n".join([
+        r"\begin{table}", rf"\caption{{{latex_text(caption)}}}",
+        rf"\label{{tab:{section.anchor}-{number}}}",
+        r"\centering\resizebox{\textwidth}{!}{%",
+        rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule",
+        *lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}",
+      ]))  # fmt: skip
+  return "\n\n".join(parts) + "\n"
+
+
+def to_json(report: Sequence[Section]) -> str:
+  """All texts and tables as JSON; undefined numbers are null."""
+
+  def plain(cell: Cell) -> Any:
+    if isinstance(cell, tuple | list):
+      return [plain(x) for x in cell]
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+  content = []
+  for section in report:
+    blocks = [*_unfolded(section.blocks, inside=True)]
+    content.append({
+      "section": section.title,
+      "texts": [
+        b._asdict() for b in blocks if isinstance(b, Text | Verdict)
+      ],
+      "tables": [
+        {
+          "title": b.title, "columns": [c.name for c in b.columns],
+          "lines": [plain([*line]) for line in b.lines], "note": b.note,
+        }
+        for b in blocks if isinstance(b, Table)
+      ],
+    })  # fmt: skip
+  return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_report(
   workdirs: Sequence[epath.PathLike],
   *,
   base: str | None = None,
   output: epath.PathLike | None = None,
   markdown: epath.PathLike | None = None,
-  drawings: epath.PathLike | None = None,
+  pictures: epath.PathLike | None = None,
   num_resamples: int = NUM_RESAMPLES,
+  console: rich.console.Console | None = None,
 ) -> list[epath.Path]:
-  """Writes report.html, .md and .tex on finished jobs or their summaries.
+  """Prints and writes the report on finished jobs, see the module.
 
   Args:
-    workdirs: directories of the jobs or summaries.
+    workdirs: directories of the jobs, or of summaries of them.
     base: model to compare with; None takes each job's own.
     output: directory to write to; None takes the only workdir.
     markdown: file to write the Markdown to, instead of all others.
-    drawings: directory to write every figure to, as SVG.
+    pictures: directory to write every figure to, as SVG.
     num_resamples: bootstrap resamples of users and seeds.
+    console: where to print; standard output by default.
 
   Returns:
     The files.
 
   Raises:
-    InputError: if a directory has no rows, or no place to write to is named.
+    InputError: if a directory cannot be read or compared, or no place to write
+      to is named.
     WriteError: if the files cannot be written; all are then as they were.
   """
   if output is None and markdown is None and len(workdirs) > 1:
@@ -233,54 +614,66 @@ def write_pages(
       f"{len(workdirs)} workdirs and no output; name a directory for the "
       "report, as --output=runs/report"
     )
-  jobs = [summaries.read(path) for path in workdirs]
-  with disk.reading(", ".join(map(str, workdirs)), summaries.REMEDY):
-    content = sections.report(jobs, base=base, num_resamples=num_resamples)
-  if markdown is not None:
-    texts = {disk.place("markdown", markdown): render.markdown(content)}
-  else:
+  read = [results.read(path) for path in workdirs]
+  with disk.reading(", ".join(map(str, workdirs)), results.REMEDY):
+    report = sections(
+      [results.analyse(own, base, num_resamples) for own in read], num_resamples
+    )
     place = workdirs[0] if output is None else output
     stem = disk.place("output", place) / "report"
-    texts = {
-      stem.with_suffix(".html"): render.html(content),
-      stem.with_suffix(".md"): render.markdown(content),
-      stem.with_suffix(".tex"): render.latex(content),
-    }
-  if drawings is not None:
-    made = render.drawings(content)
-    folder = disk.place("figures", drawings)
-    texts |= {folder / name: made[name] for name in made}
-  disk.write(texts)
-  return list(texts)
+    path, link, files = stem.with_suffix(".md"), None, {}
+    if markdown is not None:
+      path = disk.place("markdown", markdown)
+    else:
+      files = {
+        stem.with_suffix(".html"): to_html(report),
+        stem.with_suffix(".tex"): to_latex(report),
+        stem.with_suffix(".json"): to_json(report),
+      }
+    if pictures is not None:
+      folder = disk.place("figures", pictures)
+      link = os.path.relpath(folder, path.parent)
+      files |= {
+        folder / f"{block.name}.svg": figures.svg(block.draw())
+        for section in report
+        for block in _unfolded(section.blocks, inside=True)
+        if isinstance(block, Figure)
+      }
+    files[path] = to_markdown(report, link)
+  console = console or commands.Console()
+  to_console(report, console)
+  disk.write(files)
+  for path in ["written:", *files]:
+    console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+  return list(files)
 
 
 def _main(argv: Sequence[str]) -> None:
   values = flags.FLAGS
-  if (values.workdir is None) == (len(argv) < 2):
-    raise InputError(
-      "name either --workdir=DIR or one or more directories; see --help"
-    )
-  if values.workdir is not None:
+  if len(argv) < 2:
+    raise InputError("name one or more directories; see --help")
+  if values.summary is None:
     write_report(
-      values.workdir, base=values.base, other=values.other,
-      cutoff=values.cutoff,
+      argv[1:], base=values.base, output=values.output,
+      markdown=values.markdown, pictures=values.figures,
     )
     return
-  for path in write_pages(
-    argv[1:], base=values.base, output=values.output,
-    markdown=values.markdown, drawings=values.figures,
-  ):
-    print(path)
+  own = results.read(argv[1])
+  if len(argv) > 2 or not own.summary:
+    raise InputError(
+      f"--summary of {', '.join(argv[1:])}: name one workdir that holds "
+      "summary.json, as a finished job's does"
+    )
+  results.write_summary(own, values.summary)
+  print(values.summary)
 
 
 def _launch() -> None:
-  flags.DEFINE_string("workdir", None, "directory of one run to tabulate")
   flags.DEFINE_string("base", None, "model to compare with")
-  flags.DEFINE_string("other", None, "model under test, with --workdir")
-  flags.DEFINE_integer("cutoff", 10, "K of the tables, with --workdir")
   flags.DEFINE_string("output", None, "directory of the report")
   flags.DEFINE_string("markdown", None, "file to write only the Markdown to")
   flags.DEFINE_string("figures", None, "directory for the figures, as SVG")
+  flags.DEFINE_string("summary", None, "directory for a summary of one job")
   commands.launch(_main, words=True)
 
 

@@ -12,39 +12,55 @@ one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints the commands, --table
 only the table of what is finished, from the result files alone. It compares
 models with each job's base, or with --base=MODEL; where a job has none, with
 that of the job at --beside=WORKDIR.
+
+  python -m experiments.sweep --workdir=runs/rules --output=docs/results/rules
+
+chooses for every model the setting that it does best with on validation, and
+writes a summary of these for experiments.report; --more_seeds=1,2 trains the
+chosen ones with more seeds.
 """
 
-import fcntl
+import functools
 import hashlib
 import json
+import math
 import runpy
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import rich.box
 import rich.console
-import rich.table
-import rich.text
 from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, sizes, summaries, trials
+from experiments import commands, schema, settings, sizes
 from experiments.job import of_results
 from experiments.methods import METHODS
-from experiments.tables import MIN_SEEDS, change_text, user_ids
+from experiments.report import print_table
+from experiments.results import (
+  METRIC,
+  MIN_SEEDS,
+  Column,
+  Results,
+  Table,
+  check_claims,
+  key_of,
+  levels,
+  models_of,
+  read,
+  write_summary,
+)
 from pin_jax import disk
-from pin_jax.evaluation import metrics, statistics
 from pin_jax.types import InputError
 
+_FREE = "seeds", "methods"  # keys in which jobs of one setting may differ
 _POLL = 0.2  # seconds between looks at whether jobs have ended
-_LOOK = 60  # seconds between reports of how far they are
-_LAST_LINES = 3  # of a failed job's output
 
 
 class Job(NamedTuple):
@@ -69,49 +85,68 @@ class Job(NamedTuple):
     return path.exists() and self.data in path.read_text()
 
 
-def make_jobs(config: str, root: epath.PathLike) -> list[Job]:
+def make_jobs(
+  config: str, root: epath.PathLike, listed: Sequence[Any] | None = None
+) -> list[Job]:
   """The jobs of a config file, each checked as far as its settings go.
 
   Args:
     config: path of the config file, with arguments after a colon.
     root: directory of the sweep.
-
-  Returns:
-    The jobs, in the order of `sweep()`.
+    listed: settings of the jobs; None = those that its `sweep()` lists.
 
   Raises:
     InputError: if the file or `sweep()` is missing, or a setting is wrong.
   """
-  path = config.partition(":")[0]
-  module = _load(path)
-  listed = module["sweep"]()
+  path, _, argument = config.partition(":")
+  try:
+    module = runpy.run_path(path)
+  except (OSError, SyntaxError) as error:
+    raise InputError(
+      f"config file {path} cannot be read ({error}); see --help"
+    ) from error
+  for name in ("get_config", "sweep"):
+    if name not in module:
+      raise InputError(f"config file {path} has no {name}(); define it there")
+  listed = module["sweep"]() if listed is None else listed
   if not isinstance(listed, list | tuple) or not listed:
     raise InputError(
       f"sweep() of {path} returns {listed!r}; return a list of dictionaries"
     )
-  return _jobs_of(config, module, root, listed)
-
-
-def _jobs_of(
-  config: str, module: Mapping[str, Any], root: epath.PathLike,
-  listed: Sequence[Any],
-) -> list[Job]:
-  """A job for each of the listed settings, checked."""
-  argument = config.partition(":")[2]
-  jobs, seen = [], {}
+  jobs: dict[str, Job] = {}
   for number, chosen in enumerate(listed):
-    resolved = _resolved(module, argument, chosen, number)
-    name = job_name(resolved)
-    if name in seen:
+    whole = _resolved(module["get_config"], argument, chosen, number)
+    name = job_name(whole)
+    if name in jobs:
       raise InputError(
-        f"settings {number} of the sweep repeat settings {seen[name]}: "
-        f"{chosen}; list each once"
+        f"settings {number} of the sweep repeat settings {[*jobs].index(name)}:"
+        f" {chosen}; list each once"
       )
-    seen[name] = number
     place = disk.place("workdir", root) / name
-    command = _command(config, place, chosen)
-    jobs.append(Job(place, chosen, command, _data_files(resolved.data)))
-  return jobs
+    jobs[name] = Job(place, chosen, [
+      sys.executable, "-m", "experiments.main", f"--config={config}",
+      f"--workdir={place}",
+      *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
+    ], _data_files(whole.data))  # fmt: skip
+  return [*jobs.values()]
+
+
+def _resolved(
+  get_config: Callable[..., ConfigDict], argument: str, chosen: Any, number: int
+) -> ConfigDict:
+  """The configuration with settings, checked."""
+  try:
+    if not isinstance(chosen, dict):
+      raise TypeError("give a dictionary of dotted key -> value")
+    config = get_config(*filter(None, [argument]))
+    config.update_from_flattened_dict(chosen)
+    settings.check(sizes.for_any_data(config))
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).strip("\"'").split())
+    raise InputError(
+      f"settings {number} of the sweep, {chosen}: {reason}"
+    ) from error
+  return config
 
 
 def more_jobs(
@@ -137,62 +172,21 @@ def more_jobs(
         f"job {job.workdir} is not done, and more seeds are for what is chosen "
         "among all; finish the sweep first"
       )
-  found = trials.read([job.workdir for job in jobs])
-  chosen = trials.choose(found)
-  had = sorted(set(seeds) & {seed for own in chosen for seed in own.seeds})
+  sweep = by_setting(finished(root, jobs))
+  chosen = choose(sweep)
+  had = sorted(set(seeds) & {seed for own in chosen for seed in own["seeds"]})
   if had:
     raise InputError(f"seed {had[0]} is in the sweep already; give others")
   more = []
-  for index, of_setting in enumerate(found.jobs):
-    methods = tuple(own.method for own in chosen if own.chosen == index)
-    if not methods:
-      continue
-    names = {results.name for results in of_setting}
-    first = next(job for job in jobs if job.workdir.name in names)
-    more.append({
-      **first.settings, "seeds": tuple(seeds), "methods": methods
-    })
-  return _jobs_of(config, _load(config.partition(":")[0]), root, more)
-
-
-def _load(path: str) -> dict[str, Any]:
-  """The names that a config file defines."""
-  try:
-    module = runpy.run_path(path)
-  except (OSError, SyntaxError) as error:
-    raise InputError(
-      f"config file {path} cannot be read ({error}); see --help"
-    ) from error
-  for name in ("get_config", "sweep"):
-    if name not in module:
-      raise InputError(f"config file {path} has no {name}(); define it there")
-  return module
-
-
-def _resolved(
-  module: Mapping[str, Any], argument: str, chosen: Any, number: int
-) -> ConfigDict:
-  """The configuration with settings, checked."""
-  if not isinstance(chosen, dict):
-    raise InputError(
-      f"settings {number} of the sweep are {chosen!r}; give a dictionary of "
-      "dotted key -> value"
-    )
-  try:
-    config: ConfigDict = module["get_config"](*filter(None, [argument]))
-    config.update_from_flattened_dict(chosen)
-  except InputError:
-    raise
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
-    reason = " ".join(str(error).strip("\"'").split())
-    raise InputError(
-      f"settings {number} of the sweep, {chosen}: {reason}"
-    ) from error
-  try:
-    settings.check(sizes.for_any_data(config))
-  except InputError as error:
-    raise InputError(f"settings {number} of the sweep: {error}") from error
-  return config
+  for index, of_setting in enumerate(sweep.jobs):
+    methods = tuple(own["model"] for own in chosen if own["chosen"] == index)
+    if methods:
+      names = {own.name for own in of_setting}
+      first = next(job for job in jobs if job.workdir.name in names)
+      more.append({
+        **first.settings, "seeds": tuple(seeds), "methods": methods
+      })
+  return make_jobs(config, root, more)
 
 
 def job_name(config: ConfigDict) -> str:
@@ -211,16 +205,6 @@ def _data_files(data: ConfigDict) -> str:
   return repr([(name, stat.length, stat.mtime) for name, stat in stats])
 
 
-def _command(
-  config: str, workdir: epath.Path, chosen: Mapping[str, Any]
-) -> list[str]:
-  return [
-    sys.executable, "-m", "experiments.main", f"--config={config}",
-    f"--workdir={workdir}",
-    *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
-  ]
-
-
 def _written(value: Any) -> str:
   """A value as a flag takes it."""
   if isinstance(value, list | tuple):
@@ -230,7 +214,7 @@ def _written(value: Any) -> str:
 
 def printed(job: Job) -> str:
   """The job's command, to be pasted."""
-  return commands.command_line(["python", *job.command[1:]])
+  return shlex.join(["python", *job.command[1:]])
 
 
 def run(
@@ -238,8 +222,8 @@ def run(
 ) -> list[Job]:
   """Runs jobs that are not done, several at a time, and reports progress.
 
-  A job's output goes to output.log in its directory; its last line is shown
-  every minute. When this process ends, the running jobs end too.
+  A job's output goes to output.log in its directory. When this process ends,
+  the running jobs end too.
 
   Args:
     jobs: to run.
@@ -248,297 +232,352 @@ def run(
 
   Returns:
     The jobs that failed.
-
-  Raises:
-    InputError: if a job is running already.
   """
-  waiting = {job.workdir.name: job for job in jobs if not job.done}
-  if len(waiting) < len(jobs):
-    console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done")
-  names, total, failed = [*waiting], len(waiting), []
-  running: dict[str, subprocess.Popen] = {}
-  start = looked = time.monotonic()
+  waiting = [job for job in jobs if not job.done]
+  console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are done")
+  total, failed, start = len(waiting), [], time.monotonic()
+  running: dict[subprocess.Popen, Job] = {}
   try:
-    while names or running:
-      while names and len(running) < parallel:
-        name = names.pop(0)
-        console.print(f"{name}: {waiting[name].settings}", markup=False)
-        running[name] = _start(waiting[name])
-      for name in [n for n, p in running.items() if p.poll() is not None]:
-        failed += _finish(waiting[name], running.pop(name).returncode, console)
-        finished = total - len(names) - len(running)
-        _print_progress(finished, total, start, console)
-      if time.monotonic() - looked > _LOOK:
-        looked = time.monotonic()
-        for name in running:
-          console.print(f"{name}: {_last_line(waiting[name])}", markup=False)
+    while waiting or running:
+      while waiting and len(running) < parallel:
+        job = waiting.pop(0)
+        console.print(f"{job.workdir.name}: {job.settings}", markup=False)
+        running[_start(job)] = job
       time.sleep(_POLL)
+      for process in [p for p in running if p.poll() is not None]:
+        job = running.pop(process)
+        if process.returncode:
+          failed.append(job)
+          _print_end(job, process.returncode, console)
+        else:
+          disk.write({job.workdir / "done": f"{printed(job)}\n{job.data}\n"})
+        finished = total - len(waiting) - len(running)
+        gone = time.monotonic() - start
+        console.print(
+          f"{finished} of {total} jobs, {gone:.0f} s gone, about "
+          f"{gone * (total / finished - 1):.0f} s left"
+        )
   finally:
-    for process in running.values():
+    for process in running:
       process.terminate()
-    for process in running.values():
+    for process in running:
       process.wait()
   return failed
 
 
 def _start(job: Job) -> subprocess.Popen:
-  """Starts a job, which holds a lock on its directory as long as it lives.
-
-  Raises:
-    InputError: if it lives already, left by a sweep that was killed.
-  """
   job.workdir.mkdir(parents=True, exist_ok=True)
-  with (
-    (job.workdir / "lock").open("ab") as lock,
-    (job.workdir / "output.log").open("ab") as output,
-  ):
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(
-        f"job {job.workdir} is running elsewhere; wait for it, or end it"
-      ) from error
+  with (job.workdir / "output.log").open("ab") as output:
     return subprocess.Popen(
       job.command, stdin=subprocess.DEVNULL, stdout=output,
-      stderr=subprocess.STDOUT, pass_fds=[lock.fileno()],
+      stderr=subprocess.STDOUT,
     )
 
 
-def _output(job: Job) -> list[str]:
-  data = (job.workdir / "output.log").read_bytes()
-  return data.decode(errors="replace").splitlines()
-
-
-def _last_line(job: Job) -> str:
-  lines = _output(job)
-  return lines[-1] if lines else "starts"
-
-
-def _finish(job: Job, code: int, console: rich.console.Console) -> list[Job]:
-  """Marks a job as done, or says why it is not; returns it in that case."""
-  if code == 0:
-    disk.write({job.workdir / "done": f"{printed(job)}\n{job.data}\n"})
-    return []
-  lines = _output(job)
+def _print_end(job: Job, code: int, console: rich.console.Console) -> None:
+  """Says that a job failed, and what it printed last."""
+  log = job.workdir / "output.log"
   console.print(
-    f"{job.workdir.name} failed with exit code {code}; the end of "
-    f"{job.workdir / 'output.log'}:", markup=False,
+    f"{job.workdir.name} failed with exit code {code}; the end of {log}:",
+    markup=False,
   )
-  for line in lines[-_LAST_LINES:]:
+  for line in log.read_bytes().decode(errors="replace").splitlines()[-3:]:
     console.print(f"  {line}", markup=False)
-  return [job]
 
 
-def _print_progress(
-  finished: int, total: int, start: float, console: rich.console.Console
-) -> None:
-  gone = time.monotonic() - start
-  left = gone * (total - finished) / finished
-  console.print(
-    f"{finished} of {total} jobs, {gone:.0f} s gone, about {left:.0f} s left"
+class Sweep(NamedTuple):
+  """The finished jobs of a sweep by setting.
+
+  Attributes:
+    settings: those keys, and their values, that differ between settings.
+    jobs: of each setting its jobs' results.
+  """
+
+  settings: Sequence[Mapping[str, Any]]
+  jobs: Sequence[Sequence[Results]]
+
+
+def finished(
+  root: epath.PathLike, jobs: Sequence[Job] | None = None
+) -> list[Results]:
+  """Results of a sweep's finished jobs.
+
+  Args:
+    root: directory of the sweep.
+    jobs: to read those that are done of; None = all that are in the directory,
+      of whatever configuration.
+
+  Raises:
+    InputError: if there is none.
+  """
+  root = disk.place("workdir", root)
+  if not root.is_dir():
+    raise InputError(f"{root} is no directory; name that of a sweep")
+  done = [job.workdir.name for job in jobs or () if job.done]
+  paths = [
+    path for path in sorted(root.iterdir())
+    if (path / "done").exists() and (jobs is None or path.name in done)
+  ]
+  if not paths:
+    raise InputError(
+      f"{root} holds no finished job of this configuration; run the sweep first"
+    )
+  return [read(path) for path in paths]
+
+
+def by_setting(found: Sequence[Results]) -> Sweep:
+  """Sorts finished jobs by their settings, in the order of the values.
+
+  Jobs that differ only in their seeds or methods are of one setting.
+  """
+  together: dict[str, list[Results]] = {}
+  flat = {}
+  for own in found:
+    chosen = dict(schema.flatten(own.config))
+    chosen = {key: chosen[key] for key in chosen if key not in _FREE}
+    name = json.dumps(chosen, sort_keys=True)
+    together.setdefault(name, []).append(own)
+    flat[name] = chosen
+  keys = _differing(flat.values())
+  chosen = {name: {k: own.get(k) for k in keys} for name, own in flat.items()}
+  order = sorted(flat, key=lambda name: [
+    ("", x) if isinstance(x, int | float) else (str(x), 0)
+    for x in chosen[name].values()
+  ])
+  return Sweep([chosen[name] for name in order], [together[n] for n in order])
+
+
+def _differing(flat: Iterable[Mapping[str, Any]]) -> list[str]:
+  """Dotted keys whose values are not the same in all."""
+  keys = dict.fromkeys(key for own in flat for key in own)
+  return [
+    key for key in keys if len({json.dumps(own.get(key)) for own in flat}) > 1
+  ]
+
+
+def choose(sweep: Sweep) -> list[dict[str, Any]]:
+  """The best setting of every model, by validation.
+
+  A model's validation is that of the stages that serve tail and head users,
+  weighted by how many users these are. Test results play no part.
+
+  Args:
+    sweep: as from `by_setting`.
+
+  Returns:
+    Of each model, in the order of the first job: `model`; `validation` of each
+    setting, the mean over `seeds`, those that it has in all of them; `chosen`,
+    the index of the best setting, the first of equals.
+
+  Raises:
+    InputError: if a model is none of METHODS, or has no seed in all of its
+      settings.
+  """
+  models = dict.fromkeys(
+    model for jobs in sweep.jobs for own in jobs
+    for model in models_of(own.rows)
+  )
+  trials = []
+  for model in models:
+    if model not in METHODS:
+      raise InputError(
+        f"model {model!r} is no method of experiments/methods.py, so that its "
+        "validation is not known; leave its job out"
+      )
+    of_settings = [
+      {k: v for own in jobs for k, v in validation(own, model).items()}
+      for jobs in sweep.jobs
+    ]
+    seeds = sorted(set.intersection(*(set(own) for own in of_settings if own)))
+    if not seeds:
+      raise InputError(
+        f"model {model!r} has no training seed in all of its settings; run "
+        "them with the same"
+      )
+    values = [
+      float(np.mean([own[seed] for seed in seeds])) if own else math.nan
+      for own in of_settings
+    ]
+    trials.append({
+      "model": model, "validation": values, "seeds": seeds,
+      "chosen": int(np.nanargmax(values)),
+    })
+  return trials
+
+
+def validation(own: Results, model: str) -> dict[int, float]:
+  """Seed -> a method's validation in a job, over what serves tail and head."""
+  method, rows = METHODS[model], own.rows.filter(model=model)
+  head, cost = (rows["segment"] == 1).mean() or 0.0, own.summary["cost"]
+  out = {}
+  for seed in rows["seed"].unique().sort():
+    parts = []
+    for segment, (backbone, plugin) in enumerate(method.serve):
+      stage = plugin or backbone
+      values = cost.get(f"seed{seed}/{stage}", cost.get(stage))["validation"]
+      parts.append(values[segment if len(values) > 1 else 0])
+    out[seed] = (1 - head) * parts[0] + head * parts[1]
+  return out
+
+
+def best(
+  name: str, sweep: Sweep, trials: Sequence[Mapping[str, Any]]
+) -> Results:
+  """The results of every model at its chosen setting, as of one job.
+
+  Args:
+    name: of the result.
+    sweep: as from `by_setting`.
+    trials: as from `choose`.
+
+  Returns:
+    The results, settings that differ 'as chosen'. What is of one setting alone
+    is left out: the stages' cost and the group gradients.
+
+  Raises:
+    InputError: if jobs of a setting have a model with the same seed twice, or
+      the jobs differ in users, targets, segments or groups.
+  """
+  first = sweep.jobs[0][0]
+  facts = ["user", "target", "segment", "group", "activeness"]
+  users = first.rows.select(facts).unique().sort("user")
+  frames = []
+  for trial in trials:
+    seen: set[int] = set()
+    for own in sweep.jobs[trial["chosen"]]:
+      rows = own.rows.filter(model=trial["model"])
+      again = seen & set(rows["seed"])
+      if again:
+        raise InputError(
+          f"{own.name} has model {trial['model']!r} of seed {min(again)}, as "
+          "another job of its setting has; keep one of them"
+        )
+      seen |= set(rows["seed"])
+      theirs = rows.select(facts).unique().sort("user")
+      if rows.height and not theirs.equals(users):
+        raise InputError(
+          f"jobs {first.name} and {own.name} differ in users, targets, "
+          "segments or groups; choose among jobs of the same data and groups"
+        )
+      frames.append(rows)
+  rows = pl.concat(frames)
+  config = json.loads(json.dumps(first.config))
+  for key in sweep.settings[0]:
+    *path, last = key.split(".")
+    functools.reduce(dict.get, path, config)[last] = "as chosen"
+  config["seeds"] = rows["seed"].unique().sort().to_list()
+  config["methods"] = [trial["model"] for trial in trials]
+  left = "cost", "command"
+  return first._replace(
+    name=name, rows=rows, config=config, gradients={},
+    summary={k: v for k, v in first.summary.items() if k not in left},
+    trials={"settings": [*map(dict, sweep.settings)], "models": [*trials]},
   )
 
 
 def table(
-  root: epath.PathLike, *, base: str | None = None,
-  beside: epath.PathLike | None = None, cutoff: int = 10,
-  jobs: Sequence[Job] | None = None,
-) -> pl.DataFrame:
+  found: Sequence[Results], *, base: str | None = None,
+  beside: epath.PathLike | None = None,
+) -> Table:
   """One line a job and model, from the result files of a sweep alone.
 
   Args:
-    root: directory of the sweep.
+    found: as from `finished`.
     base: model to compare with; None takes that of the job at `beside`, or
       each job's own.
     beside: workdir of a finished job, whose base is compared with where a job
       has none of that name.
-    cutoff: K of NDCG, first list of candidates.
-    jobs: to read those that are done of; None = all that are in the directory,
-      of whatever configuration.
 
   Returns:
-    job, a column for every setting in which the jobs differ (but `methods`,
-    which the models tell), model, seeds,
-    validation (the selected step's, mean over seeds; NaN where a model is not
-    one trained stage for all users), and NDCG overall, tail and head on test;
-    where there is a base, the change against it in %, with its 95 % interval
-    (paired bootstrap over users and seeds). Settings are to be chosen by
-    validation.
+    The table: job, a column for every setting in which the jobs differ (but
+    `methods`, which the models tell), model, seeds, validation (mean over
+    seeds), NDCG overall, tail and head on test, and the changes against the
+    base. Settings are to be chosen by validation.
 
   Raises:
-    InputError: if no job has finished, the base is nowhere, or the jobs to be
-      compared with `beside` have other users, targets, segments or seeds.
+    InputError: if the base is nowhere, or the jobs to be compared with `beside`
+      have other users, targets, segments or groups.
   """
-  done = [job.workdir.name for job in jobs or () if job.done]
-  found = {
-    path.name: summaries.read(path) for path in trials.finished(root)
-    if jobs is None or path.name in done
-  }
-  if not found:
-    raise InputError(f"{root} holds no finished job of this configuration")
-  flat = {
-    name: {
-      "data": r.summary["data"],
-      **{k: v for k, v in schema.flatten(r.config) if k != "methods"},
-    }
-    for name, r in found.items()
-  }
-  differing = trials.differing_keys(flat)
+  flat = [
+    {"data": own.summary["data"], **dict(schema.flatten(own.config))}
+    for own in found
+  ]
+  keys = [key for key in _differing(flat) if key != "methods"]
   other = None
   if beside is not None:
-    if not (epath.Path(beside) / "summary.json").exists():
-      raise InputError(
-        f"--beside={beside} is no workdir of a finished job (a summary of one "
-        "does not say which user is which); name one"
-      )
-    results = summaries.read(beside)
-    base = base or _base_of(results)
-    other = _rows_of(results, base)
-    if other is None:
-      raise InputError(
-        f"--beside={beside} has no model {base!r}; name one of "
-        f"{results.rows['model'].unique().to_list()} by --base"
-      )
+    base, other = _rows_beside(beside, base)
   lines = []
-  for name, results in found.items():
-    chosen = {key: _written(flat[name].get(key)) for key in differing}
-    own = _rows_of(results, base or _base_of(results))
-    compared = (own, name) if own is not None else (other, beside)
-    lines += [
-      {"job": name, **chosen, **line}
-      for line in _models(results, *compared, cutoff)
-    ]
-  out = pl.DataFrame(lines)
-  if (out["tail %"] == "").all():
-    if base is not None:
-      raise InputError(f"--base={base}: no job of {root} has that model")
-    out = out.drop("tail %", "head %")
-  return out
-
-
-def _base_of(results: summaries.Results) -> str:
-  return results.summary.get("base", "base")
-
-
-def _rows_of(results: summaries.Results, model: str) -> pl.DataFrame | None:
-  rows = results.rows.filter(model=model)
-  return rows if rows.height else None
-
-
-def _models(
-  results: summaries.Results, base: pl.DataFrame | None, origin: str,
-  cutoff: int,
-) -> Iterator[dict[str, Any]]:
-  column = next(iter(results.lists.values()))
-  with_values = lambda frame: frame.with_columns(
-    value=metrics.ndcg(frame[column].to_numpy(), cutoff)
-  )
-  rows = with_values(results.rows)
-  base = None if base is None else with_values(base)
-  best = _validation(results.summary.get("cost", {}))
-  for model in rows["model"].unique(maintain_order=True):
-    own = rows.filter(pl.col("model") == model)
-    parts = {
-      "overall": own, "tail": own.filter(segment=0),
-      "head": own.filter(segment=1),
+  for own, chosen in zip(found, flat, strict=True):
+    rows, column = own.rows, next(iter(own.lists.values()))
+    against = key_of(base or own.summary.get("base", "base"))
+    if other is not None and against not in models_of(rows):
+      rows = pl.concat([other, rows])
+    claims = {} if against not in models_of(rows) else {
+      claim.model: claim
+      for claim in check_claims(rows, base=against, margin=0, column=column)
     }
-    yield {
-      "model": model,
-      "seeds": own["seed"].n_unique(),
-      "validation": best.get(model, float("nan")),
-      **{
-        f"NDCG@{cutoff} {name}": part["value"].mean()
-        for name, part in parts.items()
-      },
-      **_changes(base, own, (results.name, origin)),
-    }
+    for level in levels(own.rows, column=column):
+      claim = claims.get(level.model)
+      values = [math.nan]
+      if level.model in METHODS and own.summary.get("cost"):
+        values = [*validation(own, level.model).values()]
+      lines.append((
+        own.name, *(_written(chosen.get(key)) for key in keys), level.model,
+        level.seeds, float(np.mean(values)), *level[2:5],
+        *((claim.tail, claim.head) if claim else ("", "")),
+      ))
+  if base is not None and not any(line[-1] for line in lines):
+    raise InputError(f"--base={base}: no job has that model")
+  few = any(line[len(keys) + 2] < MIN_SEEDS for line in lines)
+  return Table(
+    f"{METRIC} of finished jobs",
+    [Column("job"), *map(Column, keys), Column("model", "model"),
+     Column("seeds", "count"), Column("validation", "level"),
+     *(Column(name, "level") for name in ("overall", "tail", "head")),
+     Column("tail change %", "change"), Column("head change %", "change")],
+    lines, "Fewer than three seeds prove nothing: see --more_seeds." * few,
+  )  # fmt: skip
 
 
-def _changes(
-  base: pl.DataFrame | None, own: pl.DataFrame, places: tuple[str, str]
-) -> dict[str, str]:
-  """Changes of `value` in %, with intervals, by segment; '' for none."""
-  names = {0: "tail %", 1: "head %"}
-  if base is None or base["model"][0] == own["model"][0]:
-    return dict.fromkeys(names.values(), "")
-  keys = ["seed", "user", "target", "segment"]
-  pairs = base.join(own, on=keys, suffix="_own", maintain_order="left")
-  if not len(pairs) == len(base) == len(own):
+def _rows_beside(
+  beside: epath.PathLike, base: str | None
+) -> tuple[str, pl.DataFrame]:
+  """The model of another job that jobs without it are compared with."""
+  if not (epath.Path(beside) / "summary.json").exists():
     raise InputError(
-      f"jobs {places[0]} and {places[1]} differ in users, targets, segments or "
-      "seeds; compare jobs of the same data, seeds and groups.head_share"
+      f"--beside={beside} is no workdir of a finished job (a summary of one "
+      "does not say which user is which); name one"
     )
-  out = {}
-  for segment, name in names.items():
-    part = pairs.filter(segment=segment)
-    change = statistics.relative_change(
-      part["value"].to_numpy(), part["value_own"].to_numpy(),
-      users=user_ids(part), seeds=part["seed"].to_numpy(),
+  other = read(beside)
+  base = key_of(base or other.summary.get("base", "base"))
+  if base not in models_of(other.rows):
+    raise InputError(
+      f"--beside={beside} has no model {base!r}; name one of "
+      f"{models_of(other.rows)} by --base"
     )
-    out[name] = change_text(change.estimate, change.low, change.high)
-  return out
-
-
-def _validation(cost: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-  """Title of a model -> validation of the one stage that serves everybody."""
-  stages: dict[str, list[float]] = {}
-  for run, entry in cost.items():
-    if len(entry["validation"]) == 1:
-      stage = summaries.without_seed(run)
-      stages.setdefault(stage, []).append(entry["validation"][0])
-  return {
-    method.title: float(np.mean(stages[method.stages[-1].name]))
-    for method in METHODS.values()
-    if len(set(method.serve)) == 1
-    and method.stages[-1].users == "all"
-    and method.stages[-1].name in stages
-  }
-
-
-def print_table(lines: pl.DataFrame, console: rich.console.Console) -> None:
-  """Prints what `table` returns."""
-  out = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-  for name, kind in lines.schema.items():
-    side = "right" if kind.is_numeric() else "left"
-    out.add_column(rich.text.Text(name), justify=side)
-  for line in lines.iter_rows():
-    out.add_row(*(rich.text.Text(_cell(value)) for value in line))
-  console.print(out)
-  if lines["seeds"].min() < MIN_SEEDS:
-    console.print("Fewer than three seeds prove nothing: see --more_seeds.")
-
-
-def _cell(value: Any) -> str:
-  if isinstance(value, float):
-    return "n/a" if np.isnan(value) else f"{value:.4f}"
-  return str(value)
-
-
-def _selected(jobs: Sequence[Job], index: int | None) -> Sequence[Job]:
-  if index is None:
-    return jobs
-  if not 0 <= index < len(jobs):
-    raise InputError(f"--index={index}: give 0 to {len(jobs) - 1}")
-  return [jobs[index]]
-
-
-def _table_by_flags(jobs: Sequence[Job] | None = None) -> pl.DataFrame:
-  values = flags.FLAGS
-  return table(
-    values.workdir, base=values.base, beside=values.beside, jobs=jobs
-  )
+  return base, other.rows.filter(model=base)
 
 
 def _main(_: Sequence[str]) -> int:
   values = flags.FLAGS
   console = commands.Console()
-  if values.parallel < 1:
-    raise InputError(f"--parallel={values.parallel}: give at least 1")
-  if values.config is None and not values.table:
+  if values.config is None and not (values.table or values.output):
     raise InputError("--config is missing; name a config file with a sweep()")
   listed = values.config and make_jobs(values.config, values.workdir)
+  show = lambda: print_table(
+    table(
+      finished(values.workdir, listed), base=values.base, beside=values.beside
+    ), console,
+  )
+  if values.output is not None:
+    sweep = by_setting(finished(values.workdir, listed))
+    trials = choose(sweep)
+    output = disk.place("output", values.output)
+    write_summary(best(output.name, sweep, trials), output)
+    console.print(f"{output}: every model at the setting best on validation")
+    return 0
   if values.table:
-    print_table(_table_by_flags(listed), console)
+    show()
     return 0
   if values.more_seeds:
     wrong = [seed for seed in values.more_seeds if not seed.isdecimal()]
@@ -549,14 +588,17 @@ def _main(_: Sequence[str]) -> int:
     listed = [*listed, *jobs]
   else:
     jobs = listed
-  jobs = _selected(jobs, values.index)
+  if values.index is not None:
+    if not 0 <= values.index < len(jobs):
+      raise InputError(f"--index={values.index}: give 0 to {len(jobs) - 1}")
+    jobs = [jobs[values.index]]
   if values.dry_run:
     for job in jobs:
       print(printed(job) + ("  # done" if job.done else ""))
     return 0
   failed = run(jobs, parallel=values.parallel, console=console)
   if any(job.done for job in jobs):
-    print_table(_table_by_flags(listed), console)
+    show()
   if failed:
     names = ", ".join(job.workdir.name for job in failed)
     print(f"error: {len(failed)} jobs failed: {names}", file=sys.stderr)
@@ -567,13 +609,16 @@ def launch() -> None:
   """Entry point: exit code 2 for bad input, 1 where a job fails."""
   flags.DEFINE_string("config", None, "config file with a sweep()")
   flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
-  flags.DEFINE_integer("parallel", 1, "jobs at a time")
+  flags.DEFINE_integer("parallel", 1, "jobs at a time", lower_bound=1)
   flags.DEFINE_integer("index", None, "run this job alone, from 0")
   flags.DEFINE_list(
     "more_seeds", [], "more seeds for every model at its chosen setting"
   )
   flags.DEFINE_bool("dry_run", False, "print the commands")
   flags.DEFINE_bool("table", False, "print the table of finished jobs")
+  flags.DEFINE_string(
+    "output", None, "directory for a summary of each model at its best setting"
+  )
   flags.DEFINE_string("base", None, "model that the table compares with")
   flags.DEFINE_string(
     "beside", None, "workdir of a finished job that has the base, for jobs "

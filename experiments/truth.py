@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import polars as pl
-import rich.console
-import rich.table
 
 from pin_jax.data import simulator
 from pin_jax.evaluation import metrics
@@ -48,24 +46,20 @@ def closeness(
       simulator.observational(world, h, event="test"),
     )
   )
-  parts = [exact(jnp.asarray(h)) for h in np.array_split(history, 16)]
-  do, see, best = (np.concatenate(p) for p in zip(*parts, strict=True))
-  index = np.asarray(target) - 1
-  lines = []
-  scored = dict(models)
-  scored[INTERVENTIONAL] = np.log(do)
-  scored[OBSERVATIONAL] = np.log(best)
-  for name, log_q in scored.items():
-    ranks = np.asarray(metrics.average_rank(log_q, index))
-    lines.append({
+  chunks = [exact(jnp.asarray(h)) for h in np.array_split(history, 16)]
+  do, see, best = (np.concatenate(x) for x in zip(*chunks, strict=True))
+  oracles = {INTERVENTIONAL: np.log(do), OBSERVATIONAL: np.log(best)}
+  divergence = lambda p, log_q: np.mean(simulator.kl_divergence(p, log_q))
+  rank = lambda log_q: metrics.average_rank(log_q, np.asarray(target) - 1)
+  return pl.DataFrame([
+    {
       "model": name,
-      "kl_interventional": float(
-        np.mean(simulator.kl_divergence(do, log_q))
-      ),
-      "kl_observational": float(np.mean(simulator.kl_divergence(see, log_q))),
-      "ndcg": float(metrics.ndcg(ranks, 10).mean()),
-    })
-  return pl.DataFrame(lines)
+      "kl_interventional": float(divergence(do, log_q)),
+      "kl_observational": float(divergence(see, log_q)),
+      "ndcg": float(metrics.ndcg(np.asarray(rank(log_q)), 10).mean()),
+    }
+    for name, log_q in {**models, **oracles}.items()
+  ])
 
 
 def average(tables: list[pl.DataFrame]) -> list[dict[str, Any]]:
@@ -74,28 +68,3 @@ def average(tables: list[pl.DataFrame]) -> list[dict[str, Any]]:
     return []
   merged = pl.concat(tables).group_by("model", maintain_order=True).mean()
   return merged.to_dicts()
-
-
-def print_closeness(
-  lines: list[dict[str, Any]], console: rich.console.Console
-) -> None:
-  """Prints the table of `closeness`."""
-  table = rich.table.Table(
-    title="Distance from the simulator's exact distributions (test events)",
-    title_justify="left", box=rich.box.SIMPLE_HEAD,
-  )
-  table.add_column("model")
-  for header in ("KL from P(y|do(x))", "KL from P(y|x)", "NDCG@10"):
-    table.add_column(header, justify="right")
-  for line in lines:
-    numbers = [
-      f"{line[key]:.4f}"
-      for key in ("kl_interventional", "kl_observational", "ndcg")
-    ]
-    table.add_row(rich.text.Text(line["model"]), *numbers)
-  console.print(table)
-  console.print(
-    "KL in nats, lower is closer; NDCG@10 with the history not masked, higher "
-    "is better. The oracle P(y|x) is the best attainable by any model that "
-    "reads the same window.",
-  )

@@ -24,7 +24,7 @@ import time
 KILLS_OF_A_LIFE = 8
 FILES = (
   "config.json", "log.jsonl", "rows.parquet", "summary.json",
-  "comparison.csv", "comparison.md", "comparison.json", "plots/*.png",
+  "report.md",
 )
 
 

@@ -15,11 +15,10 @@ import pytest
 import rich.cells
 import rich.console
 from etils import epath
-from summaries_test import make_workdir
-from toy_rows import make_rows
+from toy_rows import make_rows, make_workdir
 
-from experiments import logs, report, serve, summaries, tables, workdir
-from experiments.tables import markdown_text
+from experiments import logs, report, results, serve, workdir
+from experiments.report import markdown_text
 from pin_jax import disk, serving
 from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.types import InputError, WriteError
@@ -44,15 +43,15 @@ def test_a_tilde_is_the_home_directory(monkeypatch, tmp_path):
   assert os.fspath(disk.place("x", "~/runs")) == f"{tmp_path}/runs"
   assert os.fspath(disk.place("x", epath.Path("a~/~"))) == "a~/~"
   workdir = make_workdir(tmp_path / "job")
-  pages = report.write_pages(["~/job"], output="~/out", **FAST)
+  pages = report.write_report(["~/job"], output="~/out", **FAST)
   assert pages[0] == tmp_path / "out" / "report.html" and workdir.exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_job_a_summary_and_a_log_are_read_back(name, tmp_path):
   job = make_workdir(tmp_path / name, make_rows(("base", "pin")))
-  summaries.write(summaries.read(job), job / name)
-  assert summaries.read(job / name).rows.height == 480
+  results.write_summary(results.read(job), job / name)
+  assert results.read(job / name).rows.height == 480
   log = logs.RunLog(epath.Path(job / name))
   log.rewind("toy", -1)
   log.evaluation("toy", 3, {"all": 0.5})
@@ -74,13 +73,13 @@ def test_a_model_and_its_lists_are_read_back(tmp_path):
 def test_the_report_reads_and_writes_hostile_paths(tmp_path):
   job = make_workdir(tmp_path / "j[0]*?\n ü")
   out = tmp_path / "o[/b]?\n*"
-  pages = report.write_pages(
-    [job], output=out, drawings=out / "f[1]", **FAST
+  pages = report.write_report(
+    [job], output=out, pictures=out / "f[1]", **FAST
   )
   assert sorted(p.name for p in out.iterdir() if p.is_file()) == sorted(
     p.name for p in pages if p.parent == out
   )
-  assert {p.read_bytes()[:4] for p in (out / "f[1]").iterdir()} == {b"<svg"}
+  assert {p.read_bytes()[:4] for p in (out / "f[1]").iterdir()} == {b"<?xm"}
 
 
 @pytest.mark.parametrize("name", IN_CHECKPOINTS)
@@ -185,14 +184,14 @@ def test_damaged_parquet_is_told_in_a_line(tmp_path, capfd):
   for at in [*range(0, len(whole), len(whole) // 60)]:
     path.write_bytes(_flipped(whole, at))
     try:
-      summaries.read(job)
+      results.read(job)
     except InputError as error:
       told += 1
       assert "\n" not in str(error)
   for size in (0, 3, 8, len(whole) // 2, len(whole) - 1):
     path.write_bytes(whole[:size])
     with pytest.raises(InputError, match="rows.parquet is damaged"):
-      summaries.read_rows(epath.Path(job))
+      results.read_rows(epath.Path(job))
   assert told and capfd.readouterr() == ("", "")
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   assert peak < 4e6  # kB
@@ -221,8 +220,8 @@ def test_a_damaged_file_of_a_job_is_told_in_a_line(harm, tmp_path):
   console = rich.console.Console(file=open(os.devnull, "w"))
   told = []
   for tell in (
-    lambda: report.write_report(job, console=console, **FAST),
-    lambda: report.write_pages([job], output=tmp_path / "out", **FAST),
+    lambda: report.write_report([job], console=console, **FAST),
+    lambda: report.write_report([job], output=tmp_path / "out", **FAST),
   ):
     try:
       tell()
@@ -238,10 +237,10 @@ def test_a_damaged_file_of_a_job_is_told_in_a_line(harm, tmp_path):
 ])
 def test_a_damaged_summary_is_told_in_a_line(name, text, tmp_path):
   job = make_workdir(tmp_path / "job", make_rows(("base", "pin")))
-  summaries.write(summaries.read(job), tmp_path / "out")
+  results.write_summary(results.read(job), tmp_path / "out")
   (tmp_path / "out" / name).write_bytes(text)
   with pytest.raises(InputError, match="damaged"):
-    summaries.read(tmp_path / "out")
+    results.read(tmp_path / "out")
 
 
 IDS = "u[/x]1", "[a0]shoe", "[red]r", "i" * 90, "a|b*c_d`e", "<b>雪</b>", "x y"
@@ -275,7 +274,9 @@ def test_markdown_shows_what_is_given(text):
   renderer = markdown_it.MarkdownIt("commonmark").enable(
     ["table", "strikethrough"]
   )
-  table = tables.markdown_table([text, "n"], [[text, "1"], ["x", text]], left=1)
+  table = report.markdown_table(
+    [text, "n"], [[text, "1"], ["x", text]], [True, False]
+  )
   shown = html.unescape(renderer.render(table + f"\n\n. {markdown_text(text)}"))
   flat = " ".join(text.splitlines())
   for cell in (

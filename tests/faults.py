@@ -30,16 +30,15 @@ from experiments import (
   job,
   logs,
   report,
+  results,
   serve,
-  summaries,
   workdir,
 )
 from pin_jax import serving
 from pin_jax.training import loop, steps
 from pin_jax.training.checkpoints import Checkpoints
 from tests import events, tiny
-from tests.summaries_test import make_workdir
-from tests.toy_rows import make_rows
+from tests.toy_rows import make_rows, make_workdir
 
 ROWS = {}  # name: (function of (folder, say), exit code, words)
 
@@ -213,13 +212,10 @@ def _(folder, say):
 _JOB_ROWS = make_rows(seeds=(0,))
 QUIET = rich.console.Console(file=io.StringIO())
 OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
-  "tables": lambda job, to: report.write_report(
-    to, console=QUIET, num_resamples=20
+  "report": lambda job, to: report.write_report(
+    [job], output=to, pictures=to / "figures", console=QUIET, num_resamples=20
   ),
-  "report": lambda job, to: report.write_pages(
-    [job], output=to, drawings=to / "figures", num_resamples=20
-  ),
-  "summary": lambda job, to: summaries.write(summaries.read(job), to),
+  "summary": lambda job, to: results.write_summary(results.read(job), to),
   "recommendations": lambda job, to: serve.writer(
     to / "recs.parquet"
   )(_JOB_ROWS),
@@ -265,7 +261,7 @@ def _(folder, say):
     job.run(tiny.get_config(), folder / "w", QUIET)
 
 
-@row("first job in a workdir in use", 2, "is in use by process")
+@row("first job in a workdir in use", 2, "is in use by another")
 def _(folder, say):
   try:
     with workdir.held(epath.Path(folder)):
@@ -298,7 +294,7 @@ def _(folder, say):
       assert log._file.closed  # and nothing is written as it goes
 
 
-@row("two processes on one workdir", 2, "is in use by process", "--workdir")
+@row("two processes on one workdir", 2, "is in use by another", "--workdir")
 def _(folder, say):
   directory = epath.Path(folder)
   with workdir.held(directory), workdir.held(directory):

@@ -23,14 +23,14 @@ from experiments import (
   job,
   problem,
   report,
+  results,
   serve,
   settings,
   stages,
-  summaries,
 )
 from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.logs import read_log
-from experiments.methods import METHODS, compared, stages_of
+from experiments.methods import METHODS, RULES, compared, stages_of
 from pin_jax import aggregation, serving
 from pin_jax.training import loop
 from pin_jax.types import InputError, TrainingError
@@ -65,8 +65,8 @@ def _console():
 
 def _run(config, workdir):
   console = _console()
-  table = job.run(config, workdir, console)
-  return table, console.file.getvalue()
+  job.run(config, workdir, console)
+  return console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +76,17 @@ def finished(tmp_path_factory, compile_quickly):
   config = _config()
   left_out = {  # trained elsewhere, or like one that stays
     "base", "base_validation", "base_activeness", "user_uniform", "focal",
-    "head_only", "pin_shared", *config.rules,
+    "head_only", "pin_shared", *RULES,
   }
   config.methods = ("base", *(name for name in METHODS if name not in left_out))
-  _, text = _run(config, workdir)
+  text = _run(config, workdir)
   return config, workdir, text
 
 
 def test_every_method_has_one_row_a_user(finished):
   config, workdir, _ = finished
   rows = pl.read_parquet(workdir / "rows.parquet")
-  titles = {METHODS[name].title for name in config.methods}
-  assert set(rows["model"]) == titles
+  assert set(rows["model"]) == set(config.methods)
   counts = rows.group_by("model").agg(pl.len(), pl.col("user").n_unique())
   assert set(counts["len"]) == set(counts["user"]) == {80}
   assert (rows["rank"] <= rows["candidates"]).all()
@@ -133,7 +132,7 @@ def positions(workdir, method, **options):
   requests = serving.of_users(recommender, prefix="validation")
   table = serving.recommend(recommender, requests, k=30, **options)
   rows = pl.read_parquet(workdir / "rows.parquet").filter(
-    model=METHODS[method].title
+    model=method
   )
   level = pl.col("rank").mean().over("request", "score")  # ties
   found = table.with_columns(position=level).join(
@@ -211,13 +210,12 @@ def test_equal_budgets():
 
 def test_a_rule_has_its_own_weighting():
   """The mean of the worst half of two groups: all weight on the worse."""
-  config = _config()
-  config.rules.cvar = "cvar:alpha=0.5"
   adjust = lambda rule: build.stage_adjustment(
-    config, rule, np.full(2, 0.5), np.full(2, 0.5)
+    _config(), rule, np.full(2, 0.5), np.full(2, 0.5)
   ).rules
   losses = jnp.asarray([1.0, 3.0])
-  for rule, want in (("cvar", [0, 1]), (None, [0.5, 0.5])):
+  assert METHODS["cvar"].stages[0].rule == "cvar:alpha=0.4"
+  for rule, want in (("cvar:alpha=0.5", [0, 1]), (None, [0.5, 0.5])):
     weighting = adjust(rule)
     got, _ = weighting.update(jnp.eye(2), losses, weighting.init())
     np.testing.assert_allclose(got, want, atol=1e-6)
@@ -263,9 +261,9 @@ def test_stage_two_learns_from_validation_targets(tmp_path, plugin, loss):
   rows = pl.read_parquet(tmp_path / "run" / "rows.parquet")
   ranks = rows.pivot("model", index="user", values="rank")
   # The memory sees four of five users' transitions; it knows something.
-  assert (rows.filter(model="memory alone")["rank"] < 15).mean() > 0.5
-  for name in ("joint + shared plugin", "joint + plugins"):
-    assert (ranks[name] != ranks["memory alone"]).any()
+  assert (rows.filter(model="memory_alone")["rank"] < 15).mean() > 0.5
+  for name in ("joint_shared", "joint_plugins"):
+    assert (ranks[name] != ranks["memory_alone"]).any()
 
 
 def test_relations_need_targets_that_they_do_not_hold(tmp_path):
@@ -331,11 +329,11 @@ def test_log_holds_every_step_and_group(finished):
 
 def test_outputs_and_protocol(finished):
   _, workdir, text = finished
-  for name in ("activeness", "groups_ndcg", "gradients-pin"):
-    assert (workdir / "plots" / f"{name}.png").stat().st_size > 5000
+  for kind in ("html", "md", "tex", "json"):
+    assert (workdir / f"report.{kind}").stat().st_size > 5000
   for part in (
     "leave-one-out", "full ranking over 30 items", "ties at their average",
-    "s left", "KL from P(y|do(x))", str(workdir / "rows.parquet"),
+    "s left", "KL from P(y|do(x))", str(workdir / "report.html"),
   ):
     assert part in text, part
 
@@ -390,13 +388,15 @@ def test_summary_says_how_the_results_came_about(finished):
 
 def test_results_page_of_a_tiny_job_and_of_its_summary(finished, tmp_path):
   config, workdir, _ = finished
-  summaries.write(summaries.read(workdir), tmp_path / "results" / "all")
+  results.write_summary(results.read(workdir), tmp_path / "results" / "all")
   size = sum(p.stat().st_size for p in (tmp_path / "results/all").iterdir())
   assert size < (workdir / "log.jsonl").stat().st_size
   pages = {}
   for name, path in (("job", workdir), ("summary", tmp_path / "results/all")):
     pages[name] = tmp_path / f"{name}.md"
-    report.write_pages([path], markdown=pages[name], num_resamples=200)
+    report.write_report(
+      [path], markdown=pages[name], num_resamples=200, console=_console()
+    )
   first, second = (
     [line.split(" [")[0] for line in path.read_text().splitlines()]
     for path in pages.values()
@@ -468,7 +468,7 @@ def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
   config.pin.weighting = "exact_backdoor"
   _run(config, tmp_path)
   rows = pl.read_parquet(tmp_path / "rows.parquet")
-  assert set(rows["model"]) == {"base", "pin exact backbone"}
+  assert set(rows["model"]) == {"base", "pin_exact_backbone"}
   runs = {r["run"] for r in read_log(epath.Path(tmp_path))}
   assert {"classifier", "pin-exact/backbone"} <= runs
 
@@ -491,8 +491,9 @@ def test_another_weighting_runs(tmp_path):
   config = _config()
   config.pin.weighting = "pcgrad:seed=3"
   config.methods = ("pin_backbone", "pcgrad")
-  table, _ = _run(config, tmp_path)
-  assert table["other"].is_not_null().all()
+  _run(config, tmp_path)
+  rows = pl.read_parquet(tmp_path / "rows.parquet")
+  assert rows["rank"].is_finite().all()
 
 
 @pytest.mark.slow
@@ -506,7 +507,7 @@ def test_a_sampled_loss_beats_the_untrained_model(tmp_path):
   config.backbone_steps, config.plugin_steps = 60, 20
   config.dispatch = config.validation.every = 20
   config.optimizer.learning_rate = 0.02
-  _, text = _run(config, tmp_path)
+  text = _run(config, tmp_path)
   cost = json.loads((tmp_path / "summary.json").read_text())["cost"]
   chance = np.mean([
     1 / np.log2(1 + rank) if rank <= 10 else 0 for rank in range(1, 31)
@@ -525,25 +526,27 @@ def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
   config.backbone_steps, config.plugin_steps = 60, 20
   config.dispatch = config.validation.every = 20
   config.optimizer.learning_rate = 0.02
-  table, text = _run(config, tmp_path)
+  text = _run(config, tmp_path)
   assert not list(tmp_path.glob("rows.parquet"))
-  assert not list(tmp_path.glob("comparison.*"))
   rows = pl.read_parquet(tmp_path / "rows_sampled.parquet")
   assert set(rows["candidates"]) == {5}
   for row in rows.iter_rows(named=True):
     listed = np.asarray([row["score"], *row["negative_scores"]])
     assert row["rank"] == scipy.stats.rankdata(-listed)[0]
-  overall = table.filter(slice="overall", metric="AUC")
-  assert overall["base"][0] > 0.6  # 0.5 without training
+  content = json.loads((tmp_path / "report.json").read_text())
+  auc = next(
+    x for x in content[1]["tables"] if x["title"].startswith("AUC by")
+  )
+  assert auc["lines"][0][3] > 0.6  # of the base; 0.5 without training
   assert "SAMPLED PROTOCOL" in text and "KL from" not in text
 
 
 def test_finished_job_reprints_without_training(finished, monkeypatch):
   config, workdir, text = finished
   monkeypatch.setattr(loop, "run", None)  # training would fail
-  _, again = _run(config, workdir)
+  again = _run(config, workdir)
   assert "is finished" in again
-  assert text.split("All models", 1)[1] == again.split("All models", 1)[1]
+  assert text.split("\nVerdict", 1)[1] == again.split("\nVerdict", 1)[1]
 
 
 def test_workdir_of_another_config_is_refused(finished):
@@ -641,7 +644,7 @@ def test_short_users_are_dropped_and_counted(tmp_path):
   (tmp_path / "a.csv").write_text("user,item\n" + "\n".join(lines) + "\n")
   config = _config(source="files", path=str(tmp_path / "a.csv"))
   config.methods = ("base",)
-  _, text = _run(config, tmp_path / "w")
+  text = _run(config, tmp_path / "w")
   assert "users_dropped 2" in text
 
 
@@ -650,84 +653,6 @@ def test_no_user_left(tmp_path):
   config = _config(source="files", path=str(tmp_path / "a.csv"))
   with pytest.raises(InputError, match="3 interactions"):
     _run(config, tmp_path / "w")
-
-
-def _set(key, value):
-  def change(config):
-    *path, last = key.split(".")
-    for name in path:
-      config = config[name]
-    with config.ignore_type(), config.unlocked():
-      config[last] = value
-
-  return change
-
-
-def _sets(**values):
-  changes = [_set(k.replace("__", "."), v) for k, v in values.items()]
-  return lambda config: [change(config) for change in changes]
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (_set("widht", 3), "widht=3: unknown key"),
-    (_set("backbone.widht", 3), "did you mean backbone.width"),
-    (_set("batch_size", "many"), "batch_size='many': give a whole"),
-    (_set("batch_size", True), "batch_size=True"),
-    (_set("batch_size", 2), "groups.num_groups=3"),
-    (_set("backbone.dropout", 1.0), "backbone.dropout=1.0"),
-    (_set("optimizer.learning_rate", float("nan")), "learning_rate=nan"),
-    (_set("groups.rule", "age"), "groups.rule='age': use one of"),
-    (_set("groups.thresholds", (3, 5)), "exactly where groups.rule asks"),
-    (_set("pin.weighting", "best"), "pin.weighting='best': use one of"),
-    (_set("pin.weighting", "cagrad:d=1"), "options are ['c']"),
-    (_set("pin.weighting", "cagrad:c=x"), "'c=x': give a number"),
-    (_set("prior.kind", "custom"), "exactly where prior.kind asks"),
-    (_set("methods", ("base", "best")), "methods=('base', 'best')"),
-    (_set("seeds", ()), "seeds=()"),
-    (_set("seeds", (1, 1)), "each once"),
-    (_set("num_seeds", 0), "num_seeds=0: give a whole number from 1"),
-    (_set("num_seeds", 2), "num_seeds=2: the number of seeds, 1, must be a"),
-    (_set("dispatch", 3), "multiple of dispatch=3"),
-    (_set("data.source", "web"), "data.source='web'"),
-    (_set("data.path", "a.csv"), "source 'simulator' does not use it"),
-    (_set("backbone.heads", 3), "give a multiple of backbone.heads=3"),
-    (_set("loss.name", "mse"), "loss.name='mse': use one of"),
-    (_set("loss.negatives", 0), "loss.negatives=0: give a whole number"),
-    (_set("loss.exponent", float("inf")), "loss.exponent=inf"),
-    (_set("loss.exponent", -0.5), "loss.exponent=-0.5"),
-    (_set("loss.calibration", 1.5), "loss.calibration=1.5"),
-    (_set("loss.calibration", float("nan")), "loss.calibration=nan"),
-    (_set("loss.candidates", "all"), "loss.candidates='all'"),
-    (_set("loss.proposal", "hard"), "loss.proposal='hard': use one of"),
-    (_set("loss.proposal", "uniform:x"), "loss.proposal='uniform:x'"),
-    (_set("loss.proposal", "uniform,uniform"), "each once"),
-    (_set("loss.proposal", "uniform:0,in_batch"), "positive share"),
-    (_set("claims.non_inferiority_margin", 2.0), "margin=2.0: give a number"),
-    (_set("claims.power", 0.0), "claims.power=0.0: give a number"),
-    (_set("evaluation.protocol", "quick"), "evaluation.protocol='quick'"),
-    (_set("evaluation.negatives", 0), "evaluation.negatives=0"),
-    (_sets(evaluation__protocol="sampled"),
-     "evaluation.negatives: count=99 is more"),
-    (_sets(loss__name="gbce", loss__proposal="in_batch"), "made for 'uniform'"),
-    (_sets(loss__name="gbce", loss__negatives=30), "rate=1.03448"),
-    (_set("backbone.name", "gru"), "backbone.name='gru': use one of"),
-    (_set("backbone.layers", 2), "layers=2: 'sasrec' does not take it"),
-    (_set("backbone.layers", 0), "backbone.layers=0: give a whole number"),
-    (_set("backbone.pack_rows", -1), "pack_rows=-1: give a whole number"),
-    (_set("backbone.compute", "float16"), "compute='float16': use one of"),
-    (_set("backbone.name", "gru4rec"), "blocks=1: 'gru4rec' does not take it"),
-  ],
-)
-def test_bad_settings_are_refused_before_any_file(tmp_path, change, message):
-  config = _config()
-  change(config)
-  with pytest.raises(InputError) as error:
-    _run(config, tmp_path / "w")
-  assert message in str(error.value)
-  assert "\n" not in str(error.value)
-  assert not (tmp_path / "w").exists()
 
 
 def test_the_backbone_packs_as_many_rows_as_the_config_says():
@@ -813,27 +738,14 @@ def test_a_backbone_that_attends_to_candidates_runs_the_job(tmp_path):
   assert rows["rank"].is_finite().all() and len(rows) == 2 * 80
 
 
-@pytest.mark.parametrize(
-  ("arguments", "message"),
-  [
-    (["--config.widht=3"], "unknown config key"),
-    (["--config.batch_size=abc"], "batch_size"),
-    (["--config=experiments/configs/nowhere.py"], "nowhere.py"),
-    (["--config=experiments/configs/files.py"], "files.py needs a path"),
-    (
-      ["--config=experiments/configs/files.py:path=nowhere.csv"],
-      "nowhere.csv does not exist",
-    ),
-  ],
-)
-def test_command_line_errors_are_one_line(tmp_path, arguments, message):
+def test_a_command_line_error_is_one_line(tmp_path):
   done = subprocess.run(
-    [sys.executable, "-m", "experiments.main", f"--workdir={tmp_path}/w"]
-    + arguments,
+    [sys.executable, "-m", "experiments.main", f"--workdir={tmp_path}/w",
+     "--config=experiments/configs/files.py:path=nowhere.csv"],
     capture_output=True, text=True, check=False,
   )
   assert done.returncode == 2
-  assert message in done.stderr
+  assert "nowhere.csv does not exist" in done.stderr
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
@@ -863,7 +775,7 @@ def test_temporal_split_ranks_only_users_with_a_later_target(tmp_path):
   config = _config(source="files", path=str(path))
   config.split.update(protocol="temporal", validation=0.2, test=0.2)
   config.methods = ("base",)
-  _, text = _run(config, tmp_path / "w")
+  text = _run(config, tmp_path / "w")
   out = pl.read_parquet(tmp_path / "w" / "rows.parquet")
   times = np.sort([t for _, _, t in rows])
   cut = np.quantile(times, 0.8, method="lower")

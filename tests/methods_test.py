@@ -102,10 +102,12 @@ def _read_targets(made, stage):
   sizes = {"batch_size": 5000, "length": made.length}
   key = jax.random.key(1)
   if isinstance(run.pool, batches.HeldOut):
-    batch = batches.draw_held_out(key, made.sequences, run.pool, **sizes)
+    batch = batches.Draw(**sizes, draw="validation").batch(
+      key, made.sequences, run.pool
+    )
   else:
-    batch = batches.draw_batch(
-      key, made.sequences, run.pool, draw="interactions", **sizes
+    batch = batches.Draw(**sizes, draw="interactions").batch(
+      key, made.sequences, run.pool
     )
   columns = np.arange(made.length) - made.length + 1
   users = np.broadcast_to(batch.users[..., None], batch.targets.shape)
@@ -221,9 +223,8 @@ def test_refit_moves_backbones_and_leaves_gates(refitted):
 
 def test_refitted_rows_are_what_is_served(refitted):
   rows = pl.read_parquet(refitted / "rows.parquet")
-  titles = rows["model"].unique(maintain_order=True).to_list()
-  assert titles == ["base", "base + validation", "memory alone",
-                    "joint + plugins"]
+  keys = rows["model"].unique(maintain_order=True).to_list()
+  assert keys == [*selected(_config())]
   for method in ("base", "joint_plugins"):
     made = serve.recommender(refitted, method=method)
     table = serving.recommend(
@@ -231,7 +232,7 @@ def test_refitted_rows_are_what_is_served(refitted):
       mask_history=False,
     )
     level = pl.col("rank").mean().over("request", "score")  # ties
-    own = rows.filter(model=selected(_config())[method].title)
+    own = rows.filter(model=method)
     found = table.with_columns(position=level).join(
       own, left_on=["user", "item"], right_on=["user", "target"],
       suffix="_evaluated",

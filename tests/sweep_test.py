@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -13,11 +12,9 @@ import polars as pl
 import pytest
 import rich.console
 from etils import epath
-from summaries_test import make_workdir
-from toy_rows import make_rows
+from toy_rows import make_rows, make_workdir
 
-from experiments import commands, sweep
-from experiments.methods import METHODS
+from experiments import report, results, sweep
 from pin_jax.types import InputError
 
 SETTINGS = """[
@@ -88,7 +85,7 @@ from ml_collections import ConfigDict
 from experiments.configs import base
 def get_config(argument=None):
   config = base.default()
-  config.data = base.files_section(%r)
+  config.data = base.data_section("files", path=%r)
   config.prior.exponent = %s
   return config
 def sweep():
@@ -109,28 +106,21 @@ def sweep():
   new = only_job("0.75")
   assert new.workdir != old.workdir and not new.done
   with pytest.raises(InputError, match="no finished job of this config"):
-    sweep.table(root, jobs=[new])
-  assert set(sweep.table(root, jobs=[old, new])["job"]) == {old.workdir.name}
+    sweep.finished(root, [new])
+  own, = sweep.finished(root, [old, new])
+  assert own.name == old.workdir.name
   data.write_text("user,item\n1,23\n")  # longer
   assert not only_job("0.5").done
   with pytest.raises(InputError, match="no finished job of this config"):
-    sweep.table(root, jobs=[only_job("0.5")])
-
-
-def test_brackets_in_a_table_are_printed(tmp_path):
-  console = _console()
-  lines = pl.DataFrame({"[x]": ["('[a-z]=joint',)"], "seeds": [3]})
-  sweep.print_table(lines, console)
-  text = console.file.getvalue()
-  assert "[x]" in text and "('[a-z]=joint',)" in text
+    sweep.finished(root, [only_job("0.5")])
 
 
 @pytest.mark.parametrize(("settings", "message"), [
   ("[]", r"returns \[\]; return a list of dictionaries"),
-  ("[3]", "settings 0 of the sweep are 3; give a dictionary"),
-  ("[{}, {'widht': 3}]", "settings 1 of the sweep: .*widht=3: unknown key"),
+  ("[3]", "settings 0 of the sweep, 3: give a dictionary"),
+  ("[{}, {'widht': 3}]", "settings 1 of the sweep, .*widht=3: unknown key"),
   ("[{'batch_size': 'x'}]", "settings 0 .*batch_size"),
-  ("[{'batch_size': 2}]", "settings 0 of the sweep: config key batch_size=2"),
+  ("[{'batch_size': 2}]", "settings 0 .*: config key batch_size=2"),
   ("[{'seeds': (1,)}, {'seeds': (1,)}]", "settings 1 .* repeat settings 0"),
   ("[{'batch_size': 30}, {'batch_size': 30, 'prior.exponent': 1}]",
    "settings 1 .* repeat settings 0"),
@@ -193,47 +183,16 @@ def test_jobs_run_side_by_side(tmp_path):
   assert "s gone, about 0 s left" in console.file.getvalue()
 
 
-def test_a_running_job_is_not_started_twice(tmp_path):
-  job = _job(tmp_path, "a", "input()")
-  job.workdir.mkdir()
-  process = sweep._start(job._replace(
-    command=(sys.executable, "-c", "import time; time.sleep(60)")
-  ))  # as if the sweep had been killed and left it behind
-  try:
-    with pytest.raises(InputError, match="is running elsewhere"):
-      sweep.run([job], parallel=1, console=_console())
-  finally:
-    process.kill()
-    process.wait()
-  assert sweep.run(
-    [job._replace(command=(sys.executable, "-c", ""))], parallel=1,
-    console=_console(),
-  ) == []
+def _ndcg(rows):
+  ranks = rows["rank"].to_numpy()
+  return np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
 
 
-def _finished(root, name, length, validation):
-  path = make_workdir(root / name, make_rows(["base", "pin"]), length=length)
-  summary = json.loads((path / "summary.json").read_text())
-  for run, entry in summary["cost"].items():
-    entry["validation"] = [validation + ("seed1" in run)]
-  summary["cost"]["seed0/pin/plugins"] = {
-    **entry, "validation": [0.5, 0.7]
-  }  # one a segment: no single number
-  (path / "summary.json").write_text(json.dumps(summary))
-  config = json.loads((path / "config.json").read_text())
-  config["config"]["methods"] = [name, "pin"]  # shows in the models instead
-  (path / "config.json").write_text(json.dumps(config))
-  (path / "done").touch()
-  return path
-
-
-def _change(base, own, segment):
-  """Change of NDCG@10 in %, from two models' rows."""
-  means = []
-  for rows in (base, own):
-    ranks = rows.filter(segment=segment)["rank"].to_numpy()
-    means.append(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean())
-  return 100 * (means[1] / means[0] - 1)
+def _table(root, **options):
+  """The sweep's table, a dictionary a line."""
+  table = sweep.table(sweep.finished(root), **options)
+  names = [column.name for column in table.columns]
+  return [dict(zip(names, line, strict=True)) for line in table.lines]
 
 
 def test_table_compares_with_a_base_of_the_job_or_of_one_beside(tmp_path):
@@ -244,7 +203,11 @@ def test_table_compares_with_a_base_of_the_job_or_of_one_beside(tmp_path):
     rows = make_rows(models)
     if name == "runs/b":  # the order of rows does not matter
       rows = rows.sample(fraction=1, shuffle=True, seed=1)
-    (make_workdir(tmp_path / name, rows) / "done").touch()
+    path = make_workdir(tmp_path / name, rows)
+    (path / "done").touch()
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["cost"]
+    (path / "summary.json").write_text(json.dumps(summary))
   read = lambda name, model: pl.read_parquet(
     tmp_path / name / "rows.parquet"
   ).filter(model=model)
@@ -252,81 +215,194 @@ def test_table_compares_with_a_base_of_the_job_or_of_one_beside(tmp_path):
     ("base", {"runs/a": "beside", "runs/b": "runs/b"}),
     ("joint", {"runs/a": "beside", "runs/b": "beside"}),
   ):
-    table = sweep.table(
-      tmp_path / "runs", base=base, beside=tmp_path / "beside"
-    )
+    lines = _table(tmp_path / "runs", base=base, beside=tmp_path / "beside")
     for name, place in origin.items():
-      line = table.filter(job=name[-1], model="pin").row(0, named=True)
-      for segment, title in ((0, "tail %"), (1, "head %")):
-        want = _change(read(place, base), read(name, "pin"), segment)
-        shown, low, high = re.fullmatch(
-          r"(\S+) \[(\S+), (\S+)\]", line[title].replace("−", "-")
-        ).groups()
-        assert float(shown) == pytest.approx(want, abs=0.051)
-        assert float(low) < float(shown) < float(high)
+      line, = (
+        x for x in lines if x["job"] == name[-1] and x["model"] == "pin"
+      )
+      for segment, part in ((0, "tail"), (1, "head")):
+        first, other = (
+          _ndcg(rows.filter(segment=segment))
+          for rows in (read(place, base), read(name, "pin"))
+        )
+        change = line[f"{part} change %"]
+        assert change.estimate == pytest.approx(other / first - 1)
+        assert change.low < change.estimate < change.high
 
 
 def test_table_refuses_bases_that_do_not_compare(tmp_path):
-  rows = make_rows(["pin"])
+  rows = make_rows(["x"])
   (make_workdir(tmp_path / "runs/a", rows) / "done").touch()
-  assert "tail %" not in sweep.table(tmp_path / "runs").columns
-  with pytest.raises(InputError, match="--base=x: no job of .* has that model"):
-    sweep.table(tmp_path / "runs", base="x")
+  assert not _table(tmp_path / "runs")[0]["tail change %"]
+  with pytest.raises(InputError, match="--base=y: no job has that model"):
+    _table(tmp_path / "runs", base="y")
   beside = make_workdir(tmp_path / "beside", make_rows(["base"]))
-  with pytest.raises(InputError, match="no model 'x'; name one of .'base'"):
-    sweep.table(tmp_path / "runs", base="x", beside=beside)
+  with pytest.raises(InputError, match="no model 'y'; name one of .'base'"):
+    _table(tmp_path / "runs", base="y", beside=beside)
+  results.write_summary(results.read(beside), tmp_path / "summary")
   with pytest.raises(InputError, match="is no workdir of a finished job"):
-    sweep.table(tmp_path / "runs", beside=tmp_path)
-  others = make_rows(["base"], seeds=(0, 2))
-  beside = make_workdir(tmp_path / "others", others)
-  with pytest.raises(InputError, match="jobs a and .*others differ in users"):
-    sweep.table(tmp_path / "runs", beside=beside)
+    _table(tmp_path / "runs", beside=tmp_path / "summary")
+  rows = make_rows(["base"]).filter(pl.col("user") > 70)
+  beside = make_workdir(tmp_path / "others", rows)
+  with pytest.raises(InputError, match="'base', 'x' differ in user"):
+    _table(tmp_path / "runs", beside=beside)
 
 
-def test_table_from_the_result_files(tmp_path):
-  paths = [
-    _finished(tmp_path, name, length, validation)
-    for name, length, validation in (("a", 5, 0.25), ("b", 20, 0.75))
-  ]
-  make_workdir(tmp_path / "unfinished")
-  table = sweep.table(tmp_path)
-  assert table.columns[:5] == [
-    "job", "backbone.length", "model", "seeds", "validation"
-  ]
-  assert table.height == 4
-  for line in table.iter_rows(named=True):
-    path = paths["ab".index(line["job"])]
-    rows = pl.read_parquet(path / "rows.parquet").filter(model=line["model"])
-    assert line["backbone.length"] == {"a": "5", "b": "20"}[line["job"]]
-    for part, keep in (
-      ("overall", pl.lit(True)), ("tail", pl.col("segment") == 0),
-      ("head", pl.col("segment") == 1),
-    ):
-      ranks = rows.filter(keep)["rank"].to_numpy()
-      want = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()
-      assert line[f"NDCG@10 {part}"] == pytest.approx(want)
-    if line["model"] == "base":
-      assert line["validation"] == {"a": 0.75, "b": 1.25}[line["job"]]
-    else:
-      assert np.isnan(line["validation"])
-    assert (line["tail %"] == "") == (line["model"] == "base")
-  console = _console()
-  sweep.print_table(table, console)
-  assert "1.2500" in console.file.getvalue()
-  assert ("seeds prove nothing" in console.file.getvalue()) == (
-    table["seeds"].min() < 3
+# Stage -> validation by rate: base is best at .001, the plugins at .002 for all
+# users (0.8 tail, 0.2 head), at .003 for head users alone.
+BASE = {0.001: [0.4], 0.002: [0.3], 0.003: [0.2]}
+PLUGINS = {0.001: [0.2, 0.5], 0.002: [0.3, 0.3], 0.003: [0.1, 0.9]}
+
+
+def _trial(root, rate, *, seeds=(0,), models=("base", "pin"), name=None):
+  """A finished job of one learning rate."""
+  path = root / (name or f"job{1000 * rate:g}")
+  shift = int(1000 * rate) + 10 * seeds[0]
+  rows = make_rows(models, seeds).sort("model").with_columns(
+    rank=pl.col("rank") + shift, rank_unmasked=pl.col("rank_unmasked") + shift
   )
+  make_workdir(path, rows, seeds=seeds)
+  config = json.loads((path / "config.json").read_text())
+  config["config"]["optimizer"]["learning_rate"] = rate
+  config["config"]["methods"] = models  # shows in the models instead
+  (path / "config.json").write_text(json.dumps(config))
+  summary = json.loads((path / "summary.json").read_text())
+  spent = next(iter(summary["cost"].values()))
+  summary["cost"] = {
+    (f"seed{seed}/" if len(seeds) > 1 else "") + stage: {
+      **spent, "validation": values[rate]
+    }
+    for seed in seeds
+    for stage, values in (
+      ("base", BASE), ("pin/backbone", BASE), ("pin/plugins", PLUGINS)
+    )
+  }
+  (path / "summary.json").write_text(json.dumps(summary))
+  (path / "done").touch()
+  return path
+
+
+@pytest.fixture
+def root(tmp_path):
+  for rate in BASE:
+    _trial(tmp_path / "runs", rate)
+  return tmp_path / "runs"
+
+
+def test_table_from_the_result_files(root):
+  make_workdir(root / "unfinished")
+  lines = _table(root)
+  assert [*lines[0]][:6] == [
+    "job", "optimizer.learning_rate", "model", "seeds", "validation", "overall"
+  ]
+  assert len(lines) == 6
+  for line in lines:
+    rate = float(line["optimizer.learning_rate"])
+    rows = pl.read_parquet(root / line["job"] / "rows.parquet").filter(
+      model=line["model"]
+    )
+    for part, own in (
+      ("overall", rows), ("tail", rows.filter(segment=0)),
+      ("head", rows.filter(segment=1)),
+    ):
+      assert line[part].estimate == pytest.approx(_ndcg(own))
+    want = {"base": BASE, "pin": PLUGINS}[line["model"]][rate]
+    want = want[0] if len(want) == 1 else 0.8 * want[0] + 0.2 * want[1]
+    assert line["validation"] == pytest.approx(want)
+    assert (line["tail change %"] == "") == (line["model"] == "base")
+  console = _console()
+  report.print_table(sweep.table(sweep.finished(root)), console)
+  text = console.file.getvalue()
+  assert ".4000" in text and "seeds prove nothing" in text
 
 
 def test_a_table_needs_a_finished_job(tmp_path):
   make_workdir(tmp_path / "unfinished")
   with pytest.raises(InputError, match="holds no finished job"):
-    sweep.table(tmp_path)
+    sweep.finished(tmp_path)
 
 
-def test_validation_is_known_of_models_of_one_stage():
-  cost = {"base": {"validation": [0.1]}, "tail-only": {"validation": [0.2]}}
-  assert sweep._validation(cost) == {METHODS["base"].title: 0.1}
+def _read(root):
+  return sweep.by_setting(sweep.finished(root))
+
+
+def test_each_model_has_the_setting_that_validation_prefers(root):
+  found = _read(root)
+  assert [dict(s) for s in found.settings] == [
+    {"optimizer.learning_rate": rate} for rate in BASE
+  ]
+  base, pin = sweep.choose(found)
+  assert (base["model"], base["chosen"], base["seeds"]) == ("base", 0, [0])
+  np.testing.assert_allclose(base["validation"], [0.4, 0.3, 0.2])
+  assert (pin["model"], pin["chosen"]) == ("pin", 1)
+  np.testing.assert_allclose(pin["validation"], [0.26, 0.3, 0.26])
+
+
+def test_rows_are_those_of_the_chosen_jobs(root, tmp_path):
+  found = _read(root)
+  best = sweep.best("best", found, sweep.choose(found))
+  for model, job in (("base", "job1"), ("pin", "job2")):
+    want = pl.read_parquet(root / job / "rows.parquet").filter(model=model)
+    got = best.rows.filter(model=model)
+    assert got.sort("user").equals(want.sort("user"))
+  # Of what hangs on the settings that differ, nothing.
+  assert best.config["optimizer"]["learning_rate"] == "as chosen"
+  assert "cost" not in best.summary and not best.gradients
+  done = _command(f"--workdir={root}", f"--output={tmp_path}/out")
+  assert done.returncode == 0, done.stderr
+  again = results.read(tmp_path / "out")
+  assert again.trials == best.trials
+  line = report.cells(results.trials_table(again))[1]
+  assert line == [
+    "pin", ".2600", ".3000", ".2600", "optimizer.learning_rate 0.002"
+  ]
+
+
+def test_more_seeds_count_as_the_same_setting(root):
+  _trial(root, 0.002, seeds=(1, 2), models=("pin",), name="more")
+  found = _read(root)
+  pin = sweep.choose(found)[1]
+  assert (pin["chosen"], pin["seeds"]) == (1, [0])  # what all settings have
+  rows = sweep.best("best", found, sweep.choose(found)).rows
+  seeds = rows.group_by("model").agg(pl.col("seed").unique().sort())
+  assert dict(seeds.iter_rows()) == {"base": [0], "pin": [0, 1, 2]}
+
+
+def test_what_cannot_be_chosen_among_is_refused(root, tmp_path):
+  _trial(root, 0.002, models=("pin",), name="twice")
+  found = _read(root)
+  with pytest.raises(InputError, match="has model 'pin' of seed 0, as another"):
+    sweep.best("best", found, sweep.choose(found))
+  path = root / "job2" / "rows.parquet"
+  pl.read_parquet(path).with_columns(group=0).write_parquet(path)
+  found = _read(root)
+  with pytest.raises(InputError, match="jobs job1 and job2 differ in users"):
+    sweep.best("best", found, sweep.choose(found))
+  _trial(tmp_path / "b", 0.001)
+  _trial(tmp_path / "b", 0.002, seeds=(1, 2))
+  with pytest.raises(InputError, match="'base' has no training seed in all"):
+    sweep.choose(_read(tmp_path / "b"))
+
+
+def test_a_sweep_gives_more_seeds_to_what_was_chosen(tmp_path):
+  config = _config(
+    tmp_path / "c.py", [{"optimizer.learning_rate": x} for x in BASE]
+  )
+  jobs = sweep.make_jobs(config, tmp_path / "runs")
+  for job, rate in zip(jobs, BASE, strict=True):
+    with pytest.raises(InputError, match="is not done, and more seeds are for"):
+      sweep.more_jobs(config, tmp_path / "runs", [1, 2])
+    _trial(tmp_path / "runs", rate, name=job.workdir.name)
+  more = sweep.more_jobs(config, tmp_path / "runs", [1, 2])
+  assert [job.settings for job in more] == [
+    {
+      "optimizer.learning_rate": rate, "seeds": (1, 2), "methods": (method,)
+    }
+    for rate, method in ((0.001, "base"), (0.002, "pin"))
+  ]
+  assert not {job.workdir for job in more} & {job.workdir for job in jobs}
+  with pytest.raises(InputError, match="seed 0 is in the sweep already"):
+    sweep.more_jobs(config, tmp_path / "runs", [0, 1])
 
 
 def _command(*arguments, **options):
@@ -358,19 +434,6 @@ def test_bad_arguments_are_one_line_and_code_2(tmp_path, arguments, message):
   assert done.returncode == 2
   assert done.stderr.startswith(f"error: {message}")
   assert done.stderr.count("\n") == 1
-
-
-def test_commands_can_be_pasted(tmp_path):
-  arguments = [
-    "echo", "a b", "--x=('a','b')", "--y=$HOME", "--z=3", '--w=say "it"', "it's"
-  ]
-  text = commands.command_line(arguments)
-  assert """--x="('a','b')" """ in text
-  done = subprocess.run(
-    f"for x in {text}; do printf '%s\\n' \"$x\"; done", shell=True,
-    capture_output=True, text=True, check=True,
-  )
-  assert done.stdout.splitlines() == arguments
 
 
 @pytest.mark.slow
@@ -419,7 +482,7 @@ def test_what_runs_beside_a_job_changes_no_bit(tmp_path):
   alone = sorted((tmp_path / "1").glob("*/*"))
   compared = [
     path for path in alone
-    if path.name in ("rows.parquet", "log.jsonl", "comparison.csv")
+    if path.name in ("rows.parquet", "log.jsonl", "report.md")
   ]
   assert len(compared) == 6
   for path in compared:

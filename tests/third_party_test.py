@@ -12,7 +12,7 @@ import pytest
 import rich.console
 import tiny
 
-from experiments import job, report, serve, summaries
+from experiments import job, report, results, serve
 from experiments.configs import base
 from experiments.problem import make_problem
 from pin_jax.data import files
@@ -105,7 +105,7 @@ def _config(split, tmp_path):
         for t in range(rng.integers(2, 9))
       ]
     (tmp_path / "toy.csv").write_text("\n".join(lines) + "\n")
-    config.data = base.files_section(str(tmp_path / "toy.csv"))
+    config.data = base.data_section("files", path=str(tmp_path / "toy.csv"))
     config.split = {"protocol": "temporal", "validation": 0.2, "test": 0.2}
   return config
 
@@ -188,7 +188,7 @@ def test_a_finished_seed_is_not_trained_again(tmp_path, fake, plan, quiet):
 
 def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
   path = tmp_path / "w"
-  table = driver.run(
+  driver.run(
     tiny.get_config(), fake, plan, path, beside=finished, command="theirs",
     console=quiet,
   )
@@ -198,23 +198,23 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
   assert rows["model"].unique(maintain_order=True).to_list()[-1] == (
     "Fake Popular"
   )
-  overall = table.filter(
-    (pl.col("slice") == "overall") & (pl.col("metric") == "HR@10")
-    & (pl.col("masking") == "history masked")
-  ).row(0, named=True)
-  hits = lambda name: (
-    rows.filter(pl.col("model") == name)["rank"] <= 10
-  ).mean()
-  assert overall["base"] == pytest.approx(hits("base"))
-  assert overall["other"] == pytest.approx(hits("Fake Popular"))
-  assert overall["low"] <= overall["relative_change"] <= overall["high"]
-  results = summaries.read(path)
-  assert results.summary["command"] == "ours\ntheirs"
-  assert "claims" in results.config
-  summaries.write(results, tmp_path / "out")
+  text = (path / "report.json").read_text()
+  means = next(
+    x for x in json.loads(text)[1]["tables"]
+    if x["title"] == "Means over users and seeds, history masked"
+  )
+  column = means["columns"].index("HR@10")
+  for line in means["lines"]:
+    if line[1] == "overall":
+      hits = rows.filter(model=line[0])["rank"] <= 10
+      assert line[column] == pytest.approx(hits.mean())
+  own = results.read(path)
+  assert own.summary["command"] == "ours\ntheirs"
+  assert "claims" in own.config
+  results.write_summary(own, tmp_path / "out")
   for source in (path, tmp_path / "out"):
-    page, = report.write_pages(
-      [source], markdown=tmp_path / "page.md", num_resamples=50
+    page, = report.write_report(
+      [source], markdown=tmp_path / "page.md", num_resamples=50, console=quiet
     )
     assert "Fake Popular" in page.read_text()
   # A job does not take these workdirs for its own.
@@ -228,13 +228,13 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
   driver.run(
     tiny.get_config(), more, plan, tmp_path / "x", beside=path, console=quiet
   )
-  assert len(summaries.read(tmp_path / "x").rows["model"].unique()) == 4
+  assert len(results.read(tmp_path / "x").rows["model"].unique()) == 4
   # Without it, the workdir is of the library's model alone again.
   driver.run(tiny.get_config(), fake, plan, path, console=quiet)
-  assert summaries.read(path).rows["model"].unique().to_list() == [
+  assert results.read(path).rows["model"].unique().to_list() == [
     "Fake Popular"
   ]
-  assert summaries.read(path).config == {}
+  assert results.read(path).config == {}
   with pytest.raises(InputError, match="without the configuration of a job"):
     job.run(_ours(), path, console)
   with pytest.raises(InputError, match="holds no finished job"):

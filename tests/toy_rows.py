@@ -1,7 +1,12 @@
-"""Made-up results: rows of models, and the log of group gradients."""
+"""Made-up results: rows of models, logs of group gradients, finished jobs."""
+
+import json
 
 import numpy as np
 import polars as pl
+
+from experiments import results
+from experiments.configs import base
 
 NUM_USERS, NUM_ITEMS = 120, 300
 
@@ -66,3 +71,44 @@ def make_log(run="pin/backbone", steps=60, num_groups=5):
     )
     records.append({"run": run, "step": step, "validation": {"overall": 0.1}})
   return records
+
+
+def make_workdir(path, rows=None, *, length=50, seeds=(0, 1), suffix=""):
+  """A finished job's files, made up."""
+  path.mkdir(parents=True)
+  rows = make_rows(seeds=seeds, names=True) if rows is None else rows
+  rows.write_parquet(path / f"rows{suffix}.parquet")
+  config = base.default()
+  config.data = {"source": "files", "path": "/somewhere/else/toy.parquet"}
+  config.backbone.length, config.seeds = length, seeds
+  config = {"config": config.to_dict(), "data": "f00"}
+  (path / "config.json").write_text(json.dumps(config))
+  log = [
+    record | {"run": f"seed{seed}/pin/backbone"}
+    for seed in seeds for record in make_log(steps=90)
+  ]
+  text = "".join(json.dumps(record) + "\n" for record in log)
+  (path / "log.jsonl").write_text(text)
+  cost = {
+    "steps": 12, "best_steps": [8], "validation": [0.125], "cpu_seconds": 3.5
+  }
+  summary = {
+    "data": "toy", "fingerprint": "f00", "notes": {"rows_read": 7},
+    "split_notes": {}, "prior": [0.2] * 5, "base": "base", "other": "pin",
+    "protocol": "leave-one-out", "num_items": NUM_ITEMS, "closeness": [],
+    "cost": {f"seed{s}/{r}": cost for s in seeds for r in ("base", "pin/x")},
+    "command": "python -m experiments.main --workdir=/somewhere/else/toy "
+    '--config=experiments/configs/files.py:path=/somewhere/else/toy.parquet '
+    '--config.pin.blocks="(\'a/b=joint\',)"',
+    "versions": {"code": "abc", "jax": "0.0.7"},
+  }
+  (path / "summary.json").write_text(json.dumps(summary))
+  return path
+
+
+def job_of(rows, *, config=None, base=None, num_resamples=400, **summary):
+  """The analysis of rows, as if they were a job's."""
+  own = results.Results(
+    "toy", rows, results.lists_of(rows), "protocol", summary, config or {}, {}
+  )
+  return results.analyse(own, base, num_resamples)

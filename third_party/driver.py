@@ -12,16 +12,17 @@ one), for so many CPU-seconds or --epochs. At marks it ranks our validation
 targets, which is timed apart; the best state by NDCG@10 (history masked) ranks
 our test targets once, among the whole catalogue.
 
-The workdir then is that of a finished job for experiments.report and
-experiments.summaries. With --beside=DIR its rows hold the models of that job
-first, a job of ours or another library's run, so that all are compared user by
-user in one table; data, split, targets and seeds must be the same. The same
-command continues: a seed that has finished is not trained again.
+The workdir then is that of a finished job for experiments.report. With
+--beside=DIR its rows hold the models of that job first, a job of ours or
+another library's run, so that all are compared user by user in one table; data,
+split, targets and seeds must be the same. The same command continues: a seed
+that has finished is not trained again.
 """
 
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,11 +41,11 @@ from experiments import (
   job,
   logs,
   report,
-  settings,
-  summaries,
+  schema,
   workdir,
 )
 from experiments.problem import Problem, fingerprint, prepare
+from experiments.results import key_of, read_rows
 from pin_jax import disk
 from pin_jax.data.splits import Split
 from pin_jax.types import InputError
@@ -129,7 +130,7 @@ def run(
   beside: epath.PathLike | None = None,
   command: str = "",
   console: rich.console.Console | None = None,
-) -> pl.DataFrame:
+) -> None:
   """Runs a library's model, or what is left to run, and prints the tables.
 
   Args:
@@ -140,9 +141,6 @@ def run(
     beside: workdir of finished results to compare with.
     command: how it was launched, for the summary.
     console: where to print; standard output by default.
-
-  Returns:
-    The comparison table, or that of the one model.
 
   Raises:
     InputError: for any bad input, and with what the library said last if its
@@ -189,7 +187,7 @@ def run(
       for run, result in zip(summary["cost"], results.values(), strict=True)
     }
     _write(directory, pl.concat(rows), summary, seconds, other)
-  return report.write_report(directory, console=console)
+  report.write_report([directory], console=console)
 
 
 def check_plan(config: ConfigDict, plan: Plan) -> None:
@@ -270,8 +268,8 @@ def _claim(directory: epath.Path, about: Mapping[str, Any]) -> None:
   path = directory / "peer.json"
   mine = json.loads(json.dumps(about))
   if path.exists():
-    theirs = settings.read_json(path)
-    for key, new, old in settings.differences(mine, theirs, {}):
+    theirs = workdir.read_json(path)
+    for key, new, old in schema.differences(mine, theirs, {}):
       raise InputError(
         f"workdir {directory} belongs to another run: {key} is {old!r} there "
         f"and {new!r} here; use another --workdir or the same setting"
@@ -297,7 +295,7 @@ def _train(
   )
   if (folder / "result.json").exists():
     say("finished before")
-    return settings.read_json(folder / "result.json")
+    return workdir.read_json(folder / "result.json")
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir()
   asked = {
@@ -319,7 +317,7 @@ def _train(
       f"{peer.name} {plan.model}, seed {seed}, ended with exit code {code} and "
       f"said last: {last}; all that it said is in {log}"
     )
-  return settings.read_json(folder / "result.json")
+  return workdir.read_json(folder / "result.json")
 
 
 def _call(
@@ -388,7 +386,7 @@ def _results_beside(
   path: epath.Path, problem: Problem, plan: Plan, title: str
 ) -> _Beside:
   """Reads finished results; raises InputError where they do not compare."""
-  rows, suffix = summaries.read_rows(path)
+  rows, suffix = read_rows(path)
   if suffix:
     raise InputError(
       f"--beside={path} ranked sampled candidates and other libraries rank the "
@@ -396,7 +394,7 @@ def _results_beside(
     )
   if not (path / "summary.json").exists():
     raise InputError(f"--beside={path} has no summary.json; finish it first")
-  summary = settings.read_json(path / "summary.json")
+  summary = workdir.read_json(path / "summary.json")
   for key, mine in (
     ("fingerprint", fingerprint(problem)),
     ("protocol", problem.split.protocol),
@@ -408,7 +406,7 @@ def _results_beside(
       )
   _check_rows(path, rows, summary, problem, plan, title)
   read = lambda name: (
-    settings.read_json(path / name) if (path / name).exists() else None
+    workdir.read_json(path / name) if (path / name).exists() else None
   )
   return _Beside(
     rows, summary, read("cpu_seconds.json") or {}, read("config.json")
@@ -429,7 +427,7 @@ def _check_rows(
       f"--beside={path} holds other users or targets than the configuration's "
       "data; use the configuration of that job"
     )
-  own = rows.filter(pl.col("model") == summary["base"])["seed"].unique()
+  own = rows.filter(model=key_of(summary["base"]))["seed"].unique()
   if set(own) != set(plan.seeds):
     raise InputError(
       f"--beside={path} has seeds {sorted(own)} and here are "
@@ -450,7 +448,7 @@ def _write(
     rows = pl.concat([other.rows, rows])
     for key in ("cost", "versions"):
       summary[key] = {**other.summary.get(key, {}), **summary[key]}
-    summary["base"] = other.summary["base"]
+    summary["base"] = key_of(other.summary["base"])
     summary["closeness"] = other.summary.get("closeness", [])
     summary["command"] = "\n".join(
       filter(None, [other.summary.get("command"), summary["command"]])
@@ -533,7 +531,7 @@ def launch(peer: Peer) -> None:
     module = f"third_party.{peer.package}"
     run(
       config.value, peer, plan, values.workdir, beside=values.beside,
-      command=commands.command_line(
+      command=shlex.join(
         ["python", "-m", module, *sys.argv[1:]]
       ),
     )

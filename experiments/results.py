@@ -1,0 +1,1205 @@
+"""What finished jobs left, the claim under test, and tables of numbers.
+
+Result rows, one a user, model and seed, become values, the values claims and
+levels, and these tables: all as numbers. `experiments.report` renders them.
+Models are called by their method's key throughout.
+
+**The claim**: tail users are served better and head users no worse, tested for
+every model against the comparator: superiority on tail users, and
+non-inferiority on head users by a margin declared before training. Each of the
+two families of tests is corrected over the models by Holm's method; the claim
+holds for a model where both of its hypotheses fall. A third family holds the
+tests of harm, of tail users and beyond the margin of head users; the claim is
+refuted where one falls.
+
+Every test is one-sided at half the level, .025. As far as each errs no more
+often than that, so does each family, Holm's correction included: the chance of
+any false 'holds' is at most .05, of any false 'refuted' .025, of either .075.
+With the spread over seeds that jobs have, a test was measured to err in 15 % of
+all cases at one seed, 5 % at two and 2.5 % from three on (simulated, the more
+users the more: 14 to 20, 5 to 8, 3 to 5 %). So no verdict is given below three.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+from etils import epath
+
+from experiments import schema
+from experiments.configs.base import default
+from experiments.logs import read_log
+from experiments.methods import METHODS, learnt_by
+from experiments.workdir import read_json
+from pin_jax import disk
+from pin_jax.evaluation import metrics, statistics
+from pin_jax.evaluation.statistics import Change, Interval
+from pin_jax.types import InputError
+
+CONFIDENCE = 0.95
+LEVEL = 0.05
+NUM_RESAMPLES = 2000
+MIN_SEEDS = 3  # fewer err too often for a verdict
+SEGMENTS = {0: "tail", 1: "head"}
+METRIC = "NDCG@10"
+# evaluation.protocol -> suffix of its rows' file. Results of one are never
+# in a table with those of the other.
+SUFFIXES = {"full": "", "sampled": "_sampled"}
+OUTCOMES = (
+  "holds", "gain only", "no loss only", "refuted", "open", "too few seeds",
+  "unequal information",
+)
+HOLDS, GAIN_ONLY, NO_LOSS_ONLY, REFUTED, OPEN, UNTESTED, UNEQUAL = OUTCOMES
+
+_LISTS = {"history masked": "rank", "history not masked": "rank_unmasked"}
+_SAMPLED_LISTS = {"sampled candidates": "rank"}
+_FACTS = ["group", "segment", "activeness", "target", "candidates"]
+_COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
+_FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
+_SAMPLED_COLUMNS = ["score", "negative_scores"]
+REMEDY = "restore it from a copy, or make it again"
+_KEYS = {method.title: key for key, method in METHODS.items()}
+
+
+def key_of(name: str) -> str:
+  """A model's key, from its key or title; another's name is its own key."""
+  return _KEYS.get(name, name)
+
+
+def title_of(key: str) -> str:
+  """What tables call a model."""
+  return METHODS[key].title if key in METHODS else key
+
+
+# What jobs left.
+
+
+class Results(NamedTuple):
+  """What a finished job, or the summary of one, left.
+
+  Attributes:
+    name: name of its directory.
+    rows: a row a user, model and seed; see `job.result_rows`.
+    lists: title of each list of candidates -> column of the rank in it.
+    protocol: how the numbers came about, in one line.
+    summary: content of summary.json; {} where there is none.
+    config: the configuration, {} where there is none.
+    gradients: run -> records of its group gradients.
+    trials: of what `experiments.sweep` chose: `settings`, and of each of
+      `models` its `validation` in each setting, over which `seeds`, and the
+      index of the `chosen` one; {} elsewhere.
+  """
+
+  name: str
+  rows: pl.DataFrame
+  lists: dict[str, str]
+  protocol: str
+  summary: dict[str, Any]
+  config: dict[str, Any]
+  gradients: dict[str, list[dict[str, Any]]]
+  trials: Mapping[str, Any] = MappingProxyType({})
+
+
+def read(path: epath.PathLike) -> Results:
+  """Reads the workdir of a finished job, or a summary as of `write_summary`.
+
+  Its command and configuration name files, but not where they lie.
+
+  Raises:
+    InputError: if there are no rows, or users or targets of the models differ,
+      or a file is damaged.
+  """
+  path = disk.place("workdir", path)
+  with disk.reading(path, REMEDY):
+    if (path / "ranks.parquet").exists():
+      return _read_summary(path)
+    rows, _ = read_rows(path)
+    same_users(rows, models_of(rows), on=["user"])
+    records = read_log(path) if (path / "log.jsonl").exists() else []
+    summary = _read_job_summary(path)
+    if "command" in summary:
+      summary["command"] = _without_folders(summary["command"])
+    config = path / "config.json"
+    config = read_json(config, config={})["config"] if config.exists() else {}
+    config = _names_alone(config)
+    return Results(
+      path.resolve().name, rows, lists_of(rows), _protocol(rows, summary),
+      summary, config, _gradient_records(records),
+    )
+
+
+def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
+  """The rows of the job's protocol, and the suffix of their file.
+
+  Raises:
+    InputError: if there are none.
+  """
+  for suffix in SUFFIXES.values():
+    path = workdir / f"rows{suffix}.parquet"
+    if path.exists():
+      with disk.reading(path, REMEDY):
+        rows = disk.read_parquet(path.read_bytes())
+        return rows.with_columns(pl.col("model").replace(_KEYS)), suffix
+  raise InputError(
+    f"{workdir} has no rows.parquet; name the workdir of a finished run"
+  )
+
+
+def _read_job_summary(workdir: epath.Path) -> dict[str, Any]:
+  """summary.json, with each run's processor time of cpu_seconds.json."""
+  path, times = workdir / "summary.json", workdir / "cpu_seconds.json"
+  summary = read_json(path) if path.exists() else {}
+  seconds = read_json(times) if times.exists() else {}
+  with disk.reading(path, REMEDY):
+    for key in ("base", "other", "protocol", "data", "fingerprint"):
+      if not isinstance(summary.get(key, ""), str):
+        raise TypeError(f"{key} is {str(summary[key])[:50]!r}")
+    for run, cost in summary.get("cost", {}).items():
+      cost.setdefault("cpu_seconds", seconds.get(run, math.nan))
+    return _with_keys(summary)
+
+
+def _with_keys(summary: dict[str, Any]) -> dict[str, Any]:
+  """A summary with keys where that of a former version has titles."""
+  for name in ("base", "other"):
+    if name in summary:
+      summary[name] = key_of(summary[name])
+  for line in summary.get("closeness", []):
+    line["model"] = key_of(line["model"])
+  return summary
+
+
+def _protocol(rows: pl.DataFrame, summary: Mapping[str, Any]) -> str:
+  line = protocol_line(
+    rows, split=summary.get("protocol", "split not recorded"),
+    num_items=summary.get("num_items"),
+  )
+  if "fingerprint" in summary:
+    line += f"; data {summary['data']} {summary['fingerprint']}"
+  return line
+
+
+def _without_folders(command: str) -> str:
+  """A command with names in place of absolute paths."""
+  folders = r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*"
+  command = re.sub(folders, r"\1runs/", command)
+  return re.sub(r"(?<=[=\"'])/(?:[^\s/,\"']+/)*", "", command)
+
+
+def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The configuration with the name of its data file, not where it lies."""
+  data = {
+    key: epath.Path(value).name
+    if key in ("path", "data_dir", "manual_dir") and value else value
+    for key, value in config.get("data", {}).items()
+  }
+  return {**config, **({"data": data} if data else {})}
+
+
+def _gradient_records(
+  records: Iterable[Mapping[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+  """Records with a whole Gramian of several groups, by run.
+
+  Where some steps of a run tell what noise alone does, these alone.
+  """
+  names = (
+    "run", "step", "weights", "norms", "cosines", "conflict_rate",
+    "effective_groups", "noise_conflict_rate", "noise_cosine",
+  )
+  found: dict[str, list[dict[str, Any]]] = {}
+  for record in records:
+    looked = record.get("conflict_rate") is not None
+    if looked and len(record.get("norms", ())) > 1:
+      kept = {key: record[key] for key in names if key in record}
+      found.setdefault(record["run"], []).append(kept)
+  for run, own in found.items():
+    noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
+    found[run] = noisy or own
+  return found
+
+
+def without_seed(run: str) -> str:
+  """'seed3/pin/backbone' -> 'pin/backbone'."""
+  return re.sub(r"^seed\d+/(?=.)", "", run)
+
+
+# Summaries small enough to commit.
+
+_CUTOFF = 20  # the largest rank that a summary keeps
+_RECORDS = 60  # of a run's group gradients
+_OF_USER = "group", "segment", "activeness", "candidates", "candidates_unmasked"
+
+
+def write_summary(results: Results, output: epath.PathLike) -> None:
+  """Writes a job's results in about half a byte a rank, without ids.
+
+  `ranks.parquet` has a row a user: segment, group, activeness, numbers of
+  candidates, and for every model, seed and list twice its rank, 0 beyond 20.
+  `job.json` has the job's summary, its configuration and a thinned record of
+  the group gradients. Metrics with a cutoff of at most 20 follow exactly as
+  from the rows, intervals and tests up to the resampling's error.
+
+  Args:
+    results: as from `read`.
+    output: directory, made where it is missing.
+
+  Raises:
+    InputError: if a rank is no whole or half number.
+    WriteError: if the disk is full or read-only; nothing is then written.
+  """
+  output = disk.place("output", output)
+  ranks = io.BytesIO()
+  _wide(results).write_parquet(
+    ranks, compression="zstd", compression_level=19, statistics=False
+  )
+  content = results._asdict()
+  del content["rows"]
+  first = {without_seed(run): run for run in reversed(results.gradients)}
+  content["gradients"] = {
+    run: [_rounded(r) for r in own[:: max(1, -(-len(own) // _RECORDS))]]
+    for run, own in results.gradients.items() if run in first.values()
+  }
+  content["trials"] = {**results.trials}
+  text = json.dumps(content, ensure_ascii=False)
+  disk.write({
+    output / "ranks.parquet": ranks.getvalue(), output / "job.json": text + "\n"
+  })
+
+
+def _wide(results: Results) -> pl.DataFrame:
+  """One line a user, most active last, a column a model, seed and list."""
+  rows = results.rows
+  wide = rows.unique("user").sort("activeness", "group", "segment", "user")
+  wide = wide.select("user", *(c for c in _OF_USER if c in rows.columns))
+  for model in models_of(rows):
+    for (seed,), own in model_rows(rows, model).group_by(
+      "seed", maintain_order=True
+    ):
+      named = [
+        _twice(own[column]).alias(json.dumps([model, seed, title]))
+        for title, column in results.lists.items()
+      ]
+      wide = wide.join(
+        own.select("user").with_columns(named), on="user", how="left",
+        maintain_order="left",
+      )
+  return wide.drop("user")
+
+
+def _twice(ranks: pl.Series) -> pl.Series:
+  """2 * rank as a byte, 0 beyond the cutoff."""
+  twice = 2 * ranks.to_numpy().astype(np.float64)
+  kept = np.isfinite(twice) & (twice <= 2 * _CUTOFF)
+  if np.any(twice[kept] % 1):
+    raise InputError(
+      f"a rank is {twice[kept][twice[kept] % 1 > 0][0] / 2}, neither whole nor "
+      "half; pass the rows that evaluation wrote"
+    )
+  return pl.Series(np.where(kept, twice, 0).astype(np.uint8))
+
+
+def _rounded(value: Any) -> Any:
+  """Floats, also inside lists and dictionaries, to four digits."""
+  if isinstance(value, dict):
+    return {key: _rounded(x) for key, x in value.items()}
+  if isinstance(value, list):
+    return [_rounded(x) for x in value]
+  return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _read_summary(path: epath.Path) -> Results:
+  content = read_json(path / "job.json")
+  wide = disk.read_parquet((path / "ranks.parquet").read_bytes())
+  facts = [name for name in _OF_USER if name in wide.columns]
+  users = wide.select(facts).with_row_index("user")
+  found: dict[tuple[str, int], dict[str, pl.Series]] = {}
+  for name in wide.columns[len(facts) :]:
+    model, seed, title = json.loads(name)
+    column = content["lists"][title]
+    rank = (wide[name].cast(pl.Float64) / 2).replace(0.0, np.inf)
+    found.setdefault((key_of(model), seed), {})[column] = rank.alias(column)
+  rows = pl.concat([
+    users.with_columns(
+      pl.lit(model).alias("model"), pl.lit(seed, pl.Int32).alias("seed"),
+      pl.lit(0).alias("target"), *columns.values(),
+    ).filter(pl.all_horizontal(pl.col(list(columns)).is_not_null()))
+    for (model, seed), columns in found.items()
+  ])
+  for name, like in zip(_FULL_COLUMNS, ("rank", "candidates"), strict=True):
+    if name not in rows.columns:  # of sampled candidates
+      rows = rows.with_columns(pl.col(like).alias(name))
+  fields = {key: content[key] for key in Results._fields if key in content}
+  fields["summary"] = _with_keys(fields["summary"])
+  for own in fields.get("trials", {}).get("models", []):
+    own["model"] = key_of(own["model"])
+  return Results(rows=rows, **fields)
+
+
+# Rows, and how they came about.
+
+
+def models_of(rows: pl.DataFrame) -> list[str]:
+  """The models, in the order of the rows.
+
+  Raises:
+    InputError: if the rows lack a column.
+  """
+  own = _SAMPLED_COLUMNS if _is_sampled(rows) else _FULL_COLUMNS
+  missing = [name for name in _COLUMNS + own if name not in rows.columns]
+  if missing:
+    raise InputError(
+      f"rows lack the columns {missing}; pass the rows that evaluation wrote"
+    )
+  return rows["model"].unique(maintain_order=True).to_list()
+
+
+def _is_sampled(rows: pl.DataFrame) -> bool:
+  return "negative_scores" in rows.columns
+
+
+def lists_of(rows: pl.DataFrame) -> dict[str, str]:
+  """Title of each list of candidates -> column of the rank in it."""
+  return _SAMPLED_LISTS if _is_sampled(rows) else _LISTS
+
+
+def model_rows(rows: pl.DataFrame, model: str) -> pl.DataFrame:
+  """Rows of one model, ordered by user and seed.
+
+  Raises:
+    InputError: if there are none, or a user and seed repeat.
+  """
+  present = models_of(rows)
+  if model not in present:
+    raise InputError(f"rows have no model {model!r}; choose one of {present}")
+  selected = rows.filter(pl.col("model") == model).sort("user", "seed")
+  if selected.select("user", "seed").is_duplicated().any():
+    raise InputError(
+      f"rows of model {model!r} repeat a user and seed; keep one row of each"
+    )
+  return selected
+
+
+def same_users(
+  rows: pl.DataFrame, models: Sequence[str], *, on: Sequence[str]
+) -> list[pl.DataFrame]:
+  """The rows of each model, as of `model_rows`.
+
+  Raises:
+    InputError: unless all were evaluated on the same users and targets.
+  """
+  frames = [model_rows(rows, model) for model in models]
+  own = pl.concat(frames)
+  counts = own.group_by(on).agg(pl.col("model").n_unique())
+  lacking = counts.filter(pl.col("model") < len(models)).height
+  if lacking:
+    raise InputError(
+      f"models {', '.join(map(repr, models))} differ in {' and '.join(on)}: "
+      f"{lacking} of {counts.height} are not in all; evaluate them on the same "
+      "users and seeds"
+    )
+  facts = [*_FACTS, *([] if _is_sampled(rows) else ["candidates_unmasked"])]
+  kinds = own.group_by("user").agg(pl.col(facts).n_unique())
+  for fact in facts:
+    bad = kinds.filter(pl.col(fact) > 1)
+    if bad.height:
+      raise InputError(
+        f"user {bad['user'][0]!r} has several values of {fact!r} in the rows;"
+        " compare models on one split and one grouping"
+      )
+  return frames
+
+
+def protocol_line(
+  rows: pl.DataFrame,
+  *,
+  split: str = "split not recorded",
+  num_items: int | None = None,
+) -> str:
+  """States in one line how the numbers came about.
+
+  Args:
+    rows: result rows.
+    split: the split's own protocol line.
+    num_items: V. None takes the number of candidates without masking to be V.
+
+  Returns:
+    Split, ranking, ties, masking, seeds and interval method.
+  """
+  seeds = sorted(rows["seed"].unique().to_list())
+  plural, spread = "seeds", "users crossed with seeds"
+  if len(seeds) == 1:
+    plural, spread = "seed", "users, without the spread over training seeds"
+  warning = few_seeds(len(seeds))
+  ranking = (
+    _sampled_ranking(rows) if _is_sampled(rows)
+    else _full_ranking(rows, num_items)
+  )
+  return (
+    f"{split.rstrip('.')}; {ranking}; "
+    f"{plural} {', '.join(map(str, seeds))}; intervals: "
+    f"{100 * CONFIDENCE:.0f} % percentile bootstrap, {NUM_RESAMPLES:,} "
+    f"resamples, paired, over {spread}{warning and '; ' + warning}"
+  )
+
+
+def _full_ranking(rows: pl.DataFrame, num_items: int | None) -> str:
+  candidates = rows["candidates_unmasked"]
+  low, high = candidates.min(), candidates.max()
+  ranking = f"full ranking over {high:,} items"
+  if low != high or num_items not in (None, high):
+    whole = "" if num_items is None else f" of {num_items:,}"
+    ranking = f"ranking over {number_range(low, high)}{whole} items"
+  return (
+    f"{ranking}; ties at their average rank; "
+    "'history masked' removes the items of the user's history (except the "
+    "target) from the candidates"
+  )
+
+
+def _sampled_ranking(rows: pl.DataFrame) -> str:
+  return (
+    "SAMPLED PROTOCOL, not comparable with full ranking: the target against "
+    f"{rows['candidates'][0] - 1:,} items drawn uniformly from those that the "
+    "user never interacts with, held-out ones included, the same for every "
+    "model; ties at their average rank; AUC of all impressions of a slice, "
+    "GAUC the mean of its users' AUC, log loss of sigmoid(logit), not "
+    "recalibrated to this share of positives, lower is better; the best step "
+    "was chosen by the same protocol on the validation targets"
+  )
+
+
+def few_seeds(count: int) -> str:
+  """'one seed: nothing proven', '' from MIN_SEEDS on."""
+  if count >= MIN_SEEDS:
+    return ""
+  return f"{'one seed' if count == 1 else 'two seeds'}: nothing proven"
+
+
+def number_range(low: int, high: int) -> str:
+  """A range of whole numbers, one number where they are equal."""
+  return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+# Values of metrics.
+
+
+class Values(NamedTuple):
+  """A metric of M models in the rows of the same N users and seeds.
+
+  Attributes:
+    values: [M, N].
+    users: [N], numbered in the order of their ids.
+    seeds: [N].
+  """
+
+  values: np.ndarray
+  users: np.ndarray
+  seeds: np.ndarray
+
+  @property
+  def cube(self) -> np.ndarray:
+    """Values by seed and user, [M, S, U]."""
+    return statistics.by_seed(*self)
+
+
+def values_of(
+  rows: pl.DataFrame,
+  models: Sequence[str],
+  *,
+  metric: str = METRIC,
+  column: str = "rank",
+) -> Values:
+  """A metric of every user under every seed and model.
+
+  Args:
+    rows: result rows, of any slice of the users.
+    models: M models of the same users and seeds.
+    metric: 'NDCG@10', 'HR@5', 'MRR'; of sampled candidates also 'AUC', 'GAUC'
+      and 'log loss'.
+    column: which rank.
+
+  Raises:
+    InputError: if the models differ in their users, seeds or targets.
+  """
+  if not rows.height:
+    return Values(np.zeros((len(models), 0)), np.zeros(0), np.zeros(0))
+  frames = same_users(rows, models, on=["user", "seed"])
+  return Values(
+    np.stack([_metric(frame, column, metric) for frame in frames]),
+    frames[0]["user"].rank("dense").to_numpy(), frames[0]["seed"].to_numpy(),
+  )
+
+
+def _metric(frame: pl.DataFrame, column: str, metric: str) -> np.ndarray:
+  """Values [N] of a metric in the rows of one model."""
+  if metric in _OF_IMPRESSIONS:
+    return _OF_IMPRESSIONS[metric](frame)
+  name, _, cutoff = metric.lower().partition("@")
+  ranks = frame[column].to_numpy()
+  return metrics.METRICS[name](ranks, float(cutoff or math.inf))
+
+
+def _scores(frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+  """Logits of the targets [N] and of their negatives [N, C]."""
+  negatives = frame["negative_scores"].explode().to_numpy()
+  return frame["score"].to_numpy(), negatives.reshape(frame.height, -1)
+
+
+def _pooled_auc(frame: pl.DataFrame) -> np.ndarray:
+  """Components of the AUC of the slice's impressions, pooled within a seed."""
+  positive, negatives = _scores(frame)
+  seeds, values = frame["seed"].to_numpy(), np.zeros(frame.height)
+  for seed in np.unique(seeds):
+    own = seeds == seed
+    values[own] = metrics.auc_components(positive[own], negatives[own])
+  return values
+
+
+_OF_IMPRESSIONS = {
+  "AUC": _pooled_auc,
+  "GAUC": lambda frame: metrics.user_auc(
+    frame["rank"].to_numpy(), frame["candidates"].to_numpy()
+  ),
+  "log loss": lambda frame: metrics.log_loss(*_scores(frame)),
+}
+
+
+def mean_of(
+  values: Values, num_resamples: int = NUM_RESAMPLES
+) -> Interval:
+  """Means of M models over users and seeds, with their intervals, [M]."""
+  return statistics.mean_interval(
+    values.values, users=values.users, seeds=values.seeds,
+    confidence=CONFIDENCE, num_resamples=num_resamples,
+  )
+
+
+def change_of(
+  values: Values, margin: float = 0.0, num_resamples: int = NUM_RESAMPLES
+) -> Change:
+  """Changes of the other M - 1 models against the first, [M - 1]."""
+  first, others = values.values[:1], values.values[1:]
+  return statistics.relative_change(
+    np.broadcast_to(first, others.shape), others, users=values.users,
+    seeds=values.seeds, margin=margin, confidence=CONFIDENCE,
+    num_resamples=num_resamples,
+  )
+
+
+def slices_of(rows: pl.DataFrame) -> dict[str, pl.Expr]:
+  """Which rows are of whom: overall, tail, head, then the groups."""
+  found = {"overall": pl.lit(True)}
+  found |= {name: pl.col("segment") == s for s, name in SEGMENTS.items()}
+  return found | {
+    f"group {g}": pl.col("group") == g for g in rows["group"].unique().sort()
+  }
+
+
+def _seeds(rows: pl.DataFrame) -> dict[str, frozenset]:
+  """Seeds of every model, in the order of the rows."""
+  found = rows.group_by("model", maintain_order=True).agg("seed")
+  return {model: frozenset(seeds) for model, seeds in found.iter_rows()}
+
+
+def with_the_same_seeds(
+  rows: pl.DataFrame, base: str
+) -> list[tuple[pl.DataFrame, list[str]]]:
+  """Rows of the seeds that models share with the comparator, and the models.
+
+  Models with one set of seeds come together, in the order of the rows.
+  """
+  own = _seeds(rows)
+  together: dict[frozenset, list[str]] = {}
+  for model, seeds in own.items():
+    if model != base and seeds & own[base]:
+      together.setdefault(seeds & own[base], []).append(model)
+  return [
+    (rows.filter(pl.col("seed").is_in(sorted(seeds))), models)
+    for seeds, models in together.items()
+  ]
+
+
+# The claim.
+
+
+class Claim(NamedTuple):
+  """What is shown of a model against the comparator.
+
+  Attributes:
+    model: its key.
+    seeds: how many both have.
+    overall: change of all users, a fraction.
+    tail: of tail users; its p of no gain.
+    head: of head users; its p of a loss beyond the margin.
+    of_seeds: 'tail' and 'head' -> each seed's own change.
+    p: Holm's corrected p of 'tail' and of 'head', each over the models, and of
+      'tail harm' and 'head harm', over both and the models; NaN below three
+      seeds and at unequal information.
+    outcome: one of OUTCOMES.
+  """
+
+  model: str
+  seeds: int
+  overall: Change
+  tail: Change
+  head: Change
+  of_seeds: dict[str, list[float]]
+  p: dict[str, float]
+  outcome: str
+
+
+def check_claims(
+  rows: pl.DataFrame,
+  *,
+  base: str,
+  margin: float,
+  column: str = "rank",
+  num_resamples: int = NUM_RESAMPLES,
+  learnt: Mapping[str, str] = MappingProxyType({}),
+) -> list[Claim]:
+  """Tests the claim for every model against the comparator.
+
+  Args:
+    rows: result rows of any number of models.
+    base: the comparator.
+    margin: relative loss of head users that still counts as no worse.
+    column: which rank.
+    num_resamples: bootstrap resamples of users and seeds.
+    learnt: model -> what it has learnt from. Those that have learnt from
+      something else than the comparator are in no family and get no verdict.
+
+  Returns:
+    The claims, in the order of the models in the rows.
+
+  Raises:
+    InputError: if the comparator is absent, or users or targets differ.
+  """
+  model_rows(rows, base)  # present, and without repeated rows
+  claims = {
+    claim.model: claim
+    for shared, models in with_the_same_seeds(rows, base)
+    for claim in _changes(
+      shared, [base, *models], margin, column, num_resamples
+    )
+  }
+  claims = [claims[model] for model in models_of(rows) if model in claims]
+  equal = lambda claim: learnt.get(claim.model) == learnt.get(base)
+  tested = [c for c in claims if c.seeds >= MIN_SEEDS and equal(c)]
+  for family in (["tail"], ["head"], ["tail harm", "head harm"]):
+    pairs = [(claim, name) for claim in tested for name in family]
+    raw = [
+      getattr(getattr(claim, name[:4]), "p_harm" if name[4:] else "p_value")
+      for claim, name in pairs
+    ]
+    for (claim, name), p in zip(pairs, statistics.holm(raw), strict=True):
+      claim.p[name] = float(p)
+  return [
+    claim._replace(outcome=_outcome(claim) if equal(claim) else UNEQUAL)
+    for claim in claims
+  ]
+
+
+def _changes(
+  rows: pl.DataFrame, models: Sequence[str], margin: float, column: str,
+  num_resamples: int,
+) -> Iterable[Claim]:
+  """Of models that share their seeds; the first is compared with."""
+  changes, of_seeds = {}, {}
+  for part in ("overall", "tail", "head"):
+    own = rows.filter(slices_of(rows)[part])
+    values = values_of(own, models, column=column)
+    changes[part] = change_of(
+      values, margin * (part == "head"), num_resamples
+    )
+    means = values.cube.mean(-1) if own.height else np.full((len(models), 0), 0)
+    with np.errstate(all="ignore"):
+      of_seeds[part] = means[1:] / means[0] - 1
+  for index, model in enumerate(models[1:]):
+    yield Claim(
+      model, rows["seed"].n_unique(),
+      *(Change(*(float(x[index]) for x in c)) for c in changes.values()),
+      {part: of_seeds[part][index].tolist() for part in ("tail", "head")},
+      dict.fromkeys(("tail", "head", "tail harm", "head harm"), math.nan), OPEN,
+    )
+
+
+def _outcome(claim: Claim) -> str:
+  if claim.seeds < MIN_SEEDS:
+    return UNTESTED
+  better, no_worse, *harmed = (p < LEVEL for p in claim.p.values())
+  if any(harmed):
+    return REFUTED
+  if better and no_worse:
+    return HOLDS
+  if better or no_worse:
+    return GAIN_ONLY if better else NO_LOSS_ONLY
+  return OPEN
+
+
+class Level(NamedTuple):
+  """How well a model serves whom.
+
+  Attributes:
+    model: its key.
+    seeds: how many it has.
+    overall: NDCG of all users.
+    tail: of tail users.
+    head: of head users.
+    gap: head - tail, positive where tail users are worse off.
+    worst: of the group that is served worst.
+    worst_group: its number.
+  """
+
+  model: str
+  seeds: int
+  overall: Interval
+  tail: Interval
+  head: Interval
+  gap: Interval
+  worst: Interval
+  worst_group: int
+
+
+def levels(
+  rows: pl.DataFrame,
+  *,
+  column: str = "rank",
+  num_resamples: int = NUM_RESAMPLES,
+) -> list[Level]:
+  """How well every model serves whom, in the order of the rows.
+
+  Raises:
+    InputError: if a model's rows are incomplete.
+  """
+  together: dict[frozenset, list[str]] = {}
+  for model, seeds in _seeds(rows).items():
+    together.setdefault(seeds, []).append(model)
+  draw = {"confidence": CONFIDENCE, "num_resamples": num_resamples}
+  found = {}
+  for seeds, models in together.items():
+    own = rows.filter(pl.col("model").is_in(models))
+    parts = {
+      name: values_of(own.filter(keep), models, column=column)
+      for name, keep in slices_of(own).items()
+    }
+    groups = [name for name in parts if name.startswith("group ")]
+    worst = statistics.worst_group([parts[g].cube for g in groups], **draw)
+    numbers = [
+      *(mean_of(parts[p], num_resamples) for p in ("overall", "tail", "head")),
+      statistics.gap(parts["head"].cube, parts["tail"].cube, **draw), worst[1:],
+    ]
+    for index, model in enumerate(models):
+      found[model] = Level(
+        model, len(seeds),
+        *(Interval(*(float(x[index]) for x in n)) for n in numbers),
+        int(groups[worst.index[index]].split()[1]),
+      )
+  return [found[model] for model in models_of(rows)]
+
+
+def unchanged(
+  models: Iterable[str], cost: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+  """Says which models' last stage is selected as it began, and for whom.
+
+  Args:
+    models: keys.
+    cost: of each run, `steps` and `best_steps` (one, or one a plugin).
+  """
+  said = []
+  for model in [model for model in models if model in METHODS]:
+    method = METHODS[model]
+    for segment, (backbone, plugin) in enumerate(method.serve):
+      stage = method.stage(plugin or backbone)
+      slot = 1 - segment if method.swapped else segment
+      best = [
+        # Users of randomly drawn segments have either plugin: both count.
+        x if len(x) == 1 or stage.assign == "random" else [x[slot]]
+        for run, spent in cost.items()
+        if without_seed(run) == stage.name and spent["steps"]
+        for x in [spent["best_steps"]]
+      ]
+      kept = sum(not any(x) for x in best)
+      if stage.start is not None and kept:
+        said.append(
+          f"the last stage of {title_of(model)} changed nothing for "
+          f"{SEGMENTS[segment]} users ({kept} of {len(best)} seeds)"
+        )
+  return said
+
+
+# Between two seeds of one model, measured on Beauty.
+_CORRELATION, _SEED_SPREAD = 0.85, 0.02
+_LEAST_HITS = 20  # fewer are not nearly normal
+
+
+def power_lines(
+  claims: Mapping[str, float],
+  users: Mapping[str, int],
+  levels: Mapping[str, float],
+  num_seeds: int,
+) -> list[str]:
+  """Says, once the comparator is trained, what the design can show.
+
+  Hits are taken to be spread evenly over the ranks 1..10, which gives a user's
+  NDCG with mean m the variance m sum_r g_r^2 / sum_r g_r - m^2, g the gains.
+
+  Args:
+    claims: the config section of that name.
+    users: number of test users of each segment, 'tail' and 'head'.
+    levels: m, the comparator's NDCG of each segment on validation.
+    num_seeds: seeds of every model.
+
+  Returns:
+    One line on the assumptions and one for each segment of which they hold:
+    with a level, `_LEAST_HITS` expected hits and no more than all users hit.
+    [] where that is none, or where there are too few seeds for a verdict.
+  """
+  gains = metrics.ndcg(np.arange(1, 11), 10)
+  wanted, margin = claims["power"], claims["non_inferiority_margin"]
+  lines = []
+  for segment, count in users.items():
+    mean = levels.get(segment, math.nan)
+    hits = count * mean / gains.mean()
+    if num_seeds < MIN_SEEDS or not _LEAST_HITS <= hits <= count:
+      continue
+    error = statistics.relative_error(
+      num_users=count, num_seeds=num_seeds, correlation=_CORRELATION,
+      spread=math.sqrt((gains**2).sum() / gains.sum() / mean - 1),
+      seed_spread=_SEED_SPREAD,
+    )
+    effect = 100 * statistics.smallest_effect(error, power=wanted)
+    shown = (
+      f"a gain of {effect:.1f} % or more is found with a probability of at "
+      f"least {100 * wanted:.0f} %"
+    ) if segment == "tail" else (
+      f"a model that changes nothing is shown to lose no more than the margin "
+      f"of {100 * margin:g} % with a probability of "
+      f"{100 * statistics.power_of(margin, error):.0f} %; for "
+      f"{100 * wanted:.0f} % the margin would have to be {effect:.1f} %"
+    )
+    lines.append(f"  {segment}, {count:,} users, {num_seeds} seeds: {shown}")
+  if not lines:
+    return []
+  shown = ", ".join(f"{name} {levels[name]:.4f}" for name in levels)
+  return [
+    f"power, from the comparator's validation {METRIC} ({shown}), hits "
+    f"spread evenly over ranks 1 to 10, and for other models a "
+    f"correlation of {_CORRELATION:g} with a user's results and a standard "
+    f"deviation over seeds of {100 * _SEED_SPREAD:g} % of the mean, as between "
+    "two seeds of one model on Beauty; before correction for several models:",
+    *lines,
+  ]
+
+
+# Tables of numbers.
+
+
+class Analysis(NamedTuple):
+  """A job's results and what follows from them.
+
+  Attributes:
+    results: the job's.
+    base: the comparator.
+    other: the model under test; the comparator where it is alone.
+    margin: of non-inferiority on head users.
+    claims: title of a list of candidates -> claims on its ranks.
+    levels: title of a list of candidates -> levels of its ranks.
+    remarks: as from `unchanged`.
+  """
+
+  results: Results
+  base: str
+  other: str
+  margin: float
+  claims: dict[str, list[Claim]]
+  levels: dict[str, list[Level]]
+  remarks: list[str]
+
+  @property
+  def main(self) -> str:
+    """Title of the list of candidates that the verdict speaks of."""
+    return next(iter(self.results.lists))
+
+  @property
+  def data(self) -> str:
+    """Name of the data."""
+    return self.results.summary.get("data", self.results.name)
+
+  def claim(self) -> Claim | None:
+    """Of the model under test, on the main list."""
+    found = [c for c in self.claims[self.main] if c.model == self.other]
+    return found[0] if found else None
+
+
+def analyse(
+  results: Results,
+  base: str | None = None,
+  num_resamples: int = NUM_RESAMPLES,
+) -> Analysis:
+  """Tests the claim and takes the levels on every list of candidates.
+
+  Args:
+    results: as from `read`.
+    base: the comparator; None takes the job's own, else the first model.
+    num_resamples: bootstrap resamples of users and seeds.
+
+  Raises:
+    InputError: if the job has no such model, or cannot be compared.
+  """
+  rows, models = results.rows, models_of(results.rows)
+  base = key_of(base or results.summary.get("base", models[0]))
+  if base not in models:
+    raise InputError(
+      f"{results.name} has no model {base!r}; choose --base of {models}"
+    )
+  declared = results.config.get("claims", default().claims)
+  margin = declared["non_inferiority_margin"]
+  learnt = {model: learnt_by(model, results.config) for model in models}
+  claims = {
+    title: check_claims(
+      rows, base=base, margin=margin, column=column, learnt=learnt,
+      num_resamples=num_resamples,
+    )
+    for title, column in results.lists.items()
+  }
+  tested = [claim.model for claim in next(iter(claims.values()))]
+  asked = results.summary.get("other")
+  return Analysis(
+    results, base, asked if asked in tested else [base, *tested][-1], margin,
+    claims,
+    {
+      title: levels(rows, column=column, num_resamples=num_resamples)
+      for title, column in results.lists.items()
+    },
+    unchanged(models, results.summary.get("cost", {})),
+  )
+
+
+class Column(NamedTuple):
+  """A column of a table.
+
+  Attributes:
+    name: its header.
+    kind: what its cells are, and so how they are written: 'model' (a key),
+      'word', 'outcome', 'count', 'number', 'level' (of a metric), 'gap' (a
+      signed level), 'change' (a fraction, shown in percent) or 'p'.
+  """
+
+  name: str
+  kind: str = "word"
+
+
+Cell = str | int | float | Interval | Change | Sequence[float]
+
+
+class Table(NamedTuple):
+  """A table of numbers.
+
+  Attributes:
+    title: above it.
+    columns: what its columns hold.
+    lines: cells; one with an estimate, low and high, or a list, counts as one.
+    note: below it.
+  """
+
+  title: str
+  columns: Sequence[Column]
+  lines: Sequence[Sequence[Cell]]
+  note: str = ""
+
+
+_NO_P = (
+  " Models with fewer than three seeds have no p and no verdict: their figures "
+  "prove nothing."
+)
+
+
+def change_table(job: Analysis, title: str) -> Table:
+  """Every model against the comparator, on a list of candidates."""
+  claims = job.claims[title]
+  return Table(
+    f"Change of {METRIC} against {title_of(job.base)}, {title}",
+    [Column("model", "model"), Column("tail change %", "change"),
+     Column("p", "p"), Column("head change %", "change"), Column("p", "p"),
+     Column("p of harm", "p"), Column("claim", "outcome"),
+     Column("overall change %", "change")],
+    [
+      (claim.model, claim.tail, claim.p["tail"], claim.head, claim.p["head"],
+       float(np.fmin(claim.p["tail harm"], claim.p["head harm"])),
+       claim.outcome, claim.overall)
+      for claim in claims
+    ],
+    f"In brackets {100 * CONFIDENCE:.0f} % intervals."
+    + _NO_P * any(claim.seeds < MIN_SEEDS for claim in claims),
+  )  # fmt: skip
+
+
+def level_table(job: Analysis, title: str) -> Table:
+  """How well every model serves whom, on a list of candidates."""
+  few = any(level.seeds < MIN_SEEDS for level in job.levels[title])
+  return Table(
+    f"{METRIC}, {title}",
+    [Column("model", "model"), Column("seeds", "count"),
+     *(Column(name, "level") for name in ("overall", "tail", "head")),
+     Column("gap, head − tail", "gap"), Column("worst group", "level"),
+     Column("which", "count")],
+    [tuple(level) for level in job.levels[title]],
+    "A positive gap: tail users are served worse." + _NO_P * few
+    + "".join(f" Note: {remark}." for remark in job.remarks),
+  )  # fmt: skip
+
+
+def group_table(
+  job: Analysis, title: str, metric: str, num_resamples: int
+) -> Table:
+  """The model under test against the comparator: overall and by group."""
+  models, rows = [job.base, job.other], job.results.rows
+  column = job.results.lists[title]
+  shared = [rows for rows, found in with_the_same_seeds(rows, job.base)
+            if job.other in found][0]  # fmt: skip
+  lines = []
+  for name, keep in slices_of(shared).items():
+    own = shared.filter(keep)
+    values = values_of(own, models, metric=metric, column=column)
+    change = change_of(values, num_resamples=num_resamples)
+    spread = own["activeness"]
+    lines.append((
+      name, number_range(spread.min() or 0, spread.max() or 0),
+      own["user"].n_unique(),
+      *(float(x.mean()) if x.size else math.nan for x in values.values),
+      Change(*(float(x[0]) for x in change)),
+    ))
+  return Table(
+    f"{metric} by activeness, {title}",
+    [Column("users"), Column("activeness"), Column("number", "count"),
+     *(Column(title_of(model), "level") for model in models),
+     Column("change %", "change")],
+    lines,
+  )  # fmt: skip
+
+
+def seed_table(job: Analysis, title: str) -> Table:
+  """Each seed's own changes."""
+  return Table(
+    f"Each seed's change of {METRIC} in %, {title}",
+    [Column("model", "model"), Column("tail", "change"),
+     Column("head", "change")],
+    [
+      (claim.model, claim.of_seeds["tail"], claim.of_seeds["head"])
+      for claim in job.claims[title]
+    ],
+  )  # fmt: skip
+
+
+def metrics_table(job: Analysis, title: str) -> Table:
+  """Means of other metrics and cutoffs that the rows allow."""
+  rows, column = job.results.rows, job.results.lists[title]
+  names = [f"{name}@{k}" for name in ("NDCG", "HR") for k in (5, 10, 20)]
+  if _is_sampled(rows):
+    names += ["MRR", *_OF_IMPRESSIONS]
+  lines = []
+  for model in models_of(rows):
+    parts = slices_of(rows)
+    for part in ("overall", "tail", "head"):
+      own = model_rows(rows, model).filter(parts[part])
+      lines.append((model, part, *(
+        float(_metric(own, column, name).mean()) if own.height else math.nan
+        for name in names
+      )))  # fmt: skip
+  return Table(
+    f"Means over users and seeds, {title}",
+    [Column("model", "model"), Column("users"),
+     *(Column(name, "level") for name in names)],
+    lines,
+  )  # fmt: skip
+
+
+def closeness_table(results: Results) -> Table:
+  """How near the models are to the simulator's exact distributions."""
+  return Table(
+    "Distance from the simulator's exact distributions",
+    [Column("model", "model"), Column("KL from P(y|do(x))", "level"),
+     Column("KL from P(y|x)", "level"), Column("NDCG@10", "level")],
+    [
+      tuple(line[key] for key in
+            ("model", "kl_interventional", "kl_observational", "ndcg"))
+      for line in results.summary["closeness"]
+    ],
+    "KL in nats, lower is closer; NDCG@10 with the history not masked. The "
+    "oracle P(y|x) is the best that a model reading the same window can do.",
+  )  # fmt: skip
+
+
+def cost_table(results: Results) -> Table:
+  """Steps, validation and processor time of each stage, seeds together."""
+  stages: dict[str, list[Mapping[str, Any]]] = {}
+  for run, cost in results.summary["cost"].items():
+    stages.setdefault(without_seed(run), []).append(cost)
+  mean = lambda own, key: np.mean([c[key] for c in own], 0).tolist()
+  total = sum(c["cpu_seconds"] for own in stages.values() for c in own)
+  return Table(
+    "Training cost and validation",
+    [Column("stage"), Column("runs", "count"), Column("steps"),
+     Column("skipped", "count"), Column("best step", "count"),
+     Column(f"best validation {METRIC}", "level"),
+     Column("CPU-seconds a run", "count")],
+    [
+      (
+        stage, len(own),
+        number_range(*(f(c["steps"] for c in own) for f in (min, max))),
+        sum(c.get("skipped", 0) for c in own),
+        mean(own, "best_steps"), mean(own, "validation"),
+        mean(own, "cpu_seconds"),
+      )
+      for stage, own in stages.items()
+    ],
+    "Means over seeds; several numbers in a cell are one a segment. "
+    f"{total:,.0f} CPU-seconds in all.",
+  )  # fmt: skip
+
+
+def trials_table(results: Results) -> Table:
+  """What validation chose for each model among a sweep's settings."""
+  tried = results.trials["settings"]
+  names = [", ".join(f"{k} {v}" for k, v in own.items()) for own in tried]
+  own = results.trials["models"]
+  seeds = sorted({seed for model in own for seed in model["seeds"]})
+  return Table(
+    f"Settings tried, by validation {METRIC}",
+    [Column("model", "model"), *(Column(name, "level") for name in names),
+     Column("chosen")],
+    [(m["model"], *m["validation"], names[m["chosen"]]) for m in own],
+    f"Mean over seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
+    "Values of different models may be of different users: models of one "
+    "segment, and those whose plugins learn from validation targets.",
+  )  # fmt: skip
+
+
+def settings_table(config: Mapping[str, Any]) -> Table:
+  """A configuration's keys whose value is not the default."""
+  return Table(
+    "Settings that differ from the defaults",
+    [Column("setting"), Column("value")],
+    [
+      (key, json.dumps(value) if isinstance(value, list) else str(value))
+      for key, value in changed_settings(config).items()
+    ],
+  )
+
+
+def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Keys of a configuration whose value is not the default."""
+  known = schema.canonical(default().to_dict())
+  return {
+    key: mine
+    for key, mine, theirs in schema.differences(config, known, known)
+    if mine != theirs and mine is not None
+  }
