@@ -151,10 +151,12 @@ def mean_sizes(
   config: ConfigDict, operands: Operands, num_items: int
 ) -> Sizes:
   """Means over 32 batches drawn as the step draws them."""
-  draw = jax.jit(lambda key: batches.draw_batch(
-    key, operands.sequences, operands.pool, batch_size=batch_rows(config),
-    length=config.backbone.length, draw=config.joint.draw,
-  ).targets)
+  how = batches.Draw(
+    batch_rows(config), config.backbone.length, config.joint.draw
+  )
+  draw = jax.jit(
+    lambda key: how.batch(key, operands.sequences, operands.pool).targets
+  )
   keys = jax.random.split(jax.random.key(2), 32)
   counts = np.stack([np.count_nonzero(draw(key), axis=-1) for key in keys])
   counts = counts.astype(np.float64)

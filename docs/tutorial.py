@@ -17,7 +17,6 @@ method does.
 
 # %%
 import datetime
-import functools
 import pathlib
 import tempfile
 
@@ -117,9 +116,7 @@ sequences = batches.make_sequences(split)
 by_group = batches.make_pool(
   targets, groups, num_groups=NUM_GROUPS, length=LENGTH
 )
-draw = jax.jit(functools.partial(
-  batches.draw_batch, batch_size=32, length=LENGTH, draw="interactions"
-))
+draw = jax.jit(batches.Draw(batch_size=32, length=LENGTH).batch)
 batch = draw(jax.random.key(1), sequences, by_group)
 print("histories [G, B, L]:", batch.history.shape)
 

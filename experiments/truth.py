@@ -46,24 +46,20 @@ def closeness(
       simulator.observational(world, h, event="test"),
     )
   )
-  parts = [exact(jnp.asarray(h)) for h in np.array_split(history, 16)]
-  do, see, best = (np.concatenate(p) for p in zip(*parts, strict=True))
-  index = np.asarray(target) - 1
-  lines = []
-  scored = dict(models)
-  scored[INTERVENTIONAL] = np.log(do)
-  scored[OBSERVATIONAL] = np.log(best)
-  for name, log_q in scored.items():
-    ranks = np.asarray(metrics.average_rank(log_q, index))
-    lines.append({
+  chunks = [exact(jnp.asarray(h)) for h in np.array_split(history, 16)]
+  do, see, best = (np.concatenate(x) for x in zip(*chunks, strict=True))
+  oracles = {INTERVENTIONAL: np.log(do), OBSERVATIONAL: np.log(best)}
+  divergence = lambda p, log_q: np.mean(simulator.kl_divergence(p, log_q))
+  rank = lambda log_q: metrics.average_rank(log_q, np.asarray(target) - 1)
+  return pl.DataFrame([
+    {
       "model": name,
-      "kl_interventional": float(
-        np.mean(simulator.kl_divergence(do, log_q))
-      ),
-      "kl_observational": float(np.mean(simulator.kl_divergence(see, log_q))),
-      "ndcg": float(metrics.ndcg(ranks, 10).mean()),
-    })
-  return pl.DataFrame(lines)
+      "kl_interventional": float(divergence(do, log_q)),
+      "kl_observational": float(divergence(see, log_q)),
+      "ndcg": float(metrics.ndcg(np.asarray(rank(log_q)), 10).mean()),
+    }
+    for name, log_q in {**models, **oracles}.items()
+  ])
 
 
 def average(tables: list[pl.DataFrame]) -> list[dict[str, Any]]:

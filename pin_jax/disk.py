@@ -68,7 +68,7 @@ def writing(path: epath.PathLike) -> Iterator[None]:
   except OSError as error:
     kind = InputError if error.errno in _WRONG_PATH else WriteError
     raise kind(
-      f"{path} cannot be written ({error.strerror or _brief(error)}); free "
+      f"{path} cannot be written ({error.strerror or brief(error)}); free "
       "space there, make it writable or name another place"
     ) from error
 
@@ -143,7 +143,7 @@ def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
     if isinstance(error, OSError) and error.filename is None:
       raise  # of what the block writes to
     raise InputError(
-      f"{path} is damaged or not what it should be ({_brief(error)}); {remedy}"
+      f"{path} is damaged or not what it should be ({brief(error)}); {remedy}"
     ) from error
 
 
@@ -158,7 +158,7 @@ def read_parquet(data: bytes, most_rows: int | None = None) -> pl.DataFrame:
     try:
       return pl.read_parquet(io.BytesIO(data), n_rows=most_rows)
     except pl.exceptions.PanicException as error:
-      raise ValueError(_brief(error)) from None
+      raise ValueError(brief(error)) from None
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ def unheard() -> Iterator[None]:
     os.close(nowhere)
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
   """What an exception says, in one line."""
   text = " ".join(str(error).split())[:200]
   return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -231,7 +231,8 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
 def locked(file: epath.PathLike, busy: str | None = None) -> Iterator[None]:
   """Lets one process after another into the block.
 
-  The lock goes with the process, however it ends.
+  The lock goes with the process, however it ends. File systems without locks
+  are not guarded.
 
   Args:
     file: of the lock, made where it is missing.
@@ -248,6 +249,8 @@ def locked(file: epath.PathLike, busy: str | None = None) -> Iterator[None]:
     lock.acquire()
   except filelock.Timeout:
     raise InputError(busy) from None
+  except NotImplementedError:  # of such a file system
+    pass
   try:
     yield
   finally:

@@ -224,15 +224,15 @@ class TestPrior:
     (("pareto", GROUPS, COUNTS, 3), "'pareto' is unknown"),
     (("custom", GROUPS, COUNTS, 3), "values=None"),
     (("users", GROUPS, COUNTS, 3, [1, 1, 1]), "only then"),
-    (("custom", GROUPS, COUNTS, 3, [1, 1]), r"give \(3,\)"),
+    (("custom", GROUPS, COUNTS, 3, [1, 1]), "give 3 finite"),
     (("custom", GROUPS, COUNTS, 3, [1, 1, -1]), "numbers >= 0"),
     (("custom", GROUPS, COUNTS, 3, [1, 1, np.nan]), "finite"),
     (("custom", GROUPS, COUNTS, 3, [0, 0, 0]), "sums to 0"),
     (("interactions", GROUPS, 0 * COUNTS, 3), "sums to 0"),
-    (("users", GROUPS, COUNTS, 2), r"span 0..2; give 0..1"),
+    (("users", GROUPS, COUNTS, 2), r"span 0..2; give one of 0..1"),
     (("users", GROUPS - 1, COUNTS, 3), "span -1..1"),
     (("users", GROUPS[:2], COUNTS, 3), "shape"),
-    (("users", GROUPS / 1, COUNTS, 3), "integers"),
+    (("users", GROUPS / 1, COUNTS, 3), "float64"),
   ])
   def test_bad_input(self, arguments, message):
     with pytest.raises(InputError, match=message):

@@ -309,9 +309,8 @@ def test_shares_are_those_of_the_classifiers_batches(draw, mean):
   pool = batches.make_pool(
     batches.training_targets(split), np.zeros(30, int), num_groups=1, length=5
   )
-  batch = jax.tree.map(lambda x: x[0], batches.draw_batch(
-    jax.random.key(0), batches.make_sequences(split), pool, batch_size=20_000,
-    length=5, draw=draw,
+  batch = jax.tree.map(lambda x: x[0], batches.Draw(20_000, 5, draw).batch(
+    jax.random.key(0), batches.make_sequences(split), pool
   ))
   weights = np.asarray(objectives.position_weights(batch.targets, mean))
   observed = np.bincount(groups[batch.users], weights.sum(-1))

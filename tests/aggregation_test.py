@@ -349,8 +349,8 @@ def sampled_gradients(kind, prior, length, batch_size, count):
   run = aggregation.aggregate(loss, weighting, path="weighted").step
 
   def one(key):
-    batch = batches.draw_batch(
-      key, sequences, pool, batch_size=batch_size, length=length, draw=kind
+    batch = batches.Draw(batch_size=batch_size, length=length, draw=kind).batch(
+      key, sequences, pool
     )
     keys = jax.random.split(key, NUM_GROUPS)
     return run(params, objectives.GroupBatch(batch, None), keys, ()).gradient

@@ -10,11 +10,10 @@ import pytest
 import scipy.stats
 
 from pin_jax.data.batches import (
+  Draw,
   Pool,
   Windows,
   cut_windows,
-  draw_batch,
-  draw_held_out,
   make_held_out,
   make_pool,
   make_sequences,
@@ -63,8 +62,8 @@ def draws(split, groups):
   keys = jax.random.split(jax.random.key(0), STEPS)
 
   def run(draw):
-    one = lambda key: draw_batch(
-      key, sequences, pool, batch_size=BATCH, length=LENGTH, draw=draw
+    one = lambda key: Draw(batch_size=BATCH, length=LENGTH, draw=draw).batch(
+      key, sequences, pool
     )
     out = jax.jit(jax.vmap(one, out_axes=1))(keys)
     merge = lambda x: np.asarray(x).reshape(2, STEPS * BATCH, *x.shape[3:])
@@ -260,9 +259,8 @@ def test_a_batch_is_a_function_of_its_key(split, groups, draw):
   pool = make_pool(
     training_targets(split), groups, num_groups=2, length=LENGTH
   )
-  run = lambda seed: draw_batch(
-    jax.random.key(seed), sequences, pool,
-    batch_size=16, length=LENGTH, draw=draw,
+  run = lambda seed: Draw(batch_size=16, length=LENGTH, draw=draw).batch(
+    jax.random.key(seed), sequences, pool
   )
   first, again, other = jax.jit(run)(1), run(1), jax.jit(run)(2)
   assert first.history.shape == (2, 16, LENGTH)
@@ -295,8 +293,8 @@ def test_held_out_batches_hold_the_validation_target_alone(split):
   data, groups = split.interactions, np.arange(len(split.validation)) % 2
   groups[0] = -1
   pool = make_held_out(split.validation, groups, num_groups=2)
-  draw = jax.jit(lambda key: draw_held_out(
-    key, make_sequences(split), pool, batch_size=200, length=LENGTH
+  draw = jax.jit(lambda key: Draw(200, LENGTH, "validation").batch(
+    key, make_sequences(split), pool
   ))
   batch = jax.tree.map(np.asarray, draw(jax.random.key(0)))
   for g in range(2):

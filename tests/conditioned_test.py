@@ -184,10 +184,10 @@ def test_batches_tell_the_training_interactions_alone(split, tmp_path):
   held_out = batches.make_held_out(
     split.validation, np.zeros(USERS, int), num_groups=1
   )
-  windows = batches.draw_held_out_windows(key, held_out, **sizes)
+  windows = batches.Draw(**sizes, draw="validation").windows(key, held_out)
   for batch in (
-    batches.draw_batch(key, sequences, pool, draw="users", **sizes),
-    batches.draw_held_out(key, sequences, held_out, **sizes),
+    batches.Draw(**sizes, draw="users").batch(key, sequences, pool),
+    batches.Draw(**sizes, draw="validation").batch(key, sequences, held_out),
     batches.cut_windows(
       on_disk, jax.tree.map(np.asarray, windows), length=LENGTH
     ),

@@ -240,12 +240,8 @@ def test_words_of_the_launcher_are_seen():
   assert not _launchers_words("give `items`, a -- b, weights.max, optimizer")
 
 
-TO_MEND = ("pin_jax.data.batches",)
-
-
 def test_the_library_names_its_own_arguments_alone():
   for module, tree in SOURCES.items():
-    mended = not any(_within(module, name) for name in TO_MEND)
-    if _within(module, "pin_jax") and mended:
+    if _within(module, "pin_jax"):
       for line, text in _strings(tree):
         assert not _launchers_words(text), f"{module}:{line}"

@@ -102,10 +102,12 @@ def _read_targets(made, stage):
   sizes = {"batch_size": 5000, "length": made.length}
   key = jax.random.key(1)
   if isinstance(run.pool, batches.HeldOut):
-    batch = batches.draw_held_out(key, made.sequences, run.pool, **sizes)
+    batch = batches.Draw(**sizes, draw="validation").batch(
+      key, made.sequences, run.pool
+    )
   else:
-    batch = batches.draw_batch(
-      key, made.sequences, run.pool, draw="interactions", **sizes
+    batch = batches.Draw(**sizes, draw="interactions").batch(
+      key, made.sequences, run.pool
     )
   columns = np.arange(made.length) - made.length + 1
   users = np.broadcast_to(batch.users[..., None], batch.targets.shape)

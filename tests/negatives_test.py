@@ -279,12 +279,14 @@ def test_batch_counts_are_what_batches_hold(draw, length):
   sizes = {"batch_size": 6000, "length": length}
   if draw == "validation":
     pool = batches.make_held_out(split.validation, groups, num_groups=2)
-    drawn = batches.draw_held_out(jax.random.key(0), sequences, pool, **sizes)
+    drawn = batches.Draw(**sizes, draw="validation").batch(
+      jax.random.key(0), sequences, pool
+    )
   else:
     targets = batches.training_targets(split)
     pool = batches.make_pool(targets, groups, num_groups=2, length=length)
-    drawn = batches.draw_batch(
-      jax.random.key(0), sequences, pool, draw=draw, **sizes
+    drawn = batches.Draw(**sizes, draw=draw).batch(
+      jax.random.key(0), sequences, pool
     )
   counts = negatives.batch_counts(
     split, groups, 2, batches.Draw(1, length, draw)

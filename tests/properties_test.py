@@ -60,38 +60,6 @@ def _of(data, user):
 # Readers.
 
 
-@hypothesis.given(ROWS)
-def test_interactions_are_the_rows_sorted_by_user_and_time(rows):
-  data = from_columns(*_columns(rows))
-  want = _histories(rows)
-  assert data.user_ids.tolist() == list(want)
-  assert data.item_ids.tolist() == sorted({item for _, item, _ in rows})
-  for index, history in enumerate(want.values()):
-    assert _of(data, index) == [item for _, item in history]
-
-
-@hypothesis.given(ROWS, st.integers(0, 3), st.integers(1, 4))
-def test_the_core_is_the_largest_set_that_satisfies_it(rows, k, least):
-  kept = list(rows)
-  while True:  # users and items by turns, one at a time, by hand
-    users = collections.Counter(u for u, _, _ in kept)
-    items = collections.Counter(i for _, i, _ in kept)
-    rest = [
-      r for r in kept if users[r[0]] >= max(k, least) and items[r[1]] >= k
-    ]
-    if rest == kept:
-      break
-    kept = rest
-  if not kept:
-    with pytest.raises(InputError, match="lower them"):
-      from_columns(*_columns(rows), k_core=k, min_length=least)
-    return
-  data = from_columns(*_columns(rows), k_core=k, min_length=least)
-  assert [_of(data, u) for u in range(data.num_users)] == [
-    [item for _, item in history] for history in _histories(kept).values()
-  ]
-
-
 @hypothesis.given(st.lists(st.tuples(IDS, IDS), min_size=1, max_size=20))
 def test_a_csv_file_gives_back_its_ids(pairs):
   text = io.StringIO()
@@ -272,9 +240,8 @@ def test_windows_are_consecutive_training_items(lengths, seed, draw):
   targets = batches.training_targets(split)
   hypothesis.assume(all((targets[groups == g] > 0).any() for g in (0, 1)))
   pool = batches.make_pool(targets, groups, num_groups=2, length=4)
-  batch = batches.draw_batch(
-    jax.random.key(seed), batches.make_sequences(split), pool, batch_size=3,
-    length=4, draw=draw,
+  batch = batches.Draw(batch_size=3, length=4, draw=draw).batch(
+    jax.random.key(seed), batches.make_sequences(split), pool
   )
   for group in range(2):
     for user, history, target in zip(

@@ -97,40 +97,31 @@ def evaluate(function, world, histories, **options):
 
 class TestAgainstEnumeration:
   @CASES
-  def test_stratum_posterior(self, world, length, event):
+  def test_every_distribution(self, world, length, event):
     histories, joint = stacked(world, length, event)
-    got = evaluate(simulator.stratum_posterior, world, histories, event=event)
-    by_stratum = joint.sum(2)
-    want = by_stratum / by_stratum.sum(1, keepdims=True)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-  @CASES
-  def test_conditional(self, world, length, event):
-    histories, joint = stacked(world, length, event)
-    got = evaluate(simulator.conditional, world, histories)
+    get = lambda function, **options: evaluate(
+      function, world, histories, **options
+    )
+    normal = lambda x: x / x.sum(-1, keepdims=True)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    posterior = get(simulator.stratum_posterior, event=event)
+    close(posterior, normal(joint.sum(2)))
     possible = joint.sum(2) > 0
-    want = joint[possible] / joint[possible].sum(1, keepdims=True)
-    np.testing.assert_allclose(got[possible], want, atol=1e-5)
-
-  @CASES
-  def test_observational(self, world, length, event):
-    histories, joint = stacked(world, length, event)
-    got = evaluate(simulator.observational, world, histories, event=event)
-    want = joint.sum(1) / joint.sum((1, 2))[:, None]
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-  @CASES
-  def test_prior_shifted(self, world, length, event):
-    histories, joint = stacked(world, length, event)
-    weights = np.array([0.3, 1.2])
+    choice = get(simulator.conditional)
+    close(choice[possible], normal(joint[possible]))
+    seen = get(simulator.observational, event=event)
+    close(seen, normal(joint.sum(1)))
     total = joint.sum((0, 2))  # events of each stratum
     within = joint / np.where(total > 0, total, 1)[:, None]  # P(x, y|d)
+    weights = np.array([0.3, 1.2])
+    shifted = functools.partial(get, simulator.prior_shifted, event=event)
     mixed = np.einsum("g,bgv->bv", weights, within)
-    got = evaluate(
-      simulator.prior_shifted, world, histories, weights=weights, event=event
-    )
-    want = mixed / mixed.sum(1, keepdims=True)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+    close(shifted(weights=weights), normal(mixed))
+    # w(d) P(x|d) = P(event in d) P(x|event in d) ∝ P(d|x).
+    n = np.arange(6)
+    per_user = np.maximum(n - 3, 0) if event == "training" else n > 0
+    share = world.prior * (world.length_pmf @ per_user)
+    close(shifted(weights=share), seen)
 
   @pytest.mark.parametrize("length", [1, 2, 7])
   def test_interventional(self, length):
@@ -139,21 +130,6 @@ class TestAgainstEnumeration:
     choice = joint / joint.sum(2, keepdims=True)
     want = 0.6 * choice[:, 0] + 0.4 * choice[:, 1]
     got = evaluate(simulator.interventional, world, histories)
-    np.testing.assert_allclose(got, want, atol=1e-5)
-
-  @CASES
-  def test_weights_of_event_shares_give_the_observational(
-    self, world, length, event
-  ):
-    # w(d) P(x|d) = P(event in d) P(x|event in d) ∝ P(d|x).
-    n = np.arange(6)
-    per_user = np.maximum(n - 3, 0) if event == "training" else n > 0
-    share = world.prior * (world.length_pmf @ per_user)
-    histories, _ = stacked(world, length, event)
-    got = evaluate(
-      simulator.prior_shifted, world, histories, weights=share, event=event
-    )
-    want = evaluate(simulator.observational, world, histories, event=event)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

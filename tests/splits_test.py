@@ -39,11 +39,6 @@ class TestLeaveOneOut:
       split.activeness, split.interactions.lengths - 2
     )
 
-  def test_needs_no_times(self):
-    split = splits.leave_one_out(from_columns([1, 1, 1], [4, 5, 6]))
-    assert split.test.tolist() == [2]
-    assert split.notes["users_dropped"] == 0
-
   def test_no_user_left(self):
     with pytest.raises(InputError, match=r"3 interactions \(longest: 2\)"):
       splits.leave_one_out(from_columns([1, 1, 2], [1, 2, 3]))
@@ -51,40 +46,14 @@ class TestLeaveOneOut:
 
 class TestTemporal:
 
-  @pytest.mark.parametrize("seed", range(5))
-  def test_equals_definition(self, seed):
-    data = random_data(seed)
-    split = splits.temporal(data, validation_time=20, test_time=31)
-    expected, dropped = {}, 0
-    for u, user in enumerate(data.user_ids.tolist()):
-      times = data.times[data.offsets[u]:data.offsets[u + 1]].tolist()
-      train = [t for t in times if t < 20]
-      if not train:
-        dropped += 1
-        continue
-      validation = [i for i, t in enumerate(times) if 20 <= t < 31] or [-1]
-      test = [i for i, t in enumerate(times) if t >= 31] or [-1]
-      expected[user] = (len(train), validation[0], test[0])
-    assert dropped == split.notes["users_dropped"]
-    rows = zip(split.train_end, split.validation, split.test, strict=True)
-    assert dict(zip(
-      split.interactions.user_ids.tolist(),
-      [tuple(map(int, row)) for row in rows], strict=True,
-    )) == expected
-    assert split.notes["test_targets"] == sum(
-      row[2] >= 0 for row in expected.values()
-    )
-    for positions in (split.train_end, split.validation, split.test):
-      assert positions.dtype == np.int32
-    assert "20" in split.protocol and "31" in split.protocol
-
   def test_borders(self):
-    # A time equal to a border belongs to the later period.
+    """A time equal to a border belongs to the later period."""
     data = from_columns([1] * 4, [1, 2, 3, 4], [9, 10, 19, 20])
     split = splits.temporal(data, validation_time=10, test_time=20)
     assert split.train_end.tolist() == [1]
     assert split.validation.tolist() == [1]
     assert split.test.tolist() == [3]
+    assert "10" in split.protocol and "20" in split.protocol
 
   def test_user_without_targets_still_trains(self):
     data = from_columns([1, 1, 1, 2], [1, 2, 3, 4], [1, 2, 3, 1])

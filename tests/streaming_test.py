@@ -158,24 +158,17 @@ def test_a_directory_of_any_name_is_read_back(data, path, tmp_path, name):
 def _drawn(split, draw):
   """(windows function, what it draws from, batch function of one key)."""
   groups = np.arange(split.interactions.num_users) % 2
-  sizes = {"batch_size": ROWS, "length": LENGTH}
+  how = batches.Draw(ROWS, LENGTH, draw)
   on_device = batches.make_sequences(split)
   if draw == "validation":
     pool = batches.make_held_out(split.validation, groups, num_groups=2)
-    return (
-      lambda key, t, pool: batches.draw_held_out_windows(
-        jax.random.fold_in(key, t), pool, **sizes
-      ), pool,
-      lambda key: batches.draw_held_out(key, on_device, pool, **sizes),
+  else:
+    pool = batches.make_pool(
+      batches.training_targets(split), groups, num_groups=2, length=LENGTH
     )
-  pool = batches.make_pool(
-    batches.training_targets(split), groups, num_groups=2, length=LENGTH
-  )
   return (
-    lambda key, t, pool: batches.draw_windows(
-      jax.random.fold_in(key, t), pool, draw=draw, **sizes
-    ), pool,
-    lambda key: batches.draw_batch(key, on_device, pool, draw=draw, **sizes),
+    lambda key, t, pool: how.windows(jax.random.fold_in(key, t), pool), pool,
+    lambda key: how.batch(key, on_device, pool),
   )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from pin_jax.data import amazon_reviews, movielens
+from pin_jax.data import releases
 from pin_jax.data import tfds as pin_tfds
 from pin_jax.types import InputError
 
@@ -169,7 +169,7 @@ def local_host(tmp_path, monkeypatch):
   thread.start()
   url = f"http://127.0.0.1:{server.server_port}/ml-100k.zip"
   monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-  monkeypatch.setattr(movielens.MovieLensConfig, "url", url)
+  monkeypatch.setattr(releases.MOVIELENS[0], "url", url)
   yield directory
   server.shutdown()
   server.server_close()
@@ -491,10 +491,10 @@ def test_checksums_are_those_of_tfds():
 
 
 def test_configs_are_complete_and_distinct():
-  assert [config.name for config in movielens.CONFIGS] == list(MEMBERS)
-  names = {config.name for config in amazon_reviews.CONFIGS}
-  assert len(names) == len(amazon_reviews.CONFIGS) == 24 + 28
-  files = {config.url.rsplit("/", 1)[1] for config in amazon_reviews.CONFIGS}
+  assert [config.name for config in releases.MOVIELENS] == list(MEMBERS)
+  names = {config.name for config in releases.AMAZON}
+  assert len(names) == len(releases.AMAZON) == 24 + 28
+  files = {config.url.rsplit("/", 1)[1] for config in releases.AMAZON}
   assert len(files) == 24 + 28
 
 

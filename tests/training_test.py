@@ -251,10 +251,7 @@ def test_joint_training_is_one_group():
   opt_state, losses = by_hand.init(params), []
   for t in range(num_steps):
     draw_key, _ = jax.random.split(jax.random.fold_in(operands.key, t))
-    batch = batches.draw_batch(
-      draw_key, sequences, pool, batch_size=batch_size, length=length,
-      draw="interactions",
-    )
+    batch = batches.Draw(batch_size, length).batch(draw_key, sequences, pool)
     value, gradient = value_and_grad(
       params, batch.history[0], batch.targets[0]
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 from numpy.typing import ArrayLike
 
 from pin_jax.types import InputError
@@ -64,7 +65,18 @@ def assign_groups(
       "rule='thresholds' and only then"
     )
   if rule == "thresholds":
-    groups = _by_thresholds(activeness, thresholds, num_groups)
+    borders = np.asarray(thresholds, np.float64)
+    if borders.shape != (num_groups - 1,):
+      raise InputError(
+        f"thresholds have shape {borders.shape} for num_groups={num_groups}; "
+        f"give {num_groups - 1} borders"
+      )
+    if not (np.diff(borders) > 0).all() or np.isnan(borders).any():
+      raise InputError(
+        f"thresholds={borders.tolist()} do not ascend; sort them, without "
+        "repeats"
+      )
+    groups = np.searchsorted(borders, activeness, side="right")
   elif rule == "head_share":
     groups = assign_segments(activeness, ids, head_share=head_share)
   else:
@@ -156,10 +168,24 @@ def prior(
       f"prior {kind!r} with values={values!r}; give values with 'custom' and "
       "only then"
     )
-  activeness = _check_activeness(activeness)
-  groups = _check_groups(groups, activeness, num_groups)
+  groups, activeness = np.asarray(groups), _check_activeness(activeness)
+  if groups.shape != activeness.shape or groups.dtype.kind not in "iu" or (
+    not 0 <= groups.min() <= groups.max() < num_groups
+  ):
+    raise InputError(
+      f"groups are {groups.dtype} of shape {groups.shape} and span "
+      f"{groups.min()}..{groups.max()}; give one of 0..{num_groups - 1} per "
+      "user, or another num_groups"
+    )
   if kind == "custom":
-    weights = _check_values(values, num_groups)
+    weights = np.asarray(values, np.float64)
+    if weights.shape != (num_groups,) or not (
+      np.isfinite(weights) & (weights >= 0)
+    ).all():
+      raise InputError(
+        f"the custom prior is {weights.tolist()}; give {num_groups} finite "
+        "numbers >= 0"
+      )
   elif kind == "uniform":
     weights = np.ones(num_groups)
   else:
@@ -188,25 +214,26 @@ def describe(
     users in the head), head_interactions (share of interactions there), and
     `groups` and `segments`: for each its number, users, interactions, min, max.
   """
-  activeness = _check_activeness(activeness)
-  total = activeness.sum()
-  num_users = len(activeness)
-  ranks = 2 * np.arange(1, num_users + 1) - num_users - 1
-  gini = (ranks * np.sort(activeness)).sum() / max(num_users * total, 1)
-  head = np.asarray(segments) == 1
-  return {
-    "users": num_users,
-    "interactions": _number(total),
-    "min": _number(activeness.min()),
-    "median": float(np.median(activeness)),
-    "mean": float(activeness.mean()),
-    "max": _number(activeness.max()),
-    "gini": float(gini),
-    "head_users": float(head.mean()),
-    "head_interactions": float(activeness[head].sum() / max(total, 1)),
-    "groups": _describe_parts("group", activeness, groups),
-    "segments": _describe_parts("segment", activeness, segments),
+  counts = pl.col("activeness")
+  total = pl.DataFrame({"activeness": activeness, "head": segments == 1})
+  numbers = {
+    "users": pl.len(), "interactions": counts.sum(), "min": counts.min(),
+    "max": counts.max(),
   }
+  all_users = total.select(
+    **numbers, median=counts.median(), mean=counts.mean(),
+    head_users=pl.col("head").mean(),
+    head_interactions=(counts * pl.col("head")).sum()
+    / pl.max_horizontal(counts.sum(), 1),
+    gini=(counts.sort() * (2 * pl.int_range(1, pl.len() + 1) - pl.len() - 1))
+    .sum() / pl.max_horizontal(counts.sum() * pl.len(), 1),
+  )
+  parts = {
+    f"{part}s": total.group_by(pl.Series(part, ids)).agg(**numbers)
+    .sort(part).to_dicts()
+    for part, ids in (("group", groups), ("segment", segments))
+  }
+  return {**all_users.to_dicts()[0], **parts}
 
 
 def _check_activeness(activeness: np.ndarray) -> np.ndarray:
@@ -226,40 +253,6 @@ def _check_activeness(activeness: np.ndarray) -> np.ndarray:
     )
   kind = np.float64 if activeness.dtype.kind == "f" else np.int64
   return activeness.astype(kind)
-
-
-def _check_groups(
-  groups: np.ndarray, activeness: np.ndarray, num_groups: int
-) -> np.ndarray:
-  """Returns groups as a checked [U] array of integers in 0..G-1."""
-  groups = np.asarray(groups)
-  if groups.shape != activeness.shape:
-    raise InputError(
-      f"groups have shape {groups.shape}, activeness {activeness.shape}; "
-      "give one of each per user"
-    )
-  if groups.dtype.kind not in "iu":
-    raise InputError(f"groups are {groups.dtype}; give integers")
-  if groups.min() < 0 or groups.max() >= num_groups:
-    raise InputError(
-      f"groups span {groups.min()}..{groups.max()}; give 0..{num_groups - 1}, "
-      "or another num_groups"
-    )
-  return groups
-
-
-def _check_values(values: Sequence[float], num_groups: int) -> np.ndarray:
-  """Returns custom weights as a checked [G] float64 array."""
-  weights = np.asarray(values, np.float64)
-  if weights.shape != (num_groups,):
-    raise InputError(
-      f"the custom prior has shape {weights.shape}; give ({num_groups},)"
-    )
-  if not (np.isfinite(weights) & (weights >= 0)).all():
-    raise InputError(
-      f"the custom prior is {weights.tolist()}; give finite numbers >= 0"
-    )
-  return weights
 
 
 def _check_users(
@@ -298,43 +291,3 @@ def _by_shares(
   groups = np.empty(len(order), np.int32)
   groups[order] = np.minimum(middles * num_groups, num_groups - 1)
   return groups
-
-
-def _by_thresholds(
-  activeness: np.ndarray, thresholds: Sequence[float], num_groups: int
-) -> np.ndarray:
-  """Returns the number of borders that each user has reached."""
-  borders = np.asarray(thresholds, np.float64)
-  if borders.shape != (num_groups - 1,):
-    raise InputError(
-      f"thresholds have shape {borders.shape} for num_groups={num_groups}; "
-      f"give {num_groups - 1} borders"
-    )
-  if not (np.diff(borders) > 0).all() or np.isnan(borders).any():
-    raise InputError(
-      f"thresholds={borders.tolist()} do not ascend; sort them, without repeats"
-    )
-  return np.searchsorted(borders, activeness, side="right")
-
-
-def _describe_parts(
-  part: str, activeness: np.ndarray, numbers: np.ndarray
-) -> list[dict[str, int | float]]:
-  """Summarises the users of each group or segment that occurs."""
-  numbers = np.asarray(numbers)
-  rows = []
-  for number in np.unique(numbers):
-    chosen = activeness[numbers == number]
-    rows.append({
-      part: int(number),
-      "users": len(chosen),
-      "interactions": _number(chosen.sum()),
-      "min": _number(chosen.min()),
-      "max": _number(chosen.max()),
-    })
-  return rows
-
-
-def _number(value: np.generic) -> int | float:
-  """Returns a plain Python number."""
-  return value.item()

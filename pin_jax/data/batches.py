@@ -49,39 +49,6 @@ class Pool(NamedTuple):
   window_starts: jax.Array
 
 
-class Draw(NamedTuple):
-  """How a batch is drawn, and how its positions count.
-
-  Attributes:
-    batch_size: B, windows a group (or segment).
-    length: L.
-    draw: 'interactions' or 'users', see `draw_windows`; 'validation' draws
-      users with their held-out target from a HeldOut.
-    mean: 'interactions' or 'users', see `objectives.position_weights`.
-  """
-
-  batch_size: int
-  length: int
-  draw: str = "interactions"
-  mean: str = "interactions"
-
-  def windows(self, key: jax.Array, pool: "Pool | HeldOut") -> "Windows":
-    """Which windows a key's batch has, [G, B]."""
-    sizes = {"batch_size": self.batch_size, "length": self.length}
-    if self.draw == "validation":
-      return draw_held_out_windows(key, pool, **sizes)
-    return draw_windows(key, pool, draw=self.draw, **sizes)
-
-  def batch(
-    self, key: jax.Array, sequences: Sequences, pool: "Pool | HeldOut"
-  ) -> Batch:
-    """The batch of a key, leading axes [G, B]."""
-    sizes = {"batch_size": self.batch_size, "length": self.length}
-    if self.draw == "validation":
-      return draw_held_out(key, sequences, pool, **sizes)
-    return draw_batch(key, sequences, pool, draw=self.draw, **sizes)
-
-
 def training_targets(split: Split) -> np.ndarray:
   """Number of training targets of every user, max(train_end - 1, 0); [U]."""
   return np.maximum(np.asarray(split.train_end, np.int64) - 1, 0)
@@ -179,6 +146,44 @@ def training_activeness(sequences: Sequences, users: jax.Array) -> jax.Array:
   return sequences.targets[users] + 1
 
 
+class HeldOut(NamedTuple):
+  """Users by group, each with one held-out target.
+
+  Attributes:
+    users: [n] int32 user indices, by group.
+    group_starts: [G+1] int32, where each group begins in `users`.
+    positions: [U] int32, in-user position of the target.
+  """
+
+  users: jax.Array
+  group_starts: jax.Array
+  positions: jax.Array
+
+
+def make_held_out(
+  positions: np.ndarray, groups: np.ndarray, *, num_groups: int
+) -> HeldOut:
+  """Collects the users of every group that have a held-out target.
+
+  Args:
+    positions: [U], position of the target; -1 = none.
+    groups: [U], group of each user; -1 leaves the user out.
+    num_groups: G.
+
+  Returns:
+    What a `Draw` by 'validation' draws from.
+
+  Raises:
+    InputError: if a group has no user with a held-out target.
+  """
+  users, starts = _by_group(
+    np.where(np.asarray(positions) >= 0, groups, -1), num_groups,
+    "a validation target; give the group some or hold more out",
+  )
+  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
+  return HeldOut(as_int32(users), as_int32(starts), as_int32(positions))
+
+
 class Windows(NamedTuple):
   """Which windows a batch has; leading axes [...].
 
@@ -195,90 +200,72 @@ class Windows(NamedTuple):
   only_last: jax.Array
 
 
-def draw_batch(
-  key: jax.Array,
-  sequences: Sequences,
-  pool: Pool,
-  *,
-  batch_size: int,
-  length: int,
-  draw: str,
-) -> Batch:
-  """Draws `batch_size` windows of every group, with replacement.
+class Draw(NamedTuple):
+  """How a batch is drawn, and how its positions count.
 
-  Args:
-    key: the step's key; the batch is a function of it.
-    sequences: the interactions.
-    pool: the users of the G groups.
-    batch_size: B, windows a group.
+  'interactions' draws windows uniformly: with the mean over positions a group's
+  loss estimates the mean over its interactions. 'users' draws users uniformly,
+  then the window of a uniform target of theirs: with the mean over users the
+  loss is the mean over users of their mean loss. 'validation' draws users
+  uniformly, with the history before their held-out target and that target
+  alone, in the last column. All draw with replacement.
+
+  Attributes:
+    batch_size: B, windows a group (or segment).
     length: L.
-    draw: see `draw_windows`.
-
-  Returns:
-    Batch with leading axes [G, B].
+    draw: 'interactions' or 'users', from a Pool; or 'validation', from a
+      HeldOut.
+    mean: 'interactions' or 'users', see `objectives.position_weights`.
   """
-  windows = draw_windows(
-    key, pool, batch_size=batch_size, length=length, draw=draw
-  )
-  return cut_windows(sequences, windows, length=length)
 
+  batch_size: int
+  length: int
+  draw: str = "interactions"
+  mean: str = "interactions"
 
-def draw_windows(
-  key: jax.Array,
-  pool: Pool,
-  *,
-  batch_size: int,
-  length: int,
-  draw: str,
-) -> Windows:
-  """Draws which windows `draw_batch` cuts.
+  def windows(self, key: jax.Array, pool: Pool | HeldOut) -> Windows:
+    """Which windows a key's batch has, [G, B].
 
-  draw = 'interactions' draws windows uniformly: with the mean over positions
-  a group's loss estimates the mean over its interactions. draw = 'users'
-  draws users uniformly, then the window of a uniform target of theirs: with
-  the mean over users the loss is the mean over users of their mean loss.
+    Raises:
+      InputError: for an unknown `draw`.
+    """
+    if self.draw not in (*DRAWS, "validation"):
+      raise InputError(f"draw={self.draw!r} is unknown; use one of {DRAWS}")
+    first, last = pool.group_starts[:-1, None], pool.group_starts[1:, None]
+    shape = (len(first), self.batch_size)
+    if self.draw == "validation":
+      users = pool.users[jax.random.randint(key, shape, first, last)]
+      count = pool.positions[users]
+      return Windows(users, count - self.length, count, jnp.ones(shape, bool))
+    pick_key, inner_key, offset_key = jax.random.split(key, 3)
+    if self.draw == "users":
+      index = jax.random.randint(pick_key, shape, first, last)
+    else:
+      starts = pool.window_starts
+      window = jax.random.randint(pick_key, shape, starts[first], starts[last])
+      index = jnp.searchsorted(starts, window, side="right") - 1
+    users, count = pool.users[index], pool.targets[index]
+    slack = -count % self.length
+    offset = jax.random.randint(offset_key, shape, 0, slack + 1)
+    if self.draw == "users":
+      target = jax.random.randint(inner_key, shape, 0, count)
+      tile = (target + offset) // self.length
+    else:
+      tile = window - starts[index]
+    first = tile * self.length - offset
+    return Windows(users, first, count, jnp.zeros(shape, bool))
 
-  Args:
-    key: the step's key; the windows are a function of it.
-    pool: the users of the G groups.
-    batch_size: B, windows a group.
-    length: L.
-    draw: 'interactions' or 'users'.
-
-  Returns:
-    Windows [G, B].
-
-  Raises:
-    InputError: for another `draw`.
-  """
-  if draw not in DRAWS:
-    raise InputError(f"draw={draw!r} is unknown; use one of {DRAWS}")
-  pick_key, inner_key, offset_key = jax.random.split(key, 3)
-  groups = pool.group_starts.shape[0] - 1
-  shape = (groups, batch_size)
-  first, last = pool.group_starts[:-1, None], pool.group_starts[1:, None]
-  if draw == "users":
-    index = jax.random.randint(pick_key, shape, first, last)
-  else:
-    low, high = pool.window_starts[first], pool.window_starts[last]
-    window = jax.random.randint(pick_key, shape, low, high)
-    find = lambda x: jnp.searchsorted(pool.window_starts, x, side="right") - 1
-    index = find(window)
-  users, count = pool.users[index], pool.targets[index]
-  slack = -count % length
-  offset = jax.random.randint(offset_key, shape, 0, slack + 1)
-  if draw == "users":
-    target = jax.random.randint(inner_key, shape, 0, count)
-    tile = (target + offset) // length
-  else:
-    tile = window - pool.window_starts[index]
-  return Windows(users, tile * length - offset, count, jnp.zeros(shape, bool))
+  def batch(
+    self, key: jax.Array, sequences: Sequences, pool: Pool | HeldOut
+  ) -> Batch:
+    """The batch of a step's key, leading axes [G, B]."""
+    return cut_windows(sequences, self.windows(key, pool), length=self.length)
 
 
 def target_chances(
   split: Split, *, length: int, draw: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """How often each training target is expected in a window of `draw_batch`.
+  """How often each training target is expected in a window of `Draw`.
 
   Windows by 'interactions' hold every target alike. The window of a uniform
   target of a user's n, drawn by 'users', holds target i = 0 .. n-1 with the
@@ -359,83 +346,6 @@ def last_items(
   index = sequences.starts[users][..., None] + place.clip(min=0)
   real = place >= xp.asarray(begin)[..., None]
   return xp.where(real, sequences.items[index], 0), index
-
-
-class HeldOut(NamedTuple):
-  """Users by group, each with one held-out target.
-
-  Attributes:
-    users: [n] int32 user indices, by group.
-    group_starts: [G+1] int32, where each group begins in `users`.
-    positions: [U] int32, in-user position of the target.
-  """
-
-  users: jax.Array
-  group_starts: jax.Array
-  positions: jax.Array
-
-
-def make_held_out(
-  positions: np.ndarray, groups: np.ndarray, *, num_groups: int
-) -> HeldOut:
-  """Collects the users of every group that have a held-out target.
-
-  Args:
-    positions: [U], position of the target; -1 = none.
-    groups: [U], group of each user; -1 leaves the user out.
-    num_groups: G.
-
-  Returns:
-    What `draw_held_out` draws from.
-
-  Raises:
-    InputError: if a group has no user with a held-out target.
-  """
-  users, starts = _by_group(
-    np.where(np.asarray(positions) >= 0, groups, -1), num_groups,
-    "a validation target; change split.validation or groups.head_share",
-  )
-  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
-  return HeldOut(as_int32(users), as_int32(starts), as_int32(positions))
-
-
-def draw_held_out(
-  key: jax.Array,
-  sequences: Sequences,
-  held_out: HeldOut,
-  *,
-  batch_size: int,
-  length: int,
-) -> Batch:
-  """Draws `batch_size` users of every group, with replacement.
-
-  Args:
-    key: the step's key; the batch is a function of it.
-    sequences: the interactions.
-    held_out: the users of the G groups.
-    batch_size: B, users a group.
-    length: L.
-
-  Returns:
-    Batch with leading axes [G, B]: the history before the held-out target, and
-    that target alone, in the last column.
-  """
-  windows = draw_held_out_windows(
-    key, held_out, batch_size=batch_size, length=length
-  )
-  return cut_windows(sequences, windows, length=length)
-
-
-def draw_held_out_windows(
-  key: jax.Array, held_out: HeldOut, *, batch_size: int, length: int
-) -> Windows:
-  """Draws which windows `draw_held_out` cuts, [G, B]; arguments are its."""
-  starts = held_out.group_starts
-  shape = (starts.shape[0] - 1, batch_size)
-  index = jax.random.randint(key, shape, starts[:-1, None], starts[1:, None])
-  users = held_out.users[index]
-  position = held_out.positions[users]
-  return Windows(users, position - length, position, jnp.ones(shape, bool))
 
 
 def read_back(

@@ -160,23 +160,8 @@ def from_columns(
     raise InputError(
       "duplicates='exact' needs times; use 'first' or 'last' without them"
     )
-  given = {"users": users, "items": items, "times": times}
-  series = {x: _series(v, x) for x, v in given.items() if v is not None}
-  lengths = {axis: len(values) for axis, values in series.items()}
-  if len(set(lengths.values())) > 1:
-    raise InputError(f"columns differ in length: {lengths}; give equal ones")
-  rows_read = lengths["users"]
-  if not rows_read:
-    raise InputError("there are no interactions (0 rows); check the source")
-  columns = [_numbers(series["times"])] if "times" in series else []
-  items, item_ids = _encode(_ids(series["items"]))
-  users, user_ids = _encode(_ids(series["users"]))
-  columns = [users, items, *columns]
-
-  if not _is_sorted(users, *columns[2:]):
-    order = np.lexsort((*columns[2:], users))
-    columns = [x[order] for x in columns]
-    del order
+  columns, user_ids, item_ids = _sorted(users, items, times)
+  rows_read = len(columns[0])
   if duplicates != "keep":
     keys = pl.DataFrame(columns[: 3 if duplicates == "exact" else 2])
     rows = np.sort(keys.with_row_index("row").unique(
@@ -184,14 +169,7 @@ def from_columns(
     )["row"])
     columns = [x[rows] for x in columns]
   distinct = len(columns[0])
-  least = max(k_core, min_length)
-  while least > 1 and len(columns[0]):
-    users, items = columns[:2]
-    keep = (np.bincount(users) >= least)[users]
-    keep &= (np.bincount(items) >= k_core)[items]
-    if keep.all():
-      break
-    columns = [x[keep] for x in columns]
+  columns = _core(columns, k_core, max(k_core, min_length))
   filtered = len(columns[0])
   if not filtered:
     raise InputError(
@@ -222,6 +200,41 @@ def from_columns(
   if times is not None and not times.flags.writeable:
     times = times.copy()  # a view of the caller's memory
   return Interactions(name, items, offsets, times, user_ids, item_ids, notes)
+
+
+def _sorted(
+  users: Column, items: Column, times: Column | None
+) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+  """Columns of codes, and times if any, by (user, time); ids of both codes."""
+  given = {"users": users, "items": items, "times": times}
+  series = {x: _series(v, x) for x, v in given.items() if v is not None}
+  lengths = {axis: len(values) for axis, values in series.items()}
+  if len(set(lengths.values())) > 1:
+    raise InputError(f"columns differ in length: {lengths}; give equal ones")
+  if not lengths["users"]:
+    raise InputError("there are no interactions (0 rows); check the source")
+  columns = [_numbers(series["times"])] if times is not None else []
+  items, item_ids = _encode(_ids(series["items"]))
+  users, user_ids = _encode(_ids(series["users"]))
+  columns = [users, items, *columns]
+  if not _is_sorted(users, *columns[2:]):
+    order = np.lexsort((*columns[2:], users))
+    columns = [x[order] for x in columns]
+  return columns, user_ids, item_ids
+
+
+def _core(
+  columns: list[np.ndarray], of_item: int, of_user: int
+) -> list[np.ndarray]:
+  """Drops users and items that are too rare until none is left."""
+  while max(of_item, of_user) > 1 and len(columns[0]):
+    users, items = columns[:2]
+    keep = (np.bincount(users) >= of_user)[users]
+    keep &= (np.bincount(items) >= of_item)[items]
+    if keep.all():
+      break
+    columns = [x[keep] for x in columns]
+  return columns
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

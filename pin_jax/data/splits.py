@@ -63,10 +63,7 @@ def leave_one_out(interactions: Interactions) -> Split:
   kept = _select(interactions, keep)
   lengths = kept.lengths.astype(np.int32)
   return _split(
-    kept,
-    train_end=lengths - 2,
-    validation=lengths - 2,
-    test=lengths - 1,
+    kept, train_end=lengths - 2, validation=lengths - 2, test=lengths - 1,
     protocol="leave-one-out: a user's last interaction is the test target, "
     "the second-last the validation target",
     users_dropped=int((~keep).sum()),
@@ -140,9 +137,6 @@ def temporal_fractions(
       and as `temporal` does.
   """
   _check_times(interactions)
-  for name, share in (("validation", validation), ("test", test)):
-    if not isinstance(share, int | float):
-      raise InputError(f"{name}={share!r} is no number; give a share")
   if not (validation > 0 and test > 0 and validation + test < 1):
     raise InputError(
       f"validation={validation}, test={test} are no shares; give positive "
@@ -223,35 +217,26 @@ def with_validation(split: Split, users: np.ndarray) -> Split:
 
 
 def is_training(split: Split, *, skip: int = 0) -> np.ndarray:
-  """[I] bool, the interactions of the training prefix.
-
-  Args:
-    split: its validation and test parts do not train.
-    skip: leaves out a user's first interactions.
-  """
+  """[N] bool, the training prefixes; `skip` leaves out their first items."""
   data = split.interactions
-  users = np.repeat(np.arange(data.num_users), data.lengths)
-  positions = np.arange(data.num_interactions) - data.offsets[:-1][users]
-  return (positions >= skip) & (positions < split.train_end[users])
+  positions = np.arange(data.num_interactions)
+  positions -= np.repeat(data.offsets[:-1], data.lengths)
+  ends = np.repeat(split.train_end, data.lengths)
+  return (positions >= skip) & (positions < ends)
 
 
 def training_counts(
   split: Split, weights: ArrayLike | None = None, *, skip: int = 0
 ) -> np.ndarray:
-  """How often each item occurs in the training interactions.
+  """[V+1] float64, how often each item occurs in the training interactions.
 
   Args:
     split: its validation and test parts are not counted.
     weights: [U], what an interaction of each user counts; default 1.
     skip: leaves out a user's first interactions.
-
-  Returns:
-    [V+1] float64; the first is 0.
   """
   data = split.interactions
-  users = np.repeat(np.arange(data.num_users), data.lengths)
-  train = is_training(split, skip=skip)
-  weights = np.ones(data.num_users) if weights is None else np.asarray(weights)
-  return np.bincount(
-    data.items[train], weights[users[train]], data.num_items + 1
-  )
+  counted = is_training(split, skip=skip).astype(np.float64)
+  if weights is not None:
+    counted *= np.repeat(weights, data.lengths)
+  return np.bincount(data.items, counted, data.num_items + 1)

@@ -1,16 +1,15 @@
 """TFDS builders of public data sets, one record a user, without TensorFlow.
 
-`movielens` and `amazon_reviews` say what upstream publishes; here it becomes
-ArrayRecord files that `read_tfds` turns into `Interactions`.
+`releases` says what upstream publishes; here it becomes ArrayRecord files that
+`read_tfds` turns into `Interactions`.
 """
 
-import contextlib
+import bisect
 import gzip
-import textwrap
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
 import numpy as np
 import polars as pl
@@ -18,8 +17,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from pin_jax import disk
-from pin_jax.data import amazon_reviews, movielens
+from pin_jax.data import releases
 from pin_jax.data.interactions import Interactions, from_columns
+from pin_jax.data.releases import Release
 from pin_jax.types import InputError
 
 _BLOCK_BYTES = 1 << 25
@@ -33,29 +33,6 @@ _DAMAGE = (
   EOFError,
   RuntimeError,  # zipfile: encrypted or of an unknown compression
 )
-
-
-class Upstream(Protocol):
-  """What a builder config knows about its file; see `movielens`."""
-
-  url: str
-  size: int | None
-  checksum: str | None
-  header: str | None
-  line: str
-  ids: type
-
-  def open(
-    self, archive: IO[bytes]
-  ) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """Streams the lines inside the archive."""
-
-  def parse(self, block: bytes) -> pl.DataFrame:
-    """Parses whole lines to columns user, item, rating and time."""
-
-
-def _file_name(config: Upstream) -> str:
-  return config.url.rpartition("/")[2]
 
 
 class _UserSequences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -100,31 +77,24 @@ class _UserSequences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     frame = _read_ratings(archive, self.builder_config)
     frame = frame.sort("user", "time", maintain_order=True)
-    runs = frame["user"].rle().struct.unnest()
-    offset = 0
-    for length, user in zip(runs["len"], runs["value"], strict=True):
-      rows = frame.slice(offset, length)
-      offset += length
-      yield (
-        str(user),
-        {
-          "user_id": str(user),
-          "item_ids": rows["item"].to_numpy(),
-          "ratings": rows["rating"].to_numpy(),
-          "timestamps": rows["time"].to_numpy(),
-        },
-      )
+    for (user,), rows in frame.group_by("user", maintain_order=True):
+      yield str(user), {
+        "user_id": str(user),
+        "item_ids": rows["item"].to_numpy(),
+        "ratings": rows["rating"].to_numpy(),
+        "timestamps": rows["time"].to_numpy(),
+      }
 
 
 def _url_infos(
-  configs: Sequence[Upstream],
+  configs: Sequence[Release],
 ) -> dict[str, tfds.download.checksums.UrlInfo]:
   """Checksums that TFDS compares with what it downloads, where known."""
   return {
     config.url: tfds.download.checksums.UrlInfo(
       size=tfds.core.utils.Size(config.size),
       checksum=config.checksum,
-      filename=_file_name(config),
+      filename=config.file_name,
     )
     for config in configs
     if config.checksum is not None
@@ -137,20 +107,20 @@ class MovieLens(_UserSequences, skip_registration=True):
   # TFDS has a `movielens` of its own (one record a rating); ours is therefore
   # not registered under that name but found through `BUILDERS`.
   name = "movielens"
-  BUILDER_CONFIGS = movielens.CONFIGS
-  HOMEPAGE = movielens.HOMEPAGE
-  CITATION = movielens.CITATION
-  url_infos = _url_infos(movielens.CONFIGS)
+  BUILDER_CONFIGS = releases.MOVIELENS
+  HOMEPAGE = "https://grouplens.org/datasets/movielens/"
+  CITATION = releases.MOVIELENS_CITATION
+  url_infos = _url_infos(releases.MOVIELENS)
 
 
 class AmazonReviews(_UserSequences, skip_registration=True):
   """Amazon Reviews, 5-core; ids are strings."""
 
   name = "amazon_reviews"
-  BUILDER_CONFIGS = amazon_reviews.CONFIGS
-  HOMEPAGE = amazon_reviews.HOMEPAGE
-  CITATION = amazon_reviews.CITATION
-  url_infos = _url_infos(amazon_reviews.CONFIGS)
+  BUILDER_CONFIGS = releases.AMAZON
+  HOMEPAGE = "https://amazon-reviews-2023.github.io/"
+  CITATION = releases.AMAZON_CITATION
+  url_infos = _url_infos(releases.AMAZON)
 
 
 BUILDERS: dict[str, type[_UserSequences]] = {
@@ -258,31 +228,34 @@ def _id_series(values: list[bytes], ids: type) -> pl.Series:
 
 
 def _fetch(
-  config: Upstream, dl_manager: tfds.download.DownloadManager
+  config: Release, dl_manager: tfds.download.DownloadManager
 ) -> epath.Path:
   """Finds the archive in the manual directory, else downloads it."""
   # The public property refuses a directory that is absent or empty.
   manual_dir = dl_manager._manual_dir
-  archive = manual_dir / _file_name(config)
+  archive = manual_dir / config.file_name
   if archive.exists():
     return archive
   try:
     return dl_manager.download(config.url)
   except Exception as error:
     raise InputError(
-      f"cannot download {config.url} ({_brief(error)}): try again, or download"
-      f" it by hand and save it as {_file_name(config)} in manual_dir,"
+      f"cannot download {config.url} ({disk.brief(error)}): try again, or "
+      f"download it by hand and save it as {config.file_name} in manual_dir,"
       f" {manual_dir}"
     ) from error
 
 
-def _read_ratings(archive: epath.Path, config: Upstream) -> pl.DataFrame:
+def _read_ratings(archive: epath.Path, config: Release) -> pl.DataFrame:
   """Reads the ratings in file order, or says what is wrong with the archive."""
   frames, num_lines = [], 0
   try:
     with archive.open("rb") as file, config.open(file) as stream:
-      if config.header is not None:
-        _check_header(stream.readline(), config.header)
+      if config.header:
+        line = stream.readline()
+        if line.strip() != config.line.encode():
+          said = f"line 1 is {_shown(line)}, expected {config.line!r}"
+          raise InputError(said)
         num_lines += 1
       most = max(_EXPANSION * archive.stat().length, _LEAST_BYTES)
       for block in _blocks(stream, most):
@@ -290,25 +263,14 @@ def _read_ratings(archive: epath.Path, config: Upstream) -> pl.DataFrame:
         num_lines += frames[-1].height
     if not frames:
       raise InputError("no ratings inside")
+    return pl.concat(frames)
   except InputError as error:
-    raise _unusable(archive, config, error) from error
+    reason, cause = str(error), error
   except _DAMAGE as error:
-    reason = f"cannot be read, damaged or cut short ({_brief(error)})"
-    raise _unusable(archive, config, reason) from error
-  return pl.concat(frames)
-
-
-def _unusable(
-  archive: epath.Path, config: Upstream, reason: object
-) -> InputError:
-  return InputError(
+    reason, cause = f"is damaged or cut short ({disk.brief(error)})", error
+  raise InputError(
     f"{archive}: {reason}; delete it and download {config.url} again"
-  )
-
-
-def _check_header(line: bytes, header: str) -> None:
-  if line.strip() != header.encode():
-    raise InputError(f"line 1 is {_shown(line)}, expected {header!r}")
+  ) from cause
 
 
 def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
@@ -322,67 +284,45 @@ def _blocks(stream: IO[bytes], most: int) -> Iterator[bytes]:
     read += len(chunk)
     if read > most:
       raise InputError(f"expands to more than {most:,} bytes, as no ratings do")
-    lines, newline, tail = chunk.rpartition(b"\n")
+    lines, newline, tail = (rest + chunk).rpartition(b"\n")
     if newline:
-      yield rest + lines + newline
-      rest = tail
-    else:
-      rest += tail
+      yield lines + newline
+    rest = tail
   if rest:
     yield rest + b"\n"
 
 
-def _parse(block: bytes, lines_before: int, config: Upstream) -> pl.DataFrame:
-  frame = _try_parse(block, config.parse)
+def _parse(block: bytes, lines_before: int, config: Release) -> pl.DataFrame:
+  """Parses a block of lines; names the first that is malformed."""
+  frame = _try_parse(block, config)
   if frame is not None:
     return frame
-  line, text = _first_malformed(block, config.parse)
+  lines = block.split(b"\n")[:-1]
+  is_bad = lambda n: (
+    _try_parse(b"\n".join(lines[: n + 1]) + b"\n", config) is None
+  )
+  bad = bisect.bisect_left(range(len(lines)), True, key=is_bad)
   raise InputError(
-    f"line {lines_before + line} is {_shown(text)}, expected {config.line}"
+    f"line {lines_before + bad + 1} is {_shown(lines[bad])}, expected "
+    f"{config.line}"
   )
 
 
-def _try_parse(
-  block: bytes, parse: Callable[[bytes], pl.DataFrame]
-) -> pl.DataFrame | None:
+def _try_parse(block: bytes, config: Release) -> pl.DataFrame | None:
   """Parses a block; None unless every line is a complete rating."""
   try:
-    frame = parse(block)
+    frame = config.parse(block)
   except (pl.exceptions.PolarsError, ValueError):
     return None
+  texts = frame.select(pl.col(pl.String))
   complete = (
     frame.height == block.count(b"\n")
     and not any(column.null_count() for column in frame)
     and frame["rating"].is_finite().all()
-    and not any((frame[name] == "").any() for name in _string_columns(frame))
+    and not any((column == "").any() for column in texts)
   )
   return frame if complete else None
 
 
-def _string_columns(frame: pl.DataFrame) -> list[str]:
-  return [name for name, dtype in frame.schema.items() if dtype == pl.String]
-
-
-def _first_malformed(
-  block: bytes, parse: Callable[[bytes], pl.DataFrame]
-) -> tuple[int, bytes]:
-  """Bisects a block to its first malformed line; returns its number from 1."""
-  lines = block.split(b"\n")[:-1]
-  start, stop = 0, len(lines)
-  while stop - start > 1:
-    middle = (start + stop) // 2
-    head = b"\n".join(lines[start:middle]) + b"\n"
-    if _try_parse(head, parse) is None:
-      stop = middle
-    else:
-      start = middle
-  return start + 1, lines[start]
-
-
 def _shown(line: bytes) -> str:
-  text = line.decode("utf-8", "replace").rstrip("\r\n")
-  return repr(text if len(text) <= 80 else text[:77] + "...")
-
-
-def _brief(error: Exception) -> str:
-  return f"{type(error).__name__}: {textwrap.shorten(str(error), 200)}"
+  return repr(line.decode("utf-8", "replace").rstrip("\r\n")[:80])

@@ -122,7 +122,7 @@ def view(
   Args:
     params: whole.
     groups: [G, B] windows; the target of a position is the item that the next
-      one reads, as `draw_batch` cuts them.
+      one reads, as `Draw` cuts them.
     keys: [G], of the groups' losses.
     loss: one of sampled negatives.
     tables: see `types.Backbone`.
