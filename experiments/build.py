@@ -253,8 +253,7 @@ def make_weighting(
 
 
 def make_adjustment(
-  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray,
-  key: str = "pin.weighting",
+  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
 ) -> Adjustment:
   """Builds what `pin.weighting`, `pin.granularity` and `pin.blocks` say.
 
@@ -262,12 +261,11 @@ def make_adjustment(
     pin: the config's section.
     prior: [G], P(d).
     shares: [G], the groups' shares of the training targets.
-    key: of the config, whose value `pin.weighting` is.
 
   Raises:
     InputError: for an unknown or contradictory setting.
   """
-  weighting = make_weighting(key, pin.weighting, prior, shares)
+  weighting = make_weighting("pin.weighting", pin.weighting, prior, shares)
   given = {"path": pin.path, "diagnose_every": pin.diagnose_every}
   if not pin.blocks:
     by_tensor = pin.granularity == "tensor" or (
@@ -308,8 +306,8 @@ def stage_adjustment(
   if rule is None:
     return make_adjustment(config.pin, prior, shares)
   pin = config.pin.copy_and_resolve_references()
-  pin.weighting, pin.blocks = config.rules[rule], ()
-  return make_adjustment(pin, prior, shares, f"rules.{rule}")
+  pin.weighting, pin.blocks = rule, ()
+  return make_adjustment(pin, prior, shares)
 
 
 def check_adjustments(
@@ -322,8 +320,6 @@ def check_adjustments(
     prior: [G], P(d), or any other where it is not known yet.
     params: the backbone's, or their shapes; None where they are not known yet.
   """
-  for rule in config.rules:
-    stage_adjustment(config, rule, prior, prior)
   made = make_adjustment(config.pin, prior, prior)
   if params is None:
     return
@@ -382,7 +378,8 @@ def make_sampled_loss(
     InputError: if gBCE has more negatives than there are items.
   """
   rate = options.negatives / max(num_items - 1, 1)
-  return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
+  with schema.section("loss"):
+    return losses.SAMPLED_LOSSES[options.name](rate, options.calibration)
 
 
 def make_optimizer(
@@ -394,7 +391,7 @@ def make_optimizer(
   rates = {
     "backbone": options.pop("learning_rate"),
     "plugin": options.pop("plugin_learning_rate"),
-    "classifier": options.pop("classifier_learning_rate"),
+    "classifier": 2e-3,
   }
   if kind != "backbone":
     options["average"] = 0.0

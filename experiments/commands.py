@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import signal
 import sys
 import traceback
@@ -69,7 +68,7 @@ def launch(
   config: flags.FlagHolder | None = None,
   *,
   words: bool = False,
-  parse: Callable[[Sequence[str]], list[str]] | None = None,
+  default: str | None = None,
 ) -> None:
   """Parses flags and runs a program; every bad end is one line and its code.
 
@@ -78,9 +77,9 @@ def launch(
       A termination takes temporary files along.
     config: the flag of a configuration file, where there is one.
     words: whether the program takes arguments that are no flags.
-    parse: command line -> program's name and words; by default `parse_with`.
+    default: configuration file where none is given.
   """
-  parse = parse or (lambda argv: parse_with(argv, config))
+  parse = lambda argv: parse_with(argv, config, default)
 
   def checked(argv: Sequence[str]) -> int | None:
     if len(argv) > 1 and not words:
@@ -127,7 +126,7 @@ def exit_code(action: Callable[[], None]) -> int:
     if full:
       text = (
         f"memory is full ({text[:200]}); lower batch_size, loss.negatives, "
-        "num_seeds, backbone.width"
+        "num_seeds or backbone.width"
       )
     if isinstance(error, BrokenPipeError):
       text = "standard output was closed before all was written to it"
@@ -149,13 +148,15 @@ def _forget_output() -> None:
 
 
 def parse_with(
-  argv: Sequence[str], config: flags.FlagHolder | None = None
+  argv: Sequence[str], config: flags.FlagHolder | None = None,
+  default: str | None = None,
 ) -> list[str]:
   """Parses flags of which one may be a configuration.
 
   Args:
     argv: the command line.
     config: as ml_collections.config_flags defines it, or None.
+    default: see `launch`.
 
   Returns:
     The arguments that are no flags.
@@ -165,6 +166,8 @@ def parse_with(
   """
   for argument in argv[1:]:
     _check_argument(argument)
+  if default and not any(re.match("--?config(=|$)", x) for x in argv):
+    argv = [argv[0], f"--config={default}", *argv[1:]]
   try:
     rest = flags.FLAGS(argv)
     if config is not None:
@@ -175,8 +178,9 @@ def parse_with(
     TypeError, ValueError,
   ) as error:
     unknown = isinstance(error, AttributeError | KeyError)
+    text = str(error).strip("\"'") if unknown else str(error)
     kind = "unknown config key" if unknown else "flags:"
-    raise InputError(f"{kind} {_in_one_line(str(error))}") from error
+    raise InputError(f"{kind} {_in_one_line(text)}") from error
 
 
 def _check_argument(argument: str) -> None:
@@ -202,21 +206,7 @@ def _in_one_line(message: str) -> str:
   marker = f"{InputError.__name__}: "
   if marker in message:
     return message.rsplit(marker, 1)[1].strip()  # raised by a config file
-  lines = [x.strip() for x in message.strip("\"' \n").splitlines()]
+  lines = [line.strip() for line in message.strip().splitlines()]
   if "Traceback" in message:
     lines = [lines[0], lines[-1]]
-  text = " ".join(filter(None, lines)).replace("\\'", "'").replace("\\n", " ")
-  return f"{text}; see --help"
-
-
-def command_line(arguments: Sequence[str]) -> str:
-  """A command to be pasted into a shell; values in double quotes."""
-  return " ".join(map(_quoted, arguments))
-
-
-def _quoted(argument: str) -> str:
-  name, equals, value = argument.partition("=")
-  plain = shlex.quote(argument) == argument
-  if plain or not equals or set(value) & set('"$`\\!'):
-    return shlex.quote(argument)
-  return f'{shlex.quote(name)}="{value}"'
+  return f"{' '.join(filter(None, lines))}; see --help"

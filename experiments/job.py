@@ -189,7 +189,12 @@ def claim_workdir(
         f"workdir {directory} holds results without the configuration of a "
         "job; use another --workdir"
       )
-    _write_claim(path, mine)
+    if not processes.is_first():
+      raise InputError(
+        f"workdir {directory} does not hold what process 0 wrote there; use "
+        "one that all processes see"
+      )
+    disk.write({path: json.dumps(mine, indent=2) + "\n"})
     return
   theirs = workdir.read_json(path, config={}, data="")
   theirs["config"] = of_results(ConfigDict(theirs["config"]))
@@ -201,16 +206,6 @@ def claim_workdir(
     )
 
 
-def _write_claim(path: epath.Path, mine: dict[str, Any]) -> None:
-  directory = path.parent
-  if not processes.is_first():
-    raise InputError(
-      f"workdir {directory} does not hold what process 0 wrote there; use one "
-      "that all processes see"
-    )
-  disk.write({path: json.dumps(mine, indent=2) + "\n"})
-
-
 def of_results(config: ConfigDict) -> dict[str, Any]:
   """The config as JSON, without the keys on which no result depends."""
   whole = schema.canonical(config.to_dict())
@@ -220,19 +215,16 @@ def of_results(config: ConfigDict) -> dict[str, Any]:
 
 
 class Options(NamedTuple):
-  """How a job runs, whatever it computes.
-
-  Attributes:
-    console: where to print; standard output by default.
-    command: how the job was launched, for its summary.
-    other_versions: continue what other versions of libraries began.
-    interrupted: whether to save and end; see `interruption.noticed`.
-  """
+  """How a job runs, whatever it computes; see `run`."""
 
   console: rich.console.Console
   command: str
   other_versions: bool
   interrupted: Callable[[], bool]
+
+  def say(self, line: str) -> None:
+    """Prints a line as it is."""
+    self.console.print(line, markup=False, emoji=False, soft_wrap=True)
 
   def check(self) -> None:
     """Raises Interrupted where the job is to end."""
@@ -255,10 +247,10 @@ def run(
     config: as from `experiments.configs.base.default`; its sizes that are None
       are fitted to the data.
     directory: the job's workdir.
-    console: see `Options`.
+    console: where to print; standard output by default.
     command: how the job was launched, for its summary.
-    other_versions: see `Options`.
-    interrupted: see `Options`.
+    other_versions: continue what other versions of libraries began.
+    interrupted: whether to save and end; see `interruption.noticed`.
 
   Raises:
     InputError: for any bad input, before training starts.
@@ -274,18 +266,17 @@ def run(
   )
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  fitted, problem, networks = processes.together(lambda: _prepare(config))
+  processes.together(lambda: settings.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
+  fitted, problem, networks = processes.together(lambda: _prepare(config))
   if line := sizes.told(config, fitted):
-    console.print(line, markup=False)
+    options.say(line)
   config = fitted
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
     if _finished(directory):
-      console.print(
-        f"{directory} is finished; reprinting its tables", markup=False
-      )
+      options.say(f"{directory} is finished; reprinting its tables")
     else:
       _compute(config, problem, networks, directory, options)
     options.check()
@@ -296,9 +287,9 @@ def run(
 def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them, before anything is written.
   """
-  settings.check(sizes.for_any_data(config))
-  config, problem = prepare(config)
-  settings.check(config)  # with the sizes that the data gave
+  asked, (config, problem) = config, prepare(config)
+  if sizes.told(asked, config):  # sizes that the data gave
+    settings.check(config)
   networks = networks_of(config, problem)
   check(config, problem, networks)
   return config, problem, networks
@@ -336,21 +327,18 @@ def _compute(
   options: Options,
 ) -> None:
   """Trains and ranks; writes the rows and, last of all, the summary."""
-  _describe(problem, options.console)
-  changed = results.changed_settings(of_results(config)).items()
-  if changed:
-    options.console.print(
+  _describe(problem, options.say)
+  if changed := results.changed_settings(of_results(config)).items():
+    options.say(
       "settings other than the defaults: "
-      + ", ".join(f"{key}={value!r}" for key, value in changed),
-      markup=False, soft_wrap=True,
+      + ", ".join(f"{key}={value!r}" for key, value in changed)
     )
-  learnt = information(selected(config), config)
-  if learnt:
-    options.console.print(learnt, markup=False, soft_wrap=True)
+  if learnt := information(selected(config), config):
+    options.say(learnt)
   if len(config.seeds) < MIN_SEEDS:
-    options.console.print(
+    options.say(
       f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
-      "give a verdict", markup=False,
+      "give a verdict"
     )
   rows, closeness, cost = _train_all(
     config, problem, networks, directory, options
@@ -391,7 +379,7 @@ def _train_all(
         trainer.train(stage, monitor)
         if first == 0 and stage == next(iter(methods.values())).stages[-1]:
           for line in _power(config, problem, trainer, seeds[0]):
-            options.console.print(line, markup=False, soft_wrap=True)
+            options.say(line)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
@@ -420,7 +408,7 @@ def _store(
   return functools.partial(
     checkpoints.Checkpoints, about=about,
     check=same_job(about, ("versions",) if options.other_versions else ()),
-    say=lambda x: options.console.print(x, markup=False, soft_wrap=True),
+    say=options.say,
   )
 
 
@@ -442,9 +430,8 @@ def _closeness(
   return truth.closeness(problem.world, np.asarray(history), target, models)
 
 
-def _describe(problem: Problem, console: rich.console.Console) -> None:
+def _describe(problem: Problem, say: Callable[[str], None]) -> None:
   data = problem.split.interactions
-  say = functools.partial(console.print, markup=False, emoji=False)
   say(
     f"{data.name}: {data.num_users:,} users, {data.num_items:,} items, "
     f"{data.num_interactions:,} interactions; fingerprint "

@@ -3,9 +3,9 @@
   python -m experiments.main --config=experiments/configs/quickstart.py \
     --workdir=runs/quickstart
 
-Any setting: --config.backbone.width=128; arguments of a config:
---config=experiments/configs/files.py:path=my.csv. Relaunching the same command
-continues an interrupted job and reprints a finished one.
+Any setting: --config.backbone.width=128, see the keys below; arguments of a
+config: --config=experiments/configs/files.py:path=my.csv. Relaunching the same
+command continues an interrupted job and reprints a finished one.
 
 On several hosts, the same on each, with a mesh over all their devices and a
 workdir that all of them see: --distributed where SLURM, Open MPI, Kubernetes or
@@ -19,18 +19,19 @@ full, 4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving.
 After 4 and 75 the same command continues.
 """
 
-import re
+import contextlib
+import shlex
 import sys
 
 from absl import flags, logging
 from ml_collections import config_flags
 
-from experiments import commands, processes
+from experiments import commands, interruption, processes
 
-_DEFAULT = "experiments/configs/quickstart.py"
-_CONFIG = config_flags.DEFINE_config_file(
+DEFAULT = "experiments/configs/quickstart.py"
+CONFIG = config_flags.DEFINE_config_file(
   "config", None,
-  f"Configuration file, with arguments after a colon (default {_DEFAULT}).",
+  f"Configuration file, with arguments after a colon (default {DEFAULT}).",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
@@ -47,19 +48,18 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Join those of the first process, host:port."
 )
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes", None, "How many there are; with --coordinator."
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  "process_id", None, "Which one this is, from 0; with --coordinator."
-)
-_HEARTBEAT = flags.DEFINE_integer(
-  "heartbeat", processes.Place().heartbeat,
-  "Seconds without a sign of life until another process is lost.",
-)
-_PATIENCE = flags.DEFINE_integer(
-  "patience", processes.Place().patience,
-  "Seconds to wait at the start for the other processes.",
+_NUM_PROCESSES, _PROCESS_ID, _HEARTBEAT, _PATIENCE = (
+  flags.DEFINE_integer(
+    name, default, meaning, lower_bound=least, upper_bound=10**6
+  )
+  for name, default, meaning, least in (
+    ("num_processes", None, "How many there are; with --coordinator.", 1),
+    ("process_id", None, "Which one this is, from 0; with --coordinator.", 0),
+    ("heartbeat", processes.Place().heartbeat,
+     "Seconds without a sign of life until another process is lost.", 1),
+    ("patience", processes.Place().patience,
+     "Seconds to wait at the start for the other processes.", 1),
+  )
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 flags.mark_flag_as_required("workdir")
@@ -73,38 +73,21 @@ def main(_: list[str]) -> None:
     _HEARTBEAT.value, _PATIENCE.value,
   )
   processes.check_place(place)
-  if not (_DISTRIBUTED.value or place.coordinator):
-    _run()
-    return
-
-  with processes.joined(place):
-    _run()
-
-
-def _run() -> None:
-  from experiments import interruption
-
   command = ["python", "-m", "experiments.main", *sys.argv[1:]]
-  with interruption.noticed() as interrupted:
-    from experiments import job  # after the flags: importing jax takes seconds
+  with contextlib.ExitStack() as stack:
+    if _DISTRIBUTED.value or place.coordinator:
+      stack.enter_context(processes.joined(place))
+    interrupted = stack.enter_context(interruption.noticed())
+    from experiments import job  # after the flags, for it takes seconds
 
     job.run(
-      _CONFIG.value, _WORKDIR.value, command=commands.command_line(command),
+      CONFIG.value, _WORKDIR.value, command=shlex.join(command),
       other_versions=_OTHER_VERSIONS.value, interrupted=interrupted,
     )
 
 
-def _parse(argv: list[str]) -> list[str]:
-  """Parses the flags; whatever is wrong with them becomes an InputError."""
-  if not any(re.match("--?config(=|$)", argument) for argument in argv):
-    argv = [argv[0], f"--config={_DEFAULT}", *argv[1:]]
-  return commands.parse_with(argv, _CONFIG)
-
-
-def launch() -> None:
-  """Entry point; every exit but a finished job's is one line."""
-  commands.launch(main, parse=_parse)
-
-
 if __name__ == "__main__":
-  launch()
+  from experiments import schema
+
+  __doc__ += f"\n{schema.listing()}"
+  commands.launch(main, CONFIG, default=DEFAULT)

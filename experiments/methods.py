@@ -47,8 +47,7 @@ class Stage:
       ('memory_alone').
     assign: users' segments: by activeness, or drawn at random, as many users
       in each ('random').
-    rule: key of the config section `rules`, whose weighting combines the
-      groups; None = `pin.weighting`.
+    rule: weighting that combines the groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
     reads_activeness: whether its backbone is `conditioned`, whatever
       `backbone.reads_activeness` says.
@@ -136,13 +135,12 @@ def _fine_tuned(users: Users) -> Stage:
   )
 
 
-def _by_rule(name: str) -> Method:
+def _by_rule(name: str, options: str = "") -> Method:
   """Stage 1 with another's rule, for as many steps as PIN takes in all."""
-  stage = Stage(
+  return _single(name.replace("-", " "), Stage(
     name, "backbone", "both", grouped=True, sampling="groups",
-    rule=name.replace("-", "_"),
-  )
-  return _single(name.replace("-", " "), stage)
+    rule=name.replace("-", "_") + options,
+  ))
 
 
 METHODS: dict[str, Method] = {
@@ -196,7 +194,7 @@ METHODS: dict[str, Method] = {
   "inverse_propensity": _by_rule("inverse-propensity"),
   "group_dro": _by_rule("group-dro"),
   "streaming_dro": _by_rule("streaming-dro"),
-  "cvar": _by_rule("cvar"),
+  "cvar": _by_rule("cvar", ":alpha=0.4"),
   "pcgrad": _by_rule("pcgrad"),
   "upgrad": _by_rule("upgrad"),
   "consensus": _by_rule("consensus"),
@@ -272,6 +270,11 @@ def learns(method: Method, config: Mapping[str, Any]) -> Learnt:
   ):
     found.add("half")
   return "half" if "half" in found else "none"
+
+
+RULES = tuple(
+  name for name, method in METHODS.items() if method.stages[-1].rule
+)
 
 
 def learnt_by(key: str, config: Mapping[str, Any]) -> str:

@@ -1,13 +1,12 @@
 """The data of a job: split, groups, segments, prior, and their fingerprint."""
 
 import hashlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import sizes
+from experiments import schema, sizes
 from experiments.methods import Learnt
 from pin_jax.aggregation import weightings
 from pin_jax.data import activeness, batches, files, simulator, splits, stored
@@ -19,42 +18,26 @@ from pin_jax.types import InputError, Requests
 SEGMENTS = ("tail", "head")
 
 
-def _load_simulator(
-  *, seed: int = 0, num_users: int = 4000, **options: Any
-) -> tuple[Interactions, simulator.World]:
-  world = simulator.make_world(simulator.WorldSpec(**options), seed=seed)
-  drawn, _ = simulator.simulate(world, num_users=num_users, seed=seed + 1)
-  return drawn, world
-
-
-def _load_file(*, path: str, **options: Any) -> tuple[Interactions, None]:
-  return files.read(path, **options), None
-
-
-def _load_tfds(*, name: str, **options: Any) -> tuple[Interactions, None]:
-  from pin_jax.data import tfds  # slow to import, seldom used
-
-  return tfds.read_tfds(name, **options), None
-
-
-def _load_stored(
-  *, path: str, stream: bool = False
-) -> tuple[Interactions, None]:
-  return stored.read(path, stream=stream), None
-
-
-_SOURCES: dict[str, Callable[..., tuple]] = {
-  "simulator": _load_simulator,
-  "files": _load_file,
-  "stored": _load_stored,
-  "tfds": _load_tfds,
-}
-
-
 def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
-  """Loads the interactions, and the simulator's world where there is one."""
+  """Loads the interactions, and the simulator's world where there is one.
+
+  Raises:
+    InputError: for data that are absent or bad.
+  """
   options = {k: v for k, v in data.items() if v is not None}
-  return _SOURCES[options.pop("source")](**options)
+  source = options.pop("source")
+  with schema.section("data"):
+    if source == "simulator":
+      seed, users = options.pop("seed", 0), options.pop("num_users", 4000)
+      world = simulator.make_world(simulator.WorldSpec(**options), seed=seed)
+      return simulator.simulate(world, num_users=users, seed=seed + 1)[0], world
+    if source == "files":
+      return files.read(**options), None
+    if source == "stored":
+      return stored.read(**{"stream": False, **options}), None
+    from pin_jax.data import tfds  # slow to import, seldom used
+
+    return tfds.read_tfds(**options), None
 
 
 class Problem(NamedTuple):
@@ -120,19 +103,18 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
     )
   rule = config.groups
   users = split.activeness, split.interactions.user_ids
-  groups = activeness.assign_groups(
-    *users,
-    num_groups=rule.num_groups,
-    rule=rule.rule,
-    thresholds=tuple(rule.thresholds) or None,
-    head_share=rule.head_share,
-  )
-  prior = activeness.prior(
-    config.prior.kind, groups, targets, rule.num_groups,
-    tuple(config.prior.get("values")) or None,
-  )
-  prior = weightings.tempered(prior, config.prior.exponent)
-  segments = activeness.assign_segments(*users, head_share=rule.head_share)
+  with schema.section("groups"):
+    groups = activeness.assign_groups(
+      *users, num_groups=rule.num_groups, rule=rule.rule,
+      thresholds=tuple(rule.thresholds) or None, head_share=rule.head_share,
+    )
+    segments = activeness.assign_segments(*users, head_share=rule.head_share)
+  with schema.section("prior"):
+    prior = activeness.prior(
+      config.prior.kind, groups, targets, rule.num_groups,
+      tuple(config.prior.get("values")) or None,
+    )
+    prior = weightings.tempered(prior, config.prior.exponent)
   sequences = batches.host_sequences(split)
   asked = config.plugin.name == "gated" and not isinstance(
     interactions, Stored

@@ -1,13 +1,19 @@
-"""Every key of a configuration, once: meaning, type, choices, range, default.
+"""Every key of a configuration, once: meaning, type, range, default.
 
-`experiments.configs.base.default` and the checks at launch follow from it.
+  python -m experiments.schema > docs/keys.md
+
+writes the page of all keys. `configs.base.default`, the checks at launch and
+`python -m experiments.main --help` follow from the same table.
 """
 
 import contextlib
 import difflib
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from experiments.methods import METHODS
 from pin_jax.types import InputError
@@ -22,6 +28,7 @@ class Key(NamedTuple):
   Attributes:
     default: its value unless it is set.
     kind: int, float, bool, str or tuple.
+    meaning: what it sets.
     least: the smallest number, or the fewest elements.
     most: the largest number.
     below: whether a number must be below `most`.
@@ -33,6 +40,7 @@ class Key(NamedTuple):
 
   default: Any
   kind: type
+  meaning: str = ""
   least: float = 0
   most: float = MOST
   below: bool = False
@@ -62,22 +70,27 @@ class Key(NamedTuple):
     return value < self.most or not self.below
 
   @property
-  def remedy(self) -> str:
-    """What to give instead of what the key does not take."""
+  def takes(self) -> str:
+    """The values that it takes, in words."""
     if self.kind is tuple:
       few = f"at least {self.least} of" * (self.least > 0)
       once = ", each once" * self.once
-      return f"give a tuple{once}; {few or 'of each'}: {self.item.remedy}"
+      return f"a tuple{once}; {few or 'of each'}: {self.item.takes}"
     if self.kind is int:
-      return f"give a whole number from {self.least} to {self.most}"
+      return f"a whole number from {self.least} to {self.most}"
     if self.kind is float:
       below = "below " * self.below
-      return f"give a number from {self.least:g} to {below}{self.most:g}"
+      return f"a number from {self.least:g} to {below}{self.most:g}"
     if self.kind is bool:
-      return "give True or False"
+      return "True or False"
     if self.choices:
-      return f"use one of {list(self.choices)}"
-    return "give text that is not empty"
+      return f"one of {list(self.choices)}"
+    return "text that is not empty"
+
+  @property
+  def remedy(self) -> str:
+    """What to give instead of what the key does not take."""
+    return f"{'use' if self.choices else 'give'} {self.takes}"
 
   def canonical(self, value: Any) -> Any:
     """The one form of what is the same value: 1 or 1.0, list or tuple."""
@@ -88,294 +101,367 @@ class Key(NamedTuple):
     return float(value) + 0.0 if self.kind is float else value  # no -0.0
 
 
-def _whole(default: Any, least: int = 1, most: int = MOST) -> Key:
-  return Key(default, int, least, most)
+def _whole(
+  default: Any, meaning: str = "", least: int = 1, most: int = MOST
+) -> Key:
+  return Key(default, int, meaning, least, most)
 
 
-def _number(default: Any, most: float = 1e6, least: float = 0) -> Key:
-  return Key(default, float, least, most)
+def _number(
+  default: Any, meaning: str = "", most: float = 1e6, least: float = 0
+) -> Key:
+  return Key(default, float, meaning, least, most)
 
 
-def _positive(default: Any, most: float = 1e6) -> Key:
-  return Key(default, float, 1e-9, most)
+def _positive(default: Any, meaning: str, most: float = 1e6) -> Key:
+  return Key(default, float, meaning, 1e-9, most)
 
 
-def _share(default: Any) -> Key:
-  return Key(default, float, 0, 1, below=True)
+def _share(default: Any, meaning: str) -> Key:
+  return Key(default, float, meaning, 0, 1, below=True)
 
 
-def _flag(default: bool) -> Key:
-  return Key(default, bool)
+def _flag(default: bool, meaning: str) -> Key:
+  return Key(default, bool, meaning)
 
 
-def _text(default: Any, *choices: str) -> Key:
-  return Key(default, str, choices=choices)
+def _text(default: Any, meaning: str = "", *choices: str) -> Key:
+  return Key(default, str, meaning, choices=choices)
 
 
-def _several(default: Any, item: Key, least: int = 0, once: bool = True) -> Key:
-  return Key(default, tuple, least, item=item, once=once)
+def _several(
+  default: Any, meaning: str, item: Key, least: int = 0, once: bool = True
+) -> Key:
+  return Key(default, tuple, meaning, least, item=item, once=once)
 
 
-def _optional(key: Key) -> Key:
-  return key._replace(none=True)
+def _optional(kind: type, meaning: str, least: int = 1) -> Key:
+  return Key(None, kind, meaning, least, none=True)
 
 
 _SIZE = 2**16  # of a dimension; more is a slip of the pen
 _STEPS = 10**9
 _DRAWS = _MEANS = "interactions", "users"
+_DRAW = "windows are drawn by interactions or by users"
+_MEAN = "the loss is a mean over interactions (positions) or users (rows)"
 
 KEYS = {
-  # Rows of the tables, see experiments/methods.py; the first is the one
-  # compared with.
   "methods": _several(
-    ("base", "pin_backbone", "pin"), _text(NEEDED, *METHODS), 1
+    ("base", "pin_backbone", "pin"),
+    "rows of the tables; the first is the one compared with",
+    _text(NEEDED, "", *METHODS), 1,
   ),
-  # One run of every method a seed; intervals average a user over seeds.
-  "seeds": _several((0,), _whole(NEEDED, 0), 1),
-  # How many of them are trained at once, as one vectorised run: much faster on
-  # an accelerator, in `num_seeds` times the memory; 1 = one after another.
-  "num_seeds": _whole(1, most=_SIZE),
-  # The other keys are the source's, see SOURCES.
+  "seeds": _several(
+    (0,), "a run of every method each; intervals average a user over seeds",
+    _whole(NEEDED, least=0), 1,
+  ),
+  "num_seeds": _whole(
+    1, "seeds trained at once, vectorised: much faster on an accelerator, in "
+    "as many times the memory", most=_SIZE,
+  ),
   "data": {
-    "source": _text("simulator", "simulator", "files", "stored", "tfds")
+    "source": _text(
+      "simulator", "where the interactions come from", "simulator", "files",
+      "stored", "tfds",
+    )
   },
-  # 'leave_one_out', or 'temporal' with the shares of interactions that lie
-  # after the validation and the test cut.
   "split": {
-    "protocol": _text("leave_one_out", "leave_one_out", "temporal"),
-    "validation": _share(0.1),
-    "test": _share(0.1),
+    "protocol": _text(
+      "leave_one_out", "how validation and test targets are held out",
+      "leave_one_out", "temporal",
+    ),
+    "validation": _share(
+      0.1, "temporal: share of the interactions after the validation cut"
+    ),
+    "test": _share(0.1, "temporal: share of them after the test cut"),
   },
   "groups": {
-    "num_groups": _whole(5, most=_SIZE),
+    "num_groups": _whole(5, "G, number of activeness groups", most=_SIZE),
     "rule": _text(
-      "users", "users", "interactions", "thresholds", "head_share"
+      "users", "groups of as many users each, as many interactions each, by "
+      "thresholds, or tail and head", "users", "interactions", "thresholds",
+      "head_share",
     ),
-    "thresholds": _several((), _whole(NEEDED, 0)),
-    "head_share": _share(0.2),  # of users; also the border of the segments
+    "thresholds": _several(
+      (), "smallest activeness of each group but the first",
+      _whole(NEEDED, least=0),
+    ),
+    "head_share": _share(
+      0.2, "share of users in the head segment, the most active"
+    ),
   },
-  # P(d): 'custom' has `values`; raised to the power `exponent` and normalised
-  # again.
   "prior": {
-    "kind": _text("users", "users", "uniform", "interactions", "custom"),
-    "values": _several((), _number(NEEDED, 1e9), once=False),
-    "exponent": _number(1.0, 1e3),
+    "kind": _text(
+      "users", "P(d), the weights over groups", "users", "uniform",
+      "interactions", "custom",
+    ),
+    "values": _several(
+      (), "custom: P(d) up to a factor", _number(NEEDED, most=1e9), once=False
+    ),
+    "exponent": _number(
+      1.0, "P(d) is raised to this power and normalised again", 1e3
+    ),
   },
-  # The named backbone leaves a key that is not its own at its default.
   "backbone": {
-    "name": _text("sasrec", "sasrec", "gru4rec", "hstu", "din"),
-    "length": _whole(50, most=_SIZE),
-    "width": _whole(64, most=_SIZE),
-    "dropout": _share(0.2),
-    "blocks": _whole(2, most=128),  # sasrec, hstu
-    "heads": _whole(2, most=_SIZE),  # sasrec, hstu
-    "expansion": _whole(4, most=256),  # sasrec
-    "layers": _whole(1, most=128),  # gru4rec
-    "attention_hidden": _whole(36, most=_SIZE),  # din
-    "hidden": _whole(80, most=_SIZE),  # din
-    # Lay short histories one after another in rows of L and encode so many
-    # rows at a time; 0 = a history a row, all at once. Saves time where most
-    # of a batch is padding, and on CPU where a batch outgrows the caches.
-    "pack_rows": _whole(0, 0, _SIZE),
-    # Type of the products' operands: 'float32', or 'bfloat16' for
-    # accelerators. Params, optimizer and sums are float32 in any case.
-    "compute": _text("float32", "float32", "bfloat16"),
-    # Adds an embedding of the user's training activeness to what the model
-    # reads; the method 'base_activeness' does so for the base alone.
-    "reads_activeness": _flag(False),
+    "name": _text(
+      "sasrec", "architecture; it leaves keys that are not its own at their "
+      "defaults", "sasrec", "gru4rec", "hstu", "din",
+    ),
+    "length": _whole(50, "L, items of the history that it reads", most=_SIZE),
+    "width": _whole(64, "D, of embeddings and states", most=_SIZE),
+    "dropout": _share(0.2, "share of units dropped in training"),
+    "blocks": _whole(2, "sasrec, hstu: number of blocks", most=128),
+    "heads": _whole(2, "sasrec, hstu: attention heads", most=_SIZE),
+    "expansion": _whole(
+      4, "sasrec: width of the feed-forward layer over D", most=256
+    ),
+    "layers": _whole(1, "gru4rec: number of layers", most=128),
+    "attention_hidden": _whole(
+      36, "din: hidden units of the attention", most=_SIZE
+    ),
+    "hidden": _whole(80, "din: hidden units of the score", most=_SIZE),
+    "pack_rows": _whole(
+      0, "rows of L encoded at a time, short histories one after another in "
+      "each; 0 = a history a row, all at once. Saves time where most of a "
+      "batch is padding", 0, _SIZE,
+    ),
+    "compute": _text(
+      "float32", "type of the products' operands, bfloat16 for accelerators; "
+      "params, optimizer and sums are float32", "float32", "bfloat16",
+    ),
+    "reads_activeness": _flag(
+      False, "adds an embedding of the user's training activeness"
+    ),
   },
-  # The named plugin leaves a key that is not its own at its default.
   "plugin": {
     "name": _text(
-      "bottleneck", "bottleneck", "translation", "adapter", "lora", "memory",
-      "gated",
+      "bottleneck", "what serves a segment; it leaves keys that are not its "
+      "own at their defaults", "bottleneck", "translation", "adapter", "lora",
+      "memory", "gated",
     ),
-    "hidden": _whole(32, most=_SIZE),  # bottleneck, adapter, gated
-    "rank": _whole(4, most=_SIZE),  # lora
-    "reads_state": _flag(True),  # gated
+    "hidden": _whole(
+      32, "bottleneck, adapter, gated: hidden units", most=_SIZE
+    ),
+    "rank": _whole(4, "lora: rank of the updates", most=_SIZE),
+    "reads_state": _flag(
+      True, "gated: whether the gate reads the backbone's state"
+    ),
   },
-  # Item-to-item transitions of the training prefix, for 'memory' and 'gated'.
   "memory": {
     "channels": _several(
-      ("around", "after", "next"), _text(NEEDED, "around", "after", "next"), 1
+      ("around", "after", "next"), "item-to-item transitions that 'memory' and "
+      "'gated' read", _text(NEEDED, "", "around", "after", "next"), 1,
     ),
-    "window": _whole(5, most=1024),  # places that count as a transition
-    "decay": _positive(0.7, 1),  # weight of each further place
-    "neighbours": _whole(50, most=_SIZE),  # kept an item
-    # Items of a history that are looked up, at most `length`.
-    "recent": _whole(10, most=_SIZE),
-    "history_decay": _positive(0.8, 1),  # weight of each older one
-    "shrink": _number(2.0),  # added to the row sums
-    # Scores are divided by popularity^power.
-    "popularity_power": _number(0.25, 4),
-    # They reach items that never stood near one of the history, and hold the
-    # user's own items too, so that plugins need `pin.plugin_draw`
-    # 'validation'.
+    "window": _whole(5, "places that count as a transition", most=1024),
+    "decay": _positive(0.7, "weight of each further place", 1),
+    "neighbours": _whole(50, "kept an item", most=_SIZE),
+    "recent": _whole(
+      10, "newest items of a history that are looked up, at most "
+      "`backbone.length`", most=_SIZE,
+    ),
+    "history_decay": _positive(0.8, "weight of each older one", 1),
+    "shrink": _number(2.0, "added to the row sums"),
+    "popularity_power": _number(
+      0.25, "scores are divided by popularity to this power", 4
+    ),
     "relations": _several(
-      (), _text(NEEDED, "cosine", "two_step", "linear", "next")
+      (), "item-to-item models besides; they hold the user's own items, so "
+      "that plugins need `pin.plugin_draw='validation'`",
+      _text(NEEDED, "", "cosine", "two_step", "linear", "next"),
     ),
-    "ridge": _positive(100.0),  # of 'linear'
-    "next_ridge": _positive(100.0),  # of 'next'
+    "ridge": _positive(100.0, "ridge of 'linear'"),
+    "next_ridge": _positive(100.0, "ridge of 'next'"),
   },
-  # draw: windows by 'interactions' or 'users'; mean: over 'interactions'
-  # (positions) or 'users' (rows).
   "joint": {
-    "draw": _text("interactions", *_DRAWS),
-    "mean": _text("interactions", *_MEANS),
-    # Of joint stages, where PIN's windows are longer or shorter on average, to
-    # give both as many targets; 0 = the common `batch_size`.
-    "batch_size": _whole(0, 0, 2**24),
+    "draw": _text("interactions", f"joint stages: {_DRAW}", *_DRAWS),
+    "mean": _text("interactions", f"joint stages: {_MEAN}", *_MEANS),
+    "batch_size": _whole(
+      0, "windows a step of joint stages, to give them as many targets as "
+      "PIN's; 0 = the common `batch_size`", 0, 2**24,
+    ),
   },
   "pin": {
-    "draw": _text("interactions", *_DRAWS),
-    "mean": _text("interactions", *_MEANS),
-    # With 'validation', stage 2 learns from the validation targets of half of
-    # the users and is selected on the others'.
-    "plugin_draw": _text("interactions", *_DRAWS, "validation"),
-    "plugin_mean": _text("interactions", *_MEANS),
-    # A name of `weightings.WEIGHTINGS`; 'cagrad:c=0.4' sets options.
-    "weighting": _text("backdoor"),
-    # Over the 'whole' gradient, each 'tensor' by itself, or as the 'rule' was
-    # published.
-    "granularity": _text("rule", "rule", "whole", "tensor"),
-    # Parameters with a weighting of their own: ('items|bias=joint',) gives
-    # those whose name matches the regular expression the joint gradient.
-    "blocks": _several((), _text(NEEDED)),
-    # 'auto', or a name of pin_jax.aggregation.aggregator.PATHS.
-    "path": _text(
-      "auto", "auto", "stacked", "sequential", "accumulated", "weighted",
+    "draw": _text("interactions", f"stage 1: {_DRAW}", *_DRAWS),
+    "mean": _text("interactions", f"stage 1: {_MEAN}", *_MEANS),
+    "plugin_draw": _text(
+      "interactions", f"stage 2: {_DRAW}; with 'validation' it learns from the "
+      "validation targets of half of the users and is selected on the others'",
+      *_DRAWS, "validation",
     ),
-    "diagnose_every": _whole(10, 0),  # steps between Gramians; 0 = off
-    "clip_importance": _positive(10.0),
+    "weighting": _text(
+      "backdoor", "how the groups' gradients are weighted: a name of "
+      "`weightings.WEIGHTINGS`; 'cagrad:c=0.4' sets options",
+    ),
+    "granularity": _text(
+      "rule", "weights of the whole gradient, of each tensor by itself, or as "
+      "the rule was published", "rule", "whole", "tensor",
+    ),
+    "blocks": _several(
+      (), "parameters with a weighting of their own: 'items|bias=joint' gives "
+      "those whose name matches the expression the joint gradient",
+      _text(NEEDED),
+    ),
+    "path": _text(
+      "auto", "how the groups' gradients are computed; results are equal",
+      "auto", "stacked", "sequential", "accumulated", "weighted",
+    ),
+    "diagnose_every": _whole(10, "steps between Gramians; 0 = off", 0),
+    "clip_importance": _positive(
+      10.0, "largest importance weight of exact adjustment"
+    ),
   },
-  # Weightings of the methods of these names, as `pin.weighting`; they share
-  # PIN's draw, mean, granularity and path.
-  "rules": {
-    "inverse_propensity": _text("inverse_propensity"),
-    "group_dro": _text("group_dro"),
-    "streaming_dro": _text("streaming_dro"),
-    "cvar": _text("cvar:alpha=0.4"),
-    "pcgrad": _text("pcgrad"),
-    "upgrad": _text("upgrad"),
-    "consensus": _text("consensus"),
-    "gradient_alignment": _text("gradient_alignment"),
-  },
-  # 'softmax' over the whole catalogue, or of sampled negatives
-  # ('sampled_softmax' is logQ-corrected); the other keys are theirs.
   "loss": {
     "name": _text(
-      "softmax", "softmax", "sampled_softmax", "gbce", "bce", "bpr"
+      "softmax", "softmax over the whole catalogue, or a loss of sampled "
+      "negatives ('sampled_softmax' is logQ-corrected)", "softmax",
+      "sampled_softmax", "gbce", "bce", "bpr",
     ),
-    "negatives": _whole(256, most=2**20),
-    # By a batch's positions, or each its 'own'.
-    "candidates": _text("shared", "shared", "own"),
-    # 'uniform', 'popularity', 'in_batch', or shares of the negatives, such as
-    # 'in_batch:0.5,uniform:0.5'.
-    "proposal": _text("uniform"),
-    "exponent": _number(1.0, 4),  # of the training counts in 'popularity'
-    "calibration": _number(0.75, 1),  # t of gbce
-    "focusing": _number(2.0, 100),  # gamma of the method 'focal'
+    "negatives": _whole(256, "sampled for each step or position", most=2**20),
+    "candidates": _text(
+      "shared", "negatives are shared by a batch's positions, or each has its "
+      "own", "shared", "own",
+    ),
+    "proposal": _text(
+      "uniform", "where negatives come from: 'uniform', 'popularity', "
+      "'in_batch', or shares such as 'in_batch:0.5,uniform:0.5'",
+    ),
+    "exponent": _number(1.0, "popularity: of the training counts", 4),
+    "calibration": _number(0.75, "gbce: t", 1),
+    "focusing": _number(2.0, "gamma of the method 'focal'", 100),
   },
-  "batch_size": _whole(250, 2, 2**24),  # windows a step, over all groups
-  "backbone_steps": _whole(1500, most=_STEPS),
-  "plugin_steps": _whole(300, most=_STEPS),
-  "classifier_steps": _whole(300, most=_STEPS),
-  # Steps of a last phase of every row, once all choices are made: its backbone
-  # trains on with all validation targets among its training targets, the
-  # memory counts them, plugins stay as fitted. 0 = off.
-  "refit": _whole(0, 0, _STEPS),
+  "batch_size": _whole(250, "windows a step, over all groups", 2, 2**24),
+  "backbone_steps": _whole(1500, "steps of stage 1", most=_STEPS),
+  "plugin_steps": _whole(300, "steps of stage 2", most=_STEPS),
+  "classifier_steps": _whole(
+    300, "steps of exact adjustment's P(d|x)", most=_STEPS
+  ),
+  "refit": _whole(
+    0, "steps of a last phase of every row, once all choices are made: its "
+    "backbone trains on with all validation targets, plugins stay; 0 = off", 0,
+    _STEPS,
+  ),
   "optimizer": {
-    "learning_rate": _positive(2e-3, 1e3),
-    "plugin_learning_rate": _positive(1e-3, 1e3),
-    "classifier_learning_rate": _positive(2e-3, 1e3),
-    "warmup": _whole(50, 0, _STEPS),
-    "final": _share(0.01),
-    "b2": _share(0.98),
-    "weight_decay": _number(0.0, 1e3),
-    "clip": _positive(5.0),
-    "average": _share(0.0),
-    # How the item tables are updated: 'dense', or with sampled negatives
-    # 'row_sparse': the rows that a step reads, and their moments, alone.
-    "tables": _text("dense", "dense", "row_sparse"),
+    "learning_rate": _positive(2e-3, "of stage 1", 1e3),
+    "plugin_learning_rate": _positive(1e-3, "of stage 2", 1e3),
+    "warmup": _whole(50, "steps of linear warm-up", 0, _STEPS),
+    "weight_decay": _number(0.0, "decoupled (AdamW)", 1e3),
+    "clip": _positive(5.0, "largest norm of the gradient"),
+    "average": _share(
+      0.0, "decay of the average of the parameters, which is what serves"
+    ),
+    "tables": _text(
+      "dense", "how item tables are updated; row_sparse (with sampled "
+      "negatives): the rows that a step reads, and their moments, alone",
+      "dense", "row_sparse",
+    ),
   },
   "validation": {
-    "every": _whole(100, most=_STEPS),
-    "users": _whole(0, 0),  # validate on so many, drawn once; 0 = all
-    # Validations without improvement before a stop; 0 = off.
-    "patience": _whole(0, 0),
+    "every": _whole(100, "steps between validations", most=_STEPS),
+    "users": _whole(0, "validate on so many, drawn once; 0 = all", 0),
+    "patience": _whole(
+      0, "validations without improvement before a stop; 0 = off", 0
+    ),
   },
   "evaluation": {
-    # 'full' ranking, or 'sampled': the target among so many `negatives`, drawn
-    # by `seed`, not by the runs' seeds. Never in one table.
-    "protocol": _text("full", "full", "sampled"),
-    "negatives": _whole(99, most=2**24),
-    "seed": _whole(0, 0),
+    "protocol": _text(
+      "full", "full ranking, or the target among sampled negatives; never in "
+      "one table", "full", "sampled",
+    ),
+    "negatives": _whole(99, "sampled: how many", most=2**24),
+    "seed": _whole(0, "sampled: what they are drawn by", 0),
   },
-  "dispatch": _whole(10, most=10**6),  # steps a dispatch
-  # Devices: every batch is split over `data` of them, the item tables over
-  # `model`, the interactions over all; 1 x 1 is one device. Results do not
-  # depend on it, and a job may go on with another mesh.
-  "mesh": {"data": _whole(1, most=_SIZE), "model": _whole(1, most=_SIZE)},
-  # What the report tests, declared before training: tail users better, head
-  # users no worse than by the margin, a relative loss of NDCG@10. `power` is
-  # the probability with which the printed effects are found.
+  "dispatch": _whole(10, "steps sent to the device at a time", most=10**6),
+  "mesh": {
+    "data": _whole(
+      1, "devices that every batch is split over; results do not depend on the "
+      "mesh, and a job may go on with another", most=_SIZE,
+    ),
+    "model": _whole(1, "devices that item tables are split over", most=_SIZE),
+  },
   "claims": {
-    "non_inferiority_margin": _share(0.02),
-    "power": Key(0.8, float, 0.01, 1, below=True),
+    "non_inferiority_margin": _share(
+      0.02, "declared before training: the relative loss of NDCG@10 that head "
+      "users may have"
+    ),
+    "power": Key(
+      0.8, float, "probability with which the printed effects are found", 0.01,
+      1, below=True,
+    ),
   },
-  # A loss, gradient or parameter that is not finite: 'stop', or 'skip' the step
-  # and count it.
-  "non_finite": _text("stop", "stop", "skip"),
+  "non_finite": _text(
+    "stop", "at a loss, gradient or parameter that is not finite: stop, or "
+    "skip the step and count it", "stop", "skip",
+  ),
 }
 
 _FILTERS = {
-  "duplicates": _text("keep", "keep", "exact", "first", "last"),
-  "k_core": _whole(0, 0),
-  "min_length": _whole(1),
-  "max_history": _optional(_whole(None)),
+  "duplicates": _text(
+    "keep", "of a user and item", "keep", "exact", "first", "last"
+  ),
+  "k_core": _whole(
+    0, "drop users and items with fewer interactions, again and again", 0
+  ),
+  "min_length": _whole(1, "drop users with fewer interactions"),
+  "max_history": _optional(int, "keep a user's newest so many"),
 }
 
 # What each `data.source` takes besides: the arguments of its reader.
 SOURCES = {
   "simulator": {
-    "seed": _whole(0, 0),
-    "num_users": _whole(4000, most=10**7),
-    "num_items": _whole(300, 2, 10_000),  # squared, for every stratum
+    "seed": _whole(0, "of the world and its users", 0),
+    "num_users": _whole(4000, "U", most=10**7),
+    "num_items": _whole(300, "V; squared, for every group", 2, 10_000),
     "borders": _several(
-      (5, 8, 12, 20, 40, 151), _whole(NEEDED, 3, 100_000), 2
+      (5, 8, 12, 20, 40, 151), "lengths of the sequences of each group",
+      _whole(NEEDED, least=3, most=100_000), 2,
     ),
-    "length_exponent": _number(1.5, 20),
-    "prior_decay": _positive(0.9, 1e3),
-    "confounding": _number(0.4, 1),
-    "scale": _number(1.75, 1e3),
-    "rank": _whole(8, 2, 1024),
-    "popularity_exponent": _number(0.6, 100),
-    "popularity_tilt": _number(0.25, 100),
+    "confounding": _number(
+      0.4, "how much activeness shapes histories and targets", 1
+    ),
   },
   "files": {
-    "path": _text(NEEDED),
-    # Names of columns; None = found by their usual names.
-    "user": _optional(_text(None)),
-    "item": _optional(_text(None)),
-    "time": _optional(_text(None)),
-    "separator": _optional(_text(None)),  # one character; None = by the suffix
+    "path": _text(NEEDED, "CSV, TSV, Parquet or .inter file"),
+    "user": _optional(str, "column of users; None = by its usual names"),
+    "item": _optional(str, "column of items; likewise"),
+    "time": _optional(str, "column of times; likewise"),
+    "separator": _optional(str, "one character; None = by the suffix"),
     **_FILTERS,
   },
-  # `stream` leaves the interactions on disk.
-  "stored": {"path": _text(NEEDED), "stream": _flag(False)},
+  "stored": {
+    "path": _text(NEEDED, "directory that `experiments.store` wrote"),
+    "stream": _flag(False, "leave the interactions on disk"),
+  },
   "tfds": {
-    "name": _text(NEEDED),
-    "data_dir": _optional(_text(None)),
-    "manual_dir": _optional(_text(None)),
+    "name": _text(NEEDED, "of the data set"),
+    "data_dir": _optional(str, "where TFDS keeps it"),
+    "manual_dir": _optional(str, "where its downloaded archive is"),
     **_FILTERS,
   },
 }
 
-
-# Keys of older versions, on which no result depends.
+ANY = ...
+# Keys of older versions -> the only value that means the job of today; ANY
+# where no result depends on it.
 RETIRED = {
-  *(f"claims.assumed_{x}" for x in ("ndcg", "correlation", "seed_spread")),
-  *(f"evaluation.{x}_chunk" for x in ("user", "item")),
+  "claims.assumed_ndcg": ANY,
+  "claims.assumed_correlation": ANY,
+  "claims.assumed_seed_spread": ANY,
+  "evaluation.user_chunk": ANY,
+  "evaluation.item_chunk": ANY,
+  "optimizer.b2": 0.98,
+  "optimizer.classifier_learning_rate": 2e-3,
+  "optimizer.final": 0.01,
+  "pin.plugin_mean": "interactions",
+  **{
+    f"rules.{method.stages[-1].rule.split(':')[0]}": method.stages[-1].rule
+    for method in METHODS.values() if method.stages[-1].rule
+  },
+  "data.length_exponent": 1.5,
+  "data.prior_decay": 0.9,
+  "data.scale": 1.75,
+  "data.rank": 8,
+  "data.popularity_exponent": 0.6,
+  "data.popularity_tilt": 0.25,
 }
 
 
@@ -405,7 +491,8 @@ def defaults(keys: dict[str, Any] = KEYS) -> dict[str, Any]:
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
   """A configuration as JSON has it, the same whatever way a key was set.
 
-  What is None is as if it were not there.
+  What is None is as if it were not there, and so is what RETIRED lists at the
+  value that it says.
   """
   source = config.get("data", {}).get("source")
   keys = keys_of(source)
@@ -419,13 +506,43 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for name, value in tree.items():
       if isinstance(value, dict):
-        out[name] = of(value, f"{prefix}{name}.")
-      elif value is not None and prefix + name not in RETIRED:
+        if own := of(value, f"{prefix}{name}."):
+          out[name] = own
+      elif value is not None and RETIRED.get(prefix + name) not in (ANY, value):
         key = keys.get(prefix + name)
         out[name] = key.canonical(value) if key else value
     return out
 
   return of(config, "")
+
+
+def check_keys(config: ConfigDict) -> None:
+  """Checks that every key is known, there, and takes its value.
+
+  Raises:
+    InputError: for the first that is not so.
+  """
+  given = dict(flatten(config.to_dict()))
+  source = given.get("data.source")
+  if not KEYS["data"]["source"].accepts(source):
+    raise bad("data.source", source, KEYS["data"]["source"].remedy)
+  keys = keys_of(source)
+  for name, value in given.items():
+    if name not in keys and not (name.startswith("data.") and value is None):
+      unknown = "unknown key"
+      if name.startswith("data."):
+        unknown = f"source {source!r} does not use it"
+      raise bad(name, value, f"{unknown}; {nearest(name, keys)}")
+  for name, key in keys.items():
+    value, needed = given.get(name), key.default is NEEDED
+    if name not in given or (needed and value is None):
+      if needed or not name.startswith("data."):
+        raise InputError(
+          f"config key {name} is missing; source {source!r} needs it" if needed
+          else f"config key {name} is missing; its default is {key.default!r}"
+        )
+    elif not key.accepts(value):
+      raise bad(name, value, key.remedy)
 
 
 @contextlib.contextmanager
@@ -482,3 +599,54 @@ def differences(
   for key in sorted(mine.keys() | theirs.keys()):
     if mine.get(key) != theirs.get(key):
       yield key, mine.get(key), theirs.get(key)
+
+
+def listing() -> str:
+  """All keys, each in a line or two, for --help."""
+  found = dict(flatten(KEYS))
+  for source, own in SOURCES.items():
+    found |= {f"data.{name} ({source})": key for name, key in own.items()}
+  return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
+    f"  {name} = {_default(key)}\n" + textwrap.fill(
+      f"{key.meaning}; {key.takes}", 80, initial_indent="    ",
+      subsequent_indent="    ",
+    )
+    for name, key in found.items()
+  )
+
+
+def page() -> str:
+  """docs/keys.md."""
+  single = {name: key for name, key in KEYS.items() if isinstance(key, Key)}
+  sections = {name: x for name, x in KEYS.items() if isinstance(x, dict)}
+  parts = [
+    "# Keys of a configuration",
+    "Written by `python -m experiments.schema > docs/keys.md`. Each is set as "
+    "`--config.KEY=VALUE`; `experiments/schema.py` is where they are defined. "
+    "Sizes that a config leaves at None are fitted to the data "
+    "(`experiments/sizes.py`).",
+    *_table("", single),
+  ]
+  for name, keys in sections.items():
+    parts += [f"## {name}", *_table(f"{name}.", keys)]
+    for source, own in SOURCES.items() if name == "data" else ():
+      parts += [f"### data.source = {source}", *_table("data.", own)]
+  return "\n\n".join(parts) + "\n"
+
+
+def _default(key: Key) -> str:
+  return "needed" if key.default is NEEDED else repr(key.default)
+
+
+def _table(prefix: str, keys: dict[str, Key]) -> list[str]:
+  rows = [
+    (f"`{prefix}{name}`", f"`{_default(key)}`", key.meaning, key.takes)
+    for name, key in keys.items()
+  ]
+  head = [("key", "default", "meaning", "takes"), ("---",) * 4]
+  cells = ([cell.replace("|", "\\|") for cell in row] for row in head + rows)
+  return ["\n".join(f"| {' | '.join(row)} |" for row in cells)]
+
+
+if __name__ == "__main__":
+  print(page(), end="")

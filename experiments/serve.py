@@ -27,7 +27,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, settings, workdir
+from experiments import commands, schema, settings, workdir
 from experiments.build import networks_of
 from experiments.configs.base import default
 from experiments.job import of_results
@@ -368,8 +368,9 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
   stored = workdir.read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
     defaults = default().to_dict()
-    defaults["data"] = stored["config"]["data"]
-    config = ConfigDict(_filled(defaults, stored["config"]))
+    kept = schema.canonical(stored["config"])
+    defaults["data"] = kept["data"]
+    config = ConfigDict(_filled(defaults, kept))
     settings.check(config)
   return config, stored["data"]
 

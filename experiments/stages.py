@@ -478,7 +478,7 @@ class Trainer:
       "joint": (config.joint.draw, config.joint.mean),
       "groups": (config.pin.draw, config.pin.mean),
       "uniform": ("users", "users"),
-      "plugin": (config.pin.plugin_draw, config.pin.plugin_mean),
+      "plugin": (config.pin.plugin_draw, "interactions"),
     }[stage.sampling])
 
   def _pool(

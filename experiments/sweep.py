@@ -25,6 +25,7 @@ import hashlib
 import json
 import math
 import runpy
+import shlex
 import subprocess
 import sys
 import time
@@ -213,7 +214,7 @@ def _written(value: Any) -> str:
 
 def printed(job: Job) -> str:
   """The job's command, to be pasted."""
-  return commands.command_line(["python", *job.command[1:]])
+  return shlex.join(["python", *job.command[1:]])
 
 
 def run(

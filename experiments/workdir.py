@@ -1,8 +1,6 @@
 """A job's directory: held by one process, written so that kills do no harm."""
 
 import contextlib
-import errno
-import fcntl
 import io
 import json
 import os
@@ -22,11 +20,9 @@ import scipy
 from etils import epath
 
 from pin_jax import disk
-from pin_jax.types import InputError
 
 # What may change the last bits of a result.
 _LIBRARIES = (jax, jaxlib, np, optax, orbax.checkpoint)
-_UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 def versions() -> dict[str, str]:
@@ -74,51 +70,25 @@ def write_rows(path: epath.Path, rows: pl.DataFrame) -> None:
 def held(workdir: epath.Path) -> Iterator[None]:
   """Keeps other processes out of a workdir while the block runs.
 
-  The lock goes with the process, however it ends. File systems without locks,
-  such as buckets, are not guarded.
-
   Args:
-    workdir: the directory, made where it is missing.
+    workdir: the directory, made where it is missing; a bucket is not guarded.
 
   Raises:
     InputError: if another process holds it, or it cannot be.
     WriteError: if it cannot be written.
   """
-  file = workdir / "checkpoints" / "lock"
-  with disk.writing(f"--workdir={workdir}"):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    try:
-      handle = os.open(os.fspath(file), flags)
-    except FileNotFoundError:  # a bucket
-      handle = None
-  if handle is None:
-    yield
-    return
-  try:
-    _lock(handle, workdir)
+  with contextlib.ExitStack() as stack:
+    with disk.writing(f"--workdir={workdir}"):
+      (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+      if "://" not in os.fspath(workdir):
+        stack.enter_context(disk.locked(
+          workdir / "checkpoints" / "lock",
+          f"workdir {workdir} is in use by another process; wait for it to end "
+          "or use another --workdir",
+        ))
     with disk.writing(workdir):
       disk.clear(workdir)
     yield
-  finally:
-    os.close(handle)
-
-
-def _lock(handle: int, workdir: epath.Path) -> None:
-  try:
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    owner = os.pread(handle, 100, 0).decode(errors="replace").strip()
-    raise InputError(
-      f"workdir {workdir} is in use by {owner or 'another process'}; wait for "
-      "it to end or use another --workdir"
-    ) from None
-  except OSError as error:
-    if error.errno not in _UNSUPPORTED:
-      raise
-    return
-  os.ftruncate(handle, 0)
-  os.pwrite(handle, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
 def read_json(path: epath.Path, **needed: Any) -> dict[str, Any]:

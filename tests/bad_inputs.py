@@ -83,7 +83,7 @@ _file("a.csv", None, "a.csv does not exist", "check the path",
       row_name="file: absent")
 _file("a.csv", "", "a.csv is empty", "0 bytes")
 _file("a.csv", "user,item\n", "header but no rows", "check how it was made")
-_file("a.xls", GOOD, "suffix '.xls'", "use one of", row_name="file: suffix")
+_file("a.xls", GOOD, "suffix '.xls'", "one of", row_name="file: suffix")
 _file("a.csv", "who,item\n1,2\n", "no user column", "give user=<column>")
 _file("a.csv", "user,what\n1,2\n", "no item column", "give item=<column>")
 _file("a.csv", GOOD, "no column 'when'", "give time=<column>", time="when",
@@ -98,7 +98,7 @@ _file("a.csv", b"user,item\n\xff\xfe,2\n", "a.csv cannot be read", "check its")
 _file("a.csv", "user,item\n1,2,3,4\n", "a.csv cannot be read", "separator")
 _file("a.csv", GOOD, "separator=',,'", "give one character", separator=",,",
       row_name="file: separator")
-_file("a.csv", GOOD, "duplicates='all'", "use one of", duplicates="all",
+_file("a.csv", GOOD, "duplicates='all'", "one of", duplicates="all",
       row_name="file: duplicates")
 _file("a.csv", GOOD, "k_core=-1", "whole number of at least 0", k_core=-1,
       row_name="file: k_core")
@@ -259,7 +259,7 @@ def _(folder):
   _data().select_users(np.ones(3, bool))
 
 
-@row("groups: rule", "'age'", "use one of")
+@row("groups: rule", "'age'", "one of")
 def _(folder):
   activeness.assign_groups(np.arange(4), num_groups=2, rule="age")
 
@@ -296,7 +296,7 @@ def _(folder):
   batches.make_pool(np.ones(2), np.zeros(2), num_groups=1, length=0)
 
 
-@row("sampler: draw", "draw='all' is unknown", "use one of")
+@row("sampler: draw", "draw='all' is unknown", "one of")
 def _(folder):
   nothing = batches.Sequences(*[np.zeros(0, np.int32)] * 3)
   batches.Draw(batch_size=1, length=1, draw="all").batch(
@@ -448,7 +448,7 @@ def _zip(members):
   return buffer.getvalue()
 
 
-@row("tfds: name", "unknown data set 'films/1'", "use one of")
+@row("tfds: name", "unknown data set 'films/1'", "one of")
 def _(folder):
   tfds.read_tfds("films/1", data_dir=folder)
 
@@ -481,82 +481,106 @@ def _(folder):
   report.write_report([folder])
 
 
-def _config(key, value, *words):
-  """The main job with one config key set."""
+def _config(key, value, *words, **more):
+  """The main job with one config key set, or more of them (__ for a dot)."""
 
   def action(folder):
     config = tiny.get_config()
-    *path, last = key.split(".")
-    section = config
-    for name in path:
-      section = section[name]
-    with config.ignore_type(), config.unlocked():
-      section[last] = value
+    given = {name.replace("__", "."): x for name, x in more.items()}
+    for name, one in {key: value, **given}.items():
+      *path, last = name.split(".")
+      section = config
+      for part in path:
+        section = section[part]
+      with config.ignore_type(), config.unlocked():
+        section[last] = one
     job.run(config, folder / "w", rich.console.Console(file=io.StringIO()))
 
-  ROWS[f"config: {key}={value!r}"] = (action, words)
+  ROWS[f"config: {key}={value!r} {more or ''}"] = (action, words)
 
 
-_config("widht", 3, "widht=3", "unknown key")
 NAN, INF = float("nan"), float("inf")
-_config("batch_size", "many", "batch_size='many'", "whole number from 2")
-_config("batch_size", 10**12, "batch_size=1000000000000", "to 16777216")
-_config("batch_size", True, "batch_size=True", "whole number")
-_config("backbone.length", 10.0, "backbone.length=10.0", "whole number")
-_config("backbone.width", 0, "backbone.width=0", "from 1 to")
-_config("backbone.width", -8, "backbone.width=-8", "from 1 to")
-_config("backbone.width", 7, "backbone.width=7", "multiple of backbone.heads=2")
-_config("backbone.dropout", 1.5, "backbone.dropout=1.5", "below 1")
-_config("backbone.name", "bert", "'bert'", "use one of")
-_config("backbone.reads_activeness", 1, "reads_activeness=1", "True or False")
-_config("memory.neighbours", 2**63, "memory.neighbours=9223", "to 65536")
-_config("memory.shrink", NAN, "memory.shrink=nan", "number from 0")
-_config("memory.decay", INF, "memory.decay=inf", "number from 1e-09 to 1")
-_config("memory.channels", ("after", "after"), "'after')", "each once")
-_config("memory.relations", ("likeness",), "'likeness'", "use one of")
-_config("memory.ridge", 0.0, "memory.ridge=0.0", "number from 1e-09")
-_config("optimizer.learning_rate", -1.0, "learning_rate=-1.0", "number from")
-_config("optimizer.learning_rate", NAN, "learning_rate=nan", "number from")
-_config("optimizer.weight_decay", INF, "weight_decay=inf", "number from 0")
-_config("optimizer.warmup", None, "warmup=None", "whole number from 0")
-_config("prior.exponent", -1.0, "prior.exponent=-1.0", "number from 0")
-_config("prior.values", (0.5, "1"), "prior.values=(0.5, '1')", "number from 0")
-_config("groups.rule", "age", "groups.rule='age'", "use one of")
-_config("groups.thresholds", (2, NAN), "(2, nan)", "whole number from 0")
-_config("pin.weighting", "best", "pin.weighting='best'", "use one of")
-for _spec, *_words in (
-  ("annealed_backdoor:steps=2.5", "'steps=2.5'", "whole number"),
-  ("pcgrad:seed=0.5", "'seed=0.5'", "whole number"),
-  ("gradvac:num_groups=7", "'num_groups=7'", "options are ['beta', 'seed']"),
-  ("gradvac:beta=nan", "'beta=nan'", "number from 0"),
-  ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
-  ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
-  ("cvar:", "give alpha", "cvar:alpha=number"),
-  ("annealed_backdoor", "give steps", "annealed_backdoor:steps=number"),
+for _row in (
+  ("widht", 3, "widht=3", "unknown key"),
+  ("backbone.widht", 3, "backbone.widht=3", "did you mean backbone.width"),
+  ("batch_size", "many", "batch_size='many'", "whole number from 2"),
+  ("batch_size", 10**12, "batch_size=1000000000000", "to 16777216"),
+  ("batch_size", True, "batch_size=True", "whole number"),
+  ("batch_size", 2, "batch_size=2", "groups.num_groups=3"),
+  ("num_seeds", 2, "num_seeds=2", "number of seeds, 1, must be a multiple"),
+  ("backbone.length", 10.0, "backbone.length=10.0", "whole number"),
+  ("backbone.width", 0, "backbone.width=0", "from 1 to"),
+  ("backbone.width", 7, "backbone.width=7", "multiple of backbone.heads=2"),
+  ("backbone.dropout", 1.0, "backbone.dropout=1.0", "below 1"),
+  ("backbone.name", "bert", "'bert'", "one of"),
+  ("backbone.name", "gru4rec", "blocks=1", "'gru4rec' does not take it"),
+  ("backbone.layers", 2, "layers=2", "'sasrec' does not take it"),
+  ("backbone.reads_activeness", 1, "reads_activeness=1", "True or False"),
+  ("memory.neighbours", 2**63, "memory.neighbours=9223", "to 65536"),
+  ("memory.shrink", NAN, "memory.shrink=nan", "number from 0"),
+  ("memory.decay", INF, "memory.decay=inf", "number from 1e-09 to 1"),
+  ("memory.channels", ("after", "after"), "'after')", "each once"),
+  ("memory.relations", ("likeness",), "'likeness'", "one of"),
+  ("optimizer.learning_rate", -1.0, "learning_rate=-1.0", "number from"),
+  ("optimizer.learning_rate", NAN, "learning_rate=nan", "number from"),
+  ("optimizer.warmup", None, "warmup=None", "whole number from 0"),
+  ("prior.exponent", -1.0, "prior.exponent=-1.0", "number from 0"),
+  ("prior.values", (0.5, "1"), "prior.values=(0.5, '1')", "number from 0"),
+  ("prior.kind", "custom", "prior.values=()", "where prior.kind asks"),
+  ("groups.rule", "age", "groups.rule='age'", "one of"),
+  ("groups.thresholds", (2, NAN), "(2, nan)", "whole number from 0"),
+  ("groups.thresholds", (3, 5), "(3, 5)", "exactly where groups.rule asks"),
+  ("pin.weighting", "best", "pin.weighting='best'", "one of"),
+  *(("pin.weighting", spec, f"pin.weighting={spec!r}", *words)
+    for spec, *words in (
+      ("annealed_backdoor:steps=2.5", "'steps=2.5'", "whole number"),
+      ("pcgrad:seed=0.5", "'seed=0.5'", "whole number"),
+      ("gradvac:num_groups=7", "'num_groups=7'", "are ['beta', 'seed']"),
+      ("gradvac:beta=nan", "'beta=nan'", "number from 0"),
+      ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
+      ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
+      ("cagrad:c=x", "'c=x'", "number"),
+      ("cvar:", "give alpha", "cvar:alpha=number"),
+      ("annealed_backdoor", "give steps", "annealed_backdoor:steps=number"),
+    )),
+  ("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'"),
+  ("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern"),
+  ("pin.blocks", ("others=joint",), "'others' is", "pin.weighting"),
+  ("loss.name", "mse", "loss.name='mse'", "one of"),
+  ("loss.negatives", 0, "loss.negatives=0", "whole number"),
+  ("loss.exponent", INF, "loss.exponent=inf", "number from 0"),
+  ("loss.calibration", 1.5, "loss.calibration=1.5", "number from 0"),
+  ("loss.focusing", -1.0, "loss.focusing=-1.0", "number from 0"),
+  *(("loss.proposal", spec, f"loss.proposal={spec!r}", words)
+    for spec, words in (
+      ("hard", "one of"), ("uniform:x", "positive share"),
+      ("uniform,uniform", "each once"), ("uniform:0,in_batch", "positive"),
+    )),
+  ("claims.power", 0.0, "claims.power=0.0", "number from"),
+  ("evaluation.protocol", "quick", "evaluation.protocol='quick'", "one of"),
+  ("methods", ("best",), "methods=('best',)", "one of"),
+  ("methods", ("base", "base"), "('base', 'base')", "each once"),
+  ("seeds", (), "seeds=()", "at least 1 of"),
+  ("seeds", (0.0,), "seeds=(0.0,)", "whole number from 0"),
+  ("seeds", (2**31,), "seeds=(2147483648,)", "to 2147483647"),
+  ("seeds", (1, 1), "seeds=(1, 1)", "each once"),
+  ("non_finite", "ignore", "non_finite='ignore'", "one of"),
+  ("validation.every", 7, "validation.every=7", "multiple of dispatch"),
+  ("data.borders", (3, 4), "longest history: 3", "nothing to learn"),
+  ("data.source", "web", "data.source='web'", "one of"),
+  ("data.path", "x.csv", "data.path='x.csv'", "does not use it"),
+  ("data.num_items", 10**6, "num_items=1000000", "from 2 to 10000"),
+  ("data.confounding", NAN, "confounding=nan", "number from 0 to 1"),
+  ("data.borders", (4, 6.5), "borders=(4, 6.5)", "whole number from 3"),
+  ("data.seed", None, "data.seed=None", "whole number from 0"),
 ):
-  _config("pin.weighting", _spec, f"pin.weighting={_spec!r}", *_words)
-_config("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'")
-_config("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern")
-_config("pin.blocks", ("others=joint",), "'others' is", "pin.weighting")
-_config("rules.cvar", "cvar:beta=1", "rules.cvar='cvar:beta=1'", "alpha")
-_config("rules.pcgrad", "pcgrad:seed=inf", "rules.pcgrad=", "whole number")
-_config("loss.focusing", -1.0, "loss.focusing=-1.0", "number from 0")
-_config("loss.focusing", NAN, "loss.focusing=nan", "number from 0")
-_config("methods", ("best",), "methods=('best',)", "use one of")
-_config("methods", ("base", "base"), "('base', 'base')", "each once")
-_config("seeds", (), "seeds=()", "at least 1 of")
-_config("seeds", (0.0,), "seeds=(0.0,)", "whole number from 0")
-_config("seeds", (2**31,), "seeds=(2147483648,)", "to 2147483647")
-_config("seeds", (-1,), "seeds=(-1,)", "whole number from 0")
-_config("non_finite", "ignore", "non_finite='ignore'", "use one of")
-_config("validation.every", 7, "validation.every=7", "multiple of dispatch")
-_config("data.borders", (3, 4), "longest history: 3", "nothing to learn")
-_config("data.source", "web", "data.source='web'", "use one of")
-_config("data.path", "x.csv", "data.path='x.csv'", "does not use it")
-_config("data.num_items", 10**6, "num_items=1000000", "from 2 to 10000")
-_config("data.confounding", NAN, "confounding=nan", "number from 0 to 1")
-_config("data.borders", (4, 6.5), "borders=(4, 6.5)", "whole number from 3")
-_config("data.seed", None, "data.seed=None", "whole number from 0")
+  _config(*_row)
+_config("loss.name", "gbce", "made for 'uniform'", loss__proposal="in_batch")
+_config("loss.name", "gbce", "config section loss", "rate=1.03448",
+        loss__negatives=30)
+_config("evaluation.protocol", "sampled", "99", "more")
+_config("memory.relations", ("cosine",), "'cosine'", "plugin_draw='validation'",
+        plugin__name="gated", memory__recent=3)
 
 
 def _flags(name, *words, **workdir):
@@ -567,7 +591,9 @@ def _flags(name, *words, **workdir):
     flags.FLAGS.unparse_flags()
     with _arguments(["experiments.main", *arguments]):
       with contextlib.suppress(SystemExit):
-        app.run(main.main, flags_parser=main._parse)
+        app.run(main.main, flags_parser=lambda argv: commands.parse_with(
+          argv, main.CONFIG, main.DEFAULT
+        ))
 
   ROWS[f"flags: {name}"] = (action, words)
 
@@ -606,7 +632,7 @@ _flags("--config=tests/tiny.py --workdir=s3://b/w", "s3://b/w", "local path")
 _flags(f"{TINY}/w --coordinator=h:99999 --num_processes=2 --process_id=0",
        "--coordinator=h:99999", "1 to 65535")
 _flags(f"{TINY}/w --coordinator=h:1 --num_processes=2 --process_id=0 "
-       "--patience=9999999999", "--patience=9999999999", "1 to 1000000")
+       "--patience=9999999999", "--patience=9999999999", "[1, 1000000]")
 
 
 def _words(program, name, *words):
@@ -676,7 +702,7 @@ _serving("everything denied", "deny names all 2", "shorten it",
          allow=["a", "b"], deny=["b", "a"])
 
 
-@row("serving: prefix", "prefix='test'", "use one of")
+@row("serving: prefix", "prefix='test'", "one of")
 def _(folder):
   serving.of_users(_recommender(), prefix="test")
 
@@ -762,12 +788,12 @@ _serve("an unset variable among ids", "has an empty id", model="m.pin",
 _serve("histories of fractions", "row 1 has no list", "`items`", model="m.pin",
        history="FOLDER/f.json")
 _serve("empty allow list", "--allow= is empty", **ANN, allow="")
-_serve("suffix of the output", "suffix '.csv'", "use one of", **ANN,
+_serve("suffix of the output", "suffix '.csv'", "one of", **ANN,
        output="x.csv")
 _serve("folder of the output", "is no directory", "make it first", **ANN,
        output="FOLDER/x/recs.json")
 _serve("no output", "output='' is no path", **ANN, output="")
-_serve("suffix of histories", "suffix '.csv'", "use one of", model="m.pin",
+_serve("suffix of histories", "suffix '.csv'", "one of", model="m.pin",
        history="h.csv")
 _serve("absent histories", "does not exist", model="m.pin",
        history="FOLDER/n.json")

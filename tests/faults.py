@@ -261,7 +261,7 @@ def _(folder, say):
     job.run(tiny.get_config(), folder / "w", QUIET)
 
 
-@row("first job in a workdir in use", 2, "is in use by process")
+@row("first job in a workdir in use", 2, "is in use by another")
 def _(folder, say):
   try:
     with workdir.held(epath.Path(folder)):
@@ -294,7 +294,7 @@ def _(folder, say):
       assert log._file.closed  # and nothing is written as it goes
 
 
-@row("two processes on one workdir", 2, "is in use by process", "--workdir")
+@row("two processes on one workdir", 2, "is in use by another", "--workdir")
 def _(folder, say):
   directory = epath.Path(folder)
   with workdir.held(directory), workdir.held(directory):

@@ -176,7 +176,7 @@ def test_three_interactions_each_are_the_cause(tmp_path):
     "user,item\n" + "".join(f"{u},{i}\n" for u in range(40) for i in range(3))
   )
   for config in (files.get_config(f"path={path}"), base.default()):
-    config.data = base.files_section(str(path))
+    config.data = base.data_section("files", path=str(path))
     with pytest.raises(InputError, match="longest history: 3.*two of them"):
       problem.prepare(config)
 

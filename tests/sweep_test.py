@@ -14,7 +14,7 @@ import rich.console
 from etils import epath
 from toy_rows import make_rows, make_workdir
 
-from experiments import commands, report, results, sweep
+from experiments import report, results, sweep
 from pin_jax.types import InputError
 
 SETTINGS = """[
@@ -85,7 +85,7 @@ from ml_collections import ConfigDict
 from experiments.configs import base
 def get_config(argument=None):
   config = base.default()
-  config.data = base.files_section(%r)
+  config.data = base.data_section("files", path=%r)
   config.prior.exponent = %s
   return config
 def sweep():
@@ -434,19 +434,6 @@ def test_bad_arguments_are_one_line_and_code_2(tmp_path, arguments, message):
   assert done.returncode == 2
   assert done.stderr.startswith(f"error: {message}")
   assert done.stderr.count("\n") == 1
-
-
-def test_commands_can_be_pasted(tmp_path):
-  arguments = [
-    "echo", "a b", "--x=('a','b')", "--y=$HOME", "--z=3", '--w=say "it"', "it's"
-  ]
-  text = commands.command_line(arguments)
-  assert """--x="('a','b')" """ in text
-  done = subprocess.run(
-    f"for x in {text}; do printf '%s\\n' \"$x\"; done", shell=True,
-    capture_output=True, text=True, check=True,
-  )
-  assert done.stdout.splitlines() == arguments
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def _config(split, tmp_path):
         for t in range(rng.integers(2, 9))
       ]
     (tmp_path / "toy.csv").write_text("\n".join(lines) + "\n")
-    config.data = base.files_section(str(tmp_path / "toy.csv"))
+    config.data = base.data_section("files", path=str(tmp_path / "toy.csv"))
     config.split = {"protocol": "temporal", "validation": 0.2, "test": 0.2}
   return config
 

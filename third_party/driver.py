@@ -22,6 +22,7 @@ that has finished is not trained again.
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -530,7 +531,7 @@ def launch(peer: Peer) -> None:
     module = f"third_party.{peer.package}"
     run(
       config.value, peer, plan, values.workdir, beside=values.beside,
-      command=commands.command_line(
+      command=shlex.join(
         ["python", "-m", module, *sys.argv[1:]]
       ),
     )

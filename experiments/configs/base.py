@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
@@ -28,10 +29,7 @@ def parse(argument: str | None, **defaults: str) -> dict[str, str]:
 
   Args:
     argument: the text after the colon, or None.
-    **defaults: the keys that the config knows.
-
-  Returns:
-    The values, as strings.
+    **defaults: the keys that the config knows, and their values.
 
   Raises:
     InputError: for a key that the config does not know.
@@ -48,22 +46,19 @@ def parse(argument: str | None, **defaults: str) -> dict[str, str]:
   return values
 
 
-def files_section(path: str, **columns: str) -> ConfigDict:
-  """The `data` section of a file; every key of the reader can be overridden."""
-  optional = ("user", "item", "time", "separator")
-  return ConfigDict({
-    "source": "files",
-    "path": path,
-    **{
-      key: config_dict.placeholder(str) if not columns.get(key)
-      else columns[key]
-      for key in optional
-    },
-    "duplicates": "keep",
-    "k_core": 0,
-    "min_length": 1,
-    "max_history": config_dict.placeholder(int),
-  })
+def data_section(source: str, **given: Any) -> ConfigDict:
+  """The `data` section of a source, whole, so that any key can be overridden.
+
+  Args:
+    source: one of `schema.SOURCES`.
+    **given: values of its keys; those that are empty keep their defaults.
+  """
+  section = {"source": source}
+  for name, key in schema.SOURCES[source].items():
+    free = key.default in (None, schema.NEEDED)
+    default = config_dict.placeholder(key.kind) if free else key.default
+    section[name] = given.get(name) or default
+  return ConfigDict(section)
 
 
 def gated(config: ConfigDict) -> None:
@@ -84,7 +79,7 @@ def amazon(argument: str | None, file: str) -> ConfigDict:
   """What the sparse review data sets share."""
   config = default()
   values = parse(argument, path=data_path(file))
-  config.data = files_section(values["path"])
+  config.data = data_section("files", path=values["path"])
   config.backbone.update(length=32, width=128, dropout=0.5, pack_rows=8)
   config.loss.update(name="sampled_softmax", negatives=2048)
   config.optimizer.learning_rate = 3e-3
@@ -99,12 +94,7 @@ def movielens(argument: str | None, file: str, name: str) -> ConfigDict:
   config = default()
   values = parse(argument, path=data_path(file), source="files")
   if values["source"] == "tfds":
-    config.data = ConfigDict({
-      "source": "tfds",
-      "name": name,
-      "data_dir": config_dict.placeholder(str),
-      "manual_dir": config_dict.placeholder(str),
-    })
+    config.data = data_section("tfds", name=name)
   else:
-    config.data = files_section(values["path"])
+    config.data = data_section("files", path=values["path"])
   return config

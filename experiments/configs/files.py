@@ -27,6 +27,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
       "path=my.csv"
     )
   config = base.default()
-  config.data = base.files_section(values.pop("path"), **values)
+  config.data = base.data_section("files", **values)
   sizes.leave_to_data(config)
   return config

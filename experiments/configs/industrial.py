@@ -19,7 +19,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     argument, path="interactions.parquet", data="4", model="4"
   )
   config = base.default()
-  config.data = base.files_section(values["path"])
+  config.data = base.data_section("files", path=values["path"])
   config.mesh.update(data=int(values["data"]), model=int(values["model"]))
   config.backbone.update(length=200, width=256, heads=4, compute="bfloat16")
   config.loss.update(name="sampled_softmax", negatives=4096)

@@ -26,7 +26,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
   config = base.default()
   values = base.parse(argument, path=base.data_path("ml-100k.inter"))
-  config.data = base.files_section(values["path"])
+  config.data = base.data_section("files", path=values["path"])
   config.loss.update(
     name="bce", negatives=4, proposal="uniform", candidates="own"
   )

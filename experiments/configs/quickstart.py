@@ -22,9 +22,9 @@ _BORDERS = (5, 8, 12, 20, 40, 151)  # of the whole sequence's length
 def get_config() -> ConfigDict:
   """Returns the configuration."""
   config = base.default()
-  config.data = ConfigDict({
-    "source": "simulator", "seed": 0, "num_users": 6000, "borders": _BORDERS,
-  })
+  config.data = base.data_section(
+    "simulator", num_users=6000, borders=_BORDERS
+  )
   config.groups.rule = "thresholds"
   config.groups.thresholds = tuple(b - 2 for b in _BORDERS[1:-1])
   config.backbone.update(length=3, dropout=0.2)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments import methods
 from experiments.configs import beauty
 
 
@@ -21,7 +22,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   config.backbone.width = 64
   config.methods = (
     "base", "user_uniform", "tail_only", "head_only", "fine_tuned", "focal",
-    "base_activeness", *config.rules, "pin_backbone", "pin_exact_backbone",
+    "base_activeness", *methods.RULES, "pin_backbone", "pin_exact_backbone",
     "joint_shared", "pin_exact", "pin",
   )
   return config

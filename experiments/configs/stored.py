@@ -16,5 +16,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration."""
   config = base.default()
   path = base.parse(argument, path="stored")["path"]
-  config.data = ConfigDict({"source": "stored", "path": path, "stream": True})
+  config.data = base.data_section("stored", path=path, stream=True)
   return config

@@ -93,49 +93,52 @@ def accumulated(
     from the last chunk on.
   """
 
-  @jax.custom_vjp
-  def total(*args: PyTree) -> tuple[jax.Array, jax.Array]:
-    return forward(*args)[0]
-
-  def forward(
-    params: PyTree, shared: PyTree, inputs: PyTree, constants: PyTree,
-    used: jax.Array,
+  def run(
+    slopes: bool, params: PyTree, shared: PyTree, inputs: PyTree,
+    constants: PyTree, used: jax.Array,
   ) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+    """((scalar, rows), (slopes of params, of inputs) or nothing)."""
+    of_chunk = lambda params, *rows: chunk_loss(params, shared, *rows)
     value_and_grad = jax.value_and_grad(
-      lambda params, inputs, constants: chunk_loss(
-        params, shared, inputs, constants
-      ), (0, 1), has_aux=True, allow_int=True,
+      of_chunk, (0, 1), has_aux=True, allow_int=True
     )
     count = len(jax.tree.leaves((inputs, constants))[0])
-    pad = lambda x: jnp.pad(x, [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1))
-    padded = jax.tree.map(pad, (inputs, constants))
+    padded = jax.tree.map(lambda x: _pad(x, chunk), (inputs, constants))
 
     def add(carry: PyTree, first: jax.Array, size: int) -> PyTree:
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size)
-      put = lambda whole, x: (
-        jax.lax.dynamic_update_slice_in_dim(whole, x, first, 0)
-        if _is_float(whole) else whole
-      )
-      value, rows, of_params, of_inputs = carry
-      (more, new), (to_params, to_inputs) = value_and_grad(
-        params, *jax.tree.map(take, padded)
-      )
-      return (
-        value + more, put(rows, new),
-        jax.tree.map(jnp.add, of_params, to_params),
-        jax.tree.map(put, of_inputs, to_inputs),
-      )
+      put = lambda whole, x: _put(whole, x, first)
+      value, rows, gradients = carry
+      arguments = params, *jax.tree.map(take, padded)
+      if slopes:
+        (more, new), (of_params, of_inputs) = value_and_grad(*arguments)
+        gradients = (
+          jax.tree.map(jnp.add, gradients[0], of_params),
+          jax.tree.map(put, gradients[1], of_inputs),
+        )
+      else:
+        more, new = of_chunk(*arguments)
+      return value + more, put(rows, new), gradients
 
-    of_row = jax.eval_shape(chunk_loss, params, shared, *padded)[1].shape[1:]
-    carry = (
-      jnp.float32(0), jnp.zeros((count + -count % chunk, *of_row)),
+    of_row = jax.eval_shape(of_chunk, params, *padded)[1].shape[1:]
+    gradients = (
       jax.tree.map(_zeros_wide, params),
       jax.tree.map(jnp.zeros_like, padded[0]),
-    )
-    value, rows, of_params, of_inputs = _loop(add, carry, used, chunk, rest)
-    of_params = jax.tree.map(lambda x, p: x.astype(p.dtype), of_params, params)
-    rows, of_inputs = jax.tree.map(lambda x: x[:count], (rows, of_inputs))
-    return (value, rows), (of_params, of_inputs)
+    ) if slopes else ()
+    rows = jnp.zeros((count + -count % chunk, *of_row))
+    start = jnp.float32(0), rows, gradients
+    value, rows, gradients = _loop(add, start, used, chunk, rest)
+    if slopes:
+      cast = jax.tree.map(lambda x, p: x.astype(p.dtype), gradients[0], params)
+      gradients = cast, jax.tree.map(lambda x: x[:count], gradients[1])
+    return (value, rows[:count]), gradients
+
+  @jax.custom_vjp
+  def total(*args: PyTree) -> tuple[jax.Array, jax.Array]:
+    return run(False, *args)[0]
+
+  def forward(*args: PyTree) -> tuple[tuple[jax.Array, jax.Array], PyTree]:
+    return run(True, *args)
 
   def backward(residuals: PyTree, cotangents: tuple) -> tuple:
     of_params, of_inputs = jax.tree.map(
@@ -146,6 +149,16 @@ def accumulated(
 
   total.defvjp(forward, backward)
   return total
+
+
+def _pad(x: jax.Array, multiple: int) -> jax.Array:
+  return jnp.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
+
+
+def _put(whole: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:
+  if not _is_float(whole):
+    return whole
+  return jax.lax.dynamic_update_slice_in_dim(whole, x, first, 0)
 
 
 def _loop(

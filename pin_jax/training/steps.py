@@ -406,7 +406,7 @@ def many(step: Step) -> Step:
   Run k does what `step` does with run k's state, key and frozen params, up to
   the rounding of batched products. All runs are at the same t, so that what
   depends on t alone (`diagnose_every`) stays a branch; a loop whose length
-  depends on the data (`losses.accumulated`) takes as long as the longest.
+  depends on the data (`chunks.accumulated`) takes as long as the longest.
 
   Args:
     step: of one run.
