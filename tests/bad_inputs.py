@@ -579,6 +579,8 @@ _config("loss.name", "gbce", "made for 'uniform'", loss__proposal="in_batch")
 _config("loss.name", "gbce", "config section loss", "rate=1.03448",
         loss__negatives=30)
 _config("evaluation.protocol", "sampled", "99", "more")
+_config("memory.relations", ("cosine",), "'cosine'", "plugin_draw='validation'",
+        plugin__name="gated", memory__recent=3)
 
 
 def _flags(name, *words, **workdir):

@@ -21,8 +21,7 @@ _BUCKETS = 16
 
 
 def check(*, width: int = 1, heads: int = 1, dropout: float) -> None:
-  """Raises InputError if `width` is no multiple of `heads`, or for a rate
-  outside [0, 1)."""
+  """Raises InputError unless `heads` divide `width` and `dropout` < 1."""
   if heads < 1 or width % heads:
     raise InputError(
       f"width={width} is no multiple of heads={heads}; change one of them"
@@ -108,25 +107,20 @@ def from_encoder(encoder: nn.Module, length: int) -> Backbone:
 def tied_score(
   params: PyTree, representations: jax.Array, candidates: jax.Array | None
 ) -> jax.Array:
-  """logit = <r, E_v> + b_v against the item table, in float32.
+  """Logits [M, C] = <r, E_v> + b_v against the item table, in float32.
 
   Args:
-    params: holds `items` [V+1, D] and `bias` [V+1].
-    representations: [M, 1 or C, D], of any float type.
-    candidates: item indices, [C] shared by all rows or [M, C]; None = the
-      whole table 0..V, in order.
-
-  Returns:
-    [M, C] logits.
+    params: holds `items` E [V+1, D] and `bias` b [V+1].
+    representations: r, [M, 1 or C, D], of any float type.
+    candidates: [C], [M, C] or None, as in `types.Backbone`.
   """
   table, bias = params["items"], params["bias"]
   if candidates is not None:
     table, bias = lookup(table, candidates), bias[candidates]
-  spec = "mkd,cd->mkc" if table.ndim == 2 else "mkd,mcd->mkc"
-  if representations.shape[1] > 1:
-    spec = "mcd,cd->mc" if table.ndim == 2 else "mcd,mcd->mc"
-  logits = product(spec, representations, table)
-  return (logits[:, 0] if logits.ndim == 3 else logits) + bias
+  ours, theirs = "mcd", "cd" if table.ndim == 2 else "mcd"
+  if representations.shape[1] == 1:
+    ours, representations = "md", representations[:, 0]
+  return product(f"{ours},{theirs}->mc", representations, table) + bias
 
 
 def conditioned(backbone: Backbone) -> Backbone:

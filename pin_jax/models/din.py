@@ -94,8 +94,7 @@ def din(
     width: D.
     attention_hidden: width of the activation unit.
     hidden: width of the last network; its second layer has half of it.
-    dropout: rate in [0, 1) at which history items are left out; the others
-      count 1 / (1 - rate).
+    dropout: rate in [0, 1) at which history items are left out, rescaled.
 
   Raises:
     InputError: if a width is smaller than 1, or `dropout` is outside [0, 1).
@@ -103,6 +102,7 @@ def din(
   check(dropout=dropout)
   at_least(1, attention_hidden=attention_hidden, hidden=hidden)
   unit, predictor = _ActivationUnit(attention_hidden), _Predictor(hidden)
+  indices = lambda x: jnp.arange(num_items + 1) if x is None else x
 
   def init(key: jax.Array) -> PyTree:
     keys = jax.random.split(key, 3)
@@ -126,8 +126,7 @@ def din(
     return items, factors, windows, *known
 
   def represent(
-    params: PyTree, states: tuple[jax.Array, ...],
-    candidates: jax.Array | None,
+    params: PyTree, states: tuple, candidates: jax.Array | None
   ) -> jax.Array:
     items, factors, *known = states
     past = lookup(params["items"], items)
@@ -136,27 +135,25 @@ def din(
       past += added[:, None]
 
     def pool(index: jax.Array) -> jax.Array:
-      weights = unit.apply(
-        {"params": params["unit"]}, past, lookup(params["items"], index)
-      ) * factors[..., None]
-      return jnp.einsum("mlc,mld->mcd", weights.astype(past.dtype), past)
+      embedded = lookup(params["items"], index)
+      weights = _within(unit, params["unit"], past, embedded)
+      weights = (weights * factors[..., None]).astype(past.dtype)
+      return jnp.einsum("mlc,mld->mcd", weights, past)
 
     size = max(_MAX_ELEMENTS // (items.size * attention_hidden), 1)
-    return _in_chunks(pool, _indices(candidates, num_items), size)
+    return _in_chunks(pool, indices(candidates), size)
 
   def score(
     params: PyTree, representations: jax.Array, candidates: jax.Array | None
   ) -> jax.Array:
-    embedded = lookup(params["items"], _indices(candidates, num_items))
-    return predictor.apply(
-      {"params": params["predictor"]}, representations, embedded
-    )
+    embedded = lookup(params["items"], indices(candidates))
+    return _within(predictor, params["predictor"], representations, embedded)
 
   return Backbone(init, encode, _prefix, represent, score)
 
 
-def _indices(candidates: jax.Array | None, num_items: int) -> jax.Array:
-  return jnp.arange(num_items + 1) if candidates is None else candidates
+def _within(module: nn.Module, params: PyTree, *args: jax.Array) -> jax.Array:
+  return module.apply({"params": params}, *args)
 
 
 def _prefix(

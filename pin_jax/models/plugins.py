@@ -235,16 +235,13 @@ def memory_alone(options: Options) -> Plugin:
 
 
 class _Gate(nn.Module):
-  """Weights of the experts, 0 at the start."""
-
   hidden: int
   experts: int
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     h = jnp.tanh(nn.Dense(self.hidden)(x))
-    zeros = nn.initializers.zeros
-    return nn.Dense(self.experts, kernel_init=zeros)(h)
+    return nn.Dense(self.experts, kernel_init=nn.initializers.zeros)(h)
 
 
 def gated(
@@ -326,7 +323,7 @@ def logits(
   candidates: jax.Array | None,
   items: jax.Array | None = None,
 ) -> jax.Array:
-  """Logits of the backbone's states through one segment's plugin.
+  """Logits [M, C] of the backbone's states through one segment's plugin.
 
   Args:
     model: backbone and plugin.
@@ -336,9 +333,6 @@ def logits(
     candidates: [C], [M, C] or None, as in `types.Backbone`.
     items: [C], which items `candidates=None` are where the backbone's tables
       hold some of the catalogue alone.
-
-  Returns:
-    [M, C].
   """
   backbone, plugin = model
   represented = backbone.represent(weights.backbone, states, candidates)
