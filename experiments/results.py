@@ -537,6 +537,13 @@ def values_of(
   )
 
 
+def mean_metric(rows: pl.DataFrame, metric: str, column: str) -> float:
+  """Mean of a metric over rows of one model; NaN for none."""
+  if not rows.height:
+    return math.nan
+  return float(_metric(rows, column, metric).mean())
+
+
 def _metric(frame: pl.DataFrame, column: str, metric: str) -> np.ndarray:
   """Values [N] of a metric in the rows of one model."""
   if metric in _OF_IMPRESSIONS:
@@ -1109,10 +1116,9 @@ def metrics_table(job: Analysis, title: str) -> Table:
     parts = slices_of(rows)
     for part in ("overall", "tail", "head"):
       own = model_rows(rows, model).filter(parts[part])
-      lines.append((model, part, *(
-        float(_metric(own, column, name).mean()) if own.height else math.nan
-        for name in names
-      )))  # fmt: skip
+      lines.append(
+        (model, part, *(mean_metric(own, name, column) for name in names))
+      )
   return Table(
     f"Means over users and seeds, {title}",
     [Column("model", "model"), Column("users"),

@@ -621,8 +621,9 @@ def page() -> str:
   sections = {name: x for name, x in KEYS.items() if isinstance(x, dict)}
   parts = [
     "# Keys of a configuration",
-    "Written by `python -m experiments.schema > docs/keys.md`. Each is set as "
-    "`--config.KEY=VALUE`; `experiments/schema.py` is where they are defined. "
+    "Written by `python -m experiments.schema > docs/keys.md`. Each follows "
+    "`--config.` on the command line, as in `--config.backbone.width=128`; "
+    "`experiments/schema.py` is where they are defined. "
     "Sizes that a config leaves at None are fitted to the data "
     "(`experiments/sizes.py`).",
     *_table("", single),

@@ -51,9 +51,11 @@ from experiments.results import (
   Table,
   check_claims,
   key_of,
-  levels,
+  mean_metric,
+  model_rows,
   models_of,
   read,
+  slices_of,
   write_summary,
 )
 from pin_jax import disk
@@ -516,14 +518,18 @@ def table(
       claim.model: claim
       for claim in check_claims(rows, base=against, margin=0, column=column)
     }
-    for level in levels(own.rows, column=column):
-      claim = claims.get(level.model)
-      values = [math.nan]
-      if level.model in METHODS and own.summary.get("cost"):
-        values = [*validation(own, level.model).values()]
+    for model in models_of(own.rows):
+      rows, values = model_rows(own.rows, model), [math.nan]
+      if model in METHODS and own.summary.get("cost"):
+        values = [*validation(own, model).values()]
+      parts = [
+        mean_metric(rows.filter(keep), METRIC, column)
+        for keep in [*slices_of(rows).values()][:3]
+      ]
+      claim = claims.get(model)
       lines.append((
-        own.name, *(_written(chosen.get(key)) for key in keys), level.model,
-        level.seeds, float(np.mean(values)), *level[2:5],
+        own.name, *(_written(chosen.get(key)) for key in keys), model,
+        rows["seed"].n_unique(), float(np.mean(values)), *parts,
         *((claim.tail, claim.head) if claim else ("", "")),
       ))
   if base is not None and not any(line[-1] for line in lines):

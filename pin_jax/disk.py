@@ -109,10 +109,7 @@ def clear(directory: epath.Path) -> None:
 
 
 def write(files: Mapping[epath.PathLike, bytes | str]) -> None:
-  """Writes files, none of them before all are on the disk.
-
-  Args:
-    files: path -> content.
+  """Writes files, {path: content}, none of them before all are on the disk.
 
   Raises:
     InputError, WriteError: as of `writing`; every file is then as it was.
@@ -126,11 +123,7 @@ def write(files: Mapping[epath.PathLike, bytes | str]) -> None:
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
-  """Whatever goes wrong with a file's content becomes a line that names it.
-
-  Args:
-    path: of a file that this package wrote.
-    remedy: what to do about damage.
+  """Whatever goes wrong with a file of ours becomes a line that names it.
 
   Raises:
     InputError: for every other exception of the block but those of output.
@@ -192,14 +185,8 @@ def check_new(path: epath.PathLike) -> pathlib.Path:
 def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
   """Makes a directory as a whole: a kill leaves none, and a rerun mends.
 
-  It is filled under another name beside its own, `.NAME.partial`. What a killed
-  run has left there is deleted; a run that lives keeps it.
-
-  Args:
-    path: of the directory, which must not exist.
-
-  Yields:
-    Where to write.
+  The block fills another one beside it, `.NAME.partial`. What a killed run has
+  left there is deleted; a run that lives keeps it.
 
   Raises:
     InputError: if it exists, or another process is writing it.

@@ -736,30 +736,33 @@ def _from_members(
   exported = jax.export.deserialize(bytearray(members["program.jax"]))
   with disk.unheard():
     exported.mlir_module()  # which raises where the program cannot be read
-  arrays = {
-    name: _array(members[name], **of)
-    for name, of in manifest["arrays"].items()
-  }
+  arrays = {}
+  for name, of in manifest["arrays"].items():
+    little = np.dtype(of["dtype"]).newbyteorder("<")
+    array = np.frombuffer(members[name], little).reshape(of["shape"])
+    arrays[name] = array.astype(of["dtype"], copy=False)
   offsets = arrays["histories/offsets"]
   num_items = exported.out_avals[0].shape[1] - 1
-  users = _columns(members["users.parquet"], len(offsets) - 1, _USERS)
-  items = _columns(members["items.parquet"], num_items, _ITEMS)
+  ends = {f"end_{key}": key for key in (*PREFIXES, _REMEMBERED)}
+  user_ids, users = _columns(
+    members["users.parquet"], len(offsets) - 1, "user", segment=pl.Int32,
+    slot=pl.Int32, **dict.fromkeys(ends, pl.Int64),
+  )
+  item_ids, items = _columns(
+    members["items.parquet"], num_items, "item", interactions=pl.Float32
+  )
   args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
   made = Recommender(
     jax.jit(exported.call),
     Routes(
-      _slots(manifest["slots"], arrays, args), users["segment"].to_numpy(),
-      users["slot"].to_numpy(), tuple(manifest["newcomers"]),
+      _slots(manifest["slots"], arrays, args), users["segment"], users["slot"],
+      tuple(manifest["newcomers"]),
     ),
     Users(
-      _ids(users["user"]), arrays["histories/items"], offsets,
-      {
-        key: users[f"end_{key}"].to_numpy() for key in (*PREFIXES, _REMEMBERED)
-        if key in PREFIXES or f"end_{key}" in users
-      },
+      user_ids, arrays["histories/items"], offsets,
+      {key: users[name] for name, key in ends.items() if name in users},
     ),
-    _ids(items["item"]),
-    np.concatenate([np.zeros(1, np.float32), items["interactions"].to_numpy()]),
+    item_ids, np.append(np.float32(0), items["interactions"]),
     manifest["length"], manifest["recent"], manifest["head_from"],
     manifest["origin"], "behaviours" in args[3],
   )
@@ -814,11 +817,6 @@ def _check_contents(
       raise ValueError(what)
 
 
-def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
-  little = np.dtype(dtype).newbyteorder("<")
-  return np.frombuffer(data, little).astype(dtype, copy=False).reshape(shape)
-
-
 def _slots(
   slots: list[list[int]], arrays: dict[str, np.ndarray], args: Sequence[Any]
 ) -> tuple[plugins.Weights, ...]:
@@ -847,33 +845,25 @@ def _tree(arrays: dict[str, np.ndarray], prefix: str, like: PyTree) -> PyTree:
   return structure.unflatten([jnp.asarray(arrays[name]) for name in names])
 
 
-_ID = (pl.Int64, pl.String)
-_USERS = {
-  "user": _ID, "segment": (pl.Int32,), "slot": (pl.Int32,),
-  **{f"end_{key}": (pl.Int64,) for key in PREFIXES},
-}
-_ITEMS = {"item": _ID, "interactions": (pl.Float32,)}
-
-
 def _columns(
-  data: bytes, rows: int, kinds: Mapping[str, tuple[Any, ...]]
-) -> pl.DataFrame:
+  data: bytes, rows: int, ids: str, **kinds: Any
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """(original ids as `Interactions` has them, the other columns) of a table."""
   # Parquet may expand without bound; no more is read than is needed.
   table = disk.read_parquet(data, rows + 1)
+  kinds = {
+    name: kind for name, kind in kinds.items()
+    if name in table.columns or name != f"end_{_REMEMBERED}"
+  }
   if len(table) != rows:
     raise ValueError(f"a table has {len(table)} rows and not {rows}")
-  for name, types in kinds.items():
-    if table[name].dtype not in types or table[name].has_nulls():
+  column = table[ids]
+  text = pl.String if column.dtype == pl.String else pl.Int64
+  for name, kind in {ids: text, **kinds}.items():
+    if table[name].dtype != kind or table[name].has_nulls():
       raise ValueError(f"column {name} is {table[name].dtype}, or has gaps")
-  return table
-
-
-def _ids(column: pl.Series) -> np.ndarray:
-  """Original ids as `Interactions` has them."""
   if not (column[1:] > column[:-1]).all():  # before any is copied
-    raise ValueError(f"column {column.name} does not ascend")
-  if column.dtype == pl.Int64:
-    return column.to_numpy()
-  out = np.empty(len(column), object)
-  out[:] = column.to_list()
-  return out
+    raise ValueError(f"column {ids} does not ascend")
+  found = np.empty(rows, object if text == pl.String else np.int64)
+  found[:] = column.to_list()
+  return found, {name: table[name].to_numpy() for name in kinds}

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-import sklearn.metrics
 
 from pin_jax.data.batches import last_items, make_sequences
 from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
-from pin_jax.evaluation.metrics import ndcg
 from pin_jax.evaluation.ranking import (
   Requests,
   draw_unseen,
@@ -262,28 +260,6 @@ def test_log_probabilities_equal_scipy(
     np.testing.assert_allclose(row, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 5, 10, ITEMS])
-def test_ndcg_of_the_ranks_equals_scikit_learn(
-  split, sequences, requests, sasrec, k
-):
-  model, weights = sasrec
-  rng = np.random.default_rng(5)  # without the duplicates nothing ties
-  untied = jnp.asarray(rng.normal(size=(ITEMS + 1, WIDTH)), jnp.float32)
-  weights = weights._replace(backbone={**weights.backbone, "items": untied})
-  rank = make_ranker(model, num_items=ITEMS, length=LENGTH, item_chunk=16)
-  ranks = rank(weights, sequences, requests).rank_unmasked
-  scores = make_log_probabilities(
-    model, num_items=ITEMS, length=LENGTH
-  )(
-    weights, sequences, requests
-  )
-  data = split.interactions
-  targets = data.items[data.offsets[requests.users] + requests.positions]
-  relevant = np.eye(ITEMS)[targets - 1]
-  want = sklearn.metrics.ndcg_score(relevant, scores, k=k, ignore_ties=True)
-  np.testing.assert_allclose(ndcg(ranks, k).mean(), want, rtol=1e-6)
-
-
 def test_windows_hold_the_items_before_the_position(split, sequences):
   data = split.interactions
   users = jnp.asarray([5, 5, 0, 2])
@@ -295,7 +271,7 @@ def test_windows_hold_the_items_before_the_position(split, sequences):
     np.testing.assert_array_equal(row, [0] * (LENGTH - len(read)) + read)
 
 
-def test_nobody_to_rank_gives_empty_results(sequences, sasrec):
+def test_nobody_to_rank_gives_empty_results(split, sequences, sasrec):
   model, weights = sasrec
   nobody = Requests(*(np.zeros(0, np.int32) for _ in Requests._fields))
   sizes = {"num_items": ITEMS, "length": LENGTH}
@@ -303,6 +279,11 @@ def test_nobody_to_rank_gives_empty_results(sequences, sasrec):
   assert all(x.shape == (0,) for x in ranks)
   rows = make_log_probabilities(model, **sizes)(weights, sequences, nobody)
   assert rows.shape == (0, ITEMS)
+  rank = make_sampled_ranker(
+    model, split.interactions, length=LENGTH, count=9
+  )
+  got = rank(weights, sequences, nobody)
+  assert got.rank.shape == (0,) and got.negative_scores.shape == (0, 9)
 
 
 # Sampled ranking.
@@ -374,10 +355,3 @@ def test_sampled_ranks_equal_a_loop_over_users(
     assert got.rank[i] == scipy.stats.rankdata(-listed, method="average")[0]
 
 
-def test_nobody_to_rank_among_samples(split, sequences, params):
-  nobody = Requests(*(np.zeros(0, np.int32) for _ in Requests._fields))
-  rank = make_sampled_ranker(
-    Model(_bag(), None), split.interactions, length=LENGTH, count=9
-  )
-  got = rank(Weights(params, None), sequences, nobody)
-  assert got.rank.shape == (0,) and got.negative_scores.shape == (0, 9)

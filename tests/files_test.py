@@ -48,11 +48,6 @@ class TestFormats:
     path = write("b.CSV", text.replace("\t", ";"))
     assert files.read(path, separator=";").fingerprint == self.expected()
 
-  def test_parquet(self, tmp_path):
-    pl.DataFrame(self.COLUMNS).write_parquet(tmp_path / "a.parquet")
-    data = files.read(tmp_path / "a.parquet")
-    assert data.fingerprint == self.expected()
-
   def test_parquet_of_many_row_groups(self, tmp_path):
     rng = np.random.default_rng(0)
     columns = {name: rng.integers(0, 50, 1000) for name in self.COLUMNS}

@@ -273,7 +273,8 @@ def test_a_job_of_one_model_and_a_sampled_one(tmp_path):
     assert "NDCG@10 against base, sampled candidates" in few
     assert "SAMPLED PROTOCOL, not comparable" in few
     assert "against 9 items" in few and "full ranking over" not in few
-    assert ("AUC by activeness" in few) == (path == sampled)
+    latex = (tmp_path / "out" / "report.tex").read_text()
+    assert ("AUC by activeness" in latex) == (path == sampled)
     single = text.split("## toy (one)")[1].split("\n## ")[0]
     assert "NDCG@10, history masked" in single
     assert "Change of NDCG" not in single

@@ -1,15 +1,18 @@
 """What `serve` reads: ids and histories, exactly as they are stored."""
 
+import io
 import json
 
 import numpy as np
 import polars as pl
 import pytest
+import rich.console
 
 from experiments import serve
 from pin_jax import serving
 from pin_jax.data.interactions import from_columns
 from pin_jax.types import InputError
+from tests import bad_inputs
 
 
 def _knowing(ids):
@@ -135,3 +138,14 @@ def test_other_json_is_refused_in_one_line(tmp_path, text):
 def test_numpy_integers_are_ids():
   found = serving.of_users(_knowing([5, 6]), np.array([6], np.int32))
   assert found.users.tolist() == [1]
+
+
+def test_an_export_is_a_model_and_says_what_it_holds(tmp_path, monkeypatch):
+  monkeypatch.setattr(
+    serve, "recommender", lambda *_, **__: bad_inputs._recommender()
+  )
+  path, console = tmp_path / "m.pin", rich.console.Console(file=io.StringIO())
+  serve.serve(serve.Options(workdir="w", export=str(path)), console)
+  text = console.file.getvalue()
+  assert f"2 users, 6 items, {path.stat().st_size:,} bytes in" in text
+  assert serving.load(path).item_ids.tolist() == list("abcdef")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,9 +55,8 @@ def test_jobs_carry_their_settings(tmp_path):
     "--config.seeds=(0, 1)",
   ]
   assert second.command[-1] == "--config.methods=('base', 'pin')"
-  assert sweep.printed(second).endswith(
-    """--config.backbone.length=20 --config.methods="('base', 'pin')\""""
-  )
+  printed = shlex.split(sweep.printed(second))
+  assert printed == ["python", *second.command[1:]]
 
 
 def test_the_directory_is_the_hash_of_the_settings(tmp_path):
@@ -305,7 +305,7 @@ def test_table_from_the_result_files(root):
       ("overall", rows), ("tail", rows.filter(segment=0)),
       ("head", rows.filter(segment=1)),
     ):
-      assert line[part].estimate == pytest.approx(_ndcg(own))
+      assert line[part] == pytest.approx(_ndcg(own))
     want = {"base": BASE, "pin": PLUGINS}[line["model"]][rate]
     want = want[0] if len(want) == 1 else 0.8 * want[0] + 0.2 * want[1]
     assert line["validation"] == pytest.approx(want)

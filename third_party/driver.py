@@ -39,7 +39,6 @@ from ml_collections import ConfigDict, config_flags
 from experiments import (
   commands,
   job,
-  logs,
   report,
   schema,
   workdir,
@@ -179,7 +178,7 @@ def run(
     summary = {
       **job.about_data(problem), "base": title, "other": title,
       "closeness": [], "peer": about, "command": command,
-      "versions": {**logs.versions(), **_named(peer, found)},
+      "versions": {**workdir.provenance(), **_named(peer, found)},
       "cost": _costs(peer, plan, results),
     }
     seconds = {

@@ -7,7 +7,7 @@ Binary cross-entropy with four uniform negatives a position, windows of ten
 behaviours, and the target ranked among 99 items that the user never interacts
 with; AUC, GAUC, log loss, HR and NDCG. Only the abstract of the paper is known
 to us, so that these settings are what such papers commonly use, not the
-paper's. The results stand in comparison_sampled.*, apart from full ranking, and
+paper's. The results stand apart from those of full ranking and
 are not comparable with it.
 
 On MovieLens-100k about four minutes on one CPU core. Expect a base of AUC .905

@@ -98,8 +98,7 @@ def assign_segments(
 
   Args:
     activeness: [U] numbers of training interactions.
-    ids: [U] original ids of the users, which break ties, see `id_hash`; by
-      default 0..U-1.
+    ids: as of `assign_groups`.
     head_share: The head has round(head_share * U) users, but at least one, and
       leaves at least one to the tail.
 
@@ -258,7 +257,7 @@ def _check_activeness(activeness: np.ndarray) -> np.ndarray:
 def _check_users(
   activeness: np.ndarray, ids: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns checked activeness and ids, both [U]."""
+  """Checked activeness and ids, both [U]."""
   activeness = _check_activeness(activeness)
   ids = np.asarray(range(len(activeness)) if ids is None else ids)
   if ids.shape != activeness.shape:

@@ -93,9 +93,6 @@ def make_pool(
     num_groups: G.
     length: L, targets a window.
 
-  Returns:
-    The pool.
-
   Raises:
     InputError: if a group has no user with a training target, for arrays of
       other shapes or values, or for more windows than int32 counts.
@@ -170,9 +167,6 @@ def make_held_out(
     groups: [U], group of each user; -1 leaves the user out.
     num_groups: G.
 
-  Returns:
-    What a `Draw` by 'validation' draws from.
-
   Raises:
     InputError: if a group has no user with a held-out target.
   """
@@ -180,8 +174,8 @@ def make_held_out(
     np.where(np.asarray(positions) >= 0, groups, -1), num_groups,
     "a validation target; give the group some or hold more out",
   )
-  as_int32 = lambda x: jnp.asarray(x, jnp.int32)
-  return HeldOut(as_int32(users), as_int32(starts), as_int32(positions))
+  arrays = users, starts, positions
+  return HeldOut(*(jnp.asarray(x, jnp.int32) for x in arrays))
 
 
 class Windows(NamedTuple):
@@ -305,13 +299,8 @@ def cut_windows(
 ) -> Batch:
   """Cuts the targets first .. first + L - 1 that exist, right-aligned.
 
-  Args:
-    sequences: the interactions, on the device or on the host.
-    windows: which, [...], where the interactions are.
-    length: L.
-
-  Returns:
-    Batch with leading axes [...].
+  The windows [...] are where the interactions are, on the device or on the
+  host; the batch has the same leading axes.
   """
   users, first, count, only_last = windows
   last = (first + length).clip(max=count) - 1
@@ -332,7 +321,7 @@ def last_items(
 
   Args:
     sequences: the interactions, on the device or on the host.
-    users: [...] user indices, where the interactions are.
+    users: [...] user indices, in the same place.
     end: [...] in-user position behind the last item; may be 0 or less.
     length: L.
     begin: [...] in-user position of the first item that counts.

@@ -384,7 +384,8 @@ def _tied_share(
     return {}
   same = times[1:] == times[:-1]
   same[offsets[1:-1] - 1] = False  # of two users
-  return {"tied_share": same.sum() / max(len(times) - len(offsets) + 1, 1)}
+  pairs = len(times) - len(offsets) + 1
+  return {"tied_share": float(same.sum() / max(pairs, 1))}
 
 
 def _update_digest(

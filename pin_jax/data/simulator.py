@@ -20,7 +20,6 @@ rows of several positions shows early positions of a row fewer items than that.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -62,14 +61,6 @@ class World:
   def num_items(self) -> int:
     """V."""
     return self.transition.shape[1]
-
-  @functools.cached_property
-  def _log_initial(self) -> np.ndarray:
-    return _relative_log(self.initial)
-
-  @functools.cached_property
-  def _log_transition(self) -> np.ndarray:
-    return _relative_log(self.transition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +199,9 @@ def simulate(
       "offsets; give fewer"
     )
   rng = np.random.default_rng(seed)
-  strata = _draw(world.prior[None], np.zeros(num_users, np.int64), rng)
-  lengths = _draw(world.length_pmf, strata, rng)
+  one = np.zeros(num_users, np.int64)
+  strata = _invert(_cumulative(world.prior[None]), one, rng)
+  lengths = _invert(_cumulative(world.length_pmf), strata, rng)
   offsets = np.concatenate([[0], np.cumsum(lengths)])
   items = np.empty(offsets[-1], np.int32)
   users = np.argsort(-lengths, kind="stable")
@@ -218,7 +210,7 @@ def simulate(
   for position, count in enumerate(active):
     users = users[:count]
     if position == 0:
-      last = _draw(world.initial, strata[users], rng)
+      last = _invert(_cumulative(world.initial), strata[users], rng)
     else:
       rows = strata[users] * world.num_items + last[:count]
       last = _invert(cumulative, rows, rng)
@@ -263,8 +255,8 @@ def stratum_posterior(
   Returns:
     [B, G]; a row of zeros where no event has that window (no items, say).
   """
-  expected = _expected_events(world, event)
-  return _posterior(world, history, world.prior[:, None] * expected)
+  mass = world.prior[:, None] * _expected_events(world, event)
+  return _posterior(world, history, mass)
 
 
 def conditional(world: World, history: jax.Array) -> jax.Array:
@@ -385,8 +377,8 @@ def _posterior(
 
 def _log_likelihood(world: World, history: jax.Array) -> jax.Array:
   """log P(x|d) up to a term that all strata share [G, B]."""
-  initial = jnp.asarray(world._log_initial, jnp.float32)
-  transition = jnp.asarray(world._log_transition, jnp.float32)
+  initial = jnp.asarray(_relative_log(world.initial), jnp.float32)
+  transition = jnp.asarray(_relative_log(world.transition), jnp.float32)
   before = jnp.pad(history, ((0, 0), (1, 0)))[:, :-1]
   starts = (before == 0) & (history > 0)
   moves = (before > 0) & (history > 0)
@@ -448,10 +440,3 @@ def _invert(
   width = len(cumulative) // round(cumulative[-1])
   drawn = np.searchsorted(cumulative, rows + rng.random(len(rows)), "right")
   return np.minimum(drawn - rows * width, width - 1)
-
-
-def _draw(
-  table: np.ndarray, rows: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-  """Draws a column from each of `rows` of a table of distributions."""
-  return _invert(_cumulative(table), rows, rng)

@@ -47,9 +47,6 @@ def leave_one_out(interactions: Interactions) -> Split:
     interactions: The data; users with fewer than three interactions are
       dropped and counted in the notes.
 
-  Returns:
-    The split.
-
   Raises:
     InputError: if no user has three interactions.
   """
@@ -201,14 +198,10 @@ def _split(
 
 
 def with_validation(split: Split, users: np.ndarray) -> Split:
-  """The split with some users' validation targets in the training prefix.
+  """The split with the validation targets of a mask of users in the prefix.
 
-  The test targets stay what they are. A validation target follows the prefix
-  directly, so that the longer prefix has no gap.
-
-  Args:
-    split: whose `validation` keeps its positions.
-    users: [U] bool, whose prefix grows; those without a target keep theirs.
+  `validation` and `test` keep their positions. A validation target follows the
+  prefix directly, so that the longer prefix has no gap.
   """
   grown = np.asarray(users, bool) & (split.validation >= 0)
   return dataclasses.replace(

@@ -40,9 +40,6 @@ def read(path: epath.PathLike, *, stream: bool = True) -> Interactions:
     path: the directory.
     stream: leave the items on disk; else read them into memory.
 
-  Returns:
-    The interactions.
-
   Raises:
     InputError: if the directory is not of this form, not complete, or not what
       was written.

@@ -317,6 +317,22 @@ def _seen_items(
   return row, jnp.where(real, sequences.items[flat], -1)
 
 
+def _count(
+  found: _Scored, total: jax.Array, target: jax.Array, masked: jax.Array
+) -> jax.Array:
+  """How many are above the target, tied, there at all: [6, M] int32.
+
+  First without the masked items, then with all. A score of NaN is above, as is
+  every other where the target's is.
+  """
+  total = total[:, None]
+  other = found.fresh & (found.items != target)
+  above = other & ~(found.logits <= total)
+  terms = (above, other & (found.logits == total), other)
+  terms = (*(x & ~masked for x in terms), *terms)
+  return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+
+
 RankFn = Callable[[Weights, Sequences, Requests], Ranks]
 
 
@@ -354,15 +370,10 @@ def rank_program(
       return jnp.where(own, found.logits, 0).sum(-1)
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
-      logits, total = found.logits, total[:, None]
-      masked = sharding.lay(jnp.zeros(logits.shape, bool), layout, DATA, MODEL)
+      masked = jnp.zeros(found.logits.shape, bool)
+      masked = sharding.lay(masked, layout, DATA, MODEL)
       masked = masked.at[row, found.column(seen)].set(True, mode="drop")
-      other = found.fresh & (found.items != target)
-      above = other & ~(logits <= total)
-      tied = other & (logits == total)
-      terms = (above, tied, other)
-      terms = (*(x & ~masked for x in terms), *terms)
-      return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+      return _count(found, total, target, masked)
 
     if chunks == 1:
       found = scored(states, jnp.int32(0))
