@@ -297,10 +297,7 @@ def _row(leaf: str) -> tuple[str, list[int]] | None:
 
 
 def _digest(tree: PyTree, leaves: Mapping[str, str]) -> str:
-  """SHA-256 of the names, types, shapes and bytes of all leaves.
-
-  It is that of a tree of the shapes in `leaves`: a table that has more rows is
-  cut to them, one that has fewer is filled up with zeros.
+  """SHA-256 of names, types, shapes, bytes; tables are cut or padded to shape.
   """
   of_tree = {name: leaves[name] for name, _ in _by_name(tree)}
   digest = hashlib.sha256(json.dumps(of_tree).encode())
@@ -334,11 +331,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _quieten() -> None:
-  """What orbax raises, which is said in a line, is not printed besides.
-
-  It logs the tracebacks, forgets futures that failed, and what tensorstore
-  still has at work calls back into an event loop that has ended.
-  """
+  """What orbax raises, which is said in a line, is not printed besides."""
   logging.getLogger("absl").addFilter(
     lambda record: record.levelno < logging.ERROR
     or "orbax" not in record.pathname

@@ -82,14 +82,8 @@ def focal(loss: jax.Array, focusing: float) -> jax.Array:
   """(1 - p)^gamma loss, where p = e^-loss is the target's probability.
 
   Events that the model predicts well count less: head users', it is hoped, more
-  often than tail users'.
-
-  Args:
-    loss: [...] cross-entropy of a softmax, nats.
-    focusing: gamma >= 0; 0 leaves the loss as it is.
-
-  Returns:
-    [...].
+  often than tail users'. The loss is the cross-entropy of a softmax, in nats;
+  `focusing` = gamma = 0 leaves it as it is.
 
   Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017,
     equation 4.
