@@ -386,11 +386,6 @@ def _restored(folder, like=None, **about):
     store.close()
 
 
-@row("checkpoint: keep", "keep=0", "at least 1")
-def _(folder):
-  Checkpoints(folder / "saved", keep=0)
-
-
 @row("checkpoint: config", "config.a is 1 there and 2 here", "workdir")
 def _(folder):
   _restored(_saved(folder), config={"a": 2})

@@ -375,12 +375,10 @@ def relative_error(
   return math.sqrt(of_users + 2 * seed_spread**2 / num_seeds)
 
 
-def smallest_effect(
-  error: float, *, power: float = 0.8, confidence: float = 0.95
-) -> float:
+def smallest_effect(error: float, *, power: float = 0.8) -> float:
   """Smallest effect that a test finds with the given probability.
 
-  delta = (z_{1 - alpha/2} + z_{power}) se,  alpha = 1 - confidence
+  delta = (z_.975 + z_{power}) se, by the lower end of a 95 % interval
 
   The same number is the smallest margin at which a method that changes nothing
   is found non-inferior with this probability.
@@ -388,35 +386,30 @@ def smallest_effect(
   Args:
     error: se, the standard error of the effect.
     power: probability of finding it.
-    confidence: of the two-sided interval.
 
   Returns:
     The effect, in the units of the error.
 
   Raises:
-    InputError: if an option is out of range.
+    InputError: if the power is out of range.
   """
-  for name, share in (("confidence", confidence), ("power", power)):
-    if not 0 < share < 1:
-      raise InputError(
-        f"{name} is {share}; pass a share between 0 and 1, as .8"
-      )
-  return error * sum(scipy.stats.norm.ppf([(1 + confidence) / 2, power]))
+  if not 0 < power < 1:
+    raise InputError(f"power is {power}; pass a share between 0 and 1, as .8")
+  return error * sum(scipy.stats.norm.ppf([0.975, power]))
 
 
-def power_of(effect: float, error: float, *, confidence: float = 0.95) -> float:
-  """Probability that the interval of an effect lies above zero.
+def power_of(effect: float, error: float) -> float:
+  """Probability that the 95 % interval of an effect lies above zero.
 
-  power = Phi(effect / se - z_{1 - alpha/2}),  alpha = 1 - confidence
+  power = Phi(effect / se - z_.975)
 
   Args:
     effect: the true effect; for non-inferiority of an unchanged method the
       margin.
     error: se, the standard error of the effect.
-    confidence: of the two-sided interval.
 
   Returns:
     The probability.
   """
-  border = scipy.stats.norm.ppf((1 + confidence) / 2)
+  border = scipy.stats.norm.ppf(0.975)
   return float(scipy.stats.norm.cdf(effect / error - border))

@@ -199,23 +199,20 @@ def _masked_sum(
   return jnp.where(where, terms, 0).sum(-1), where.sum(-1)
 
 
-def _gbce(rate: float, calibration: float) -> SampledLoss:
-  power = gbce_power(rate, calibration)
-  return lambda positive, negatives, log_counts, where: (
-    binary_cross_entropy(positive, negatives, where, power=power)
-  )
-
-
-def _without_counts(loss: Callable[..., jax.Array]) -> SampledLoss:
+def _without_counts(
+  loss: Callable[..., jax.Array], **options: float
+) -> SampledLoss:
   return lambda positive, negatives, log_counts, where: loss(
-    positive, negatives, where
+    positive, negatives, where, **options
   )
 
 
 # name -> (sampling rate C / (V - 1), calibration t) -> loss
 SAMPLED_LOSSES: Mapping[str, Callable[[float, float], SampledLoss]] = {
   "sampled_softmax": lambda rate, t: sampled_softmax,
-  "gbce": _gbce,
+  "gbce": lambda rate, t: _without_counts(
+    binary_cross_entropy, power=gbce_power(rate, t)
+  ),
   "bce": lambda rate, t: _without_counts(binary_cross_entropy),
   "bpr": lambda rate, t: _without_counts(bayesian_personalized_ranking),
 }
