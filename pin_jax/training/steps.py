@@ -5,7 +5,7 @@ plugin for each segment on the frozen backbone (`plugin_step`). Joint training
 is stage 1 with a single group. Runs that differ in their seeds are trained at
 once (`many`).
 
-On one device (`layout=LOCAL`) every call of `sharding` returns what it is given.
+On one device (`layout=LOCAL`) the calls of `sharding` change nothing.
 """
 
 from collections.abc import Callable, Sequence
