@@ -50,13 +50,6 @@ class TestAssignGroups:
     )
     assert groups.tolist() == [0] * 8 + [1, 2]
 
-  def test_equal_interactions_of_equal_users_are_equal_users(self):
-    values = np.full(20, 4)
-    np.testing.assert_array_equal(
-      activeness.assign_groups(values, rule="interactions"),
-      activeness.assign_groups(values, rule="users"),
-    )
-
   def test_thresholds(self):
     groups = activeness.assign_groups(
       LONG_TAIL, num_groups=3, rule="thresholds", thresholds=[2, 8]

@@ -274,11 +274,6 @@ def _(folder):
   activeness.prior("custom", np.array([0, 1]), np.array([1, 1]), 2, (1.0,))
 
 
-@row("pool: shapes", "targets has shape (3,) but groups (2,)", "every user")
-def _(folder):
-  batches.make_pool(np.ones(3), np.zeros(2), num_groups=1, length=2)
-
-
 @row("pool: range", "groups span 0..7", "give -1..1")
 def _(folder):
   batches.make_pool(np.ones(2), np.array([0, 7]), num_groups=2, length=2)
@@ -431,10 +426,9 @@ class Place:
   """A directory for TFDS with one archive in it."""
 
   def __init__(self, folder, config, data):
-    name = tfds.BUILDERS[config.split("/")[0]](
-      config=config.split("/")[1], data_dir=folder
-    ).builder_config.url.rpartition("/")[2]
-    (folder / name).write_bytes(data)
+    dataset, name = config.split("/")
+    release = tfds.BUILDERS[dataset].builder_configs[name]
+    (folder / release.file_name).write_bytes(data)
     self.read = lambda: tfds.read_tfds(
       config, data_dir=folder / "prepared", manual_dir=folder
     )
