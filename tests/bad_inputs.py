@@ -116,11 +116,11 @@ _file("a.parquet", b"PAR1" + bytes(60) + b"PAR1", "cannot be read",
 
 
 _file("a.csv", 'user,item\n"",2\n', "line 2", "user", "is empty")
-_file("a.csv", "user;item\n1;2\n", "separator seems to be ';'", "give")
+_file("a.csv", "user;item\n1;2\n", "only ['user;item']", "give separator=")
 _file("a.csv", f"user,item,time\n1,2,{10**20}\n1,3,{10**20 + 1}\n", "line 3",
       "are one as float64", "coarser unit", row_name="file: times that merge")
 _file("a.csv", "user,item,time\n1,2,2024-01-01 00:00:00.0000000001\n", "line 2",
-      "does not fit nanoseconds", "coarser unit", row_name="file: picoseconds")
+      "finer than microseconds", "coarser unit", row_name="file: picoseconds")
 
 
 def _columns(name, *words, times=None, users=(1, 2)):

@@ -161,8 +161,7 @@ def prior(
     [G] float64 that sums to 1.
 
   Raises:
-    InputError: for an unknown kind, values that do not fit, groups outside
-      0..G-1, or nothing to share.
+    InputError: for an unknown kind, values that do not fit, nothing to share.
   """
   if kind not in PRIORS:
     raise InputError(f"prior {kind!r} is unknown; use one of {PRIORS}")
@@ -170,15 +169,6 @@ def prior(
     raise InputError(
       f"prior {kind!r} with values={values!r}; give values with 'custom' and "
       "only then"
-    )
-  groups, activeness = np.asarray(groups), _check_activeness(activeness)
-  if groups.shape != activeness.shape or groups.dtype.kind not in "iu" or (
-    not 0 <= groups.min() <= groups.max() < num_groups
-  ):
-    raise InputError(
-      f"groups are {groups.dtype} of shape {groups.shape} and span "
-      f"{groups.min()}..{groups.max()}; give one of 0..{num_groups - 1} per "
-      "user, or another num_groups"
     )
   if kind == "custom":
     weights = np.asarray(values, np.float64)
@@ -192,7 +182,7 @@ def prior(
   elif kind == "uniform":
     weights = np.ones(num_groups)
   else:
-    counted = activeness if kind == "interactions" else None
+    counted = None if kind == "users" else activeness
     weights = np.bincount(groups, counted, num_groups).astype(np.float64)
   if not weights.sum() > 0:
     raise InputError(f"prior {kind!r} sums to 0; every weight is 0")
@@ -240,8 +230,6 @@ def _check_activeness(activeness: np.ndarray) -> np.ndarray:
     raise InputError(
       f"activeness has shape {activeness.shape}; give one number per user"
     )
-  if activeness.dtype.kind not in "iuf":
-    raise InputError(f"activeness is {activeness.dtype}; give numbers")
   valid = np.isfinite(activeness) & (activeness >= 0)
   if not valid.all():
     user = int(valid.argmin())

@@ -36,7 +36,6 @@ TIME_COLUMNS = (
 )
 _ISO_DATE = r"^\d{4}-\d{2}-\d{2}"
 _FINER = r"\.\d{7}"  # seconds with more digits than microseconds
-_SEPARATORS = "\t;|, "
 
 
 def read(
@@ -137,12 +136,6 @@ def _scan_text(
     raise InputError(
       f"{path} has the header {names}, not name:type; save it as .tsv or .csv"
     )
-  seems = [x for x in _SEPARATORS if x in names[0] and x != separator]
-  if len(names) == 1 and seems:
-    raise InputError(
-      f"{path} has no {separator!r} in its header {names[0]!r}; the separator "
-      f"seems to be {seems[0]!r}, so give separator={seems[0]!r}"
-    )
   return source, {name.split(":")[0] if typed else name: name for name in names}
 
 
@@ -184,8 +177,11 @@ def _resolve(
       chosen[role] = columns.get(name, whole)
     if chosen[role] is None and (name is not None or role != "time"):
       wanted = f"column {name!r}" if name is not None else f"{role} column"
+      remedy = "separator=<character>" if len(columns) == 1 else (
+        f"{role}=<column>"
+      )
       raise InputError(
-        f"{path} has no {wanted}, only {list(columns)}; give {role}=<column>"
+        f"{path} has no {wanted}, only {list(columns)}; give {remedy}"
       )
   return chosen
 
