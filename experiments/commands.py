@@ -1,11 +1,15 @@
-"""Launching programs: flags, exit codes, how they were launched."""
+"""Launching programs: flags, exit codes, signals."""
 
+import contextlib
 import os
 import re
+import select
 import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +21,12 @@ from ml_collections import config_flags
 from experiments import processes
 from pin_jax.types import InputError, Interrupted, TrainingError
 
-INTERRUPTED = 128 + signal.SIGINT  # as shells count
+SAVED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+GRACE = 8.0  # seconds from a signal to the exit, saved or not
 CODES = {
   InputError: 2, TrainingError: 3, OSError: 3, MemoryError: 3,
   jax.errors.JaxRuntimeError: 3, processes.Lost: processes.LOST,
-  Interrupted: 75,
+  Interrupted: SAVED,
 }
 _FULL = "RESOURCE_EXHAUSTED"  # what JAX says where memory is
 _PLACE = re.compile(r"\b([a-z][a-z0-9+.-]*)://[^,\s]*")
@@ -96,7 +101,60 @@ def launch(
     sys.exit(code)
   except KeyboardInterrupt:
     print("interrupted; the same command starts it again", file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    sys.exit(128 + signal.SIGINT)  # as shells count
+
+
+@contextlib.contextmanager
+def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
+  """Notes SIGTERM and SIGINT while the block runs; for the main thread alone.
+
+  A thread is woken even while the main one compiles or computes; after `grace`
+  seconds it ends the process, and the newest checkpoint stands. A second SIGINT
+  does so at once.
+
+  Yields:
+    A function: whether the signal has come.
+  """
+  signals = signal.SIGTERM, signal.SIGINT
+  came, over = threading.Event(), threading.Event()
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+
+  def watch() -> None:
+    while (number := os.read(reader, 1)[0]) not in signals:
+      if over.is_set():
+        return
+    came.set()
+    if number == signal.SIGINT:
+      print(
+        "\nsaving; Ctrl-C again ends at once", file=sys.stderr, flush=True
+      )
+    limit = time.monotonic() + grace
+    while not over.is_set() and (left := limit - time.monotonic()) > 0:
+      ready, _, _ = select.select([reader], [], [], left)
+      if ready and os.read(reader, 1)[0] == signal.SIGINT:
+        break
+    if not over.is_set():
+      print(
+        "interrupted while busy; the same command continues from the last "
+        "checkpoint", file=sys.stderr, flush=True,
+      )
+      os._exit(SAVED)
+
+  before = {
+    number: signal.signal(number, lambda *_: came.set()) for number in signals
+  }
+  awake = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  threading.Thread(target=watch, daemon=True).start()
+  try:
+    yield came.is_set
+  finally:
+    over.set()
+    signal.set_wakeup_fd(awake)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    os.write(writer, b"\0")
+    os.close(writer)
 
 
 def exit_code(action: Callable[[], None]) -> int:
@@ -131,7 +189,7 @@ def exit_code(action: Callable[[], None]) -> int:
     if isinstance(error, BrokenPipeError):
       text = "standard output was closed before all was written to it"
     code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
-    again = "; the same command continues" * (code == 75)
+    again = "; the same command continues" * (code == SAVED)
     print(f"error: {text}{again}", file=sys.stderr)
     _forget_output()
     return code

@@ -26,7 +26,7 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from experiments import commands, interruption, processes
+from experiments import commands, processes
 
 DEFAULT = "experiments/configs/quickstart.py"
 CONFIG = config_flags.DEFINE_config_file(
@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
   with contextlib.ExitStack() as stack:
     if _DISTRIBUTED.value or place.coordinator:
       stack.enter_context(processes.joined(place))
-    interrupted = stack.enter_context(interruption.noticed())
+    interrupted = stack.enter_context(commands.noticed())
     from experiments import job  # after the flags, for it takes seconds
 
     job.run(
