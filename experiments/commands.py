@@ -191,30 +191,20 @@ def exit_code(action: Callable[[], None]) -> int:
     code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
     again = "; the same command continues" * (code == SAVED)
     print(f"error: {text}{again}", file=sys.stderr)
-    _forget_output()
+    try:  # what cannot be written to standard output is no second error
+      if sys.stdout:
+        sys.stdout.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
   return 0
-
-
-def _forget_output() -> None:
-  """What cannot be written to standard output is no second error."""
-  try:
-    if sys.stdout:
-      sys.stdout.flush()
-  except OSError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_with(
   argv: Sequence[str], config: flags.FlagHolder | None = None,
   default: str | None = None,
 ) -> list[str]:
-  """Parses flags of which one may be a configuration.
-
-  Args:
-    argv: the command line.
-    config: as ml_collections.config_flags defines it, or None.
-    default: see `launch`.
+  """Parses flags, of which one may be a configuration; see `launch`.
 
   Returns:
     The arguments that are no flags.
@@ -235,9 +225,9 @@ def parse_with(
     flags.Error, AttributeError, ImportError, KeyError, OSError, SyntaxError,
     TypeError, ValueError,
   ) as error:
-    unknown = isinstance(error, AttributeError | KeyError)
-    text = str(error).strip("\"'") if unknown else str(error)
-    kind = "unknown config key" if unknown else "flags:"
+    kind, text = "flags:", str(error)
+    if isinstance(error, AttributeError | KeyError):
+      kind, text = "unknown config key", text.strip("\"'")
     raise InputError(f"{kind} {_in_one_line(text)}") from error
 
 

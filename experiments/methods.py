@@ -135,11 +135,11 @@ def _fine_tuned(users: Users) -> Stage:
   )
 
 
-def _by_rule(name: str, options: str = "") -> Method:
+def _by_rule(rule: str) -> Method:
   """Stage 1 with another's rule, for as many steps as PIN takes in all."""
+  name = rule.split(":")[0].replace("_", "-")
   return _single(name.replace("-", " "), Stage(
-    name, "backbone", "both", grouped=True, sampling="groups",
-    rule=name.replace("-", "_") + options,
+    name, "backbone", "both", grouped=True, sampling="groups", rule=rule
   ))
 
 
@@ -191,14 +191,10 @@ METHODS: dict[str, Method] = {
   "focal": _single(
     "focal loss", dataclasses.replace(_BASE, name="focal", focal=True)
   ),
-  "inverse_propensity": _by_rule("inverse-propensity"),
-  "group_dro": _by_rule("group-dro"),
-  "streaming_dro": _by_rule("streaming-dro"),
-  "cvar": _by_rule("cvar", ":alpha=0.4"),
-  "pcgrad": _by_rule("pcgrad"),
-  "upgrad": _by_rule("upgrad"),
-  "consensus": _by_rule("consensus"),
-  "gradient_alignment": _by_rule("gradient-alignment"),
+  **{rule.split(":")[0]: _by_rule(rule) for rule in (
+    "inverse_propensity", "group_dro", "streaming_dro", "cvar:alpha=0.4",
+    "pcgrad", "upgrad", "consensus", "gradient_alignment",
+  )},
   "tail_only": _single(
     "tail only", Stage("tail-only", "backbone", "both", users="tail")
   ),

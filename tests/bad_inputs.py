@@ -536,7 +536,7 @@ _flags("--config=tests/tiny.py --workdir=s3://b/w", "s3://b/w", "local path")
 _flags(f"{TINY}/w --coordinator=h:99999 --num_processes=2 --process_id=0",
        "--coordinator=h:99999", "1 to 65535")
 _flags(f"{TINY}/w --coordinator=h:1 --num_processes=2 --process_id=0 "
-       "--patience=9999999999", "--patience=9999999999", "[1, 1000000]")
+       "--heartbeat=9999999999", "--heartbeat=9999999999", "[1, 1000000]")
 
 
 def _words(program, name, *words):
