@@ -78,40 +78,29 @@ def joined(place: Place) -> Iterator[None]:
     Lost: if they do not come, or one is lost within the block.
   """
   try:
-    with _signs_of_loss():
+    try:
       jax.distributed.initialize(
         *place[:3], heartbeat_timeout_seconds=place.heartbeat,
         shutdown_timeout_seconds=place.heartbeat,
       )
-      yield
-  except InputError:
-    raise
-  except ValueError as error:
-    if jax.distributed.is_initialized():
-      raise
-    raise InputError(
-      f"flag --distributed: the environment does not say which processes there "
-      f"are ({error}); give --coordinator, --num_processes and --process_id"
-    ) from error
-
-
-@contextlib.contextmanager
-def _signs_of_loss() -> Iterator[None]:
-  """What is raised because another process is gone becomes Lost."""
-  try:
+    except ValueError as error:
+      raise InputError(
+        "flag --distributed: the environment does not say which processes "
+        f"there are ({error}); give --coordinator, --num_processes and "
+        "--process_id"
+      ) from error
     yield
   except InputError:
     raise
   except Exception as error:  # backends raise many kinds
-    if any(sign in traceback.format_exc() for sign in _SIGNS):
-      lines = [line.strip() for line in str(error).splitlines()]
-      reason = next(filter(None, lines), "no sign of life")[:150]
-      raise Lost(
-        f"another process of the job is lost ({reason}); start all of them "
-        "again by the same commands: they continue from the last whole "
-        "checkpoint"
-      ) from error
-    raise
+    if not any(sign in traceback.format_exc() for sign in _SIGNS):
+      raise
+    lines = [line.strip() for line in str(error).splitlines()]
+    reason = next(filter(None, lines), "no sign of life")[:150]
+    raise Lost(
+      f"another process of the job is lost ({reason}); start all of them again "
+      "by the same commands: they continue from the last whole checkpoint"
+    ) from error
 
 
 def is_first() -> bool:
@@ -120,10 +109,7 @@ def is_first() -> bool:
 
 
 def together(action: Callable[[], Any]) -> Any:
-  """Runs an action in every process; what one of them refuses, all refuse.
-
-  Args:
-    action: of this process, in which it does not wait for the others.
+  """Runs an action that waits for no other process in every one of them.
 
   Returns:
     What the action returns here.

@@ -34,24 +34,15 @@ from experiments.methods import METHODS, RULES, compared, stages_of
 from pin_jax import aggregation, serving
 from pin_jax.training import loop
 from pin_jax.types import InputError, TrainingError
-from tests import events
+from tests import events, tiny
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _config(**data):
-  config = base.default()
-  config.data = ConfigDict(
-    data
-    or {
-      "source": "simulator", "seed": 0, "num_users": 80, "num_items": 30,
-      "borders": (4, 6, 9, 30),
-    }
-  )
-  config.groups.num_groups = 3
-  config.backbone.update(length=6, width=8, blocks=1, dropout=0.1)
-  config.plugin.hidden = 4
-  config.batch_size = 24
+  config = tiny.get_config()
+  config.data = ConfigDict(data) if data else config.data
+  config.methods = base.default().methods
   config.backbone_steps, config.plugin_steps = 12, 8
   config.classifier_steps = 8
   config.pin.diagnose_every = 4
