@@ -450,6 +450,10 @@ for _row in (
   ("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'"),
   ("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern"),
   ("pin.blocks", ("others=joint",), "'others' is", "pin.weighting"),
+  ("pin.blocks", ("items=joint", "nowhere=joint"), "'nowhere'", "leaves: "),
+  ("pin.blocks", ("items",), "'items' must be pattern=weighting"),
+  ("pin.blocks", ("(=joint",), "'(' is no regular expression"),
+  ("pin.blocks", ("items=best",), "'best': use one of"),
   ("loss.name", "mse", "loss.name='mse'", "one of"),
   ("loss.negatives", 0, "loss.negatives=0", "whole number"),
   ("loss.exponent", INF, "loss.exponent=inf", "number from 0"),
@@ -483,6 +487,11 @@ _config("loss.name", "gbce", "made for 'uniform'", loss__proposal="in_batch")
 _config("loss.name", "gbce", "config section loss", "rate=1.03448",
         loss__negatives=30)
 _config("evaluation.protocol", "sampled", "99", "more")
+_config("pin.path", "weighted", "pin.path='weighted'", "that read nothing",
+        pin__weighting="pcgrad")
+_config("pin.path", "weighted", "use 'accumulated'", pin__granularity="tensor")
+_config("pin.blocks", ("items=joint",), "one of the two",
+        pin__granularity="tensor")
 _config("memory.relations", ("cosine",), "'cosine'", "plugin_draw='validation'",
         plugin__name="gated", memory__recent=3)
 

@@ -382,24 +382,6 @@ def test_results_page_of_a_tiny_job_and_of_its_summary(finished, tmp_path):
     assert any(x.startswith(f"| {METHODS[name].title} |") for x in first)
 
 
-@pytest.mark.parametrize(("pin", "message"), [
-  ({"weighting": "pcgrad", "path": "weighted"},
-   "pin.path='weighted'.*need.* weights that read nothing"),
-  ({"path": "weighted", "granularity": "tensor"}, "use 'accumulated'"),
-  ({"blocks": ("items=joint", "nowhere=joint")}, "'nowhere'.*leaves: .*items"),
-  ({"blocks": ("items",)}, "'items' must be pattern=weighting"),
-  ({"blocks": ("(=joint",)}, r"'\(' is no regular expression"),
-  ({"blocks": ("items=best",)}, "'best': use one of"),
-  ({"blocks": ("items=joint",), "granularity": "tensor"}, "one of the two"),
-])
-def test_contradictory_adjustments_are_refused(tmp_path, pin, message):
-  config = _config()
-  config.pin.update(pin)
-  with pytest.raises(InputError, match=message):
-    _run(config, tmp_path / "w")
-  assert not (tmp_path / "w").exists()
-
-
 def _aggregated(config, prior, shares):
   """Weights [blocks][G] by name of a made-up tree."""
   rules, blocks, *_ = build.make_adjustment(config.pin, prior, shares)
@@ -445,19 +427,6 @@ def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
   assert set(rows["model"]) == {"base", "pin_exact_backbone"}
   runs = {r["run"] for r in read_log(epath.Path(tmp_path))}
   assert {"classifier", "pin-exact/backbone"} <= runs
-
-
-@pytest.mark.parametrize(("setting", "value"), [
-  ("blocks", ("items=joint", "others=pcgrad")),
-  ("blocks", ("items=joint", "bias=joint", "items=pcgrad")),
-  ("weighting", "cagrad:c=0.4,c=0.5"),
-  ("weighting", "famo:num_groups=7"),
-])
-def test_no_rule_is_overwritten(setting, value):
-  config = _config()
-  config.pin[setting] = value
-  with pytest.raises(InputError, match=f"pin.{setting}=.*repeated"):
-    build.make_adjustment(config.pin, np.ones(3), np.ones(3))
 
 
 @pytest.mark.slow

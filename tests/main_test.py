@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from experiments import commands, job, schema
+from experiments import commands, job
 from pin_jax.training import steps
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
@@ -154,11 +154,3 @@ def test_a_workdir_of_before_a_key_is_still_the_jobs(tmp_path):
   config.non_finite = "skip"
   with pytest.raises(InputError, match="non_finite is 'stop' there"):
     job.claim_workdir(folder, config, "data")
-
-
-def test_differences_fill_in_defaults():
-  found = schema.differences(
-    {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"a": {"b": 0, "c": 2}}
-  )
-  assert list(found) == [("a.b", 1, 3)]
-
