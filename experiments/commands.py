@@ -79,7 +79,6 @@ def launch(
 
   Args:
     main: function of the program's name and its words; returns the exit code.
-      A termination takes temporary files along.
     config: the flag of a configuration file, where there is one.
     words: whether the program takes arguments that are no flags.
     default: configuration file where none is given.
@@ -158,16 +157,7 @@ def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
 
 
 def exit_code(action: Callable[[], None]) -> int:
-  """Runs an action; an error it may meet becomes one line and its code.
-
-  Args:
-    action: what to run.
-
-  Returns:
-    0 finished, 2 bad input, 3 training or writing failed, or memory was full,
-    4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving
-    (after either of these two the same command continues).
-  """
+  """Runs an action; an error of CODES becomes one line and its code, else 0."""
   try:
     try:
       action()

@@ -30,8 +30,7 @@ class Key(NamedTuple):
     kind: int, float, bool, str or tuple.
     meaning: what it sets.
     least: the smallest number, or the fewest elements.
-    most: the largest number.
-    below: whether a number must be below `most`.
+    most: the largest number; with `below` it is too large itself.
     choices: of a text; () = any but the empty one.
     item: what a tuple's elements are.
     once: whether each element may be there only once.
