@@ -543,52 +543,42 @@ def differences(
       yield key, mine.get(key), theirs.get(key)
 
 
-def listing() -> str:
-  """All keys, each in a line or two, for --help."""
+def _rows() -> Iterator[tuple[str, str, str, str]]:
+  """Yields (name, default, meaning, what it takes) of every key."""
   found = dict(flatten(KEYS))
   for source, own in SOURCES.items():
     found |= {f"data.{name} ({source})": key for name, key in own.items()}
+  for name, key in found.items():
+    default = "needed" if key.default is NEEDED else repr(key.default)
+    yield name, default, key.meaning, key.takes
+
+
+def listing() -> str:
+  """All keys, each in a line or two, for --help."""
   return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
-    f"  {name} = {_default(key)}\n" + textwrap.fill(
-      f"{key.meaning}; {key.takes}", 80, initial_indent="    ",
+    f"  {name} = {default}\n" + textwrap.fill(
+      f"{meaning}; {takes}", 80, initial_indent="    ",
       subsequent_indent="    ",
     )
-    for name, key in found.items()
+    for name, default, meaning, takes in _rows()
   )
 
 
 def page() -> str:
   """docs/keys.md."""
-  single = {name: key for name, key in KEYS.items() if isinstance(key, Key)}
-  sections = {name: x for name, x in KEYS.items() if isinstance(x, dict)}
-  parts = [
-    "# Keys of a configuration",
+  rows = [("key", "default", "meaning", "takes"), ("---",) * 4]
+  rows += [(f"`{name}`", f"`{value}`", *rest) for name, value, *rest in _rows()]
+  return (
+    "# Keys of a configuration\n\n"
     "Written by `python -m experiments.schema > docs/keys.md`. Each follows "
     "`--config.` on the command line, as in `--config.backbone.width=128`; "
-    "`experiments/schema.py` is where they are defined. "
-    "Sizes that a config leaves at None are fitted to the data "
-    "(`experiments/sizes.py`).",
-    *_table("", single),
-  ]
-  for name, keys in sections.items():
-    parts += [f"## {name}", *_table(f"{name}.", keys)]
-    for source, own in SOURCES.items() if name == "data" else ():
-      parts += [f"### data.source = {source}", *_table("data.", own)]
-  return "\n\n".join(parts) + "\n"
-
-
-def _default(key: Key) -> str:
-  return "needed" if key.default is NEEDED else repr(key.default)
-
-
-def _table(prefix: str, keys: dict[str, Key]) -> list[str]:
-  rows = [
-    (f"`{prefix}{name}`", f"`{_default(key)}`", key.meaning, key.takes)
-    for name, key in keys.items()
-  ]
-  head = [("key", "default", "meaning", "takes"), ("---",) * 4]
-  cells = ([cell.replace("|", "\\|") for cell in row] for row in head + rows)
-  return ["\n".join(f"| {' | '.join(row)} |" for row in cells)]
+    "`experiments/schema.py` is where they are defined. Those of one "
+    "`data.source` alone name it. Sizes that a config leaves at None are "
+    "fitted to the data (`experiments/sizes.py`).\n\n"
+  ) + "".join(
+    "| " + " | ".join(x.replace("|", "\\|") for x in row) + " |\n"
+    for row in rows
+  )
 
 
 if __name__ == "__main__":
