@@ -550,7 +550,9 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
     found |= {f"data.{name} ({source})": key for name, key in own.items()}
   for name, key in found.items():
     default = "needed" if key.default is NEEDED else repr(key.default)
-    yield name, default, key.meaning, key.takes
+    takes = key.takes.replace("a whole number from", "int,")
+    takes = takes.replace("a number from", "float,")
+    yield name, default, key.meaning, takes
 
 
 def listing() -> str:
