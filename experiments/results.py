@@ -811,37 +811,6 @@ def levels(
   return [found[model] for model in models_of(rows)]
 
 
-def unchanged(
-  models: Iterable[str], cost: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-  """Says which models' last stage is selected as it began, and for whom.
-
-  Args:
-    models: keys.
-    cost: of each run, `steps` and `best_steps` (one, or one a plugin).
-  """
-  said = []
-  for model in [model for model in models if model in METHODS]:
-    method = METHODS[model]
-    for segment, (backbone, plugin) in enumerate(method.serve):
-      stage = method.stage(plugin or backbone)
-      slot = 1 - segment if method.swapped else segment
-      best = [
-        # Users of randomly drawn segments have either plugin: both count.
-        x if len(x) == 1 or stage.assign == "random" else [x[slot]]
-        for run, spent in cost.items()
-        if without_seed(run) == stage.name and spent["steps"]
-        for x in [spent["best_steps"]]
-      ]
-      kept = sum(not any(x) for x in best)
-      if stage.start is not None and kept:
-        said.append(
-          f"the last stage of {title_of(model)} changed nothing for "
-          f"{SEGMENTS[segment]} users ({kept} of {len(best)} seeds)"
-        )
-  return said
-
-
 # Between two seeds of one model, measured on Beauty.
 _CORRELATION, _SEED_SPREAD = 0.85, 0.02
 _LEAST_HITS = 20  # fewer are not nearly normal
@@ -919,7 +888,6 @@ class Analysis(NamedTuple):
     margin: of non-inferiority on head users.
     claims: title of a list of candidates -> claims on its ranks.
     levels: title of a list of candidates -> levels of its ranks.
-    remarks: as from `unchanged`.
   """
 
   results: Results
@@ -928,7 +896,6 @@ class Analysis(NamedTuple):
   margin: float
   claims: dict[str, list[Claim]]
   levels: dict[str, list[Level]]
-  remarks: list[str]
 
   @property
   def main(self) -> str:
@@ -986,7 +953,6 @@ def analyse(
       title: levels(rows, column=column, num_resamples=num_resamples)
       for title, column in results.lists.items()
     },
-    unchanged(models, results.summary.get("cost", {})),
   )
 
 
@@ -1166,7 +1132,8 @@ def cost_table(results: Results) -> Table:
       )
       for stage, own in stages.items()
     ],
-    "Means over seeds; several numbers in a cell are one a segment. "
+    "Means over seeds; several numbers in a cell are one a segment. At best "
+    "step 0 a stage left its start as it was. "
     f"{total:,.0f} CPU-seconds in all.",
   )  # fmt: skip
 
@@ -1185,6 +1152,39 @@ def trials_table(results: Results) -> Table:
     f"Mean over seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
     "Values of different models may be of different users: models of one "
     "segment, and those whose plugins learn from validation targets.",
+  )  # fmt: skip
+
+
+def gradient_table(results: Results) -> Table:
+  """Conflicts, cosines and weights of each stage's group gradients.
+
+  Beside them those of groups of as many windows dealt at random, which is what
+  noise alone gives.
+  """
+  stages: dict[str, list[Mapping[str, Any]]] = {}
+  for run, records in results.gradients.items():
+    stages.setdefault(without_seed(run), []).extend(records)
+  lines = []
+  for stage, records in stages.items():
+    mean = lambda name, own=records: np.mean([
+      np.nan if x is None else x for x in (r.get(name) for r in own)
+    ], 0)  # fmt: skip
+    cosines = np.asarray([r["cosines"] for r in records], np.float64)
+    others = cosines[:, ~np.eye(cosines.shape[-1], dtype=bool)]
+    lines.append((
+      stage, len(records), 100 * float(mean("conflict_rate")),
+      100 * float(mean("noise_conflict_rate")), float(np.nanmean(others)),
+      float(mean("noise_cosine")), mean("weights").tolist(),
+      float(mean("effective_groups")),
+    ))
+  return Table(
+    "Group gradients, means over logged steps and seeds",
+    [Column("stage"), Column("records", "count"),
+     Column("pairs in conflict %", "number"), Column("by noise", "number"),
+     Column("cosine", "number"), Column("by noise", "number"),
+     Column("weights", "number"), Column("effective groups", "number")],
+    lines, "In conflict: of negative cosine. By noise: in groups of as many "
+    "windows dealt at random; n/a where it was not logged.",
   )  # fmt: skip
 
 

@@ -414,31 +414,6 @@ def test_rows_without_head_users_have_no_verdict_on_them():
   assert math.isnan(results.group_table(job, job.main, "MRR", 50).lines[2][3])
 
 
-@pytest.mark.parametrize(("model", "stage", "best", "whom"), [
-  ("pin", "pin/plugins", [0, 40], ["tail"]),
-  ("pin_swapped", "pin/plugins", [0, 40], ["head"]),
-  ("pin", "pin/plugins", [0, 0], ["tail", "head"]),
-  ("pin_shared", "pin/shared", [0], ["tail", "head"]),
-  ("pin_random", "pin/random", [0, 0], ["tail", "head"]),
-  ("pin_random", "pin/random", [0, 10], []),
-  ("fine_tuned", "fine-tuned/head", [0], ["head"]),
-  ("base", "base", [0], []),
-  ("somebody else's", "base", [0], []),
-])  # fmt: skip
-def test_a_stage_that_changed_nothing_says_so(model, stage, best, whom):
-  cost = {
-    f"seed{seed}/{stage}": {"steps": 50, "best_steps": best if seed else [9, 9]}
-    for seed in (0, 1)
-  }
-  assert results.unchanged([model], cost) == [
-    f"the last stage of {results.title_of(model)} changed nothing for {segment}"
-    " users (1 of 2 seeds)"
-    for segment in whom
-  ]
-  untrained = {stage: {"steps": 0, "best_steps": best}}
-  assert results.unchanged([model], untrained) == []
-
-
 def test_power_by_hand():
   section = base.default().claims
   means = {"tail": 0.04, "head": 0.1}
@@ -607,22 +582,26 @@ def test_every_stage_that_combines_groups_keeps_its_gradients(workdir):
   }
 
 
-def test_gradients_of_old_logs_and_of_some_steps():
-  records = [
-    {"run": "backbone", "norms": [1.0, 2.0], "cosines": np.eye(2).tolist(),
-     "step": step, "weights": [0.5, 0.5], "conflict_rate": 0.5,
+def test_conflicts_stand_beside_those_of_noise(workdir):
+  """Means over steps that tell noise, where some do, and over seeds."""
+  cosines = [[1.0, 0.5], [0.5, 1.0]], [[1.0, -0.25], [-0.25, 1.0]]
+  log = [
+    {"run": run, "norms": [1.0, 2.0], "cosines": cosines[step % 2],
+     "step": step, "weights": [0.25, 0.75], "conflict_rate": step / 10,
      "effective_groups": 2.0}
-    for step in range(4)
+    for run in ("seed0/a", "seed1/a", "b") for step in range(4)
   ]  # fmt: skip
-  found = results._gradient_records(records)["backbone"]
-  assert len(found) == 4
-  assert "noise alone gives was not logged" in report.gradient_words(found)
-  told = {"noise_conflict_rate": 0.375, "noise_cosine": 0.25}
-  records[2] |= told
-  records[0] |= dict.fromkeys(told)  # a step between two looks
-  found = results._gradient_records(records)["backbone"]
-  assert [record["step"] for record in found] == [2]
-  assert "gives, 37.5 % and 0.25)" in report.gradient_words(found)
+  for record in log[:8]:
+    if record["step"] in (1, 3):
+      record |= {"noise_conflict_rate": 0.375, "noise_cosine": 0.125}
+    else:  # a step between two looks
+      record |= {"noise_conflict_rate": None, "noise_cosine": None}
+  (workdir / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
+  lines = report.cells(results.gradient_table(results.read(workdir)))
+  assert lines == [
+    ["a", "4", "20.00", "37.50", "−0.25", "0.12", "0.25, 0.75", "2.00"],
+    ["b", "4", "15.00", "n/a", "0.12", "n/a", "0.25, 0.75", "2.00"],
+  ]
 
 
 def test_titles_of_former_versions_become_keys(tmp_path):
