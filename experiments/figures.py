@@ -45,11 +45,6 @@ def _figure(width: float, height: float) -> matplotlib.figure.Figure:
   return matplotlib.figure.Figure((width, height), layout="constrained")
 
 
-def _colors(num_groups: int) -> np.ndarray:
-  """Ordered colours, dark for the least active."""
-  return matplotlib.colormaps["viridis"](np.linspace(0.05, 0.78, num_groups))
-
-
 def _bars(
   axes: matplotlib.axes.Axes, place: np.ndarray, numbers: np.ndarray,
   *, sideways: bool = False, **options: Any,
@@ -61,47 +56,6 @@ def _bars(
   axes.errorbar(
     *points, **{"xerr" if sideways else "yerr": ends}, capsize=2.5, **options
   )
-
-
-def activeness(rows: pl.DataFrame) -> matplotlib.figure.Figure:
-  """Activeness over users, most active first, coloured by group.
-
-  Args:
-    rows: result rows of any models; their users are counted once.
-  """
-  users = rows.unique("user").sort(
-    "activeness", "group", "segment", "user", descending=True
-  )
-  active, members, segments = (
-    users[c].to_numpy() for c in ("activeness", "group", "segment")
-  )
-  head, count = segments == 1, len(active)
-  owned = 100 * active[head].sum() / max(active.sum(), 1)
-  with matplotlib.rc_context(_STYLE):
-    figure = _figure(6, 3.6)
-    axes = figure.add_subplot()
-    axes.set_yscale("log")
-    for group, color in enumerate(_colors(int(members.max()) + 1)):
-      inside = np.flatnonzero(members == group)
-      if inside.size:
-        starts = inside[np.diff(active[inside], prepend=-1) != 0]
-        edges = 100 / count * np.append(starts, inside[-1] + 1)
-        axes.stairs(
-          active[starts], edges, baseline=0.5, fill=True, color=color,
-          alpha=0.5, label=f"group {group}",
-        )
-    axes.axvline(100 * head.mean(), color=_ORANGE, linestyle="--")
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0.7 * max(active[-1], 1), 1.5 * max(active[0], 2))
-    axes.legend()
-    axes.set_xlabel("users, most active first (% of users)")
-    axes.set_ylabel("activeness (training interactions)")
-    axes.set_title(
-      f"Activeness of {count:,} users\nhead (dashed): "
-      f"{100 * head.mean():.0f} % of users, {owned:.0f} % of interactions"
-    )
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-  return figure
 
 
 def forest(

@@ -177,7 +177,7 @@ def _blocks(
   tables = lambda title: [*changes(title), results.level_table(job, title)]
   levels: list[Block] = [results.level_table(job, main)]
   blocks: list[Block] = [Text(_facts(job)), *changes(main)]
-  more: list[Block] = [draw("activeness", rows)]
+  more: list[Block] = []
   claims = {title_of(claim.model): claim for claim in job.claims[main]}
   if claims:
     models = dict.fromkeys(
@@ -209,7 +209,7 @@ def _blocks(
     Fold(f"The same with the {title}", tables(title))
     for title in list(own.lists)[1:]
   ]
-  blocks.append(Fold("Activeness, each seed, other metrics", more))
+  blocks.append(Fold("Each seed, other metrics", more))
   if own.gradients:
     blocks.append(Fold("Group gradients", [results.gradient_table(own)]))
   if own.summary.get("cost"):

@@ -92,7 +92,7 @@ def test_the_page_is_sound_and_loads_nothing(pages):
   assert len(set(outline.ids)) == len(outline.ids)
   assert {link[1:] for link in outline.links} <= set(outline.ids)
   start = "data:image/svg+xml;base64,"
-  assert len(outline.sources) > 6
+  assert len(outline.sources) == 5
   for source in outline.sources:
     assert source.startswith(start)
     text = base64.b64decode(source.removeprefix(start))
@@ -344,7 +344,6 @@ def test_figures_are_drawn(num_groups):
   rows = make_rows(("base", "pin", "x"), num_groups=num_groups)
   job = job_of(rows)
   for make in (
-    lambda: figures.activeness(rows),
     lambda: figures.groups(rows, ["base", "pin"], "rank"),
     lambda: figures.forest({"a": job.claim()}, 0.02, "title"),
   ):
