@@ -297,11 +297,6 @@ def test_cells_as_text(cell, kind, text):
   assert report.cell_text(cell, kind) == text
 
 
-def test_latex_text():
-  got = report.latex_text("5 % of a_b & {c} −1")
-  assert got == r"5 \% of a\_b \& \{c\} $-$1"
-
-
 def test_a_place_to_write_to_and_rows_to_read_are_needed(tmp_path):
   with pytest.raises(InputError, match="name a directory for the report"):
     report.write_report([tmp_path / "a", tmp_path / "b"])

@@ -449,19 +449,6 @@ def test_power_is_left_out_where_it_would_be_wrong(users, levels, seeds):
   assert results.power_lines(section, users, levels, seeds) == []
 
 
-def test_power_is_that_of_real_jobs():
-  """The stated error is about that of an interval a job then gave.
-
-  Beauty, 17,890 tail users, three seeds: PIN against the base [+7.9, +14.5] %.
-  """
-  line = results.power_lines(
-    base.default().claims, {"tail": 17_890}, {"tail": 0.0507}, 3
-  )[1]
-  stated = float(re.search(r"gain of ([\d.]+) %", line)[1])
-  z = scipy.stats.norm.ppf([0.975, 0.8])
-  assert stated == pytest.approx((14.5 - 7.9) / 2 / z[0] * z.sum(), rel=0.3)
-
-
 # Jobs and their summaries.
 
 
@@ -636,10 +623,3 @@ def test_ranks_of_another_kind_are_refused(tmp_path):
   path = make_workdir(tmp_path / "a", rows)
   with pytest.raises(InputError, match="3.25, neither whole nor half"):
     results.write_summary(results.read(path), tmp_path / "out")
-
-
-def test_run_names_without_seeds():
-  for run in ("seed12/pin/backbone", "pin/backbone"):
-    assert results.without_seed(run) == "pin/backbone"
-  for run in ("seedling/base", "base", "seed3/"):
-    assert results.without_seed(run) == run
