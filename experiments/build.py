@@ -1,7 +1,4 @@
-"""From a configuration to the objects of the library.
-
-Beside the checks and the job the only reader of a ConfigDict.
-"""
+"""From a configuration to the objects of the library."""
 
 import functools
 import inspect

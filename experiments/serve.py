@@ -16,7 +16,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import jax
 import numpy as np
@@ -42,41 +42,27 @@ MOST_PRINTED = 20  # requests
 
 
 class Options(NamedTuple):
-  """The flags; `HELP` says what each is."""
+  """The flags."""
 
-  workdir: str | None = None
-  model: str | None = None
-  method: str = "pin"
-  seed: int = 0
-  users: str | None = None
-  history: str | None = None
-  all_users: bool = False
-  prefix: str = "all"
-  k: int = 10
-  allow: str | None = None
-  deny: str | None = None
-  mask_history: bool = True
-  output: str | None = None
-  export: str | None = None
-
-
-HELP = {
-  "workdir": "directory of a finished job",
-  "model": "exported model, instead of --workdir",
-  "method": "one of the job's methods",
-  "seed": "one of the job's seeds",
-  "users": "ids as a,b,c, or a file of one a line",
-  "history": ".parquet or .json file of histories",
-  "all_users": "all users of the training data",
-  "prefix": "how much of a known user's history to read, one of "
-  f"{serving.PREFIXES}; 'validation' gives the test ranks of the job",
-  "k": "items a list",
-  "allow": "the only items; ids or a file as --users",
-  "deny": "items to leave out; as --allow",
-  "mask_history": "leave out items of the history",
-  "output": ".parquet or .json file",
-  "export": "file to write the model to; nothing is recommended",
-}
+  workdir: Annotated[str | None, "directory of a finished job"] = None
+  model: Annotated[str | None, "exported model, instead of --workdir"] = None
+  method: Annotated[str, "one of the job's methods"] = "pin"
+  seed: Annotated[int, "one of the job's seeds"] = 0
+  users: Annotated[str | None, "ids as a,b,c, or a file of one a line"] = None
+  history: Annotated[str | None, ".parquet or .json file of histories"] = None
+  all_users: Annotated[bool, "all users of the training data"] = False
+  prefix: Annotated[
+    str, "how much of a known user's history to read, one of "
+    f"{serving.PREFIXES}; 'validation' gives the test ranks of the job"
+  ] = "all"
+  k: Annotated[int, "items a list"] = 10
+  allow: Annotated[str | None, "the only items; as --users"] = None
+  deny: Annotated[str | None, "items to leave out; as --users"] = None
+  mask_history: Annotated[bool, "leave out items of the history"] = True
+  output: Annotated[str | None, ".parquet or .json file"] = None
+  export: Annotated[
+    str | None, "file to write the model to; nothing is recommended"
+  ] = None
 
 
 def serve(options: Options, console: rich.console.Console) -> None:
@@ -135,21 +121,16 @@ def _recommend(options: Options, console: rich.console.Console) -> None:
     )
   write = None if options.output is None else writer(options.output)
   allow, deny, users = (
-    None if text is None else read_ids(name, text)
-    for name, text in (
-      ("allow", options.allow), ("deny", options.deny), ("users", options.users)
-    )
+    None if getattr(options, name) is None
+    else read_ids(name, getattr(options, name))
+    for name in ("allow", "deny", "users")
   )
-  histories = None
-  if options.history is not None:
-    histories = read_histories(options.history)
-  if options.model is not None:
-    made = serving.load(options.model)
-  else:
-    made = recommender(
-      options.workdir, method=options.method, seed=options.seed
-    )
-  if histories is not None:
+  of_file = options.history is not None
+  histories = read_histories(options.history) if of_file else ()
+  made = recommender(
+    options.workdir, method=options.method, seed=options.seed
+  ) if options.model is None else serving.load(options.model)
+  if of_file:
     requests = serving.of_histories(made, *histories)
   else:
     requests = serving.of_users(made, users, prefix=options.prefix)
@@ -212,39 +193,22 @@ def read_ids(name: str, text: str) -> list[str]:
 def read_histories(name: str) -> tuple[list[list[Any]], list[Any] | None]:
   """(items of each row, users of each row or None) of a file."""
   path = disk.place("--history", name, here=True)
-  read = _by_suffix("history", path, _parquet_histories, _json_histories)
+  # By the standard library: polars goes by the first records' keys.
+  read = _by_suffix(
+    "history", path, lambda x: disk.read_parquet(x).to_dicts(), json.loads
+  )
   if not path.is_file():
     raise InputError(f"--history={path} does not exist; check the path")
-  try:
-    return read(path.read_bytes())
-  except (
-    OSError, RecursionError, TypeError, ValueError, pl.exceptions.PolarsError
-  ) as error:
-    why = " ".join(str(error).split())[:200]
-    raise InputError(
-      f"--history={path} cannot be read ({why}); give lists of items as "
-      "`items` in every row, an empty list for no history, and, if there is "
-      "one, `user`"
-    ) from error
-
-
-def _parquet_histories(data: bytes) -> tuple[list, list | None]:
-  table = pl.read_parquet(io.BytesIO(data))
-  kind = table.schema.get("items")
-  if not isinstance(kind, pl.List) or table["items"].has_nulls():
-    raise ValueError(f"its columns are {dict(table.schema)}")
-  users = table["user"].to_list() if "user" in table.columns else None
-  return table["items"].to_list(), users
-
-
-def _json_histories(data: bytes) -> tuple[list, list | None]:
-  """By the standard library: polars goes by the first records' keys."""
-  rows = json.loads(data)
-  if not isinstance(rows, list):
-    raise ValueError("it is no list of rows")
-  for number, own in enumerate(rows, 1):
-    if not isinstance(own, dict) or not isinstance(own.get("items"), list):
-      raise ValueError(f"row {number} has no list of `items`")
+  with disk.reading(f"--history={path}", (
+    "give lists of items as `items` in every row, an empty list for no "
+    "history, and, if there is one, `user`"
+  )):
+    rows = read(path.read_bytes())
+    if not isinstance(rows, list):
+      raise ValueError("it is no list of rows")
+    for number, own in enumerate(rows, 1):
+      if not isinstance(own, dict) or not isinstance(own.get("items"), list):
+        raise ValueError(f"row {number} has no list of `items`")
   named = any("user" in own for own in rows)
   users = [own.get("user") for own in rows] if named else None
   return [own["items"] for own in rows], users
@@ -367,23 +331,15 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
     )
   stored = workdir.read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
-    defaults = default().to_dict()
-    kept = schema.canonical(stored["config"])
-    defaults["data"] = kept["data"]
-    config = ConfigDict(_filled(defaults, kept))
+    kept, config = schema.canonical(stored["config"]), default()
+    known = dict(schema.flatten(config.to_dict()))
+    with config.ignore_type(), config.unlocked():
+      config.data = ConfigDict(kept.pop("data"))
+      config.update_from_flattened_dict({
+        key: value for key, value in schema.flatten(kept) if key in known
+      })
     settings.check(config)
   return config, stored["data"]
-
-
-def _filled(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-  """The given values of what is known; what is not given has its default."""
-  nested = lambda x: isinstance(x, dict)
-  both = {
-    key: _filled(defaults[key], given[key])
-    for key in defaults.keys() & given.keys()
-    if nested(defaults[key]) and nested(given[key])
-  }
-  return {key: both.get(key, given.get(key, defaults[key])) for key in defaults}
 
 
 def _made(
@@ -425,13 +381,10 @@ def _main(_: Sequence[str]) -> None:
   serve(Options(*values), commands.Console())
 
 
-def _launch() -> None:
-  for name, default_value in Options._field_defaults.items():
+if __name__ == "__main__":
+  for option, hint in get_type_hints(Options, include_extras=True).items():
+    default_value = Options._field_defaults[option]
     kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer}
     define = kinds.get(type(default_value), flags.DEFINE_string)
-    define(name, default_value, HELP[name])
+    define(option, default_value, hint.__metadata__[0])
   commands.launch(_main)
-
-
-if __name__ == "__main__":
-  _launch()

@@ -32,7 +32,12 @@ def main(_: Sequence[str]) -> None:
   values = flags.FLAGS
   disk.check_new(values.output)
   if values.input is None:
-    sizes = {f"num_{name}": _number(name) for name in _SIZES}
+    sizes = {f"num_{name}": values[name].value for name in _SIZES}
+    if None in sizes.values():
+      raise InputError(
+        "--input is missing; give a file to read, or the numbers of --users, "
+        "--items and --interactions to draw"
+      )
     write_crowd(Crowd(**sizes, seed=values.seed), values.output)
   else:
     stored.write(files.read(
@@ -47,17 +52,6 @@ def main(_: Sequence[str]) -> None:
   )
 
 
-def _number(name: str) -> int:
-  """A flag's whole number, with underscores if liked."""
-  value = flags.FLAGS[name].value
-  try:
-    return int(value)
-  except (TypeError, ValueError):
-    raise InputError(
-      f"--{name}={value}: give a whole number, or a file to read as --input"
-    ) from None
-
-
 def write_crowd(drawn: Crowd, path: str) -> None:
   """Draws and stores a crowd, in the memory of a chunk and of U lengths."""
   stored.write_chunks(
@@ -69,7 +63,7 @@ def write_crowd(drawn: Crowd, path: str) -> None:
   )
 
 
-def _launch() -> None:
+if __name__ == "__main__":
   flags.DEFINE_string("input", None, "file or directory to read")
   flags.DEFINE_string("output", None, "directory to make", required=True)
   for role in _ROLES:
@@ -81,10 +75,6 @@ def _launch() -> None:
     "k_core", 0, "users and items with fewer interactions are left out"
   )
   for name in _SIZES:
-    flags.DEFINE_string(name, None, f"number of {name} to draw")
+    flags.DEFINE_integer(name, None, f"number of {name} to draw")
   flags.DEFINE_integer("seed", 0, "of all draws", lower_bound=0)
   launch(main)
-
-
-if __name__ == "__main__":
-  _launch()

@@ -1,9 +1,4 @@
-"""Our own files: written whole or not at all, read whole or refused.
-
-What goes wrong is one line that names the file: a `WriteError` for a disk that
-is full or read-only, an `InputError` for a path that cannot be and for what is
-damaged.
-"""
+"""Our own files: written whole or not at all, read whole or refused."""
 
 import contextlib
 import errno
@@ -78,10 +73,8 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
   """Yields a file that takes the place of `path` once it is whole.
 
   Its directory is made where it is missing. Until the block ends the file has a
-  name that nobody can foresee and that was not there before.
-
-  Raises:
-    InputError, WriteError: as of `writing`.
+  name that nobody can foresee and that was not there before. Raises as
+  `writing`.
   """
   path = epath.Path(path)
   temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -111,8 +104,7 @@ def clear(directory: epath.Path) -> None:
 def write(files: Mapping[epath.PathLike, bytes | str]) -> None:
   """Writes files, {path: content}, none of them before all are on the disk.
 
-  Raises:
-    InputError, WriteError: as of `writing`; every file is then as it was.
+  Raises as `writing`; every file is then as it was.
   """
   with contextlib.ExitStack() as stack:
     for path, data in files.items():
@@ -123,11 +115,7 @@ def write(files: Mapping[epath.PathLike, bytes | str]) -> None:
 
 @contextlib.contextmanager
 def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
-  """Whatever goes wrong with a file of ours becomes a line that names it.
-
-  Raises:
-    InputError: for every other exception of the block but those of output.
-  """
+  """Any exception of the block but of output is an InputError with the path."""
   try:
     yield
   except (InputError, WriteError, UnicodeEncodeError):
@@ -143,9 +131,7 @@ def reading(path: epath.PathLike, remedy: str) -> Iterator[None]:
 def read_parquet(data: bytes, most_rows: int | None = None) -> pl.DataFrame:
   """The table of a Parquet file, of which no more than `most_rows` are read.
 
-  Raises:
-    ValueError: for content at which the reader panics, and all that it raises
-      for other damage; the reader's own cries are not heard.
+  Where the reader panics it raises ValueError, and is not heard.
   """
   with unheard():
     try:
@@ -190,7 +176,7 @@ def new_directory(path: epath.PathLike) -> Iterator[pathlib.Path]:
 
   Raises:
     InputError: if it exists, or another process is writing it.
-    WriteError: if it cannot be written; nothing is left then.
+    WriteError: if it cannot be written.
   """
   path = check_new(path)
   partial, lock = (

@@ -61,11 +61,10 @@ class Rows(NamedTuple):
 class Backbone(NamedTuple):
   """A sequence model as five pure functions over a plain parameter tree.
 
-  `score(represent(at(encode(history))))` are the logits. The stages are kept
-  apart so that one interface serves models whose state ignores the candidate
-  (SASRec, GRU4Rec: `represent` only adds the candidate axis) and models that
-  attend to it (DIN: `represent` pools the history once a candidate). Plugins
-  act on what `represent` returns.
+  `score(represent(at(encode(history))))` are the logits. `represent` is apart
+  for models that attend to the candidate (DIN pools the history once a
+  candidate; SASRec and GRU4Rec only add the axis). Plugins act on what it
+  returns.
 
   Attributes:
     init: key -> params.

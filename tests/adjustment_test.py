@@ -162,10 +162,6 @@ def joint(confounding):
   return train(confounding, [1.0], groups=False)
 
 
-def joint_from_groups(confounding):
-  return train(confounding, problem(confounding)[4]("interactions"))
-
-
 def group_weights(confounding):
   return train(confounding, problem(confounding)[4]("users"))
 
@@ -208,7 +204,6 @@ def fitted_backdoor(confounding):
 
 LIMITS = {
   "joint": (joint, "observational", 0.003),
-  "joint_from_groups": (joint_from_groups, "observational", 0.003),
   "group_weights": (group_weights, "prior_shifted", 0.003),
   "exact_backdoor": (exact_backdoor, "interventional", 0.003),
   "fitted_backdoor": (fitted_backdoor, "interventional", 0.006),

@@ -1,4 +1,4 @@
-"""Aggregation against hand formulas, numpy and plain joint losses."""
+"""Aggregation against numpy and plain joint losses; see also paths_test."""
 
 import jax
 import jax.numpy as jnp
@@ -7,110 +7,17 @@ import pytest
 from toys import assert_trees_close, bigram
 
 from pin_jax import aggregation
+from pin_jax.aggregation import weightings
 from pin_jax.data import activeness, batches, splits
 from pin_jax.data.interactions import Interactions
 from pin_jax.training import objectives
 
-PATHS = list(aggregation.PATHS)
-KNOWN_WEIGHTS_ONLY = ("accumulated", "weighted")
 LENGTHS = (3, 3, 4, 5, 6, 6, 8, 9, 10, 13)
 NUM_ITEMS = 12
 NUM_GROUPS = 3
 
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
-
-
-# The one-weight model: loss_g = s_g / 2 (theta - c_g)^2.
-
-SLOPES = np.array([1.0, 2.0, 0.5, 3.0])
-CENTRES = np.array([0.0, 4.0, -1.0, 1.5])
-PRIOR = np.array([0.1, 0.4, 0.3, 0.2])
-
-
-def quadratic(theta, batch, key):
-  del key
-  slope, centre = batch
-  return 0.5 * slope * (theta["w"] - centre) ** 2
-
-
-def fused(theta, batches, keys, weights):
-  losses = quadratic(theta, batches, keys)
-  return jnp.vdot(weights, losses), losses
-
-
-def one_weight(path, weighting, theta=1.5):
-  init, step = aggregation.aggregate(
-    quadratic, weighting, path=path, weighted_loss=fused
-  )
-  run = jax.jit(step)
-  as_float32 = lambda x: jnp.asarray(x, jnp.float32)
-  return run(
-    {"w": jnp.float32(theta)},
-    (as_float32(SLOPES), as_float32(CENTRES)),
-    jax.random.split(jax.random.key(0), len(SLOPES)),
-    init({"w": jnp.float32(theta)}),
-  )
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_one_weight_model_by_hand(path):
-  out = one_weight(path, aggregation.backdoor(PRIOR))
-  np.testing.assert_allclose(
-    out.losses, SLOPES / 2 * (1.5 - CENTRES) ** 2, rtol=1e-5
-  )
-  np.testing.assert_allclose(out.weights, PRIOR, rtol=1e-5)
-  np.testing.assert_allclose(
-    out.gradient["w"], (PRIOR * SLOPES * (1.5 - CENTRES)).sum(), rtol=1e-5
-  )
-  assert out.state == ()
-
-
-def test_one_weight_gramian_and_cosines_by_hand():
-  gradients = SLOPES * (1.5 - CENTRES)  # group 3 sits at its optimum
-  assert gradients[3] == 0
-  for path in ("stacked", "sequential"):
-    products = one_weight(path, aggregation.backdoor(PRIOR)).gramian
-    np.testing.assert_allclose(
-      products, np.outer(gradients, gradients), rtol=1e-5
-    )
-    np.testing.assert_allclose(
-      aggregation.cosines(products),
-      np.outer(np.sign(gradients), np.sign(gradients)), rtol=1e-5,
-    )
-
-
-def test_cheap_paths_say_what_they_do_not_know():
-  gradients = SLOPES * (1.5 - CENTRES)
-  products = one_weight("accumulated", aggregation.backdoor(PRIOR)).gramian
-  np.testing.assert_allclose(np.diagonal(products), gradients**2, rtol=1e-5)
-  assert np.isnan(products[~np.eye(4, dtype=bool)]).all()
-  products = one_weight("weighted", aggregation.backdoor(PRIOR)).gramian
-  assert products.shape == (4, 4)
-  assert np.isnan(products).all()
-
-
-def by_loss_and_step():
-  """Weights follow losses and the Gramian; the state counts the steps."""
-
-  def update(gramian, losses, state):
-    weights = losses / losses.sum() + jnp.diagonal(gramian) * state
-    return weights, state + 1
-
-  return aggregation.Weighting(lambda: jnp.float32(2), update)
-
-
-@pytest.mark.parametrize("path", ["stacked", "sequential", "auto"])
-def test_weighting_reads_gramian_losses_and_state(path):
-  out = one_weight(path, by_loss_and_step())
-  losses = SLOPES / 2 * (1.5 - CENTRES) ** 2
-  gradients = SLOPES * (1.5 - CENTRES)
-  weights = losses / losses.sum() + 2 * gradients**2
-  np.testing.assert_allclose(out.weights, weights, rtol=1e-5)
-  np.testing.assert_allclose(
-    out.gradient["w"], (weights * gradients).sum(), rtol=1e-5
-  )
-  assert out.state == 3
 
 
 # The algebra on a small tree.
@@ -193,13 +100,13 @@ def test_backdoor_rejects(prior):
 
 def test_unknown_path():
   with pytest.raises(ValueError, match="'fast' is unknown.*stacked"):
-    aggregation.aggregate(quadratic, aggregation.backdoor([1]), path="fast")
+    aggregation.aggregate(None, aggregation.backdoor([1]), path="fast")
 
 
-@pytest.mark.parametrize("path", KNOWN_WEIGHTS_ONLY)
+@pytest.mark.parametrize("path", ["accumulated", "weighted"])
 def test_paths_of_known_weights_reject_rules_that_read_gradients(path):
   with pytest.raises(ValueError, match=f"{path}.*these read gradients"):
-    aggregation.aggregate(quadratic, by_loss_and_step(), path=path)
+    aggregation.aggregate(None, weightings.upgrad(), path=path)
 
 
 # Sequences, with independent windows and losses.

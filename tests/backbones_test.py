@@ -112,23 +112,6 @@ def test_a_state_reads_the_items_up_to_its_position_and_no_other(name, model):
     assert set(np.flatnonzero(reads[t])) - {candidate} == want
 
 
-def test_an_item_changes_the_states_from_its_position_on(model, logits):
-  _, params, run = model
-  other = HISTORY.copy()
-  other[1, 3] = 5
-  changed = (np.asarray(run(params, other)) != logits).any(-1)
-  np.testing.assert_array_equal(changed[1], np.arange(LENGTH) >= 3)
-  assert not changed[[0, 2, 3]].any()
-
-
-def test_the_embedding_of_padding_has_no_influence(model, logits):
-  _, params, run = model
-  other = {**params, "items": params["items"].at[0].set(-1e6)}
-  np.testing.assert_array_equal(
-    run(other, HISTORY)[..., 1:], logits[..., 1:]
-  )
-
-
 def test_left_padding_does_not_matter(model, logits):
   _, params, run = model
   short = run(params, HISTORY[:1, 3:])
@@ -145,13 +128,6 @@ def test_states_of_padding_hold_nothing(model):
     return backbone.represent(params, states, jnp.asarray([3, 4]))
 
   np.testing.assert_array_equal(represent(params), 0)
-
-
-def test_a_user_does_not_depend_on_the_batch(model, logits):
-  _, params, run = model
-  other = HISTORY.copy()
-  other[[0, 2, 3]] = np.arange(1, 9)
-  np.testing.assert_array_equal(run(params, other)[1], logits[1])
 
 
 def test_dropout_follows_the_key(model, logits):
@@ -306,18 +282,6 @@ def test_plugin_training_starts_at_the_backbones_loss(name, model):
   assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
 
 
-def test_a_state_of_hstu_knows_distances_but_not_its_place_in_the_window():
-  backbone = BUILDERS["hstu"](blocks=2)
-  params = noisy(backbone.init)
-  encode = jax.jit(backbone.encode)
-  early = jnp.asarray([[0, 5, 2, 9, 0, 0, 0, 0]])
-  late = jnp.asarray([[0, 0, 0, 0, 0, 5, 2, 9]])
-  swapped = jnp.asarray([[0, 0, 0, 0, 0, 2, 5, 9]])
-  first, second, third = (encode(params, x) for x in (early, late, swapped))
-  np.testing.assert_allclose(first[0, 3], second[0, 7], rtol=1e-5, atol=1e-5)
-  assert np.abs(second[0, 7] - third[0, 7]).max() > 1e-3
-
-
 def test_dropout_of_gru4rec_acts_behind_the_last_layer():
   backbone = BUILDERS["gru4rec"](dropout=0.5)
   params = noisy(backbone.init)
@@ -352,10 +316,3 @@ def test_tied_score_equals_a_loop(form, per_candidate):
       want[m, c] = state @ params["items"][v] + params["bias"][v]
   assert got.shape == index.shape and got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_tied_score_accumulates_bfloat16_in_float32():
-  ones = jnp.ones((2, 1001), jnp.bfloat16)
-  params = {"items": ones, "bias": jnp.zeros(2)}
-  got = tied_score(params, ones[:1, None], None)
-  np.testing.assert_array_equal(got, [[1001, 1001]])

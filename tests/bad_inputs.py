@@ -116,11 +116,11 @@ _file("a.parquet", b"PAR1" + bytes(60) + b"PAR1", "cannot be read",
 
 
 _file("a.csv", 'user,item\n"",2\n', "line 2", "user", "is empty")
-_file("a.csv", "user;item\n1;2\n", "separator seems to be ';'", "give")
+_file("a.csv", "user;item\n1;2\n", "only ['user;item']", "give separator=")
 _file("a.csv", f"user,item,time\n1,2,{10**20}\n1,3,{10**20 + 1}\n", "line 3",
       "are one as float64", "coarser unit", row_name="file: times that merge")
 _file("a.csv", "user,item,time\n1,2,2024-01-01 00:00:00.0000000001\n", "line 2",
-      "does not fit nanoseconds", "coarser unit", row_name="file: picoseconds")
+      "finer than microseconds", "coarser unit", row_name="file: picoseconds")
 
 
 def _columns(name, *words, times=None, users=(1, 2)):
@@ -272,11 +272,6 @@ def _(folder):
 @row("prior: length", "custom", "2")
 def _(folder):
   activeness.prior("custom", np.array([0, 1]), np.array([1, 1]), 2, (1.0,))
-
-
-@row("pool: shapes", "targets has shape (3,) but groups (2,)", "every user")
-def _(folder):
-  batches.make_pool(np.ones(3), np.zeros(2), num_groups=1, length=2)
 
 
 @row("pool: range", "groups span 0..7", "give -1..1")
@@ -431,10 +426,9 @@ class Place:
   """A directory for TFDS with one archive in it."""
 
   def __init__(self, folder, config, data):
-    name = tfds.BUILDERS[config.split("/")[0]](
-      config=config.split("/")[1], data_dir=folder
-    ).builder_config.url.rpartition("/")[2]
-    (folder / name).write_bytes(data)
+    dataset, name = config.split("/")
+    release = tfds.BUILDERS[dataset].builder_configs[name]
+    (folder / release.file_name).write_bytes(data)
     self.read = lambda: tfds.read_tfds(
       config, data_dir=folder / "prepared", manual_dir=folder
     )

@@ -159,7 +159,7 @@ class Flags:
 
   def __init__(self, **given):
     self.__dict__.update({
-      "users": "9", "items": "9", "interactions": "90", "seed": 0,
+      "users": 9, "items": 9, "interactions": 90, "seed": 0,
       "input": None, "min_length": 3, "k_core": 0, "user": None, "item": None,
       "time": None, **given,
     })
@@ -173,8 +173,7 @@ class Flags:
   ({"output": "s3://b/x"}, "s3://b/x is not on this machine"),
   ({"output": ""}, "directory='' is no path"),
   ({"output": "/proc/x"}, "/proc/x cannot be written"),
-  ({"output": "W", "users": "1e9"}, "--users=1e9"),
-  ({"output": "W", "users": None}, "--users=None: give a whole number, or"),
+  ({"output": "W", "users": None}, "--input is missing; give a file to read"),
   ({"input": "s3://b/a.csv", "output": "W"}, "not on this machine"),
   ({"input": "", "output": "W"}, "path='' is no path"),
   ({"input": "A", "output": "A"}, "exists; delete it"),

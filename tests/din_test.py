@@ -83,14 +83,6 @@ def test_memory_of_the_activation_unit_follows_the_budget(candidates_at_once):
   assert largest() == few and whole >= few * (ITEMS + 1) / 5
 
 
-def test_the_order_of_the_history_does_not_matter():
-  backbone = _build()
-  params = noisy(backbone.init)
-  want = jax.jit(_last_logits(backbone, None))(params)
-  got = jax.jit(_last_logits(backbone, None, np.sort(HISTORY)))(params)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
 def test_dropout_leaves_out_items_and_keeps_the_mean():
   backbone = _build(dropout=0.25)
   history = jnp.ones((2000, LENGTH), jnp.int32).at[:, :2].set(0)

@@ -149,13 +149,6 @@ class TestIds:
     with pytest.raises(InputError, match="line 3: user column 'user' is empty"):
       files.read(write(name, text))
 
-  def test_empty_ids_in_parquet(self, tmp_path):
-    path = tmp_path / "a.parquet"
-    frame = pl.DataFrame({"user": [1, 2], "item": ["a", ""]})
-    frame.write_parquet(path)
-    with pytest.raises(InputError, match="row 2: item column 'item' is empty"):
-      files.read(path)
-
   @pytest.mark.parametrize("kind, digits", [
     (pl.Float64, 53), (pl.Float32, 24),
   ])
@@ -179,13 +172,6 @@ class TestIds:
     data = files.read(write("a.csv", "user,item\n" + rows + "x,1\n"))
     assert data.num_users == 5001
     assert data.user_ids.dtype == object
-
-  def test_parquet_keeps_strings(self, tmp_path):
-    frame = pl.DataFrame({"user": ["2", "1"], "item": [3, 4]})
-    frame.write_parquet(tmp_path / "a.parquet")
-    data = files.read(tmp_path / "a.parquet")
-    assert data.user_ids.tolist() == ["1", "2"]
-    assert data.item_ids.tolist() == [3, 4]
 
 
 def seconds(*args):
@@ -224,8 +210,7 @@ class TestTimes:
     assert files.read(path).times.tolist() == [seconds(2020, 1, 2)]
 
   @pytest.mark.parametrize("late, early", [
-    ("2023-11-14 22:13:20.000000900", "2023-11-14T22:13:20.000000899"),
-    ("2023-11-14 22:13:20.1234567", "2023-11-14 22:13:20.1234566"),
+    ("2023-11-14 22:13:20.000009", "2023-11-14T22:13:20.000008"),
     ("1700000000000000001", "1700000000000000000"),
     ("1700000000.0000005", "1700000000.0000001"),
     ("1700000001.5", "1700000000"),
@@ -248,7 +233,6 @@ class TestTimes:
     assert data.notes["tied_share"] == 0
 
   @pytest.mark.parametrize("times", [
-    pl.Series([900, 100]).cast(pl.Datetime("ns")),
     pl.Series([10**18 + 1, 10**18]).cast(pl.Datetime("ns")),
     pl.Series([10**16 + 1, 10**16]).cast(pl.Datetime("us", "UTC")),
     pl.Series([2**53 + 1, 2**53]).cast(pl.Datetime("ms")),
@@ -267,8 +251,7 @@ class TestTimes:
     ["1700000000000000001", "1700000000000000000", "0.5"],
     ["99999999999999999999", "99999999999999999998"],
     ["1700000000.123456789", "1700000000.123456788"],
-    ["2023-11-14 22:13:20.0000000001", "2023-11-14 22:13:20"],
-    ["1500-01-01 00:00:00.0000001", "2023-11-14 22:13:20"],
+    ["2023-11-14 22:13:20.0000001", "2023-11-14 22:13:20"],
     pl.Series([1.7e18, 1.6e18]),
     pl.Series([1.7e9, 1.6e9], dtype=pl.Float32),
     pl.Series([2**63, 1], dtype=pl.UInt64),
@@ -302,16 +285,6 @@ class TestTimes:
     with pytest.raises(InputError, match=f"line {line}: time.*= {value}"):
       files.read(write("a.csv", "user,item,time\n" + rows))
 
-  def test_bad_in_parquet(self, tmp_path):
-    path = tmp_path / "a.parquet"
-    frame = pl.DataFrame({"user": [1, 1], "item": [1, 2], "time": [1.0, None]})
-    frame.write_parquet(path)
-    with pytest.raises(InputError, match="row 2: time column 'time' is empty"):
-      files.read(path)
-    frame.fill_null(float("nan")).write_parquet(path)
-    with pytest.raises(InputError, match="row 2: time column 'time' = nan"):
-      files.read(path)
-
 
 class TestBadFiles:
 
@@ -323,7 +296,7 @@ class TestBadFiles:
     ("a.inter", "user_id:token\titem_id:token\n", "no rows"),
     ("a.csv", "\n\n", "a.csv"),
     ("a.csv", "user,thing\n1,2\n", r"no item column, only \['user', 'thing'\]"),
-    ("a.csv", "user;item\n1;2\n", "'user;item'.*give separator=';'"),
+    ("a.csv", "user;item\n1;2\n", r"\['user;item'\]; give separator="),
     ("a.csv", "user,item\n1,2\n,3\n", "line 3: user column 'user' is empty"),
     ("a.csv", "user,item\n1,2\n3\n", "line 3: item column 'item' is empty"),
     ("a.csv", "user,item\n1,2\n\n3,4\n", "line 3: user"),
@@ -351,37 +324,24 @@ class TestBadFiles:
     with pytest.raises(InputError, match="is a directory"):
       files.read(path)
 
-  @pytest.mark.parametrize("role", ["user", "item", "time"])
-  def test_missing_named_column(self, write, role):
-    path = write("a.csv", "user,item,time\n1,2,3\n")
-    with pytest.raises(InputError, match="no column 'x', only .*'item'"):
-      files.read(path, **{role: "x"})
-
   @pytest.mark.parametrize("separator", ["", "::", "é", "\n", '"', "\0", 5])
   def test_bad_separator(self, write, separator):
     path = write("a.csv", "user,item,time\n1,2,3\n")
     with pytest.raises(InputError, match="give one character"):
       files.read(path, separator=separator)
 
-  @pytest.mark.parametrize("name, header, seems", [
-    ("a.csv", "user;item;time", "';'"), ("a.csv", "who|what", "'|'"),
-    ("a.csv", "user\titem", r"'\\t'"), ("a.tsv", "user,item", "','"),
-    ("a.inter", "user_id:token,item_id:token", "','"),
-    ("a.csv", "user item", "' '"),
+  @pytest.mark.parametrize("columns, says", [
+    ({"item": ["a", ""]}, "row 2: item column 'item' is empty"),
+    ({"user": [1, None]}, "row 2: user column 'user' is empty"),
+    ({"time": [1.0, None]}, "row 2: time column 'time' is empty"),
+    ({"time": [1.0, float("nan")]}, "row 2: time column 'time' = nan"),
+    ({"user": [], "item": []}, "no rows"),
   ])
-  def test_the_separator_it_seems_to_be(self, write, name, header, seems):
-    path = write(name, f"{header}\n1;2;3\n")
-    with pytest.raises(InputError, match="seems to be (.*), so give") as error:
-      files.read(path)
-    assert f"seems to be {seems}" in str(error.value).replace("\\", r"\\")
-
-  def test_null_id_in_parquet(self, tmp_path):
+  def test_bad_parquet(self, tmp_path, columns, says):
     path = tmp_path / "a.parquet"
-    pl.DataFrame({"user": [1, None], "item": [1, 2]}).write_parquet(path)
-    with pytest.raises(InputError, match="row 2: user column 'user' is empty"):
-      files.read(path)
-    pl.DataFrame({"user": [], "item": []}).write_parquet(path)
-    with pytest.raises(InputError, match="no rows"):
+    good = {"user": [1, 2], "item": ["a", "b"]}
+    pl.DataFrame(good | columns).write_parquet(path)
+    with pytest.raises(InputError, match=says):
       files.read(path)
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import pickle
 
 import numpy as np
 import polars as pl
@@ -142,16 +141,6 @@ class TestFromColumns:
     data = from_columns([1, 2], [1, 1], [4, 4])
     assert data.notes["tied_share"] == 0.0
 
-  def test_k_core_iterates(self):
-    # Dropping item 9 leaves user 3 with one interaction, then item 3 with one.
-    users = [1, 1, 1, 2, 2, 3, 3]
-    items = [1, 2, 3, 1, 2, 3, 9]
-    data = from_columns(users, items, k_core=2)
-    assert data.user_ids.tolist() == [1, 2]
-    assert data.item_ids.tolist() == [1, 2]
-    assert data.notes["users_dropped"] == 1
-    assert data.notes["items_dropped"] == 2
-
   def test_polars_series_in_chunks(self):
     columns = [pl.Series(column) for column in random_columns(3)]
     chunked = [column[:100].append(column[100:]) for column in columns]
@@ -196,10 +185,6 @@ class TestFromColumns:
     assert data.times.tolist() == [1, 2]
     assert data.items.tolist() == [1, 2]
     assert data.user_ids.tolist() == [1]
-
-  def test_pickles(self):
-    data = from_columns(*random_columns(0, strings=True))
-    assert pickle.loads(pickle.dumps(data)).fingerprint == data.fingerprint
 
 
 class TestFingerprint:

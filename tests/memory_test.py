@@ -155,18 +155,6 @@ def test_only_the_training_prefix_is_asked_for_repeats():
   assert not memory.holds_repeats(split([0, *many[:-1]], many))
 
 
-def test_a_users_own_sequence_leaves_no_trace():
-  """Whatever a user did, what it is told of an item depends on the others."""
-  alone = split_of([[1, 2, 3, 4, 5]])
-  single = memory.build(alone, memory.Options(neighbours=4))
-  assert np.asarray(single.counts).sum() > 0
-  context = read_back(
-    make_sequences(alone), jnp.zeros(1, jnp.int32), jnp.asarray([2]), 3
-  )
-  found = memory.lookup(single, context, memory.Options())
-  np.testing.assert_array_equal(found.scores, 0)
-
-
 @pytest.mark.parametrize("candidates", [
   [3, 1, 3, 12], [[1, 2], [12, 12], [5, 1]],
 ])

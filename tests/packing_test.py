@@ -9,11 +9,9 @@ import pytest
 from references import BUILDERS, ITEMS
 from toys import assert_trees_close, bigram, noisy
 
-from pin_jax.data.batches import Sequences
-from pin_jax.evaluation import ranking
-from pin_jax.models import packing, plugins
+from pin_jax.models import packing
 from pin_jax.training import losses, negatives, objectives
-from pin_jax.types import Batch, Requests, Rows
+from pin_jax.types import Batch, Rows
 
 LENGTH = 7
 COUNTS = np.asarray([3, 7, 0, 1, 4, 6, 5, 7, 2, 1])  # the histories' lengths
@@ -235,28 +233,3 @@ def test_dropout_follows_the_key_and_differs_between_chunks():
   np.testing.assert_array_equal(first, again)
   assert (first != second).all()
   assert len(set(first.tolist())) == 4
-
-
-def test_ranks_equal_those_of_one_history_a_row():
-  backbone, params = _build("sasrec")
-  rng = np.random.default_rng(0)
-  lengths = rng.integers(2, 9, 11)
-  starts = np.concatenate([[0], np.cumsum(lengths)])
-  sequences = Sequences(
-    jnp.asarray(rng.integers(1, ITEMS + 1, starts[-1]), jnp.int32),
-    jnp.asarray(starts[:-1], jnp.int32), jnp.asarray(lengths - 1, jnp.int32),
-  )
-  requests = Requests(
-    np.arange(11), lengths - 1, np.zeros(11, int)
-  )
-
-  def rank(backbone):
-    ranker = ranking.make_ranker(
-      plugins.Model(backbone, None), num_items=ITEMS, length=LENGTH,
-    )
-    return ranker(plugins.Weights(params, None), sequences, requests)
-
-  want, got = rank(backbone), rank(backbone._replace(packed=3))
-  assert len(set(want.rank)) > 3
-  for ours, theirs in zip(got, want, strict=True):
-    np.testing.assert_array_equal(ours, theirs)

@@ -1,7 +1,5 @@
 """Every path and every block structure, for every rule, against numpy."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -242,13 +240,12 @@ def test_informed_rules_keep_their_weights_and_form_the_gramian():
   assert_trees_close(telling.gradient, cheap.gradient)
 
 
-# A sequence model: the fused loss of all groups.
-
 ITEMS, LENGTH, ROWS = 30, 6, 5
 
 
-@functools.cache
-def sequence_problem(mean):
+@pytest.mark.parametrize("mean", objectives.MEANS)
+def test_weighted_loss_equals_the_groups_one_by_one(mean):
+  """Of a sequence model."""
   backbone = sasrec.sasrec(
     ITEMS, length=LENGTH, width=4, blocks=1, heads=1, dropout=0.3, expansion=1
   )
@@ -275,38 +272,12 @@ def sequence_problem(mean):
   values, grads = zip(
     *(one(params, *of_group(g)) for g in range(SIZE)), strict=True
   )
-  return backbone, params, (groups, keys), losses, np.array(values), grads
-
-
-@pytest.mark.parametrize("mean", objectives.MEANS)
-def test_weighted_loss_equals_the_groups_one_by_one(mean):
-  _, params, groups, losses, values, grads = sequence_problem(mean)
   weights = jnp.array([0.5, 0.0, 0.3, 0.2])
   (total, of_groups), gradient = jax.jit(
     jax.value_and_grad(losses.weighted_loss, has_aux=True)
-  )(params, *groups, weights)
+  )(params, groups, keys, weights)
   np.testing.assert_allclose(of_groups, values, rtol=1e-5)
   np.testing.assert_allclose(total, np.dot(weights, values), rtol=1e-5)
   assert_trees_close(gradient, jax.tree.map(
     lambda *g: sum(w * x for w, x in zip(weights, g, strict=True)), *grads
   ))
-
-
-@pytest.mark.parametrize("path", ["stacked", "sequential"])
-def test_paths_agree_on_a_sequence_model(path):
-  _, params, groups, losses, _, grads = sequence_problem("users")
-  weighting = weightings.upgrad()
-  run = jax.jit(aggregation.aggregate(
-    losses.group_loss, weighting, path=path,
-    weighted_loss=losses.weighted_loss,
-  ).step)
-  out = run(params, *groups, ())
-  rows = np.stack([flat(g).astype(np.float64) for g in grads])
-  products = rows @ rows.T
-  np.testing.assert_allclose(out.gramian, products, atol=1e-5 * products.max())
-  weights, _ = weighting.update(jnp.asarray(products, jnp.float32), None, ())
-  np.testing.assert_allclose(out.weights, weights, rtol=1e-3, atol=1e-4)
-  want = np.asarray(out.weights) @ rows
-  np.testing.assert_allclose(
-    flat(out.gradient), want, rtol=1e-5, atol=1e-5 * np.abs(want).max()
-  )

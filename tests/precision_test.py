@@ -199,26 +199,6 @@ def _scores(backbone, params, history):
   return np.asarray(run(params, history))
 
 
-def test_states_read_neither_later_items_nor_padding():
-  backbone = computed_in(BUILDERS["sasrec"](), "bfloat16")
-  params = _start(backbone)
-  history = np.asarray([[0, 0, 0, 5, 2, 9, 4, 1], [7, 3, 11, 8, 12, 6, 10, 2]])
-  logits = _scores(backbone, params, history)
-  other = history.copy()
-  other[1, 3] = 5
-  changed = (_scores(backbone, params, other) != logits).any(-1)
-  np.testing.assert_array_equal(changed[1], np.arange(LENGTH) >= 3)
-  assert not changed[0].any()
-  blank = {**params, "items": params["items"].at[0].set(1e6)}
-  np.testing.assert_array_equal(
-    _scores(backbone, blank, history)[..., 1:], logits[..., 1:]
-  )
-  np.testing.assert_allclose(
-    _scores(backbone, params, history[:1, 3:]), logits[:1, 3:],
-    atol=2**-6 * np.abs(logits).max(),
-  )
-
-
 def test_gradients_of_packed_chunks_add_up_in_float32():
   backbone = computed_in(BUILDERS["sasrec"](), "bfloat16")._replace(packed=2)
   params, group = _start(backbone), _group()

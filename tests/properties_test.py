@@ -10,7 +10,6 @@ import tempfile
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -18,7 +17,7 @@ import scipy.special
 import scipy.stats
 
 from pin_jax import serving
-from pin_jax.data import batches, files, splits, stored
+from pin_jax.data import files, splits, stored
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import metrics, statistics
 from pin_jax.training import negatives
@@ -225,37 +224,6 @@ def test_a_temporal_split_never_looks_ahead(rows, validation, gap):
 
 
 # Samplers.
-
-
-@hypothesis.settings(max_examples=8)  # every shape is compiled
-@hypothesis.given(
-  st.lists(st.integers(3, 12), min_size=2, max_size=6),
-  st.integers(0, 2**31 - 1), st.sampled_from(batches.DRAWS),
-)
-def test_windows_are_consecutive_training_items(lengths, seed, draw):
-  users = np.repeat(np.arange(len(lengths)), lengths)
-  items = np.arange(len(users)) % 7
-  split = splits.leave_one_out(from_columns(users, items))
-  groups = np.arange(len(lengths)) % 2
-  targets = batches.training_targets(split)
-  hypothesis.assume(all((targets[groups == g] > 0).any() for g in (0, 1)))
-  pool = batches.make_pool(targets, groups, num_groups=2, length=4)
-  batch = batches.Draw(batch_size=3, length=4, draw=draw).batch(
-    jax.random.key(seed), batches.make_sequences(split), pool
-  )
-  for group in range(2):
-    for user, history, target in zip(
-      *(np.asarray(x[group]) for x in batch[:3]), strict=True
-    ):
-      assert groups[user] == group
-      real = target > 0
-      assert real.any() and ((history > 0) == real).all()
-      assert (np.diff(real.astype(int)) >= 0).all()  # right-aligned
-      start = split.interactions.offsets[user]
-      own = split.interactions.items[start : start + split.train_end[user]]
-      pairs = [tuple(own[i : i + real.sum() + 1]) for i in range(len(own))]
-      assert (*history[real], target[real][-1]) in pairs
-      np.testing.assert_array_equal(history[real][1:], target[real][:-1])
 
 
 MASS = st.one_of(st.just(0.0), st.floats(0, 1e300), st.integers(0, 10**15))

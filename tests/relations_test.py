@@ -110,19 +110,6 @@ def test_the_scores_equal_the_definition(name):
   assert not got[0].any() and not got[:, 0].any()
 
 
-@pytest.mark.parametrize("name", memory.RELATIONS)
-def test_a_row_keeps_its_largest_scores(name):
-  split = _split()
-  few = _build(split, name, neighbours=3)
-  want = LOOPS[name](training_rows(split))
-  for a in range(1, ITEMS + 1):
-    row = [max(want(a, b), 0) for b in range(1, ITEMS + 1) if b != a]
-    np.testing.assert_allclose(
-      few.related_scores[0, a], sorted(row, reverse=True)[:3], rtol=1e-4,
-      atol=1e-6,
-    )
-
-
 def test_histories_add_up_their_items_scores():
   split = _split()
   names = ("linear", "cosine")
@@ -136,9 +123,6 @@ def test_histories_add_up_their_items_scores():
   found = memory.lookup(built, context, OPTIONS._replace(history_decay=0.8))
   found = memory.Scores(found.items[-2:], found.scores[-2:])
   got = memory.dense(found, None, ITEMS)
-  few = jnp.asarray([3, 7, 7])
-  some = memory.dense(found, few, ITEMS)
-  own = memory.dense(found, jnp.tile(few, (len(users), 1)), ITEMS)
   data, rows = split.interactions, training_rows(split)
   for k, name in enumerate(names):
     score = LOOPS[name](rows)
@@ -150,8 +134,6 @@ def test_histories_add_up_their_items_scores():
         for b in range(1, ITEMS + 1):
           want[b] += 0.8**age * (max(score(a, b), 0) if a != b else 0)
       np.testing.assert_allclose(got[k, user], want, rtol=1e-4, atol=1e-6)
-      np.testing.assert_allclose(some[k, user], want[few], rtol=1e-4, atol=1e-6)
-      np.testing.assert_allclose(own[k, user], want[few], rtol=1e-4, atol=1e-6)
 
 
 def test_items_after_the_training_prefix_relate_nothing():

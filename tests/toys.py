@@ -12,6 +12,9 @@ from pin_jax.types import Backbone
 
 # name -> (prior -> Weighting), the prior in the order of the groups.
 RULES = {
+  name: lambda prior, rule=rule: rule()
+  for name, rule in weightings.WEIGHTINGS.items()
+} | {
   "backdoor": aggregation.backdoor,
   "joint": weightings.joint,
   "exact_backdoor": weightings.exact_backdoor,
@@ -23,17 +26,7 @@ RULES = {
   "streaming_dro": lambda p: weightings.streaming_dro(p, 0.1),
   "cvar": lambda p: weightings.cvar(p, 0.4),
   "famo": lambda p: weightings.famo(len(p)),
-  "normalized": lambda p: weightings.normalized(),
-  "consensus": lambda p: weightings.consensus(),
-  "pcgrad": lambda p: weightings.pcgrad(),
   "gradvac": lambda p: weightings.gradvac(len(p), 0.5),
-  "mgda": lambda p: weightings.mgda(),
-  "upgrad": lambda p: weightings.upgrad(),
-  "cagrad": lambda p: weightings.cagrad(),
-  "imtl_g": lambda p: weightings.imtl_g(),
-  "nash_mtl": lambda p: weightings.nash_mtl(),
-  "aligned_mtl": lambda p: weightings.aligned_mtl(),
-  "gradient_alignment": lambda p: weightings.gradient_alignment(),
 }
 
 

@@ -12,10 +12,8 @@
 from pin_jax.aggregation.aggregator import (
   PATHS,
   Aggregate,
-  Aggregator,
   Blocks,
   GroupLoss,
-  PyTree,
   Rules,
   WeightedLoss,
   Weighting,
@@ -31,12 +29,11 @@ from pin_jax.aggregation.aggregator import (
   initial_state,
   leaf_names,
   mean_cosine,
-  normalised,
 )
 
 __all__ = [
-  "Aggregate", "Aggregator", "Blocks", "GroupLoss", "PATHS", "PyTree", "Rules",
-  "WeightedLoss", "Weighting", "aggregate", "backdoor", "choose_path",
-  "combine", "conflict_rate", "cosines", "effective_groups", "gramian",
-  "informed", "initial_state", "leaf_names", "mean_cosine", "normalised",
+  "Aggregate", "Blocks", "GroupLoss", "PATHS", "Rules", "WeightedLoss",
+  "Weighting", "aggregate", "backdoor", "choose_path", "combine",
+  "conflict_rate", "cosines", "effective_groups", "gramian", "informed",
+  "initial_state", "leaf_names", "mean_cosine",
 ]

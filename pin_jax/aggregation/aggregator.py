@@ -1,14 +1,6 @@
 """Gradient aggregation: from per-group gradients to the one that is applied.
 
-The idea of the method, free of recommendation: G groups, one loss each, one
-shared parameter tree. A *weighting* turns the Gramian of the group gradients
-and the group losses into weights; `combine` applies them.
-
-    losses, grads = vmap(value_and_grad(group_loss), (None, 0, 0))(params, ...)
-    weights, state = weighting.update(gramian(grads), losses, state)
-    gradient = combine(weights, grads)
-
-`aggregate` builds that step for any loss and any parameter tree, over the whole
+`aggregate` builds the step for any loss and any parameter tree, over the whole
 gradient or block by block, on one of several equal paths. Example: two tasks
 that share a parameter and own one each; UPGrad lets neither loss rise.
 
@@ -191,7 +183,7 @@ def aggregate(
   def step(
     params: PyTree, batches: PyTree, keys: jax.Array, state: PyTree
   ) -> Aggregate:
-    algebra = _algebra(weighting, blocks, params)
+    update, gramian_of, combined = _algebra(weighting, blocks, params)
     groups = batches, keys
     narrow = any(_wide(x).dtype != x.dtype for x in jax.tree.leaves(params))
     fused = weighted_loss is not None and blocks is None and not narrow
@@ -202,17 +194,17 @@ def aggregate(
     if chosen in ("stacked", "sequential"):
       at_once = lambda f, groups: jax.vmap(f)(groups)
       over_groups = at_once if chosen == "stacked" else jax.lax.map
-      return _reference(
-        value_and_grad, over_groups, algebra, params, groups, state
-      )
+      losses, grads = over_groups(lambda x: value_and_grad(params, *x), groups)
+      products = gramian_of(grads)
+      weights, state = update(products, losses, state)
+      gradient, total = combined(weights, grads), sum(jax.tree.leaves(products))
+      return Aggregate(gradient, losses, weights, total, state)
     unknown = jnp.full((len(keys), len(keys)), jnp.nan, jnp.float32)
-    weights, state = algebra.update(
-      algebra.gramian(jax.tree.map(lambda _: unknown, params)), unknown[0],
-      state,
-    )
+    nothing = gramian_of(jax.tree.map(lambda _: unknown, params))
+    weights, state = update(nothing, unknown[0], state)
     if chosen == "accumulated" or not fused:
       return _accumulated(
-        value_and_grad, algebra.combine, params, groups, weights, state
+        value_and_grad, combined, params, groups, weights, state
       )
     gradient, losses = jax.grad(weighted_loss, has_aux=True)(
       params, *groups, weights
@@ -221,20 +213,6 @@ def aggregate(
 
   init = lambda params: initial_state(weighting, params, blocks)
   return Aggregator(init, step)
-
-
-def _reference(
-  value_and_grad: Callable, over_groups: Callable, algebra: "_Algebra",
-  params: PyTree, groups: tuple[PyTree, jax.Array], state: PyTree,
-) -> Aggregate:
-  """The idea as it is printed; whole gradient or block by block."""
-  update, gramian, combine = algebra
-  losses, grads = over_groups(lambda x: value_and_grad(params, *x), groups)
-  products = gramian(grads)
-  weights, state = update(products, losses, state)
-  gradient = combine(weights, grads)
-  total = sum(jax.tree.leaves(products))
-  return Aggregate(gradient, losses, weights, total, state)
 
 
 def _accumulated(
@@ -328,14 +306,6 @@ def initial_state(
 # Blocks: parts of the gradient with weights of their own.
 
 
-class _Algebra(NamedTuple):
-  """The three functions of `_reference`, over dicts of blocks if there are."""
-
-  update: Callable[..., tuple[PyTree, PyTree]]
-  gramian: Callable[[PyTree], PyTree]
-  combine: Callable[[PyTree, PyTree], PyTree]
-
-
 def leaf_names(params: PyTree) -> list[str]:
   """The leaves' names, such as 'Block_0/MLP_0/Dense_0/kernel'."""
   paths = jax.tree_util.tree_leaves_with_path(params)
@@ -354,9 +324,12 @@ def _blocks_of(rules: Rules, blocks: Blocks, params: PyTree) -> list[str]:
   return names
 
 
-def _algebra(rules: Rules, blocks: Blocks | None, params: PyTree) -> _Algebra:
+def _algebra(
+  rules: Rules, blocks: Blocks | None, params: PyTree
+) -> tuple[Callable, Callable, Callable]:
+  """Update, `gramian` and `combine`, over dicts of blocks if there are."""
   if blocks is None:
-    return _Algebra(rules.update, gramian, combine)
+    return rules.update, gramian, combine
   of_leaf = _blocks_of(rules, blocks, params)
   names = list(dict.fromkeys(of_leaf))
 
@@ -384,15 +357,11 @@ def _algebra(rules: Rules, blocks: Blocks | None, params: PyTree) -> _Algebra:
       k: state for k, (_, state) in found.items()
     }
 
-  return _Algebra(update, products, combined)
+  return update, products, combined
 
 
 def _leaf_gramian(leaf: jax.Array) -> jax.Array:
-  """<x_g, x_h> of one leaf [G, ...]; [G, G] float32.
-
-  On CPU in chunks that stay in the cache: three to five times faster than one
-  product of a few very long rows.
-  """
+  """<x_g, x_h> of one leaf [G, ...]; on CPU in chunks that suit its cache."""
 
   def product(x: jax.Array) -> jax.Array:
     axes = tuple(range(1, x.ndim))

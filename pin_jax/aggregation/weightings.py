@@ -4,11 +4,6 @@ Each rule is one function that returns an `aggregation.Weighting`: pure, on the
 Gramian G_gh = <grad_g, grad_h>, the losses L_g and a state of arrays. The dict
 WEIGHTINGS at the end names them all.
 
-  reads nothing    joint, exact_backdoor, annealed_backdoor, inverse_propensity
-  reads losses     famo, group_dro, streaming_dro, cvar
-  reads gradients  normalized, consensus, pcgrad, gradvac, cagrad, mgda, imtl_g,
-                   nash_mtl, aligned_mtl, upgrad, gradient_alignment
-
 Facts that a docstring may state, with d = sum_g w_g grad_g:
 
   simplex          w_g >= 0 and sum_g w_g = 1
@@ -67,10 +62,7 @@ def tempered(prior: Sequence[float], exponent: float) -> np.ndarray:
 
 
 def joint(shares: Sequence[float]) -> Weighting:
-  """The joint gradient: weights are the groups' shares of the examples.
-
-  Simplex; linear.
-  """
+  """The joint gradient: the groups' shares of the examples. Simplex; linear."""
   return backdoor(shares)
 
 
@@ -222,14 +214,13 @@ def cvar(prior: Sequence[float], alpha: float) -> Weighting:
 
 
 def famo(
-  num_groups: int, step_size: float = 0.025, decay: float = 1e-3,
-  b1: float = 0.9, b2: float = 0.999,
+  num_groups: int, step_size: float = 0.025, decay: float = 1e-3
 ) -> Weighting:
   """Fast adaptive multitask optimization: equal rates of decrease.
 
-  w_g ~ z_g / L_g, z = softmax(xi); xi follows Adam (`step_size` >= 0; b1 and b2
-  in [0, 1)) on the gradient (diag(z) - z z^T) (log L(t-1) - log L(t)) + decay
-  xi, decay >= 0. Simplex; linear; for losses > 0: a group whose loss is not
+  w_g ~ z_g / L_g, z = softmax(xi); xi follows Adam (`step_size` >= 0; .9, .999)
+  on the gradient (diag(z) - z z^T) (log L(t-1) - log L(t)) + decay xi, decay >=
+  0. Simplex; linear; for losses > 0: a group whose loss is not
   positive gets weight 0 (all equal if none is). State: xi, Adam's moments, the
   number of updates, losses.
 
@@ -243,8 +234,7 @@ def famo(
   _require(num_groups >= 1, f"num_groups={num_groups} must be at least 1")
   _require_step(step_size)
   _require(0 <= decay < np.inf, f"decay={decay} must be finite and >= 0")
-  for name, value in {"b1": b1, "b2": b2}.items():
-    _require(0 <= value < 1, f"{name}={value} must be in [0, 1)")
+  b1, b2 = 0.9, 0.999
 
   def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     logits, first, second, count, before = state
@@ -642,10 +632,7 @@ def _ridged(matrix: Array) -> Array:
 
 
 def _mean_of_rows(rows: Array, gramian: Array) -> Array:
-  """Weights of mean_g d_g sum_h rows_gh u_h, u the unit gradients.
-
-  Linear by construction where the rows follow from C alone.
-  """
+  """Weights of mean_g d_g sum_h rows_gh u_h, u the unit gradients."""
   norms, inverse, _ = _unit(gramian)
   largest = norms.max()
   return divide(norms, largest) @ rows * (largest * inverse) / len(norms)
@@ -661,26 +648,12 @@ def _orders(key: Array, size: int) -> tuple[Array, Array]:
 # Published for each parameter tensor by itself.
 BY_TENSOR = ("consensus",)
 
-# A new rule is one function and one line.
+# A new rule is one function and its name here.
 WEIGHTINGS = {
-  "backdoor": backdoor,
-  "joint": joint,
-  "exact_backdoor": exact_backdoor,
-  "annealed_backdoor": annealed_backdoor,
-  "inverse_propensity": inverse_propensity,
-  "group_dro": group_dro,
-  "streaming_dro": streaming_dro,
-  "cvar": cvar,
-  "famo": famo,
-  "normalized": normalized,
-  "consensus": consensus,
-  "pcgrad": pcgrad,
-  "gradvac": gradvac,
-  "mgda": mgda,
-  "upgrad": upgrad,
-  "cagrad": cagrad,
-  "imtl_g": imtl_g,
-  "nash_mtl": nash_mtl,
-  "aligned_mtl": aligned_mtl,
-  "gradient_alignment": gradient_alignment,
+  rule.__name__: rule for rule in (
+    backdoor, joint, exact_backdoor, annealed_backdoor, inverse_propensity,
+    group_dro, streaming_dro, cvar, famo, normalized, consensus, pcgrad,
+    gradvac, mgda, upgrad, cagrad, imtl_g, nash_mtl, aligned_mtl,
+    gradient_alignment,
+  )
 }

@@ -2,9 +2,7 @@
 
 A user's activeness is the number of their training interactions. One order
 serves groups and segments alike: more active first, and among equals by a fixed
-hash of the user's original id. So the head segment is always a prefix of that
-order, and groups are consecutive pieces of it. Never by index: indices follow
-the ids, which often tell a user's age.
+hash of the user's original id, never by index, which often tells a user's age.
 """
 
 import hashlib
@@ -51,9 +49,9 @@ def assign_groups(
     InputError: for bad activeness, an unknown rule, borders that do not fit, or
       a group that would be empty.
   """
-  activeness, ids = _check_users(activeness, ids)
   if rule not in GROUP_RULES:
     raise InputError(f"rule={rule!r} is unknown; use one of {GROUP_RULES}")
+  activeness = _check_activeness(activeness)
   if not 1 <= num_groups <= len(activeness):
     raise InputError(
       f"num_groups={num_groups} does not suit {len(activeness)} users; "
@@ -80,7 +78,13 @@ def assign_groups(
   elif rule == "head_share":
     groups = assign_segments(activeness, ids, head_share=head_share)
   else:
-    groups = _by_shares(activeness, ids, rule, num_groups)
+    # A user is in the group that holds the middle of their own weight.
+    order = _most_active_first(activeness, ids)[::-1]
+    weights = activeness[order] if rule == "interactions" else 1 + 0 * order
+    ends = np.cumsum(weights)
+    middles = (2 * ends - weights) / max(2 * ends[-1], 1)
+    groups = np.empty(len(order), np.int32)
+    groups[order] = np.minimum(middles * num_groups, num_groups - 1)
   sizes = np.bincount(groups, minlength=num_groups)
   if not sizes.all():
     raise InputError(
@@ -109,7 +113,7 @@ def assign_segments(
     InputError: for bad activeness, fewer than two users, or a share outside
       (0, 1).
   """
-  activeness, ids = _check_users(activeness, ids)
+  activeness = _check_activeness(activeness)
   if not 0 < head_share < 1:
     raise InputError(
       f"head_share={head_share} is no share of users; give 0 < head_share < 1"
@@ -157,8 +161,7 @@ def prior(
     [G] float64 that sums to 1.
 
   Raises:
-    InputError: for an unknown kind, values that do not fit, groups outside
-      0..G-1, or nothing to share.
+    InputError: for an unknown kind, values that do not fit, nothing to share.
   """
   if kind not in PRIORS:
     raise InputError(f"prior {kind!r} is unknown; use one of {PRIORS}")
@@ -166,15 +169,6 @@ def prior(
     raise InputError(
       f"prior {kind!r} with values={values!r}; give values with 'custom' and "
       "only then"
-    )
-  groups, activeness = np.asarray(groups), _check_activeness(activeness)
-  if groups.shape != activeness.shape or groups.dtype.kind not in "iu" or (
-    not 0 <= groups.min() <= groups.max() < num_groups
-  ):
-    raise InputError(
-      f"groups are {groups.dtype} of shape {groups.shape} and span "
-      f"{groups.min()}..{groups.max()}; give one of 0..{num_groups - 1} per "
-      "user, or another num_groups"
     )
   if kind == "custom":
     weights = np.asarray(values, np.float64)
@@ -188,7 +182,7 @@ def prior(
   elif kind == "uniform":
     weights = np.ones(num_groups)
   else:
-    counted = activeness if kind == "interactions" else None
+    counted = None if kind == "users" else activeness
     weights = np.bincount(groups, counted, num_groups).astype(np.float64)
   if not weights.sum() > 0:
     raise InputError(f"prior {kind!r} sums to 0; every weight is 0")
@@ -198,15 +192,10 @@ def prior(
 def describe(
   activeness: np.ndarray, groups: np.ndarray, segments: np.ndarray
 ) -> dict[str, Any]:
-  """Summarises the distribution of activeness, for reports.
+  """Summarises the activeness [U] of groups [U] and segments [U].
 
   The Gini coefficient is sum_i (2 i - U - 1) a_i / (U sum_i a_i) over ascending
   a_1..a_U: 0 if all users are equally active.
-
-  Args:
-    activeness: [U] numbers of training interactions.
-    groups: [U] group of each user.
-    segments: [U] segment of each user, 1 = head.
 
   Returns:
     users, interactions, min, median, mean, max, gini, head_users (share of
@@ -236,14 +225,11 @@ def describe(
 
 
 def _check_activeness(activeness: np.ndarray) -> np.ndarray:
-  """Returns activeness as a checked [U] array of numbers."""
   activeness = np.asarray(activeness)
   if activeness.ndim != 1 or not activeness.size:
     raise InputError(
       f"activeness has shape {activeness.shape}; give one number per user"
     )
-  if activeness.dtype.kind not in "iuf":
-    raise InputError(f"activeness is {activeness.dtype}; give numbers")
   valid = np.isfinite(activeness) & (activeness >= 0)
   if not valid.all():
     user = int(valid.argmin())
@@ -254,39 +240,14 @@ def _check_activeness(activeness: np.ndarray) -> np.ndarray:
   return activeness.astype(kind)
 
 
-def _check_users(
+def _most_active_first(
   activeness: np.ndarray, ids: ArrayLike | None
-) -> tuple[np.ndarray, np.ndarray]:
-  """Checked activeness and ids, both [U]."""
-  activeness = _check_activeness(activeness)
+) -> np.ndarray:
+  """Users by descending activeness; equals by the hash of their ids."""
   ids = np.asarray(range(len(activeness)) if ids is None else ids)
   if ids.shape != activeness.shape:
     raise InputError(
       f"ids have shape {ids.shape}, activeness {activeness.shape}; give one of "
       "each per user"
     )
-  return activeness, ids
-
-
-def _most_active_first(activeness: np.ndarray, ids: np.ndarray) -> np.ndarray:
-  """Returns users by descending activeness; equals by the hash of their ids."""
   return np.lexsort((id_hash(ids), -activeness))
-
-
-def _by_shares(
-  activeness: np.ndarray, ids: np.ndarray, rule: str, num_groups: int
-) -> np.ndarray:
-  """Cuts the order of users into G pieces of about equal weight.
-
-  A user belongs to the piece that holds the middle of their own weight.
-  """
-  order = _most_active_first(activeness, ids)[::-1]
-  if rule == "users":
-    weights = np.ones(len(order), np.int64)
-  else:
-    weights = activeness[order]
-  ends = np.cumsum(weights)
-  middles = (2 * ends - weights) / max(2 * ends[-1], 1)
-  groups = np.empty(len(order), np.int32)
-  groups[order] = np.minimum(middles * num_groups, num_groups - 1)
-  return groups

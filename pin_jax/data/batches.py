@@ -54,11 +54,6 @@ def training_targets(split: Split) -> np.ndarray:
   return np.maximum(np.asarray(split.train_end, np.int64) - 1, 0)
 
 
-def make_sequences(split: Split) -> Sequences:
-  """Puts a split's interactions on the device; raises as `host_sequences`."""
-  return jax.tree.map(jnp.asarray, host_sequences(split))
-
-
 def host_sequences(split: Split) -> Sequences:
   """A split's interactions on the host, or on disk where they are `Stored`.
 
@@ -82,10 +77,15 @@ def host_sequences(split: Split) -> Sequences:
   )
 
 
+def make_sequences(split: Split) -> Sequences:
+  """The same on the device."""
+  return jax.tree.map(jnp.asarray, host_sequences(split))
+
+
 def make_pool(
   targets: np.ndarray, groups: np.ndarray, *, num_groups: int, length: int
 ) -> Pool:
-  """Collects the users of every group that have a training target.
+  """The users of every group that have a training target.
 
   Args:
     targets: [U], training targets of each user.
@@ -94,20 +94,11 @@ def make_pool(
     length: L, targets a window.
 
   Raises:
-    InputError: if a group has no user with a training target, for arrays of
-      other shapes or values, or for more windows than int32 counts.
+    InputError: if a group has no user with a training target, for other groups,
+      or for more windows than int32 counts.
   """
   at_least(1, num_groups=num_groups, length=length)
-  targets, groups = np.asarray(targets), np.asarray(groups)
-  if targets.ndim != 1 or targets.shape != groups.shape:
-    raise InputError(
-      f"targets has shape {targets.shape} but groups {groups.shape}; give one "
-      "of each for every user"
-    )
-  if groups.size and not -1 <= groups.min() <= groups.max() < num_groups:
-    raise InputError(
-      f"groups span {groups.min()}..{groups.max()}; give -1..{num_groups - 1}"
-    )
+  targets = np.asarray(targets)
   users, borders = _by_group(
     np.where(targets > 0, groups, -1), num_groups, "two training interactions; "
     "lower num_groups or change the rule of the groups",
@@ -128,6 +119,10 @@ def _by_group(
   groups: np.ndarray, num_groups: int, needed: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """(users by group, where each group begins [G+1]); group -1 is left out."""
+  if groups.size and not -1 <= groups.min() <= groups.max() < num_groups:
+    raise InputError(
+      f"groups span {groups.min()}..{groups.max()}; give -1..{num_groups - 1}"
+    )
   kept = np.flatnonzero(groups >= 0)
   users = kept[np.argsort(groups[kept], kind="stable")]
   sizes = np.bincount(groups[users], minlength=num_groups)
@@ -160,7 +155,7 @@ class HeldOut(NamedTuple):
 def make_held_out(
   positions: np.ndarray, groups: np.ndarray, *, num_groups: int
 ) -> HeldOut:
-  """Collects the users of every group that have a held-out target.
+  """The users of every group that have a held-out target.
 
   Args:
     positions: [U], position of the target; -1 = none.

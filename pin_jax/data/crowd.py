@@ -1,8 +1,7 @@
 """A crowd of users, as large as wanted, drawn chunk by chunk.
 
-Where `simulator` knows every distribution of a few hundred items, a crowd has
-the sizes, the long tails and an order to learn, and nothing else is known of
-it. Activeness D confounds here too, by the rule that a stratum follows:
+Where `simulator` knows every distribution of a few hundred items, of a crowd
+nothing is known but its rule, by which activeness confounds here too:
 
     n ~ Pareto, at least 5, at most 2000, the same users whatever the chunks
     x_1 ~ p(v) with density 1 / (v + 10) over ranks v of popularity
@@ -42,7 +41,10 @@ class Crowd:
 
   def __post_init__(self) -> None:
     """Raises InputError for numbers out of range."""
-    at_least(1, num_users=self.num_users, users_a_chunk=self.users_a_chunk)
+    at_least(
+      1, num_users=self.num_users, users_a_chunk=self.users_a_chunk,
+      num_interactions=self.num_interactions,
+    )
     at_least(2, num_items=self.num_items)
     at_least(0, seed=self.seed)
     for name in ("num_users", "num_items"):
@@ -50,7 +52,6 @@ class Crowd:
         raise InputError(
           f"{name}={getattr(self, name)} is invalid; give less than 2^31"
         )
-    at_least(1, num_interactions=self.num_interactions)
     if not 6 <= self.num_interactions / self.num_users <= 500:
       raise InputError(
         f"num_interactions={self.num_interactions} is invalid; give 6 to 500 "

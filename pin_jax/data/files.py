@@ -35,9 +35,7 @@ TIME_COLUMNS = (
   "date", "event_time", "created_at",
 )
 _ISO_DATE = r"^\d{4}-\d{2}-\d{2}"
-_NANOSECONDS = r"\.\d{7}"  # seconds with more digits than microseconds
-_FINER = r"\.\d{10}"
-_SEPARATORS = "\t;|, "
+_FINER = r"\.\d{7}"  # seconds with more digits than microseconds
 
 
 def read(
@@ -53,9 +51,8 @@ def read(
 
   Args:
     path: .csv or .tsv, delimited text with a header line; .inter, RecBole's
-      format, whose header is of `name:type`; .parquet, of which only the
-      columns needed are loaded; or a directory, of which the .parquet files are
-      read one after another, by name.
+      format, whose header is of `name:type`; .parquet; or a directory, of which
+      the .parquet files are read one after another, by name.
     user: Name of the user column (without RecBole's type); None takes the first
       of USER_COLUMNS that occurs, whatever its case.
     item: Likewise, from ITEM_COLUMNS.
@@ -139,12 +136,6 @@ def _scan_text(
     raise InputError(
       f"{path} has the header {names}, not name:type; save it as .tsv or .csv"
     )
-  seems = [x for x in _SEPARATORS if x in names[0] and x != separator]
-  if len(names) == 1 and seems:
-    raise InputError(
-      f"{path} has no {separator!r} in its header {names[0]!r}; the separator "
-      f"seems to be {seems[0]!r}, so give separator={seems[0]!r}"
-    )
   return source, {name.split(":")[0] if typed else name: name for name in names}
 
 
@@ -186,8 +177,11 @@ def _resolve(
       chosen[role] = columns.get(name, whole)
     if chosen[role] is None and (name is not None or role != "time"):
       wanted = f"column {name!r}" if name is not None else f"{role} column"
+      remedy = "separator=<character>" if len(columns) == 1 else (
+        f"{role}=<column>"
+      )
       raise InputError(
-        f"{path} has no {wanted}, only {list(columns)}; give {role}=<column>"
+        f"{path} has no {wanted}, only {list(columns)}; give {remedy}"
       )
   return chosen
 
@@ -205,7 +199,8 @@ def _parse_times(texts: pl.Series) -> pl.Series:
   for kind in (pl.Int64, pl.Float64):
     times = texts.cast(kind, strict=False)
     if times.null_count() == texts.null_count():
-      _check_numbers(texts, times)
+      if kind == pl.Float64:
+        _check_numbers(texts, times)
       return times
   dated = texts.str.contains(_ISO_DATE)
   if dated.drop_nulls().first():
@@ -227,13 +222,10 @@ def _parse_times(texts: pl.Series) -> pl.Series:
 
 def _check_numbers(texts: pl.Series, times: pl.Series) -> None:
   """Raises RowError where floats merge numbers that differ as written."""
-  if not times.dtype.is_float():
-    return
   spellings = pl.DataFrame({"text": texts, "time": times}).unique()
-  spellings = spellings.filter(pl.col("time").is_finite())
-  for _, own in spellings.filter(pl.col("time").is_duplicated()).group_by(
-    "time"
-  ):
+  for _, own in spellings.filter(
+    pl.col("time").is_duplicated() & pl.col("time").is_finite()
+  ).group_by("time"):
     written = {decimal.Decimal(text): text for text in own["text"]}
     if len(written) > 1:
       one, two = sorted(written.values())[:2]
@@ -244,18 +236,12 @@ def _check_numbers(texts: pl.Series, times: pl.Series) -> None:
 
 
 def _parse_dates(texts: pl.Series) -> pl.Series:
-  """ISO dates in microseconds, or nanoseconds where they have them."""
-  parse = lambda unit: texts.str.to_datetime(time_unit=unit, strict=False)
-  dates = parse("us")
-  if not texts.str.contains(_NANOSECONDS).any():
-    return dates
-  finer = parse("ns")  # wraps round outside the years 1678 to 2261
-  wrapped = (finer.dt.cast_time_unit("us") != dates).fill_null(False)
-  bad = texts.str.contains(_FINER) | wrapped
+  """ISO dates in microseconds."""
+  bad = texts.str.contains(_FINER).fill_null(False)
   if bad.any():
     row = bad.arg_max()
     raise RowError(
-      "times", row, f"= {texts[row]!r} does not fit nanoseconds of 64 bits, "
-      "which others need; use a coarser unit"
+      "times", row, f"= {texts[row]!r} is finer than microseconds; use a "
+      "coarser unit"
     )
-  return finer
+  return texts.str.to_datetime(time_unit="us", strict=False)

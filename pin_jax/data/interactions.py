@@ -1,8 +1,7 @@
 """Interactions: who did what, in order, as compact user-sorted arrays.
 
-Everything downstream reads the same few flat arrays; a user's history is a
-slice of them. The original ids travel along, so that results can be joined
-back to the source, and a fingerprint names the contents.
+The original ids travel along, so that results can be joined back to the source,
+and a fingerprint names the contents.
 """
 
 import dataclasses
@@ -22,8 +21,7 @@ _UNITS = {"ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
 
 
 class RowError(InputError):
-  """A value that cannot be used; `axis`, `row` and `fault` say which and why.
-  """
+  """A value that cannot be used; says which and why."""
 
   def __init__(self, axis: str, row: int, fault: str) -> None:
     super().__init__(f"{axis}[{row}] {fault}")
@@ -133,15 +131,12 @@ def from_columns(
     times: [N] numbers, or dates, which become Unix seconds (UTC), or stay in
       their own unit where float64 seconds would merge some; None keeps the row
       order.
-    name: What to call the data.
+    name: of the data.
     duplicates: 'keep'; 'exact' drops repeats of (user, item, time); 'first' and
       'last' keep one interaction per (user, item).
     k_core: Every user and every item has at least this many interactions.
     min_length: Users with fewer interactions are dropped.
     max_history: Keep only a user's last so many interactions.
-
-  Returns:
-    The interactions, with counts of what was dropped in `notes`.
 
   Raises:
     InputError: for empty or mismatched columns, null, empty or merged ids,
@@ -153,9 +148,8 @@ def from_columns(
       f"duplicates={duplicates!r} is unknown; use one of {DUPLICATES}"
     )
   at_least(0, k_core=k_core)
-  at_least(1, min_length=min_length)
-  if max_history is not None:
-    at_least(1, max_history=max_history)
+  cut = 1 if max_history is None else max_history
+  at_least(1, min_length=min_length, max_history=cut)
   if duplicates == "exact" and times is None:
     raise InputError(
       "duplicates='exact' needs times; use 'first' or 'last' without them"
@@ -163,11 +157,7 @@ def from_columns(
   columns, user_ids, item_ids = _sorted(users, items, times)
   rows_read = len(columns[0])
   if duplicates != "keep":
-    keys = pl.DataFrame(columns[: 3 if duplicates == "exact" else 2])
-    rows = np.sort(keys.with_row_index("row").unique(
-      keys.columns, keep="last" if duplicates == "last" else "first"
-    )["row"])
-    columns = [x[rows] for x in columns]
+    columns = _distinct(columns, duplicates)
   distinct = len(columns[0])
   columns = _core(columns, k_core, max(k_core, min_length))
   filtered = len(columns[0])
@@ -196,10 +186,18 @@ def from_columns(
   }
   if max_history is not None:
     notes["history_cut"] = filtered - len(items)
-  items += 1
   if times is not None and not times.flags.writeable:
     times = times.copy()  # a view of the caller's memory
+  items += 1
   return Interactions(name, items, offsets, times, user_ids, item_ids, notes)
+
+
+def _distinct(columns: list[np.ndarray], duplicates: str) -> list[np.ndarray]:
+  keys = pl.DataFrame(columns[: 3 if duplicates == "exact" else 2])
+  rows = np.sort(keys.with_row_index("row").unique(
+    keys.columns, keep="last" if duplicates == "last" else "first"
+  )["row"])
+  return [x[rows] for x in columns]
 
 
 def _sorted(
@@ -217,7 +215,10 @@ def _sorted(
   items, item_ids = _encode(_ids(series["items"]))
   users, user_ids = _encode(_ids(series["users"]))
   columns = [users, items, *columns]
-  if not _is_sorted(users, *columns[2:]):
+  back = users[1:] < users[:-1]
+  for times in columns[2:]:
+    back |= (times[1:] < times[:-1]) & (users[1:] == users[:-1])
+  if back.any():
     order = np.lexsort((*columns[2:], users))
     columns = [x[order] for x in columns]
   return columns, user_ids, item_ids
@@ -243,7 +244,6 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def _series(values: Column, axis: str) -> pl.Series:
-  """A flat polars Series without nulls."""
   if not isinstance(values, pl.Series):
     if isinstance(values, np.ndarray) and values.ndim != 1:
       raise InputError(f"{axis} has shape {values.shape}; give a flat column")
@@ -308,7 +308,7 @@ def _as_int64(values: pl.Series, remedy: str) -> pl.Series:
 
 
 def _numbers(values: pl.Series) -> np.ndarray:
-  """Returns times as int64 or float64; dates become Unix seconds."""
+  """Times as int64 or float64; dates become Unix seconds."""
   if values.dtype.is_temporal():
     return _unix_seconds(values)
   if values.dtype.is_integer():
@@ -324,7 +324,7 @@ def _numbers(values: pl.Series) -> np.ndarray:
 
 
 def _unix_seconds(values: pl.Series) -> np.ndarray:
-  """Returns dates as int64 or float64 seconds, or in their unit; see above."""
+  """Dates as int64 or float64 seconds, or in their unit; see above."""
   if values.dtype in (pl.Time, pl.Duration):
     raise InputError(f"times are {values.dtype}; give dates or numbers")
   if values.dtype == pl.Date:
@@ -346,17 +346,6 @@ def _encode(values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
   numbers = pl.Series(np.arange(len(ids), dtype=np.int32))
   codes = values.replace_strict(ids, numbers, return_dtype=pl.Int32)
   return codes.to_numpy(), ids.to_numpy(writable=True)
-
-
-def _is_sorted(users: np.ndarray, times: np.ndarray | None = None) -> bool:
-  """Whether rows are already in (user, time) order."""
-  if (users[1:] < users[:-1]).any():
-    return False
-  if times is None:
-    return True
-  back = times[1:] < times[:-1]
-  back &= users[1:] == users[:-1]
-  return not back.any()
 
 
 def _compact(

@@ -1,4 +1,4 @@
-"""Public data sets as they are published: archives, checksums, line formats.
+"""Public data sets as they are published: archives and line formats.
 
 MovieLens by GroupLens; the 5-core categories of Amazon Reviews: of 2014 one
 review a line (JSON), times in seconds; of 2023 one rating a line (CSV), times
@@ -52,8 +52,6 @@ class Release(tfds.core.BuilderConfig):
     fields: names of user, item, rating and time in the file.
     header: whether they are its first line.
     separator: what stands between them in a line; None = a line is JSON.
-    size: bytes of the archive, where its checksum is known.
-    checksum: SHA-256 of the archive, as TFDS records it, where it is known.
   """
 
   url: str
@@ -62,8 +60,6 @@ class Release(tfds.core.BuilderConfig):
   fields: tuple[str, ...] = ("user", "item", "rating", "time")
   header: bool = False
   separator: str | None = ","
-  size: int | None = None
-  checksum: str | None = None
 
   @property
   def file_name(self) -> str:
@@ -121,9 +117,7 @@ class Release(tfds.core.BuilderConfig):
     return frame.select(columns)
 
 
-def _movielens(
-  name: str, member: str, size: int, checksum: str, description: str
-) -> Release:
+def _movielens(name: str, member: str, description: str) -> Release:
   separators = {".csv": ",", ".dat": "::", ".data": "\t"}
   separator = separators[member[member.index(".") :]]
   of_csv = {
@@ -132,38 +126,19 @@ def _movielens(
   return Release(
     name=name, description=description, ids=int, separator=separator,
     url=f"https://files.grouplens.org/datasets/movielens/ml-{name}.zip",
-    member=f"ml-{name}/{member}", size=size, checksum=checksum,
-    **(of_csv if separator == "," else {}),
+    member=f"ml-{name}/{member}", **(of_csv if separator == "," else {}),
   )
 
 
-MOVIELENS = [
-  _movielens(
-    "100k", "u.data", 4924029,
-    "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
-    "100 000 ratings by 943 users of 1 682 films, 1997-1998.",
-  ),
-  _movielens(
-    "1m", "ratings.dat", 5917549,
-    "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
-    "1 000 209 ratings by 6 040 users of about 3 900 films, 2000.",
-  ),
-  _movielens(
-    "20m", "ratings.csv", 198702078,
-    "96f243c338a8665f6bcc89c53edf6ee39162a846940de6b7c8c48aeada765ff3",
-    "20 000 263 ratings by 138 493 users, 1995-2015.",
-  ),
-  _movielens(
-    "25m", "ratings.csv", 261978986,
-    "8b21cfb7eb1706b4ec0aac894368d90acf26ebdfb6aced3ebd4ad5bd1eb9c6aa",
-    "25 000 095 ratings by 162 541 users, 1995-2019.",
-  ),
-  _movielens(
-    "latest-small", "ratings.csv", 978202,
-    "696d65a3dfceac7c45750ad32df2c259311949efec81f0f144fdfb91ebc9e436",
-    "100 836 ratings by 610 users; GroupLens may replace it.",
-  ),
-]
+MOVIELENS = [_movielens(*release) for release in (
+  ("100k", "u.data", "100 000 ratings by 943 users of 1 682 films, 1997-1998."),
+  ("1m", "ratings.dat",
+   "1 000 209 ratings by 6 040 users of about 3 900 films, 2000."),
+  ("20m", "ratings.csv", "20 000 263 ratings by 138 493 users, 1995-2015."),
+  ("25m", "ratings.csv", "25 000 095 ratings by 162 541 users, 1995-2019."),
+  ("latest-small", "ratings.csv",
+   "100 836 ratings by 610 users; GroupLens may replace it."),
+)]
 
 _SHARED = """
   Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories
@@ -181,7 +156,6 @@ CATEGORIES_2023 = sorted(f"""{_SHARED}
   Gift_Cards Health_and_Household Industrial_and_Scientific
   Magazine_Subscriptions Software Unknown
 """.split())
-# No published checksums of these files are known to us.
 AMAZON = [
   Release(
     name=f"2014_{category}", ids=str, separator=None,

@@ -43,9 +43,7 @@ class Split:
 def leave_one_out(interactions: Interactions) -> Split:
   """Tests on each user's last interaction, validates on the one before it.
 
-  Args:
-    interactions: The data; users with fewer than three interactions are
-      dropped and counted in the notes.
+  Users with fewer than three interactions are dropped.
 
   Raises:
     InputError: if no user has three interactions.
@@ -57,13 +55,11 @@ def leave_one_out(interactions: Interactions) -> Split:
       f"{interactions.lengths.max()}); leave-one-out needs them, so check the "
       "user column or max_history"
     )
-  kept = _select(interactions, keep)
-  lengths = kept.lengths.astype(np.int32)
+  lengths = interactions.lengths
   return _split(
-    kept, train_end=lengths - 2, validation=lengths - 2, test=lengths - 1,
-    protocol="leave-one-out: a user's last interaction is the test target, "
-    "the second-last the validation target",
-    users_dropped=int((~keep).sum()),
+    interactions, keep, lengths - 2, lengths - 2, lengths - 1,
+    "leave-one-out: a user's last interaction is the test target, the "
+    "second-last the validation target",
   )
 
 
@@ -73,16 +69,9 @@ def temporal(
   """Trains before one time, validates before another, tests from then on.
 
   train < validation_time <= validation target < test_time <= test target,
-  where a target is the user's first interaction in its period.
-
-  Args:
-    interactions: The data, with times; users without training interactions
-      are dropped and counted in the notes.
-    validation_time: The first time that no longer trains.
-    test_time: The first time of the test period.
-
-  Returns:
-    The split; a user without interactions in a period has no target there.
+  where a target is the user's first interaction in its period. Users without
+  training interactions are dropped; one without interactions in a period has no
+  target there.
 
   Raises:
     InputError: if times are absent or in the wrong order, if no user has
@@ -103,16 +92,12 @@ def temporal(
       f"validation_time={validation_time} (earliest: "
       f"{interactions.times.min()}); give a later time"
     )
-  train_end, test_start = train_end[keep], test_start[keep]
-  kept = _select(interactions, keep)
   return _split(
-    kept,
-    train_end=train_end,
-    validation=np.where(test_start > train_end, train_end, -1),
-    test=np.where(kept.lengths > test_start, test_start, -1),
-    protocol=f"temporal: training < {validation_time} <= validation target < "
+    interactions, keep, train_end,
+    np.where(test_start > train_end, train_end, -1),
+    np.where(interactions.lengths > test_start, test_start, -1),
+    f"temporal: training < {validation_time} <= validation target < "
     f"{test_time} <= test target; targets are a user's first in the period",
-    users_dropped=int((~keep).sum()),
   )
 
 
@@ -121,13 +106,7 @@ def temporal_fractions(
 ) -> Split:
   """Calls `temporal` with times that leave about these shares of interactions.
 
-  Args:
-    interactions: The data, with times.
-    validation: Share of all interactions in the validation period.
-    test: Share of all interactions in the test period.
-
-  Returns:
-    The split. Interactions at equal times are never separated.
+  Interactions at equal times are never separated.
 
   Raises:
     InputError: for shares that are not positive or leave nothing to train on,
@@ -157,44 +136,36 @@ def _check_times(interactions: Interactions) -> None:
 
 
 def _count_before(interactions: Interactions, time: float) -> np.ndarray:
-  """Returns [U] int32 numbers of interactions before a time."""
+  """[U] int32 numbers of interactions before a time."""
   if interactions.times.dtype.kind == "i":
     time = math.ceil(time)  # whole numbers compare exactly, floats merge some
   before = np.concatenate([[0], np.cumsum(interactions.times < time)])
   return np.diff(before[interactions.offsets]).astype(np.int32)
 
 
-def _select(interactions: Interactions, keep: np.ndarray) -> Interactions:
-  """Returns the kept users; the same object where that is all of them."""
-  return interactions if keep.all() else interactions.select_users(keep)
-
-
 def _split(
   interactions: Interactions,
-  *,
+  keep: np.ndarray,
   train_end: np.ndarray,
   validation: np.ndarray,
   test: np.ndarray,
   protocol: str,
-  users_dropped: int,
 ) -> Split:
-  """Builds a Split; raises InputError where a period has no target at all."""
-  targets = {}
+  """The Split of the users to keep; refuses a period without any target."""
+  train_end, validation, test = (
+    x[keep].astype(np.int32) for x in (train_end, validation, test)
+  )
+  notes = {"users_dropped": int((~keep).sum())}
   for period, position in (("validation", validation), ("test", test)):
-    targets[f"{period}_targets"] = int((position >= 0).sum())
-    if not targets[f"{period}_targets"]:
+    notes[f"{period}_targets"] = int((position >= 0).sum())
+    if not notes[f"{period}_targets"]:
       raise InputError(
         f"no user of {interactions.name!r} with training interactions has a "
         f"{period} target ({protocol}); move the times"
       )
-  return Split(
-    interactions=interactions,
-    train_end=train_end.astype(np.int32),
-    validation=validation.astype(np.int32),
-    test=test.astype(np.int32),
-    protocol=protocol,
-    notes={"users_dropped": users_dropped, **targets},
-  )
+  if not keep.all():
+    interactions = interactions.select_users(keep)
+  return Split(interactions, train_end, validation, test, protocol, notes)
 
 
 def with_validation(split: Split, users: np.ndarray) -> Split:

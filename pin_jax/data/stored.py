@@ -1,9 +1,8 @@
 """Interactions on disk, read by position: for data that memory does not hold.
 
 A directory holds numpy's own files: the users' items as one flat array, the
-length of every history, and the ids. Items are mapped, not loaded. Times are
-not kept: the order of a user's items is. A directory is written as a whole, and
-what was changed since is refused.
+length of every history, and the ids. Times are not kept: the order of a user's
+items is.
 """
 
 import json
@@ -92,8 +91,7 @@ def write_chunks(
     items: chunks of [N] integers in 1..V, users one after another.
     user_ids: [U] int64, or text.
     item_ids: [V], likewise.
-    name: of the data set.
-    notes: see `Interactions`.
+    name, notes: see `Interactions`.
 
   Raises:
     InputError: if the directory exists, or the arrays do not fit each other.
@@ -143,7 +141,6 @@ def write_chunks(
 
 
 def _checked(items: np.ndarray, num_items: int) -> np.ndarray:
-  """The items as they are stored; raises ValueError for what are none."""
   if items.dtype.kind not in "iu" or items.ndim != 1:
     raise ValueError(f"items are {items.dtype} of shape {items.shape}")
   if items.size and not 1 <= items.min() <= items.max() <= num_items:

@@ -1,8 +1,4 @@
-"""TFDS builders of public data sets, one record a user, without TensorFlow.
-
-`releases` says what upstream publishes; here it becomes ArrayRecord files that
-`read_tfds` turns into `Interactions`.
-"""
+"""TFDS builders of public data sets, one record a user, without TensorFlow."""
 
 import bisect
 import gzip
@@ -27,10 +23,7 @@ _EXPANSION = 100  # ratings in text shrink to a tenth at most
 _LEAST_BYTES = 1 << 26  # an archive may always expand to so much
 _RECORDS_AT_ONCE = 4096
 _DAMAGE = (
-  zipfile.BadZipFile,
-  gzip.BadGzipFile,
-  zlib.error,
-  EOFError,
+  zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError,
   RuntimeError,  # zipfile: encrypted or of an unknown compression
 )
 
@@ -45,11 +38,6 @@ class _UserSequences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
   HOMEPAGE: str
   CITATION: str
-
-  def __init__(
-    self, *, file_format: str = "array_record", **kwargs: Any
-  ) -> None:
-    super().__init__(file_format=file_format, **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
     item_dtype = np.int64 if self.builder_config.ids is int else np.str_
@@ -86,21 +74,6 @@ class _UserSequences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       }
 
 
-def _url_infos(
-  configs: Sequence[Release],
-) -> dict[str, tfds.download.checksums.UrlInfo]:
-  """Checksums that TFDS compares with what it downloads, where known."""
-  return {
-    config.url: tfds.download.checksums.UrlInfo(
-      size=tfds.core.utils.Size(config.size),
-      checksum=config.checksum,
-      filename=config.file_name,
-    )
-    for config in configs
-    if config.checksum is not None
-  }
-
-
 class MovieLens(_UserSequences, skip_registration=True):
   """MovieLens ratings; ids are integers, times are in seconds."""
 
@@ -110,7 +83,9 @@ class MovieLens(_UserSequences, skip_registration=True):
   BUILDER_CONFIGS = releases.MOVIELENS
   HOMEPAGE = "https://grouplens.org/datasets/movielens/"
   CITATION = releases.MOVIELENS_CITATION
-  url_infos = _url_infos(releases.MOVIELENS)
+  url_infos = tfds.download.checksums.load_url_infos(
+    tfds.core.tfds_path() / "url_checksums" / "movielens.txt"
+  )
 
 
 class AmazonReviews(_UserSequences, skip_registration=True):
@@ -120,7 +95,7 @@ class AmazonReviews(_UserSequences, skip_registration=True):
   BUILDER_CONFIGS = releases.AMAZON
   HOMEPAGE = "https://amazon-reviews-2023.github.io/"
   CITATION = releases.AMAZON_CITATION
-  url_infos = _url_infos(releases.AMAZON)
+  url_infos = {}  # no published checksums are known to us
 
 
 BUILDERS: dict[str, type[_UserSequences]] = {
@@ -140,8 +115,7 @@ def read_tfds(
   """Reads a public data set, preparing it on first use.
 
   Args:
-    name: builder and config, as in `movielens/100k` or
-      `amazon_reviews/2014_Beauty`.
+    name: `movielens/100k`, `amazon_reviews/2014_Beauty` and the like.
     data_dir: where prepared data sets are; None = the default of TFDS.
     download: whether to prepare a data set that is not in `data_dir` yet.
     manual_dir: directory of archives that were downloaded by hand; None =
@@ -155,9 +129,6 @@ def read_tfds(
     InputError: on an unknown name, a damaged archive or a failed download
       (TFDS tries again for some minutes before it gives up). Of several
       processes that read it first, one prepares it and the others wait.
-
-  Example:
-    >>> read_tfds("movielens/100k", k_core=5)  # doctest: +SKIP
   """
   data_dir, manual_dir = (
     path if path is None else disk.place(key, path, here=True)
@@ -200,7 +171,9 @@ def _builder(name: str, data_dir: epath.PathLike | None) -> _UserSequences:
       f"unknown config in {name!r}: follow {dataset + '/'!r} by one of"
       f" {configs}"
     )
-  return BUILDERS[dataset](config=config, data_dir=data_dir)
+  return BUILDERS[dataset](
+    config=config, data_dir=data_dir, file_format="array_record"
+  )
 
 
 def _read_columns(source: Sequence[dict[str, Any]], ids: type) -> pl.DataFrame:

@@ -4,6 +4,8 @@ Stage 1 learns a backbone from group gradients (`backbone_step`), stage 2 a
 plugin for each segment on the frozen backbone (`plugin_step`). Joint training
 is stage 1 with a single group. Runs that differ in their seeds are trained at
 once (`many`).
+
+On one device (`layout=LOCAL`) the calls of `sharding` change nothing.
 """
 
 from collections.abc import Callable, Sequence
