@@ -34,20 +34,10 @@ from pin_jax.models.plugins import (
 from pin_jax.models.precision import computed_in
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
-from pin_jax.training import (
-  losses,
-  negatives,
-  optimizers,
-  sparse,
-)
+from pin_jax.training import losses, negatives, optimizers, sparse
 from pin_jax.training.optimizers import Optimizer
 from pin_jax.training.steps import Adjustment
-from pin_jax.types import (
-  Backbone,
-  InputError,
-  Plugin,
-  PyTree,
-)
+from pin_jax.types import Backbone, InputError, Plugin, PyTree
 
 BACKBONES = {"sasrec": sasrec, "gru4rec": gru4rec, "hstu": hstu, "din": din}
 # name -> (keys of the `plugin` section that it takes, builder from what is
@@ -64,8 +54,6 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
 }
 MIXING = ("memory", "gated")  # plugins that read the memory
 PROPOSALS = ("uniform", "popularity", "in_batch")
-
-
 OTHERS = "others"  # the block of the parameters that no pattern matches
 
 
@@ -83,13 +71,12 @@ def memory_options(config: ConfigDict) -> memory.Options:
 def make_plugin(
   config: ConfigDict, like: PyTree, *, widen: int = 1, repeats: bool = False
 ) -> Plugin:
-  """Builds the plugin that the config names.
+  """Builds the plugin that the config names, for params or shapes `like`.
 
   Args:
     config: the whole configuration.
-    like: the backbone's params, or their shapes.
-    widen: factor of `hidden` and `rank`, for a plugin that several segments
-      share.
+    like: the backbone's.
+    widen: factor of `hidden` and `rank`, where several segments share it.
     repeats: `Problem.repeats`, for 'gated'.
 
   Raises:
@@ -146,13 +133,10 @@ def make_networks(
   config: ConfigDict, num_items: int,
   devices: Sequence[jax.Device] | None = None, *, repeats: bool = False,
 ) -> Networks:
-  """Builds the backbone and the plugin that the config names.
+  """Builds the backbone, of V items, and the plugins that the config names.
 
-  Args:
-    config: the whole configuration.
-    num_items: V.
-    devices: for `mesh`; by default those that are there.
-    repeats: `Problem.repeats`.
+  `devices` are for `mesh`, by default those that are there; `repeats` is that
+  of the Problem.
   """
   options = backbone_options(config.backbone)
   with schema.section("backbone"):
@@ -252,12 +236,7 @@ def make_weighting(
 def make_adjustment(
   pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
 ) -> Adjustment:
-  """Builds what `pin.weighting`, `pin.granularity` and `pin.blocks` say.
-
-  Args:
-    pin: the config's section.
-    prior: [G], P(d).
-    shares: [G], the groups' shares of the training targets.
+  """Builds what the section `pin` says; prior and shares as `make_weighting`.
 
   Raises:
     InputError: for an unknown or contradictory setting.

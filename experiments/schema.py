@@ -640,8 +640,11 @@ def _default(key: Key) -> str:
 
 
 def _table(prefix: str, keys: dict[str, Key]) -> list[str]:
+  short = lambda text: text.replace("a whole number from", "int,").replace(
+    "a number from", "float,"
+  )
   rows = [
-    (f"`{prefix}{name}`", f"`{_default(key)}`", key.meaning, key.takes)
+    (f"`{prefix}{name}`", f"`{_default(key)}`", key.meaning, short(key.takes))
     for name, key in keys.items()
   ]
   head = [("key", "default", "meaning", "takes"), ("---",) * 4]

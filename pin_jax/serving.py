@@ -36,6 +36,9 @@ PREFIXES = ("all", "validation", "train")
 _REMEMBERED = "remembered"  # a prefix too; older files have "train" alone
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, SCHEMA = "pin_jax recommender", 1  # of the portable file
+_OF_ITEMS = (  # fields of a Memory
+  "neighbours", "counts", "totals", "interactions", "popularity", "kernel"
+)
 _MOST_SCORES = 2**24  # of a chunk of users
 _MOST_USERS = 256
 
@@ -194,12 +197,8 @@ def _tables(memory: Memory | None) -> dict[str, PyTree] | None:
   """What a plugin's memory holds of items, without that of users."""
   if memory is None:
     return None
-  return {
-    "neighbours": memory.neighbours, "counts": memory.counts,
-    "totals": memory.totals, "kernel": memory.kernel,
-    "interactions": memory.interactions, "popularity": memory.popularity,
-    "relations": (memory.related, memory.related_scores),
-  }
+  relations = memory.related, memory.related_scores
+  return {x: getattr(memory, x) for x in _OF_ITEMS} | {"relations": relations}
 
 
 def _read(
@@ -208,13 +207,14 @@ def _read(
   """The memory and context of the B users, who are numbered 0..B-1."""
   if tables is None:
     return None, None
-  rows, recent = inputs["recent"].shape
+  related, scores = tables["relations"]
   memory = Memory(
-    tables["neighbours"], tables["counts"], tables["totals"],
-    *tables["relations"], tables["interactions"], tables["popularity"],
-    inputs["activeness"], inputs["own"], inputs["starts"],
-    inputs["place"].reshape(-1), tables["kernel"],
+    **{name: tables[name] for name in _OF_ITEMS}, related=related,
+    related_scores=scores, activeness=inputs["activeness"],
+    items=inputs["own"], starts=inputs["starts"],
+    place=inputs["place"].reshape(-1),
   )
+  rows, recent = inputs["recent"].shape
   place = jnp.arange(rows * recent).reshape(rows, recent)
   return memory, PluginContext(jnp.arange(rows), inputs["recent"], place)
 
@@ -314,24 +314,8 @@ def of_histories(
     k for k, name in enumerate(names)
     if name is not None and (text or not _is_word(name))
   ]
-  index[named] = _find(_as_ids([names[k] for k in named], known, "user"), known)
+  index[named] = _find([names[k] for k in named], known, "user")
   return Requests(names, index, items.astype(np.int32), starts, ends)
-
-
-def _as_ids(values: Sequence[Any], like: np.ndarray, what: str) -> np.ndarray:
-  """Original ids in the type of the known ones, never spelled anew."""
-  text = like.dtype.kind == "O"
-  out = np.empty(len(values), object if text else np.int64)
-  for place, value in enumerate(values):
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    spelled = isinstance(value, str) and (text or _is_number(value))
-    if not (whole or spelled) or not (text or -(2**63) <= int(value) < 2**63):
-      raise InputError(
-        f"{what} {value!r} is no {'text' if text else 'integer'}, as the ids "
-        f"of the model's {what}s are; give one"
-      )
-    out[place] = str(value) if text else int(value)
-  return out
 
 
 def _is_number(text: str) -> bool:
@@ -341,17 +325,29 @@ def _is_number(text: str) -> bool:
 
 def _is_word(name: Any) -> bool:
   """Whether a name has a letter and is no number in any spelling."""
-  if not isinstance(name, str) or not any(x.isalpha() for x in name):
-    return False
   try:
     float(name)
-  except ValueError:
-    return True
+  except (TypeError, ValueError, OverflowError):
+    return isinstance(name, str) and any(x.isalpha() for x in name)
   return False
 
 
-def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-  """Where each id is among the known ones, which ascend; -1 = nowhere."""
+def _find(values: Sequence[Any], known: np.ndarray, what: str) -> np.ndarray:
+  """Where ids are among the known ones, which ascend; -1 = nowhere.
+
+  They are read in the type of the known ones, never spelled anew.
+  """
+  text = known.dtype.kind == "O"
+  ids = np.empty(len(values), object if text else np.int64)
+  for place, value in enumerate(values):
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    spelled = isinstance(value, str) and (text or _is_number(value))
+    if not (whole or spelled) or not (text or -(2**63) <= int(value) < 2**63):
+      raise InputError(
+        f"{what} {value!r} is no {'text' if text else 'integer'}, as the ids "
+        f"of the model's {what}s are; give one"
+      )
+    ids[place] = str(value) if text else int(value)
   index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
   return np.where(known[index] == ids, index, -1)
 
@@ -359,14 +355,13 @@ def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
 def _known(
   values: Sequence[Any], known: np.ndarray, what: str, remedy: str
 ) -> np.ndarray:
-  """Where the ids are among the known ones; raises InputError for others."""
-  ids = _as_ids(values, known, what)
-  index = _find(ids, known)
+  """`_find`; raises InputError for an id that is nowhere."""
+  index = _find(values, known, what)
   missing = np.flatnonzero(index < 0)
   if len(missing):
     raise InputError(
       f"{what} {values[missing[0]]!r} is unknown to the model (one of "
-      f"{len(missing)} such of {len(ids)}); check it or {remedy}"
+      f"{len(missing)} such of {len(values)}); check it or {remedy}"
     )
   return index
 
@@ -560,12 +555,11 @@ def _table(
   slots: np.ndarray, items: np.ndarray, scores: np.ndarray,
 ) -> pl.DataFrame:
   request, column = np.nonzero(scores > -np.inf)
-  named = [str(x) if x is not None else None for x in requests.names]
-  kind = pl.String
-  whole = all(x is None or _is_number(x) for x in named)
-  if recommender.users.ids.dtype.kind != "O" and whole:
-    named = [int(x) if x is not None else None for x in named]
+  names, kind = requests.names, pl.String
+  spelled = [str(x) for x in names if x is not None]
+  if recommender.users.ids.dtype.kind != "O" and all(map(_is_number, spelled)):
     kind = pl.Int64
+  named = [x if x is None else kind.to_python()(x) for x in names]
   source = np.where(slots < 0, "popularity", "model")
   item_ids = recommender.item_ids[items[request, column] - 1]
   return pl.DataFrame({
@@ -659,8 +653,8 @@ def _flat(
   return numbers, arrays
 
 
-def _export(recommender: Recommender, platforms: Sequence[str]) -> bytes:
-  """The program for B users with T training items in all, both symbolic."""
+def _inputs_like(recommender: Recommender) -> dict[str, jax.ShapeDtypeStruct]:
+  """`_inputs` of B users with T training items in all, both symbolic."""
   rows, items = jax.export.symbolic_shape("b, t")
   recent = recommender.recent
   whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -673,6 +667,11 @@ def _export(recommender: Recommender, platforms: Sequence[str]) -> bytes:
       "activeness": jax.ShapeDtypeStruct((rows,), jnp.float32),
       "own": whole(items), "starts": whole(rows + 1),
     }
+  return inputs
+
+
+def _export(recommender: Recommender, platforms: Sequence[str]) -> bytes:
+  """The program, for any number of users and of their training items."""
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
     tuple(recommender.routes.slots[0]),
@@ -682,7 +681,7 @@ def _export(recommender: Recommender, platforms: Sequence[str]) -> bytes:
   before = jax.config.jax_traceback_in_locations_limit
   jax.config.update(limit, 0)  # the program names none of our files
   try:
-    return export(*like, inputs).serialize()
+    return export(*like, _inputs_like(recommender)).serialize()
   finally:
     jax.config.update(limit, before)
 
@@ -756,14 +755,14 @@ def _from_members(
     jax.jit(exported.call),
     Routes(
       _slots(manifest["slots"], arrays, args), users["segment"], users["slot"],
-      tuple(manifest["newcomers"]),
+      tuple(map(int, manifest["newcomers"])),
     ),
     Users(
       user_ids, arrays["histories/items"], offsets,
       {key: users[name] for name, key in ends.items() if name in users},
     ),
     item_ids, np.append(np.float32(0), items["interactions"]),
-    manifest["length"], manifest["recent"], manifest["head_from"],
+    manifest["length"], manifest["recent"], int(manifest["head_from"]),
     manifest["origin"], "behaviours" in args[3],
   )
   _check_contents(made, exported.out_avals, args[3])
@@ -780,17 +779,9 @@ def _check_contents(
   tables = [slot.evidence for slot in slots if slot.evidence is not None]
   related = [t["relations"][0] for t in tables if t["relations"] is not None]
   within = lambda x, low, high: x.size and low <= x.min() and x.max() <= high
-  asked = {"history"} | {"behaviours"} & inputs.keys()
-  if made.recent:
-    asked |= {"recent", "activeness", "own", "starts", "place"}
-  whole = made.length, made.recent, made.head_from, *of_new
+  said = lambda tree: {k: f"{x.dtype} {x.shape}" for k, x in tree.items()}
   for what, holds in {
-    "a number is not whole": all(type(x) is int for x in whole),
-    "the program takes other inputs": inputs.keys() == asked,
-    "the program reads histories of another length": (
-      inputs["history"].shape[1] == made.length > 0
-      and (not made.recent or inputs["recent"].shape[1] == made.recent)
-    ),
+    "the program takes other inputs": said(inputs) == said(_inputs_like(made)),
     "the program gives other scores": len(out) == 1
     and out[0].shape[1:] == (num_items + 1,) and out[0].dtype == np.float32,
     "offsets do not lay histories end to end": users.offsets.ndim == 1
@@ -821,28 +812,21 @@ def _slots(
   slots: list[list[int]], arrays: dict[str, np.ndarray], args: Sequence[Any]
 ) -> tuple[plugins.Weights, ...]:
   """The trees of `_flat` again, in the shapes that the program takes."""
-  likes = plugins.Weights(*args[:3])
-  made = {}
-  for numbers in slots:
-    for field, number in zip(likes._fields, numbers, strict=True):
-      if number not in made:
-        like = getattr(likes, field)
-        made[number] = _tree(arrays, f"{field}/{number}/", like)
+  @functools.cache
+  def tree(field: str, number: int, like: int) -> PyTree:
+    start = f"{field}/{number}/"
+    names = [name for name in arrays if name.startswith(start)]
+    names.sort(key=lambda x: int(x[len(start) :].split(".")[0]))
+    leaves, structure = jax.tree.flatten(args[like])
+    for name, aval in zip(names, leaves, strict=True):
+      if arrays[name].shape != aval.shape or arrays[name].dtype != aval.dtype:
+        raise ValueError(f"{name} is {arrays[name].shape}, not {aval.shape}")
+    return structure.unflatten([jnp.asarray(arrays[name]) for name in names])
+
+  fields = plugins.Weights._fields
   return tuple(
-    plugins.Weights(*(made[number] for number in numbers))
-    for numbers in slots
+    plugins.Weights(*map(tree, fields, numbers, range(3))) for numbers in slots
   )
-
-
-def _tree(arrays: dict[str, np.ndarray], prefix: str, like: PyTree) -> PyTree:
-  """A tree of the arrays of that prefix, of the shapes the program takes."""
-  names = [name for name in arrays if name.startswith(prefix)]
-  names = sorted(names, key=lambda x: int(x[len(prefix) :].split(".")[0]))
-  leaves, structure = jax.tree.flatten(like)
-  for name, aval in zip(names, leaves, strict=True):
-    if arrays[name].shape != aval.shape or arrays[name].dtype != aval.dtype:
-      raise ValueError(f"{name} is {arrays[name].shape}, not {aval.shape}")
-  return structure.unflatten([jnp.asarray(arrays[name]) for name in names])
 
 
 def _columns(

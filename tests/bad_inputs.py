@@ -254,11 +254,6 @@ def _(folder):
   splits.temporal(_data(), validation_time=5, test_time=3)
 
 
-@row("users: mask", "mask of users is bool of shape (3,)", "booleans (2,)")
-def _(folder):
-  _data().select_users(np.ones(3, bool))
-
-
 @row("groups: rule", "'age'", "one of")
 def _(folder):
   activeness.assign_groups(np.arange(4), num_groups=2, rule="age")

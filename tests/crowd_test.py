@@ -13,10 +13,14 @@ from pin_jax.data import crowd, stored
 from pin_jax.types import InputError, WriteError
 
 U, V, N = 2000, 500, 60_000
-SIZES = {
-  "num_users": U, "num_items": V, "num_interactions": N, "seed": 3,
-  "users_a_chunk": 700,
-}
+SIZES = {"num_users": U, "num_items": V, "num_interactions": N, "seed": 3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(crowd, "USERS_A_CHUNK", 700)
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -247,14 +247,6 @@ class TestSelectUsers:
     part = data.select_users(np.array([True, False]))
     assert part.notes["tied_share"] == 1.0
 
-  @pytest.mark.parametrize("chosen", [
-    [True], [False, False], [], [0, 1], [[True, True]]
-  ])
-  def test_bad_mask(self, chosen):
-    data = from_columns([1, 2], [1, 2])
-    with pytest.raises(InputError, match=r"give booleans \(2,\), one true"):
-      data.select_users(np.array(chosen))
-
 
 class TestBadInput:
 

@@ -509,10 +509,10 @@ CONTENTS = {
   "counts": (
     in_member("items.parquet", columns(interactions=first(np.inf))), "finite"),
   "program": (in_member("program.jax", lambda data: data[:-900]), "export the"),
-  "length": (in_manifest(length=10**9), "another length"),
-  "recent": (in_manifest(recent=10**9), "another length"),
+  "length": (in_manifest(length=10**9), "other inputs"),
+  "recent": (in_manifest(recent=10**9), "other inputs"),
   "no recent": (in_manifest(recent=0), "other inputs"),
-  "head": (in_manifest(head_from="x"), "not whole"),
+  "head": (in_manifest(head_from="x"), "invalid literal"),
   "newcomers": (in_manifest(newcomers=[0, 5]), "slot is unknown"),
   "one newcomer": (in_manifest(newcomers=[0]), "slot is unknown"),
   "shapes": (in_manifest(arrays={"histories/offsets": {

@@ -366,8 +366,7 @@ class TestSimulate:
 
   def test_items_keep_their_numbers(self):
     world = simulator.make_world(simulator.WorldSpec(), seed=0)
-    data, strata = simulator.simulate(world, num_users=3, seed=0, name="few")
-    assert data.name == "few"
+    data, strata = simulator.simulate(world, num_users=3, seed=0)
     assert data.num_users == 3 == len(strata) and data.num_items == 300
     assert len(np.unique(data.items)) < 300
     np.testing.assert_array_equal(data.item_ids, np.arange(1, 301))

@@ -18,6 +18,7 @@ from pin_jax.types import InputError, at_least
 SHORTEST, LONGEST = 5, 2000
 STRATA = (10, 20, 50, 200)  # lengths from which the next stratum begins
 FOLLOWS = 0.5
+USERS_A_CHUNK = 100_000  # what memory grows with, besides U
 _HEAD = 10.0  # ranks over which popularity is flat
 
 
@@ -30,20 +31,17 @@ class Crowd:
     num_items: V.
     num_interactions: N; the mean length N / U lies from 6 to 500.
     seed: of all draws.
-    users_a_chunk: what memory grows with, besides U.
   """
 
   num_users: int
   num_items: int
   num_interactions: int
   seed: int = 0
-  users_a_chunk: int = 100_000
 
   def __post_init__(self) -> None:
     """Raises InputError for numbers out of range."""
     at_least(
-      1, num_users=self.num_users, users_a_chunk=self.users_a_chunk,
-      num_interactions=self.num_interactions,
+      1, num_users=self.num_users, num_interactions=self.num_interactions
     )
     at_least(2, num_items=self.num_items)
     at_least(0, seed=self.seed)
@@ -61,7 +59,7 @@ class Crowd:
   @property
   def num_chunks(self) -> int:
     """How many chunks there are."""
-    return -(-self.num_users // self.users_a_chunk)
+    return -(-self.num_users // USERS_A_CHUNK)
 
   @functools.cached_property
   def lengths(self) -> np.ndarray:
@@ -85,8 +83,8 @@ class Crowd:
 
   def chunk(self, index: int) -> np.ndarray:
     """Items of the users of chunk `index`, one after another; int32 in 1..V."""
-    start = index * self.users_a_chunk
-    lengths = self.lengths[start : start + self.users_a_chunk].astype(np.int64)
+    start = index * USERS_A_CHUNK
+    lengths = self.lengths[start : start + USERS_A_CHUNK].astype(np.int64)
     starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
     rng = np.random.default_rng((self.seed, 1, index))
     fresh = rng.random(total) >= FOLLOWS

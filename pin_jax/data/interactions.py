@@ -88,15 +88,7 @@ class Interactions:
     """The users of a mask [U], with the catalogue of items left as it is.
 
     `tied_share` is computed anew; other notes are kept.
-
-    Raises:
-      InputError: for a mask of another shape or type, or an empty one.
     """
-    if mask.dtype != bool or mask.shape != (self.num_users,) or not mask.any():
-      raise InputError(
-        f"the mask of users is {mask.dtype} of shape {mask.shape} with "
-        f"{mask.sum()} chosen; give booleans ({self.num_users},), one true"
-      )
     rows = np.repeat(mask, self.lengths)
     offsets = offsets_of(self.lengths[mask])
     times = None if self.times is None else self.times[rows]

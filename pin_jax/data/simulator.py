@@ -142,7 +142,7 @@ def make_world(spec: WorldSpec, *, seed: int) -> World:
 
 
 def simulate(
-  world: World, *, num_users: int, seed: int, name: str = "simulator"
+  world: World, *, num_users: int, seed: int
 ) -> tuple[interactions_lib.Interactions, np.ndarray]:
   """Draws users from the world.
 
@@ -181,19 +181,13 @@ def simulate(
       rows = strata[users] * world.num_items + last[:count]
       last = _invert(cumulative, rows, rng)
     items[offsets[users] + position] = last + 1
+  notes = {
+    "rows_read": len(items), "order": "as simulated", "seed": seed,
+    "items_unseen": world.num_items - len(np.unique(items)),
+  }
   data = interactions_lib.Interactions(
-    name=name,
-    items=items,
-    offsets=offsets,
-    times=None,
-    user_ids=np.arange(num_users, dtype=np.int64),
-    item_ids=np.arange(1, world.num_items + 1, dtype=np.int64),
-    notes={
-      "rows_read": len(items),
-      "order": "as simulated",
-      "seed": seed,
-      "items_unseen": world.num_items - len(np.unique(items)),
-    },
+    "simulator", items, offsets, None, np.arange(num_users),
+    np.arange(1, world.num_items + 1), notes,
   )
   return data, strata.astype(np.int32)
 

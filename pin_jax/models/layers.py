@@ -49,19 +49,6 @@ def hardware_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jax.lax.rng_bit_generator(state, shape)[1]
 
 
-def mask_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """`hash_bits` on CPU, `hardware_bits` on accelerators.
-
-  The platform is that of the lowering: one traced program is right for each,
-  and holds one branch.
-  """
-  return jax.lax.platform_dependent(
-    _key_words(key),
-    cpu=functools.partial(hash_bits, shape=shape),
-    default=functools.partial(hardware_bits, shape=shape),
-  )
-
-
 def _key_words(key: jax.Array) -> jax.Array:
   """The raw words of a key, typed or raw; [..., 2 or 4] uint32."""
   if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -72,11 +59,17 @@ def _key_words(key: jax.Array) -> jax.Array:
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
   """Zeroes a share `rate` of the elements and rescales the others.
 
-  The factor 1 / (1 - rate) applies in float32. The mask follows from the key
-  and the platform that the program is lowered for, see `mask_bits`.
+  The factor 1 / (1 - rate) applies in float32. The mask follows from the key:
+  by `hash_bits` on CPU, by `hardware_bits` on accelerators. The platform is
+  that of the lowering: one traced program is right for each, and holds one
+  branch.
   """
   threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-  keep = mask_bits(key, x.shape) >= threshold
+  bits = jax.lax.platform_dependent(
+    _key_words(key), cpu=functools.partial(hash_bits, shape=x.shape),
+    default=functools.partial(hardware_bits, shape=x.shape),
+  )
+  keep = bits >= threshold
   scaled = x.astype(jnp.float32) / (1 - rate)
   return jnp.where(keep, scaled.astype(x.dtype), 0)
 
