@@ -256,7 +256,7 @@ rows = pl.DataFrame({
 })
 for number, name in enumerate(("tail", "head")):
   own = rows.filter(pl.col("segment") == number)
-  change = statistics.relative_change(own["base"], own["pin"], seed=0)
+  change = statistics.relative_change(own["base"], own["pin"])
   print(
     f"{name}, {len(own)} users: base {own['base'].mean():.4f}, PIN "
     f"{own['pin'].mean():.4f}, change {100 * change.estimate:+.1f} % "

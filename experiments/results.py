@@ -40,7 +40,7 @@ from experiments.methods import METHODS, learnt_by
 from experiments.workdir import read_json
 from pin_jax import disk
 from pin_jax.evaluation import metrics, statistics
-from pin_jax.evaluation.statistics import Change, Interval
+from pin_jax.evaluation.statistics import Bootstrap, Change, Interval
 from pin_jax.types import InputError
 
 CONFIDENCE = 0.95
@@ -477,50 +477,32 @@ def number_range(low: int, high: int) -> str:
 # Values of metrics.
 
 
-class Values(NamedTuple):
-  """A metric of M models in the rows of the same N users and seeds.
-
-  Attributes:
-    values: [M, N].
-    users: [N], numbered in the order of their ids.
-    seeds: [N].
-  """
-
-  values: np.ndarray
-  users: np.ndarray
-  seeds: np.ndarray
-
-  @property
-  def cube(self) -> np.ndarray:
-    """Values by seed and user, [M, S, U]."""
-    return statistics.by_seed(*self)
-
-
 def values_of(
   rows: pl.DataFrame,
   models: Sequence[str],
   *,
   metric: str = METRIC,
   column: str = "rank",
-) -> Values:
-  """A metric of every user under every seed and model.
+) -> np.ndarray:
+  """A metric of M models by seed and user, [M, S, U].
 
   Args:
     rows: result rows, of any slice of the users.
-    models: M models of the same users and seeds.
+    models: of the same users and seeds.
     metric: 'NDCG@10', 'HR@5', 'MRR'; of sampled candidates also 'AUC', 'GAUC'
       and 'log loss'.
     column: which rank.
 
   Raises:
-    InputError: if the models differ in their users, seeds or targets.
+    InputError: if the models differ in their users, seeds or targets, or a user
+      is not there under every seed.
   """
   if not rows.height:
-    return Values(np.zeros((len(models), 0)), np.zeros(0), np.zeros(0))
+    return np.zeros((len(models), 0, 0))
   frames = same_users(rows, models, on=["user", "seed"])
-  return Values(
+  return statistics.by_seed(
     np.stack([_metric(frame, column, metric) for frame in frames]),
-    frames[0]["user"].rank("dense").to_numpy(), frames[0]["seed"].to_numpy(),
+    frames[0]["user"].rank("dense"), frames[0]["seed"],
   )
 
 
@@ -566,24 +548,20 @@ _OF_IMPRESSIONS = {
 
 
 def mean_of(
-  values: Values, num_resamples: int = NUM_RESAMPLES
+  values: np.ndarray, num_resamples: int = NUM_RESAMPLES
 ) -> Interval:
-  """Means of M models over users and seeds, with their intervals, [M]."""
-  return statistics.mean_interval(
-    values.values, users=values.users, seeds=values.seeds,
-    confidence=CONFIDENCE, num_resamples=num_resamples,
-  )
+  """Means of values [M, S, U] over users and seeds, with intervals, [M]."""
+  return statistics.mean_interval(values, Bootstrap(CONFIDENCE, num_resamples))
 
 
 def change_of(
-  values: Values, margin: float = 0.0, num_resamples: int = NUM_RESAMPLES
+  values: np.ndarray, margin: float = 0.0, num_resamples: int = NUM_RESAMPLES
 ) -> Change:
   """Changes of the other M - 1 models against the first, [M - 1]."""
-  first, others = values.values[:1], values.values[1:]
+  first, others = np.split(values, [1])
   return statistics.relative_change(
-    np.broadcast_to(first, others.shape), others, users=values.users,
-    seeds=values.seeds, margin=margin, confidence=CONFIDENCE,
-    num_resamples=num_resamples,
+    np.broadcast_to(first, others.shape), others, margin=margin,
+    bootstrap=Bootstrap(CONFIDENCE, num_resamples),
   )
 
 
@@ -712,7 +690,7 @@ def _changes(
     changes[part] = change_of(
       values, margin * (part == "head"), num_resamples
     )
-    means = values.cube.mean(-1) if own.height else np.full((len(models), 0), 0)
+    means = values.mean(-1) if own.height else np.full((len(models), 0), 0)
     with np.errstate(all="ignore"):
       of_seeds[part] = means[1:] / means[0] - 1
   for index, model in enumerate(models[1:]):
@@ -775,7 +753,7 @@ def levels(
   together: dict[frozenset, list[str]] = {}
   for model, seeds in _seeds(rows).items():
     together.setdefault(seeds, []).append(model)
-  draw = {"confidence": CONFIDENCE, "num_resamples": num_resamples}
+  draw = Bootstrap(CONFIDENCE, num_resamples)
   found = {}
   for seeds, models in together.items():
     own = rows.filter(pl.col("model").is_in(models))
@@ -784,16 +762,16 @@ def levels(
       for name, keep in slices_of(own).items()
     }
     groups = [name for name in parts if name.startswith("group ")]
-    worst = statistics.worst_group([parts[g].cube for g in groups], **draw)
+    lowest, worst = statistics.worst_group([parts[g] for g in groups], draw)
     numbers = [
       *(mean_of(parts[p], num_resamples) for p in ("overall", "tail", "head")),
-      statistics.gap(parts["head"].cube, parts["tail"].cube, **draw), worst[1:],
+      statistics.gap(parts["head"], parts["tail"], draw), worst,
     ]
     for index, model in enumerate(models):
       found[model] = Level(
         model, len(seeds),
         *(Interval(*(float(x[index]) for x in n)) for n in numbers),
-        int(groups[worst.index[index]].split()[1]),
+        int(groups[lowest[index]].split()[1]),
       )
   return [found[model] for model in models_of(rows)]
 
@@ -1033,7 +1011,7 @@ def group_table(
     lines.append((
       name, number_range(spread.min() or 0, spread.max() or 0),
       own["user"].n_unique(),
-      *(float(x.mean()) if x.size else math.nan for x in values.values),
+      *(float(x.mean()) if x.size else math.nan for x in values),
       Change(*(float(x[0]) for x in change)),
     ))
   return Table(

@@ -450,13 +450,13 @@ class Trainer:
       return jax.tree.map(lambda x: x[0], batch)
 
     fit = jax.jit(functools.partial(
-      propensity.classifier_fit, backbone, mean=draw.mean
+      propensity.log_likelihood, backbone, mean=draw.mean
     ))
 
     def evaluate(seed: int, params: PyTree) -> dict[str, float]:
       frozen = self._best(stage.start, seed)
       found = fit(frozen, params, held_out(seed), groups)
-      return {key: float(value) for key, value in found._asdict().items()}
+      return {"log_likelihood": float(found)}
 
     frozen = lambda seed: {
       "backbone": self._best(stage.start, seed), "groups": groups

@@ -314,14 +314,15 @@ def _(folder):
   metrics.log_loss([1.0, 2.0], [[1.0]])
 
 
-@row("statistics: shapes", "base has shape (4,) but other (3,)", "same rows")
+@row("statistics: shapes", "base has shape (1, 4) but other (1, 3)",
+     "same users")
 def _(folder):
   intervals.relative_change(np.ones(4), np.ones(3))
 
 
 @row("statistics: confidence", "confidence")
 def _(folder):
-  intervals.mean_interval(np.ones(4), confidence=2.0)
+  intervals.mean_interval(np.ones(4), intervals.Bootstrap(confidence=2.0))
 
 
 @row("backbone: heads", "width=10", "heads=3")
@@ -373,11 +374,6 @@ def _restored(folder, like=None, **about):
     store.restore(like or TREE)
   finally:
     store.close()
-
-
-@row("checkpoint: keep", "keep=0", "at least 1")
-def _(folder):
-  Checkpoints(folder / "saved", keep=0)
 
 
 @row("checkpoint: config", "config.a is 1 there and 2 here", "workdir")

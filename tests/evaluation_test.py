@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from pin_jax.data.batches import last_items, make_sequences
+from pin_jax.data.batches import make_sequences
 from pin_jax.data.interactions import from_columns
 from pin_jax.data.splits import leave_one_out
 from pin_jax.evaluation import ranking
@@ -258,17 +258,6 @@ def test_log_probabilities_equal_scipy(
     logits = _logits(params, history, FACTORS[segment]).astype(np.float64)
     want = scipy.special.log_softmax(logits[1:])
     np.testing.assert_allclose(row, want, rtol=1e-5, atol=1e-5)
-
-
-def test_windows_hold_the_items_before_the_position(split, sequences):
-  data = split.interactions
-  users = jnp.asarray([5, 5, 0, 2])
-  positions = jnp.asarray([split.test[5], 0, 2, split.validation[2]])
-  got, _ = last_items(sequences, users, positions, LENGTH)
-  for row, user, position in zip(got, users, positions, strict=True):
-    start = data.offsets[user]
-    read = data.items[start : start + position].tolist()[-LENGTH:]
-    np.testing.assert_array_equal(row, [0] * (LENGTH - len(read)) + read)
 
 
 def test_nobody_to_rank_gives_empty_results(split, sequences, sasrec):

@@ -157,7 +157,7 @@ def test_log_propensity_against_numpy(width):
 
 
 @pytest.mark.parametrize("mean", ["interactions", "users"])
-def test_classifier_fit_against_numpy(mean):
+def test_log_likelihood_against_numpy(mean):
   backbone, params = last_item(4), random_classifier(4)
   frozen = backbone.init(jax.random.key(1))
   batch, groups = some_windows(), np.array([1, 0, 2])
@@ -171,68 +171,12 @@ def test_classifier_fit_against_numpy(mean):
   assert count.tolist() == [1, 3, 3, 0]
   counted = count if mean == "interactions" else count > 0
   want = sum(np.mean(r) * n for r, n in zip(rows, counted, strict=True) if r)
-  fit = propensity.classifier_fit(
+  run = lambda batch: propensity.log_likelihood(
     backbone, frozen, params, jax.tree.map(jnp.asarray, batch),
     jnp.asarray(groups), mean,
   )
-  np.testing.assert_allclose(
-    fit.log_likelihood, want / counted.sum(), rtol=1e-4
-  )
-  shares = np.bincount(label, counted) / counted.sum()
-  np.testing.assert_allclose(
-    fit.shares_log_likelihood, (shares * np.log(shares)).sum(), rtol=1e-5
-  )
-
-
-def test_calibration_error_against_a_loop():
-  """Equal-width bins a group, counted one event at a time."""
-  rng = np.random.default_rng(4)
-  probability = rng.dirichlet([0.5] * NUM_GROUPS, 400).reshape(40, 10, -1)
-  probability[0, 0] = [1.0, 0.0, 0.0]
-  label = rng.integers(0, NUM_GROUPS, (40, 10))
-  real = rng.random((40, 10)) < 0.8
-  real[0, 0] = True
-  for bins in (1, 15):
-    total = 0
-    for d in range(NUM_GROUPS):
-      for b in range(bins):
-        within = [
-          (probability[i][d], float(label[i] == d))
-          for i in np.ndindex(label.shape)
-          if real[i] and min(int(probability[i][d] * bins), bins - 1) == b
-        ]
-        if within:
-          said, seen = np.mean(within, 0)
-          total += len(within) / real.sum() * abs(said - seen)
-    got = propensity.calibration_error(
-      jnp.asarray(probability), jnp.asarray(label), jnp.asarray(real), bins
-    )
-    np.testing.assert_allclose(got, total / NUM_GROUPS, rtol=1e-4)
-    assert got > 0.01 or bins == 1
-
-
-def test_a_calibrated_classifier_has_no_calibration_error():
-  """Labels drawn from the probabilities themselves, against shifted ones."""
-  rng = np.random.default_rng(5)
-  probability = rng.dirichlet([1.0] * NUM_GROUPS, 60_000)
-  label = (rng.random((60_000, 1)) > probability.cumsum(-1)).sum(-1)
-  real = np.ones(60_000, bool)
-  error = lambda p: float(propensity.calibration_error(
-    jnp.asarray(p), jnp.asarray(label), jnp.asarray(real)
-  ))
-  assert error(probability) < 0.01
-  sharper = probability**2 / (probability**2).sum(-1, keepdims=True)
-  assert error(sharper) > 0.05
-
-
-def test_classifier_fit_of_nothing_is_zero():
-  backbone = last_item()
-  empty = Batch(jnp.zeros(2, int), jnp.zeros((2, 3), int), jnp.zeros((2, 3)))
-  got = propensity.classifier_fit(
-    backbone, backbone.init(jax.random.key(1)), random_classifier(7), empty,
-    jnp.zeros(1, int),
-  )
-  assert got == (0, 0, 0)
+  np.testing.assert_allclose(run(batch), want / counted.sum(), rtol=1e-4)
+  assert run(batch._replace(targets=0 * batch.targets)) == 0
 
 
 def test_fitted_importance_weighs_each_group_by_its_own_propensity():

@@ -280,18 +280,20 @@ VALUES = st.lists(
 
 @hypothesis.given(VALUES, st.integers(0, 9))
 def test_an_interval_holds_resampled_means_and_follows_its_unit(values, seed):
-  options = {"num_resamples": 50, "seed": seed}
-  one = statistics.mean_interval(np.array(values), **options)
+  bootstrap = statistics.Bootstrap(num_resamples=50, seed=seed)
+  one = statistics.mean_interval(np.array(values), bootstrap)
   np.testing.assert_allclose(one.estimate, np.mean(values))
   slack = 1e-9 * max(values)
   assert min(values) - slack <= one.low <= one.high <= max(values) + slack
-  two = statistics.mean_interval(4 * np.array(values), **options)
+  two = statistics.mean_interval(4 * np.array(values), bootstrap)
   np.testing.assert_allclose([two.low, two.high], [4 * one.low, 4 * one.high])
 
 
 @hypothesis.given(VALUES, st.floats(0.25, 4))
 def test_a_constant_factor_is_a_certain_change(values, factor):
   base = np.array(values)
-  got = statistics.relative_change(base, factor * base, num_resamples=50)
+  got = statistics.relative_change(
+    base, factor * base, bootstrap=statistics.Bootstrap(num_resamples=50)
+  )
   np.testing.assert_allclose(got[:3], factor - 1, rtol=1e-9, atol=1e-12)
   assert (got.p_value < 0.05) == (factor > 1)

@@ -490,7 +490,7 @@ def test_ranks_come_back_up_to_the_cutoff(pair):
 
 def test_paired_results_of_a_user_stay_paired(pair):
   products = [
-    np.prod(results.values_of(x.rows, ["base", "pin"]).values, 0).sum()
+    np.prod(results.values_of(x.rows, ["base", "pin"]), 0).sum()
     for x in pair
   ]
   assert products[0] == pytest.approx(products[1])

@@ -9,6 +9,7 @@ import pytest
 import scipy.stats
 
 from pin_jax.evaluation import statistics
+from pin_jax.evaluation.statistics import Bootstrap
 from pin_jax.types import InputError
 
 
@@ -39,7 +40,7 @@ def test_leading_axes_share_their_resamples_and_batches_change_nothing(
   monkeypatch
 ):
   base, other = np.stack([_pair(seed=s) for s in range(6)], axis=1)
-  base, other = base.reshape(2, 3, -1), other.reshape(2, 3, -1)
+  base, other = (x.reshape(2, 3, 1, -1) for x in (base, other))
   together = statistics.relative_change(base, other)
   monkeypatch.setattr(statistics, "_BATCH_ELEMENTS", 10 * base.shape[-1])
   assert together.low.shape == (2, 3)
@@ -49,30 +50,17 @@ def test_leading_axes_share_their_resamples_and_batches_change_nothing(
 
 def test_result_follows_from_the_seed():
   base, other = _pair()
-  first = statistics.relative_change(base, other, seed=3)
-  assert first == statistics.relative_change(base, other, seed=3)
-  assert first != statistics.relative_change(base, other, seed=4)
-
-
-def test_rows_of_a_user_are_averaged_before_resampling():
-  base, other = _pair(50)
-  users = np.array([f"user {u}" for u in range(50)], object)
-  rng = np.random.default_rng(5)
-  order = rng.permutation(150)
-  noise = rng.normal(size=(3, 50))
-  noise -= noise.mean(0)
-  rows = (base + noise).ravel()[order], (other - noise).ravel()[order]
-  got = statistics.relative_change(*rows, users=np.tile(users, 3)[order])
-  by_name = np.argsort(users)
-  want = statistics.relative_change(base[by_name], other[by_name])
-  np.testing.assert_allclose(got, want)
+  run = lambda seed: statistics.relative_change(
+    base, other, bootstrap=Bootstrap(seed=seed)
+  )
+  assert run(3) == run(3) != run(4)
 
 
 @pytest.mark.parametrize("num_users", [0, 1])
 def test_fewer_than_two_users_have_no_interval(num_users):
   ones = np.ones(num_users)
   change = statistics.relative_change(ones, 2 * ones)
-  mean = statistics.mean_interval(ones, users=np.arange(num_users))
+  mean = statistics.mean_interval(ones)
   assert np.isnan([*change[1:], *mean[1:]]).all()
   if num_users:
     assert (change.estimate, mean.estimate) == (1, 1)
@@ -93,14 +81,14 @@ def test_a_base_that_some_resamples_miss_has_no_interval():
 
 
 def test_bad_input_names_the_remedy():
-  with pytest.raises(InputError, match="same rows of both models"):
+  with pytest.raises(InputError, match="same users and seeds under both"):
     statistics.relative_change(np.ones(3), np.ones(4))
-  with pytest.raises(InputError, match="one user id for each"):
-    statistics.mean_interval(np.ones(3), users=[1, 2])
+  with pytest.raises(InputError, match="one user id and one seed for each"):
+    statistics.by_seed(np.ones(3), [1, 2], [0, 0])
   with pytest.raises(InputError, match="confidence is 95"):
-    statistics.mean_interval(np.ones(3), confidence=95)
+    statistics.mean_interval(np.ones(3), Bootstrap(confidence=95))
   with pytest.raises(InputError, match="num_resamples is 0"):
-    statistics.mean_interval(np.ones(3), num_resamples=0)
+    statistics.mean_interval(np.ones(3), Bootstrap(num_resamples=0))
 
 
 # Users crossed with seeds.
@@ -115,16 +103,6 @@ def _cube(rng, num_seeds, num_users, *, of_seeds, of_users, of_both):
   )
 
 
-def _rows_of(cube):
-  """Values, users and seeds, a row each, in any order."""
-  num_seeds, num_users = cube.shape[-2:]
-  seeds = np.repeat(np.arange(num_seeds), num_users)
-  users = np.tile(np.arange(num_users), num_seeds)
-  order = np.random.default_rng(7).permutation(seeds.size)
-  flat = cube.reshape(*cube.shape[:-2], -1)
-  return flat[..., order], {"users": users[order], "seeds": seeds[order]}
-
-
 def _numpy_crossed(statistic, num_seeds, num_users, resamples=3000):
   rng = np.random.default_rng(98)
   draws = []
@@ -137,38 +115,28 @@ def _numpy_crossed(statistic, num_seeds, num_users, resamples=3000):
 
 def test_rows_are_laid_out_by_seed_and_user():
   cube = np.arange(24.0).reshape(2, 3, 4)
-  values, names = _rows_of(cube)
-  got = statistics.by_seed(values, names["users"], names["seeds"])
+  order = np.random.default_rng(7).permutation(12)
+  seeds, users = (x.ravel()[order] for x in np.indices((3, 4)))
+  names = np.array(["a", "b", "c", "d"], object)[users]
+  got = statistics.by_seed(cube.reshape(2, 12)[:, order], names, seeds)
   np.testing.assert_array_equal(got, cube)
-  averaged = statistics.by_seed(values, names["users"])
-  np.testing.assert_allclose(averaged, cube.mean(1, keepdims=True))
 
 
 def test_crossed_bootstrap_equals_a_numpy_loop():
   rng = np.random.default_rng(0)
   base = 3 + _cube(rng, 4, 60, of_seeds=0.3, of_users=1, of_both=1)
   other = 1.1 * base + 0.5 * rng.normal(size=base.shape)
-  (flat, names), (flat_other, _) = _rows_of(base), _rows_of(other)
-  got = statistics.relative_change(flat, flat_other, **names, margin=0.05)
+  got = statistics.relative_change(base, other, margin=0.05)
   draws = _numpy_crossed(lambda i: other[i].mean() / base[i].mean() - 1, 4, 60)
   low, high = np.percentile(draws, [2.5, 97.5])
   assert got.estimate == pytest.approx(other.mean() / base.mean() - 1)
   np.testing.assert_allclose(
     [got.low, got.high], [low, high], atol=0.1 * (high - low)
   )
-  mean = statistics.mean_interval(flat, **names)
+  mean = statistics.mean_interval(base)
   draws = _numpy_crossed(lambda i: base[i].mean(), 4, 60)
   low, high = np.percentile(draws, [2.5, 97.5])
   np.testing.assert_allclose(mean[1:], [low, high], atol=0.1 * (high - low))
-
-
-def test_one_seed_is_the_bootstrap_of_users_alone():
-  base, other = _pair(40)
-  names = {"users": np.arange(40), "seeds": np.full(40, 3)}
-  np.testing.assert_allclose(
-    statistics.relative_change(base, other, **names),
-    statistics.relative_change(base, other),
-  )
 
 
 def test_paired_interval_equals_scipys_bootstrap():
@@ -179,7 +147,9 @@ def test_paired_interval_equals_scipys_bootstrap():
     paired=True, vectorized=True, method="percentile", n_resamples=4000,
     rng=np.random.default_rng(5),
   ).confidence_interval
-  got = statistics.relative_change(base, other, num_resamples=4000)
+  got = statistics.relative_change(
+    base, other, bootstrap=Bootstrap(num_resamples=4000)
+  )
   width = want.high - want.low
   np.testing.assert_allclose(got[1:3], want, atol=0.06 * width)
 
@@ -194,7 +164,7 @@ def test_p_value_agrees_with_scipys_paired_t_test(margin):
       other, (1 - margin) * base, alternative="greater"
     ).pvalue
     got = statistics.relative_change(
-      base, other, margin=margin, num_resamples=8000
+      base, other, margin=margin, bootstrap=Bootstrap(num_resamples=8000)
     ).p_value
     assert got == pytest.approx(min(1, 2 * want), abs=0.03)
 
@@ -203,12 +173,12 @@ def test_p_value_by_hand():
   # Two users: both draws are the first (1/4), the second (1/4), or one each.
   # The change is -1, 3 or 1, so a quarter of the draws is not positive.
   change = statistics.relative_change(
-    [1.0, 1.0], [0.0, 4.0], num_resamples=20_000
+    [1.0, 1.0], [0.0, 4.0], bootstrap=Bootstrap(num_resamples=20_000)
   )
   assert change.estimate == 1
   assert change.p_value == pytest.approx(0.5, abs=0.02)
   certain = statistics.relative_change(
-    [1.0, 1.0], [2.0, 2.0], num_resamples=999
+    [1.0, 1.0], [2.0, 2.0], bootstrap=Bootstrap(num_resamples=999)
   )
   assert certain.p_value == pytest.approx(2 / 1000)
 
@@ -228,8 +198,8 @@ def test_p_values_say_what_the_interval_says():
     margin = float(rng.choice([0, 0.05, 0.2]))
     confidence = float(rng.choice([0.8, 0.9, 0.95]))
     change = statistics.relative_change(
-      base, other, margin=margin, confidence=confidence,
-      num_resamples=resamples, seed=seed,
+      base, other, margin=margin,
+      bootstrap=Bootstrap(confidence, resamples, seed),
     )
     alpha = {0.8: 0.2, 0.9: 0.1, 0.95: 0.05}[confidence]
     assert (change.p_value < alpha) == (change.low > -margin), seed
@@ -245,7 +215,7 @@ def test_ends_by_hand():
   # the 4th draws from either side, with 20 % the 79th.
   for confidence, ends in ((0.95, (-1, 3)), (0.2, (1, 1))):
     change = statistics.relative_change(
-      [1.0, 1.0], [0.0, 4.0], num_resamples=199, confidence=confidence
+      [1.0, 1.0], [0.0, 4.0], bootstrap=Bootstrap(confidence, 199)
     )
     assert (change.low, change.high) == ends
 
@@ -253,7 +223,7 @@ def test_ends_by_hand():
 def test_too_few_resamples_have_no_interval():
   for resamples, known in ((39, False), (40, True)):
     change = statistics.relative_change(
-      np.ones(9), np.arange(9.0), num_resamples=resamples
+      np.ones(9), np.arange(9.0), bootstrap=Bootstrap(0.95, resamples)
     )
     assert np.isfinite([change.low, change.high]).all() == known
     assert change.p_value >= 0.05 or known
@@ -266,9 +236,8 @@ def _covers(num_seeds, trials, **spread):
     rng = np.random.default_rng(trial)
     base = 5 + _cube(rng, num_seeds, 80, **spread)
     other = 5 + _cube(rng, num_seeds, 80, **spread)
-    (flat, names), (flat_other, _) = _rows_of(base), _rows_of(other)
     change = statistics.relative_change(
-      flat, flat_other, **names, num_resamples=199, seed=trial
+      base, other, bootstrap=Bootstrap(0.95, 199, trial)
     )
     covered += change.low <= 0 <= change.high
     found += change.p_value < 0.05
@@ -311,10 +280,9 @@ def test_how_often_a_test_errs_with_the_spread_that_jobs_have(
       _cube(rng, num_seeds, users, of_seeds=0.02, of_users=0,
             of_both=0.8 * math.sqrt(0.15)) for _ in range(4)
     ])  # fmt: skip
-    flat, names = _rows_of(cubes)
     change = statistics.relative_change(
-      np.broadcast_to(flat[0], flat[1:].shape), flat[1:], **names,
-      num_resamples=399, seed=trial,
+      np.broadcast_to(cubes[0], cubes[1:].shape), cubes[1:],
+      bootstrap=Bootstrap(0.95, 399, trial),
     )
     wrong += np.mean([change.p_value < 0.05, change.p_harm < 0.05])
   assert least <= wrong / trials <= most
@@ -331,7 +299,7 @@ def test_gap_equals_a_numpy_loop():
   rng = np.random.default_rng(4)
   head = 2 + _cube(rng, 3, 40, of_seeds=0.5, of_users=1, of_both=0.3)
   tail = 1 + _cube(rng, 3, 160, of_seeds=0.5, of_users=1, of_both=0.3)
-  got = statistics.gap(head, tail, num_resamples=4000)
+  got = statistics.gap(head, tail, Bootstrap(num_resamples=4000))
   draws = []
   for _ in range(4000):
     seeds = rng.integers(0, 3, 3)
@@ -347,12 +315,12 @@ def test_gap_equals_a_numpy_loop():
 
 def test_worst_group_by_hand():
   groups = [np.full((2, 5), 0.3), np.full((2, 4), 0.1), np.full((2, 3), 0.2)]
-  worst = statistics.worst_group(groups)
-  assert worst.index == 1
-  np.testing.assert_allclose(worst[1:], 0.1)
+  index, worst = statistics.worst_group(groups)
+  assert index == 1
+  np.testing.assert_allclose(worst, 0.1)
   two = [np.stack([g, 1 - g]) for g in groups]  # [models, S, U]
-  worst = statistics.worst_group(two)
-  np.testing.assert_array_equal(worst.index, [1, 0])
+  index, worst = statistics.worst_group(two)
+  np.testing.assert_array_equal(index, [1, 0])
   np.testing.assert_allclose(worst.estimate, [0.1, 0.7])
 
 
@@ -363,7 +331,7 @@ def test_worst_group_interval_takes_the_smallest_of_each_draw():
     min(rng.choice(g[0], g.size).mean() for g in groups) for _ in range(4000)
   ]
   low, high = np.percentile(draws, [2.5, 97.5])
-  got = statistics.worst_group(groups, num_resamples=4000)
+  _, got = statistics.worst_group(groups, Bootstrap(num_resamples=4000))
   np.testing.assert_allclose(
     [got.low, got.high], [low, high], atol=0.08 * (high - low)
   )
@@ -373,9 +341,9 @@ def test_gap_and_worst_group_need_two_users():
   assert np.isnan(statistics.gap(np.ones((1, 1)), np.ones((1, 9)))[1:]).all()
   empty = statistics.gap(np.ones((1, 0)), np.ones((1, 9)))
   assert np.isnan(empty).all()
-  worst = statistics.worst_group([np.ones((1, 9)), np.zeros((1, 1))])
-  assert (worst.index, worst.estimate) == (1, 0)
-  assert np.isnan(worst[2:]).all()
+  index, worst = statistics.worst_group([np.ones((1, 9)), np.zeros((1, 1))])
+  assert (index, worst.estimate) == (1, 0)
+  assert np.isnan(worst[1:]).all()
 
 
 # Several tests at once.
@@ -449,18 +417,15 @@ def test_smallest_effect_is_found_with_the_stated_power():
   # 1.959964 + 0.841621 = 2.801585
   assert statistics.smallest_effect(0.01) == pytest.approx(0.02801585)
   for power in (0.5, 0.8, 0.95):
-    effect = statistics.smallest_effect(2.0, power=power, confidence=0.9)
-    got = statistics.power_of(effect, 2.0, confidence=0.9)
-    assert got == pytest.approx(power)
+    effect = statistics.smallest_effect(2.0, power=power)
+    assert statistics.power_of(effect, 2.0) == pytest.approx(power)
 
 
 def test_bad_input_of_the_tests_names_the_remedy():
   with pytest.raises(InputError, match="margin is 2; pass a share"):
     statistics.relative_change(np.ones(3), np.ones(3), margin=2)
   with pytest.raises(InputError, match="3 rows of 2 users and 2 seeds"):
-    statistics.mean_interval(np.ones(3), users=[1, 2, 1], seeds=[0, 0, 1])
-  with pytest.raises(InputError, match="one seed and one user id"):
-    statistics.mean_interval(np.ones(3), seeds=[0, 0, 1])
+    statistics.by_seed(np.ones(3), [1, 2, 1], [0, 0, 1])
   with pytest.raises(InputError, match="numbers from 0 to 1"):
     statistics.holm([0.1, 1.5])
   with pytest.raises(InputError, match="at least one group"):

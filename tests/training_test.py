@@ -88,12 +88,7 @@ def test_position_weights_against_a_loop(mean, weighted):
   expected = numpy_position_weights(targets, mean, importance)
   np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-8)
   assert got.dtype == jnp.float32
-
-
-@pytest.mark.parametrize("mean", objectives.MEANS)
-def test_position_weights_of_nothing_are_zero(mean):
-  got = objectives.position_weights(jnp.zeros((2, 3), jnp.int32), mean)
-  np.testing.assert_array_equal(got, np.zeros((2, 3)))
+  assert not objectives.position_weights(jnp.zeros((2, 3), int), mean).any()
 
 
 def test_effective_share_by_formula():
@@ -529,18 +524,24 @@ def test_dispatch_must_divide_evaluate_every(dispatch):
     counted([], dispatch=dispatch)
 
 
-def test_patience_stops_early():
-  values = [[0.5], [0.4], [0.5], [0.6]]  # an equal value is no improvement
-  result, calls = counted(values, num_steps=40, patience=2)
-  assert [t for t, _ in calls["evaluations"]] == [4, 8, 12]
-  assert result[1:4] == ([4], [0.5], 12)
-  assert result.best["w"] == 4
-
-
-def test_patience_counts_from_the_last_improvement():
-  values = [[0.5], [0.4], [0.6], [0.5], [0.5], [0.9]]
-  result, calls = counted(values, num_steps=40, patience=2)
-  assert result[1:4] == ([12], [0.6], 20)
+@pytest.mark.parametrize(("values", "options", "expected"), [
+  # An equal value is no improvement.
+  ([[0.5], [0.4], [0.5], [0.6]], {"patience": 2}, ([4], [0.5], 12)),
+  ([[0.5], [0.4], [0.6], [0.5], [0.5], [0.9]], {"patience": 2},
+   ([12], [0.6], 20)),
+  # Any slot that improves counts.
+  ([[0.5, 0.1], [0.5, 0.2], [0.5, 0.3], [0.5, 0.3]],
+   {"patience": 1, "start": [0.0, 0.0], "stacked": True},
+   ([4, 12], [0.5, 0.3], 16)),
+  ([[0.5], [0.4]] + [[0.4]] * 9, {"evaluate_first": True}, ([0], [0.5], 40)),
+])  # fmt: skip
+def test_patience_counts_from_the_last_improvement(values, options, expected):
+  result, calls = counted(values, num_steps=40, **options)
+  assert result[1:4] == expected
+  validated = [t for t, _ in calls["evaluations"]]
+  first = 0 if "evaluate_first" in options else 4
+  assert validated == list(range(first, expected[-1] + 1, 4))
+  np.testing.assert_array_equal(result.best["w"], np.squeeze(expected[0]))
 
 
 def test_each_slot_keeps_its_own_best_from_the_start_on():
@@ -552,21 +553,6 @@ def test_each_slot_keeps_its_own_best_from_the_start_on():
   assert result.best_steps == [8, 4, 0]
   assert result.best_values == [0.6, 0.3, 0.2]
   np.testing.assert_array_equal(result.best["w"], [108.0, 204.0, 300.0])
-
-
-def test_any_slot_that_improves_resets_patience():
-  values = [[0.5, 0.1], [0.5, 0.2], [0.5, 0.3], [0.5, 0.3]]
-  result, _ = counted(
-    values, start=[0.0, 0.0], stacked=True, patience=1, num_steps=40
-  )
-  assert result.last_step == 16
-  assert result.best_steps == [4, 12]
-
-
-def test_the_start_can_be_best_without_slots():
-  result, _ = counted([[0.5], [0.4], [0.4], [0.4]], evaluate_first=True)
-  assert result.best_steps == [0]
-  assert result.best["w"] == 0
 
 
 def test_non_finite_loss_names_run_group_and_step():

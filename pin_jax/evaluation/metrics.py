@@ -18,9 +18,7 @@ from numpy.typing import ArrayLike
 from pin_jax.types import InputError
 
 
-def average_rank(
-  scores: ArrayLike, target_index: ArrayLike, valid: ArrayLike | None = None
-) -> jax.Array:
+def average_rank(scores: ArrayLike, target_index: ArrayLike) -> jax.Array:
   """Rank of the target among its candidates, ties at their average.
 
   rank = 1 + #(scores > target) + #(other scores == target) / 2
@@ -32,8 +30,6 @@ def average_rank(
   Args:
     scores: [..., C], one score a candidate, compared in float32.
     target_index: [...], position of the target in 0..C-1.
-    valid: [..., C], false for candidates that do not take part, such as padding
-      or items of the history. The target always takes part.
 
   Returns:
     [...] float32 ranks between 1 and the number of candidates.
@@ -42,8 +38,6 @@ def average_rank(
   target_index = jnp.asarray(target_index)[..., None]
   target = jnp.take_along_axis(scores, target_index, axis=-1)
   rivals = jnp.arange(scores.shape[-1]) != target_index
-  if valid is not None:
-    rivals &= jnp.asarray(valid, bool)
   ahead = jnp.sum(rivals & ~(scores <= target), axis=-1)
   tied = jnp.sum(rivals & (scores == target), axis=-1)
   return 1.0 + ahead + 0.5 * tied

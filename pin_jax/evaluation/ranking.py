@@ -197,11 +197,7 @@ def _evaluate(
 
 
 def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
-  """Which request lies where, [chunks, users].
-
-  A chunk is of one segment, where there are plugins; a segment's last chunk is
-  filled up with its last request.
-  """
+  """Which request lies where, [chunks, users]; with plugins by segment."""
   segments = np.asarray(requests.segments)
   if model.plugin is None:
     segments = np.zeros_like(segments)
@@ -216,19 +212,12 @@ def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
 
 
 class _Scored(NamedTuple):
-  """A chunk of the catalogue.
+  """A chunk of the catalogue."""
 
-  Attributes:
-    logits: [M, C].
-    items: [C] int32, which items they are of.
-    fresh: [C] bool, items 1..V that no chunk before has held.
-    column: items -> where they are, C = nowhere.
-  """
-
-  logits: jax.Array
-  items: jax.Array
-  fresh: jax.Array
-  column: Callable[[jax.Array], jax.Array]
+  logits: jax.Array  # [M, C]
+  items: jax.Array  # [C] int32, which items they are of
+  fresh: jax.Array  # [C] bool, items 1..V that no chunk before has held
+  column: Callable[[jax.Array], jax.Array]  # items -> where, C = nowhere
 
 
 # (number of chunks, function of states and a chunk's index)
@@ -257,11 +246,10 @@ def _whole(model: Model, num_items: int, width: int, most: int) -> _Catalogue:
 def _split(
   model: Model, num_items: int, width: int, layout: Layout
 ) -> _Catalogue:
-  """The catalogue by `width` items of every device along `model`.
+  """The catalogue by `width` rows that each device along `model` holds.
 
-  Every device scores rows of the tables that it holds. The last chunk reaches
-  back where they do not come out even; a part smaller than a chunk is filled up
-  with zeros.
+  The last chunk reaches back where they do not come out even; a part smaller
+  than a chunk is filled up with zeros.
   """
   shards, own = layout.model, layout.rows // layout.model
   part = max(own, width)
@@ -302,10 +290,7 @@ def _split(
 def _seen_items(
   sequences: Sequences, requests: Requests, size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(row, item) of every history item of the chunk, flat; [size] each.
-
-  Rows past the end are out of bounds and dropped by a scatter.
-  """
+  """(row, item) of all history items, [size]; rows past the end are out."""
   users, positions, _ = requests
   ends = jnp.cumsum(positions)
   slot = jnp.arange(size)
@@ -320,11 +305,7 @@ def _seen_items(
 def _count(
   found: _Scored, total: jax.Array, target: jax.Array, masked: jax.Array
 ) -> jax.Array:
-  """How many are above the target, tied, there at all: [6, M] int32.
-
-  First without the masked items, then with all. A score of NaN is above, as is
-  every other where the target's is.
-  """
+  """How many are above (NaN too), tied, there; unmasked, then all; [6, M]."""
   total = total[:, None]
   other = found.fresh & (found.items != target)
   above = other & ~(found.logits <= total)

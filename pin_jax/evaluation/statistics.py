@@ -55,31 +55,32 @@ class Change(NamedTuple):
   p_harm: np.ndarray
 
 
-class Worst(NamedTuple):
-  """The smallest of several means; each field has shape [...].
+class Bootstrap(NamedTuple):
+  """How users and seeds are resampled.
 
   Attributes:
-    index: which it is.
-    estimate: the smallest mean.
-    low: lower end of the interval of the smallest mean.
-    high: upper end.
+    confidence: coverage of the percentile interval.
+    num_resamples: R.
+    seed: of the draws.
   """
 
-  index: np.ndarray
-  estimate: np.ndarray
-  low: np.ndarray
-  high: np.ndarray
+  confidence: float = 0.95
+  num_resamples: int = 2000
+  seed: int = 0
+
+
+_DEFAULT = Bootstrap()
 
 
 def by_seed(
-  values: ArrayLike, users: ArrayLike | None, seeds: ArrayLike | None = None
+  values: ArrayLike, users: ArrayLike, seeds: ArrayLike
 ) -> np.ndarray:
   """Lays rows out by seed and user: [..., N] -> [..., S, U].
 
   Args:
     values: [..., N], one value a row.
-    users: [N], the user of each row; None if every row is a user of its own.
-    seeds: [N], the seed of each row. None: rows of one user are averaged, S=1.
+    users: [N], the user of each row.
+    seeds: [N], the seed of each row.
 
   Returns:
     [..., S, U] float64, in the order of the sorted seeds and user ids.
@@ -88,15 +89,14 @@ def by_seed(
     InputError: if lengths differ, or a user and seed have not just one row.
   """
   values = np.asarray(values, np.float64)
-  if seeds is None:
-    return _averaged(values, users)[..., None, :]
-  seeds = np.asarray(seeds)
-  if users is None or seeds.shape != values.shape[-1:]:
+  users, seeds = np.asarray(users), np.asarray(seeds)
+  if not users.shape == seeds.shape == values.shape[-1:]:
     raise InputError(
-      f"seeds has shape {seeds.shape} but values {values.shape}; "
-      "pass one seed and one user id for each entry of the last axis"
+      f"users has shape {users.shape}, seeds {seeds.shape} but values "
+      f"{values.shape}; pass one user id and one seed for each entry of the "
+      "last axis"
     )
-  names, column = np.unique(np.asarray(users), return_inverse=True)
+  names, column = np.unique(users, return_inverse=True)
   kinds, row = np.unique(seeds, return_inverse=True)
   place = row * len(names) + column
   if not np.array_equal(np.sort(place), np.arange(len(kinds) * len(names))):
@@ -108,56 +108,24 @@ def by_seed(
   return values[..., np.argsort(place)].reshape(shape)
 
 
-def _averaged(values: np.ndarray, users: ArrayLike | None) -> np.ndarray:
-  """Averages the rows of each user: [..., N] -> [..., U]."""
-  if users is None or not np.size(users):
-    return values
-  users = np.asarray(users)
-  if users.shape != values.shape[-1:]:
-    raise InputError(
-      f"users has shape {users.shape} but values {values.shape}; "
-      "pass one user id for each entry of the last axis"
-    )
-  _, index, counts = np.unique(users, return_inverse=True, return_counts=True)
-  starts = np.cumsum(counts) - counts
-  rows = values[..., np.argsort(index, kind="stable")]
-  return np.add.reduceat(rows, starts, axis=-1) / counts
-
-
-class _Draws(NamedTuple):
-  """What resampling gave: interval ends [...] and draws [..., R], sorted."""
-
-  low: np.ndarray
-  high: np.ndarray
-  draws: np.ndarray
-
-
 def _resample(
-  parts: Sequence[np.ndarray],
+  parts: Sequence[ArrayLike],
   statistic: Callable[[np.ndarray], np.ndarray],
-  *,
-  confidence: float,
-  num_resamples: int,
-  seed: int,
-) -> _Draws:
-  """Bootstrap of a statistic of means, users crossed with seeds.
+  bootstrap: Bootstrap,
+) -> tuple[Interval, np.ndarray]:
+  """A statistic of the means of K parts [..., S, U_k], and its sorted draws.
 
   A resample draws each part's users and the seeds, once for all series, which
-  so stay paired. It enters as the number of times it draws each, which turns
-  its means into matrix products.
-
-  Args:
-    parts: K arrays [..., S, U_k]: series of values over the users of K disjoint
-      parts of the population, of which each is resampled by itself.
-    statistic: function of the means, [K, ..., R] -> [..., R].
-    confidence: coverage of the percentile interval.
-    num_resamples: R.
-    seed: of the draws.
-
-  Returns:
-    Ends, see `relative_change`, and draws; NaN throughout for fewer than two
-    users in a part, ends NaN where a resample is undefined.
+  so stay paired; how often it draws each makes its means matrix products.
   """
+  confidence, num_resamples, seed = bootstrap
+  if not 0 < confidence < 1:
+    raise InputError(
+      f"confidence is {confidence}; pass a share between 0 and 1, as .95"
+    )
+  if num_resamples < 1:
+    raise InputError(f"num_resamples is {num_resamples}; pass at least 1")
+  parts = [np.atleast_2d(np.asarray(part, np.float64)) for part in parts]
   *shape, num_seeds, _ = parts[0].shape
   sizes = [part.shape[-1] for part in parts]
   means = np.full((num_resamples, len(parts), math.prod(shape)), np.nan)
@@ -184,7 +152,9 @@ def _resample(
   ends = np.full((2, *unknown.shape), np.nan)
   if outside:
     ends = draws[..., outside - 1], draws[..., num_resamples - outside]
-  return _Draws(*(np.where(unknown, np.nan, end) for end in ends), draws)
+  estimate = statistic(np.stack([_mean(part) for part in parts]))
+  low, high = (np.where(unknown, np.nan, end) for end in ends)
+  return Interval(estimate, low, high), draws
 
 
 def _p_of(count: ArrayLike, num_resamples: int) -> np.ndarray:
@@ -200,54 +170,29 @@ def _counts(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
   )
 
 
-def _check_options(confidence: float, num_resamples: int) -> None:
-  if not 0 < confidence < 1:
-    raise InputError(
-      f"confidence is {confidence}; pass a share between 0 and 1, as .95"
-    )
-  if num_resamples < 1:
-    raise InputError(f"num_resamples is {num_resamples}; pass at least 1")
-
-
 def _mean(cube: np.ndarray) -> np.ndarray:
   shape = cube.shape[:-2]
   return cube.mean((-2, -1)) if cube.size else np.full(shape, np.nan)
 
 
 def mean_interval(
-  values: ArrayLike,
-  *,
-  users: ArrayLike | None = None,
-  seeds: ArrayLike | None = None,
-  confidence: float = 0.95,
-  num_resamples: int = 2000,
-  seed: int = 0,
+  values: ArrayLike, bootstrap: Bootstrap = _DEFAULT
 ) -> Interval:
-  """Mean over users with a percentile bootstrap interval.
+  """Mean over users and seeds with a percentile bootstrap interval.
 
   Args:
-    values: [..., N], one value a row.
-    users: [N], the user of each row. None: every row is a user of its own.
-    seeds: [N], the seed of each row, resampled too. None: rows of one user are
-      averaged first.
-    confidence: coverage of the interval.
-    num_resamples: number of bootstrap resamples.
-    seed: of the resampling.
+    values: [..., S, U], see `by_seed`; or [U], of one seed.
+    bootstrap: how it is resampled.
 
   Returns:
     Estimate and interval, each [...]. The interval is NaN for fewer than two
     users.
 
   Raises:
-    InputError: if shapes differ or an option is out of range.
+    InputError: if the bootstrap's confidence or number is out of range; so do
+      all that resample.
   """
-  _check_options(confidence, num_resamples)
-  cube = by_seed(values, users, seeds)
-  low, high, _ = _resample(
-    [cube], lambda means: means[0], confidence=confidence,
-    num_resamples=num_resamples, seed=seed,
-  )
-  return Interval(_mean(cube), low, high)
+  return _resample([values], lambda means: means[0], bootstrap)[0]
 
 
 def _ratio(base: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -259,12 +204,8 @@ def relative_change(
   base: ArrayLike,
   other: ArrayLike,
   *,
-  users: ArrayLike | None = None,
-  seeds: ArrayLike | None = None,
   margin: float = 0.0,
-  confidence: float = 0.95,
-  num_resamples: int = 2000,
-  seed: int = 0,
+  bootstrap: Bootstrap = _DEFAULT,
 ) -> Change:
   """Relative change of a mean: paired interval, and a one-sided test.
 
@@ -283,15 +224,10 @@ def relative_change(
   axes share their resamples. Changes are rounded to 1e-12.
 
   Args:
-    base: [..., N], one value a row.
-    other: [..., N], the same rows under the other model.
-    users: [N], the user of each row. None: every row is a user of its own.
-    seeds: [N], the seed of each row, resampled too. None: rows of one user are
-      averaged first.
+    base: [..., S, U], see `by_seed`; or [U], of one seed.
+    other: of the same shape, the same users and seeds under the other model.
     margin: the relative loss that still counts as no worse.
-    confidence: coverage of the interval.
-    num_resamples: number of bootstrap resamples.
-    seed: of the resampling.
+    bootstrap: how it is resampled.
 
   Returns:
     Fractions (.1 is +10 %) and p-values, each [...]. Interval and p-values are
@@ -306,35 +242,27 @@ def relative_change(
   Reference:
     Piaggio et al., JAMA 2012 (non-inferiority by the interval's lower end).
   """
-  _check_options(confidence, num_resamples)
   if not 0 <= margin < 1:
     raise InputError(f"margin is {margin}; pass a share from 0 to below 1")
-  base, other = np.asarray(base), np.asarray(other)
+  base, other = np.atleast_2d(base), np.atleast_2d(other)
   if base.shape != other.shape:
     raise InputError(
       f"base has shape {base.shape} but other {other.shape}; "
-      "pass the same rows of both models"
+      "pass the same users and seeds under both models"
     )
-  pair = by_seed(np.stack([base, other]), users, seeds)
-  low, high, draws = _resample(
-    [pair], lambda means: _ratio(*means[0]), confidence=confidence,
-    num_resamples=num_resamples, seed=seed,
+  change, draws = _resample(
+    [np.stack([base, other])], lambda means: _ratio(*means[0]), bootstrap
   )
   border, unknown = round(-margin, 12), np.isnan(draws[..., -1])
   p_values = (
-    np.where(unknown, np.nan, _p_of(beyond.sum(-1), num_resamples))
+    np.where(unknown, np.nan, _p_of(beyond.sum(-1), bootstrap.num_resamples))
     for beyond in (draws <= border, draws >= border)
   )
-  return Change(_ratio(*_mean(pair)), low, high, *p_values)
+  return Change(*change, *p_values)
 
 
 def gap(
-  head: ArrayLike,
-  tail: ArrayLike,
-  *,
-  confidence: float = 0.95,
-  num_resamples: int = 2000,
-  seed: int = 0,
+  head: ArrayLike, tail: ArrayLike, bootstrap: Bootstrap = _DEFAULT
 ) -> Interval:
   """Signed gap mean(head) - mean(tail): positive where the tail is worse off.
 
@@ -343,33 +271,19 @@ def gap(
   Args:
     head: [..., S, U_head], see `by_seed`.
     tail: [..., S, U_tail].
-    confidence: as of `mean_interval`, the others too.
-    num_resamples: R.
-    seed: of the draws.
+    bootstrap: how they are resampled.
 
   Returns:
     Estimate and percentile interval, each [...]; the interval is NaN for fewer
     than two users in a segment.
-
-  Raises:
-    InputError: if an option is out of range.
   """
-  _check_options(confidence, num_resamples)
-  parts = [np.asarray(x, np.float64) for x in (head, tail)]
-  low, high, _ = _resample(
-    parts, lambda means: means[0] - means[1], confidence=confidence,
-    num_resamples=num_resamples, seed=seed,
-  )
-  return Interval(_mean(parts[0]) - _mean(parts[1]), low, high)
+  difference = lambda means: means[0] - means[1]
+  return _resample([head, tail], difference, bootstrap)[0]
 
 
 def worst_group(
-  groups: Sequence[ArrayLike],
-  *,
-  confidence: float = 0.95,
-  num_resamples: int = 2000,
-  seed: int = 0,
-) -> Worst:
+  groups: Sequence[ArrayLike], bootstrap: Bootstrap = _DEFAULT
+) -> tuple[np.ndarray, Interval]:
   """The smallest of the groups' means, min_g mean(values of g).
 
   Every group's users are resampled apart, the seeds together, and each resample
@@ -377,27 +291,20 @@ def worst_group(
 
   Args:
     groups: G arrays [..., S, U_g], see `by_seed`.
-    confidence: as of `mean_interval`, the others too.
-    num_resamples: R.
-    seed: of the draws.
+    bootstrap: how they are resampled.
 
   Returns:
-    Index, estimate and percentile interval, each [...]; the interval is NaN for
-    a group of fewer than two users.
+    Index of the group, [...], and its mean with a percentile interval, each
+    [...]; the interval is NaN for a group of fewer than two users.
 
   Raises:
-    InputError: if there is no group, or an option is out of range.
+    InputError: if there is no group.
   """
-  _check_options(confidence, num_resamples)
   if not len(groups):
     raise InputError("groups is empty; pass the values of at least one group")
-  parts = [np.asarray(x, np.float64) for x in groups]
-  means = np.stack([_mean(x) for x in parts])
-  low, high, _ = _resample(
-    parts, lambda drawn: drawn.min(0), confidence=confidence,
-    num_resamples=num_resamples, seed=seed,
-  )
-  return Worst(means.argmin(0), means.min(0), low, high)
+  means = [_mean(np.asarray(group)) for group in groups]
+  smallest = lambda drawn: drawn.min(0)
+  return np.argmin(means, 0), _resample(groups, smallest, bootstrap)[0]
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
@@ -468,12 +375,10 @@ def relative_error(
   return math.sqrt(of_users + 2 * seed_spread**2 / num_seeds)
 
 
-def smallest_effect(
-  error: float, *, power: float = 0.8, confidence: float = 0.95
-) -> float:
+def smallest_effect(error: float, *, power: float = 0.8) -> float:
   """Smallest effect that a test finds with the given probability.
 
-  delta = (z_{1 - alpha/2} + z_{power}) se,  alpha = 1 - confidence
+  delta = (z_.975 + z_{power}) se, by the lower end of a 95 % interval
 
   The same number is the smallest margin at which a method that changes nothing
   is found non-inferior with this probability.
@@ -481,37 +386,30 @@ def smallest_effect(
   Args:
     error: se, the standard error of the effect.
     power: probability of finding it.
-    confidence: of the two-sided interval.
 
   Returns:
     The effect, in the units of the error.
 
   Raises:
-    InputError: if an option is out of range.
+    InputError: if the power is out of range.
   """
-  _check_options(confidence, 1)
   if not 0 < power < 1:
     raise InputError(f"power is {power}; pass a share between 0 and 1, as .8")
-  return error * sum(scipy.stats.norm.ppf([(1 + confidence) / 2, power]))
+  return error * sum(scipy.stats.norm.ppf([0.975, power]))
 
 
-def power_of(effect: float, error: float, *, confidence: float = 0.95) -> float:
-  """Probability that the interval of an effect lies above zero.
+def power_of(effect: float, error: float) -> float:
+  """Probability that the 95 % interval of an effect lies above zero.
 
-  power = Phi(effect / se - z_{1 - alpha/2}),  alpha = 1 - confidence
+  power = Phi(effect / se - z_.975)
 
   Args:
     effect: the true effect; for non-inferiority of an unchanged method the
       margin.
     error: se, the standard error of the effect.
-    confidence: of the two-sided interval.
 
   Returns:
     The probability.
-
-  Raises:
-    InputError: if the confidence is out of range.
   """
-  _check_options(confidence, 1)
-  border = scipy.stats.norm.ppf((1 + confidence) / 2)
+  border = scipy.stats.norm.ppf(0.975)
   return float(scipy.stats.norm.cdf(effect / error - border))

@@ -109,15 +109,8 @@ def pad_catalogue(
   """The backbone with tables of `layout.rows` rows, so that they split evenly.
 
   The rows beyond item V start at zero, have a logit of -inf and a gradient of
-  zero: the others are those of the backbone as it was, from `init` on.
-
-  Args:
-    backbone: the backbone.
-    num_items: V.
-    layout: says how many rows.
-
-  Returns:
-    The backbone itself where no row is missing.
+  zero: the others are those of the backbone as it was, from `init` on. Where no
+  row is missing, it is the backbone itself.
   """
   extra = layout.rows - (num_items + 1)
   if layout.model == 1 or not extra:
@@ -142,15 +135,8 @@ def pad_catalogue(
 def shardings(tree: PyTree, layout: Layout) -> PyTree:
   """The rules: tables by rows over `model`, all else on every device.
 
-  A leaf is a table, or the state of one, if the last name in its path is a
-  table's and it has as many rows.
-
-  Args:
-    tree: arrays or their shapes: params, optimizer state, moving averages.
-    layout: of a mesh.
-
-  Returns:
-    A tree of NamedShardings.
+  A leaf (or its shape) is a table, or the state of one, if the last name in its
+  path is a table's and it has as many rows.
   """
 
   def rule(path: tuple, leaf: Any) -> NamedSharding:
@@ -193,14 +179,8 @@ def spread_flat(tree: PyTree, layout: Layout) -> PyTree:
   """Flat arrays over all devices, each with a slice; the last filled up.
 
   The filling repeats the last element, so that what is sorted stays so. A
-  process puts nothing but its own devices' slices there.
-
-  Args:
-    tree: [N] arrays on the host, which nothing indexes past their end.
-    layout: where to.
-
-  Returns:
-    The tree on the devices; without a mesh, on the one there is.
+  process puts nothing but its own devices' slices there; without a mesh, all
+  goes on the one device. The tree has host arrays [N].
   """
   if layout.mesh is None:
     return jax.tree.map(jnp.asarray, tree)
@@ -276,14 +256,9 @@ def over_shards(loss: Callable[..., tuple], layout: Layout) -> Callable:
 
   A loop over chunks of positions would have each chunk on one device while the
   others wait. Here every device goes through the positions of its own windows,
-  as many at a time, and the params' gradients are added up after the loop.
-
-  Args:
-    loss: (params, shared, context, targets, …) of `objectives.next_item_loss`.
-    layout: how many shards.
-
-  Returns:
-    The same function of the same arguments; it equals `loss` up to rounding.
+  as many at a time, and the params' gradients are added up after the loop. The
+  result is the same function, that of `objectives.next_item_loss`, up to
+  rounding.
   """
   count = layout.data
   if count == 1:

@@ -26,16 +26,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from pin_jax.scale import sharding
-from pin_jax.types import InputError, PyTree, TrainingError, at_least
+from pin_jax.types import InputError, PyTree, TrainingError
 
 SCHEMA = 2  # of the record; another one is not read
+_KEEP = 2  # the newest
 _CHUNK = 2**26  # bytes of a leaf that are gathered from processes at a time
 _MEETING_SECONDS = 3600  # that a process waits for another's disk
 _meetings = itertools.count()  # all processes hold them in the same order
 
 
 class Checkpoints:
-  """The checkpoints of one run in one directory; the newest are kept.
+  """The checkpoints of one run in one directory; the two newest are kept.
 
   A directory appears under its final name once it is complete, and older ones
   go only after that. Several processes save and restore together, into a
@@ -46,7 +47,6 @@ class Checkpoints:
     self,
     directory: epath.PathLike,
     *,
-    keep: int = 2,
     about: Mapping[str, Any] | None = None,
     check: Callable[[dict[str, Any]], None] = lambda about: None,
     say: Callable[[str], None] = lambda line: None,
@@ -56,7 +56,6 @@ class Checkpoints:
 
     Args:
       directory: of this run's checkpoints alone.
-      keep: how many of the newest to keep.
       about: what they belong to, such as the config, the data's fingerprint
         and the libraries' versions; JSON, saved with each of them.
       check: takes what a checkpoint was saved with as `about`; raises
@@ -66,14 +65,13 @@ class Checkpoints:
         than were saved, the padding of another mesh; what is missing is 0.
 
     Raises:
-      InputError: if `keep` is below 1, or no checkpoint can be read there.
+      InputError: if no checkpoint can be read there.
       TrainingError: if the directory cannot be made.
     """
-    at_least(1, keep=keep)
     check_directory(directory)
     self.directory = epath.Path(directory).absolute()
-    self._keep, self._about = keep, dict(about or {})
-    self._check, self._say, self._tables = check, say, tables
+    self._about, self._tables = dict(about or {}), tables
+    self._check, self._say = check, say
     self._saving = ""
     self._manager = self._guarded(lambda: ocp.CheckpointManager(
       self.directory,
@@ -158,7 +156,7 @@ class Checkpoints:
     self._guarded(self._manager.wait_until_finished)
     self._saving = ""
     _meet()
-    for step in self.steps()[: -self._keep]:
+    for step in self.steps()[:-_KEEP]:
       self._remove(step)
     _meet()
 
@@ -297,10 +295,7 @@ def _row(leaf: str) -> tuple[str, list[int]] | None:
 
 
 def _digest(tree: PyTree, leaves: Mapping[str, str]) -> str:
-  """SHA-256 of the names, types, shapes and bytes of all leaves.
-
-  It is that of a tree of the shapes in `leaves`: a table that has more rows is
-  cut to them, one that has fewer is filled up with zeros.
+  """SHA-256 of names, types, shapes, bytes; tables are cut or padded to shape.
   """
   of_tree = {name: leaves[name] for name, _ in _by_name(tree)}
   digest = hashlib.sha256(json.dumps(of_tree).encode())
@@ -334,11 +329,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _quieten() -> None:
-  """What orbax raises, which is said in a line, is not printed besides.
-
-  It logs the tracebacks, forgets futures that failed, and what tensorstore
-  still has at work calls back into an event loop that has ended.
-  """
+  """What orbax raises, which is said in a line, is not printed besides."""
   logging.getLogger("absl").addFilter(
     lambda record: record.levelno < logging.ERROR
     or "orbax" not in record.pathname

@@ -103,11 +103,17 @@ def accumulated(
       of_chunk, (0, 1), has_aux=True, allow_int=True
     )
     count = len(jax.tree.leaves((inputs, constants))[0])
-    padded = jax.tree.map(lambda x: _pad(x, chunk), (inputs, constants))
+    pad = lambda x: jnp.pad(
+      x, [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1)
+    )
+    padded = jax.tree.map(pad, (inputs, constants))
 
     def add(carry: PyTree, first: jax.Array, size: int) -> PyTree:
       take = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size)
-      put = lambda whole, x: _put(whole, x, first)
+      put = lambda whole, x: (
+        jax.lax.dynamic_update_slice_in_dim(whole, x, first, 0)
+        if _is_float(whole) else whole
+      )
       value, rows, gradients = carry
       arguments = params, *jax.tree.map(take, padded)
       if slopes:
@@ -149,16 +155,6 @@ def accumulated(
 
   total.defvjp(forward, backward)
   return total
-
-
-def _pad(x: jax.Array, multiple: int) -> jax.Array:
-  return jnp.pad(x, [(0, -len(x) % multiple)] + [(0, 0)] * (x.ndim - 1))
-
-
-def _put(whole: jax.Array, x: jax.Array, first: jax.Array) -> jax.Array:
-  if not _is_float(whole):
-    return whole
-  return jax.lax.dynamic_update_slice_in_dim(whole, x, first, 0)
 
 
 def _loop(

@@ -111,16 +111,12 @@ class Result(NamedTuple):
 
 
 class Progress(NamedTuple):
-  """Host state of a run, saved with every checkpoint.
-
-  Steps done; of every slot the best value and its step; validations since any
-  slot has improved; processor time so far.
-  """
+  """Host state of a run, saved with every checkpoint."""
 
   step: int
-  values: list[float]
-  steps: list[int]
-  stale: int
+  values: list[float]  # the best of every slot
+  steps: list[int]  # when they were
+  stale: int  # validations since any slot has improved
   cpu_seconds: float
 
 
@@ -216,12 +212,7 @@ def compile_steps(step: Step) -> Callable[..., tuple[TrainState, PyTree]]:
 def results(
   best: PyTree, record: dict[str, Any], where: epath.PathLike = "a checkpoint"
 ) -> list[Result]:
-  """What `run` ended with, from its last checkpoint.
-
-  Args:
-    best: the selected params, of N > 1 runs leading with [N].
-    record: of that checkpoint.
-    where: the checkpoints' directory, for messages.
+  """What `run` ended with, from its last checkpoint at `where`.
 
   Raises:
     InputError: if the record is not what `run` saves.
@@ -282,11 +273,7 @@ class _Runs:
     raise Interrupted(f"{self._plan.names[0]}: interrupted after step {t}")
 
   def read(self, pending: tuple[int, PyTree] | None) -> Iterator[Steps]:
-    """Waits for a dispatch, (first step, logs); checks its losses.
-
-    A gradient that is not finite shows in the loss of the next step, or in the
-    parameters before a validation.
-    """
+    """Waits for a dispatch, (first step, logs); checks its losses."""
     if pending is None:
       return
     start, logs = pending[0], jax.device_get(pending[1])

@@ -82,14 +82,8 @@ def focal(loss: jax.Array, focusing: float) -> jax.Array:
   """(1 - p)^gamma loss, where p = e^-loss is the target's probability.
 
   Events that the model predicts well count less: head users', it is hoped, more
-  often than tail users'.
-
-  Args:
-    loss: [...] cross-entropy of a softmax, nats.
-    focusing: gamma >= 0; 0 leaves the loss as it is.
-
-  Returns:
-    [...].
+  often than tail users'. The loss is the cross-entropy of a softmax, in nats;
+  `focusing` = gamma = 0 leaves it as it is.
 
   Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017,
     equation 4.
@@ -205,23 +199,20 @@ def _masked_sum(
   return jnp.where(where, terms, 0).sum(-1), where.sum(-1)
 
 
-def _gbce(rate: float, calibration: float) -> SampledLoss:
-  power = gbce_power(rate, calibration)
-  return lambda positive, negatives, log_counts, where: (
-    binary_cross_entropy(positive, negatives, where, power=power)
-  )
-
-
-def _without_counts(loss: Callable[..., jax.Array]) -> SampledLoss:
+def _without_counts(
+  loss: Callable[..., jax.Array], **options: float
+) -> SampledLoss:
   return lambda positive, negatives, log_counts, where: loss(
-    positive, negatives, where
+    positive, negatives, where, **options
   )
 
 
 # name -> (sampling rate C / (V - 1), calibration t) -> loss
 SAMPLED_LOSSES: Mapping[str, Callable[[float, float], SampledLoss]] = {
   "sampled_softmax": lambda rate, t: sampled_softmax,
-  "gbce": _gbce,
+  "gbce": lambda rate, t: _without_counts(
+    binary_cross_entropy, power=gbce_power(rate, t)
+  ),
   "bce": lambda rate, t: _without_counts(binary_cross_entropy),
   "bpr": lambda rate, t: _without_counts(bayesian_personalized_ranking),
 }

@@ -288,10 +288,7 @@ def _merge(x: jax.Array) -> jax.Array:
 
 
 def _packed_loss(loss: WindowsLoss, backbone: Backbone) -> WindowsLoss:
-  """The same over packed rows, `backbone.packed` of them at a time.
-
-  Without dropout value and gradient equal the plain ones up to rounding; with
-  dropout the masks follow from the first key and the chunk.
+  """The same over packed rows; dropout follows from the first key and chunk.
   """
 
   def chunk_loss(

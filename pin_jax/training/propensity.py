@@ -10,8 +10,6 @@ The classifier, the shares and the groups' batches follow one distribution of
 events: windows drawn the same way, their positions weighted by the same mean.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,73 +51,19 @@ def log_propensity(
   return jax.nn.log_softmax(logits).reshape(*history.shape, -1)
 
 
-class Fit(NamedTuple):
-  """How well a classifier's P(d|x) fits events.
-
-  Attributes:
-    log_likelihood: mean of log P(d|x) of the users' groups, nats: what is
-      maximised.
-    shares_log_likelihood: the same of the groups' shares of the events, which
-      know nothing of x.
-    calibration_error: classwise, see `calibration_error`.
-  """
-
-  log_likelihood: jax.Array
-  shares_log_likelihood: jax.Array
-  calibration_error: jax.Array
-
-
-def classifier_fit(
+def log_likelihood(
   backbone: Backbone, frozen: PyTree, params: PyTree, batch: Batch,
   groups: jax.Array, mean: str = "interactions",
-) -> Fit:
-  """The fit on the real positions of a batch.
+) -> jax.Array:
+  """Mean of log P(d|x) of the users' groups over real positions, nats.
 
-  Args:
-    backbone: frozen model whose representation the classifier reads.
-    frozen: its params.
-    params: the classifier's.
-    batch: [B] windows drawn from the training distribution of events.
-    groups: [U] group of each user.
-    mean: see `position_weights`.
+  The batch has [B] windows of the training distribution of events, `groups`
+  [U] the group of each user; for `mean` see `position_weights`.
   """
   logs = log_propensity(backbone, frozen, params, batch.history)
   weights = position_weights(batch.targets, mean)
-  label = jnp.broadcast_to(groups[batch.users][:, None], weights.shape)
-  hits = jax.nn.one_hot(label, logs.shape[-1]) * weights[..., None]
-  return Fit(
-    jnp.sum(logs * hits),
-    -jnp.sum(jax.scipy.special.entr(hits.sum((0, 1)))),
-    calibration_error(jnp.exp(logs), label, weights),
-  )
-
-
-def calibration_error(
-  probability: jax.Array, label: jax.Array, weights: jax.Array, bins: int = 15
-) -> jax.Array:
-  """Classwise expected calibration error of a group classifier.
-
-  1/G sum_d sum_b n_db / n |share of label d in bin (d, b) - mean P(d|x) there|,
-  with bins of equal width on P(d|x): 0 where P(d|x) = p says that a share p of
-  such events is of group d.
-
-  Args:
-    probability: [..., G], P(d|x) of every event.
-    label: [...] int, its user's group.
-    weights: [...], what each event counts, n_db and n in all; 0 = nothing.
-    bins: bins of [0, 1] a group.
-
-  Reference: Kull et al., "Beyond temperature scaling", NeurIPS 2019
-    (classwise-ECE).
-  """
-  count = probability.shape[-1]
-  excess = jax.nn.one_hot(label, count) - probability
-  excess = excess * weights[..., None]
-  bin_of = jnp.clip(jnp.floor(probability * bins), 0, bins - 1)
-  place = jnp.arange(count) * bins + bin_of.astype(jnp.int32)
-  gaps = jax.ops.segment_sum(excess.ravel(), place.ravel(), count * bins)
-  total = weights.sum()
-  return jnp.abs(gaps).sum() / (count * jnp.where(total > 0, total, 1))
+  hits = jax.nn.one_hot(groups[batch.users], logs.shape[-1])[:, None]
+  return jnp.sum(logs * (hits * weights[..., None]))
 
 
 def classifier_step(
@@ -140,10 +84,10 @@ def classifier_step(
     )
     batch = jax.tree.map(lambda x: x[0], batch)
     loss, grads = jax.value_and_grad(
-      lambda params: -classifier_fit(
+      lambda params: -log_likelihood(
         backbone, operands.frozen["backbone"], params, batch,
         operands.frozen["groups"], draw.mean,
-      ).log_likelihood
+      )
     )(state.params)
     updates, opt_state = optimizer.transformation.update(
       grads, state.optimizer, state.params
@@ -158,13 +102,9 @@ def classifier_step(
 def event_shares(
   split: Split, groups: np.ndarray, num_groups: int, draw: Draw
 ) -> np.ndarray:
-  """Share of each group in the events that the classifier is fitted on.
+  """Share [G] of each group in the events that the classifier is fitted on.
 
-  Args:
-    split: holds the training targets.
-    groups: [U] group of each user.
-    num_groups: G.
-    draw: how windows are drawn, and how their positions count.
+  `groups` is [U], the group of each user.
   """
   if draw.mean == "interactions":
     _, users, chances = target_chances(
