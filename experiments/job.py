@@ -4,7 +4,7 @@ A workdir belongs to one configuration and one data set, and to one process at
 a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
 (rows_sampled.parquet for sampled candidates), summary.json and report.md, all
 of which are the same however often the job was killed, cpu_seconds.json, which
-is not, and report.html, .json and .tex, which tell of it. With several
+is not, and report.html and report.tex, which tell of it. With several
 processes (see `processes`) the first writes all but the checkpoints.
 """
 
