@@ -1,11 +1,15 @@
-"""Launching programs: flags, exit codes, how they were launched."""
+"""Launching programs: flags, exit codes, signals."""
 
+import contextlib
 import os
 import re
+import select
 import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +21,12 @@ from ml_collections import config_flags
 from experiments import processes
 from pin_jax.types import InputError, Interrupted, TrainingError
 
-INTERRUPTED = 128 + signal.SIGINT  # as shells count
+SAVED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+GRACE = 8.0  # seconds from a signal to the exit, saved or not
 CODES = {
   InputError: 2, TrainingError: 3, OSError: 3, MemoryError: 3,
   jax.errors.JaxRuntimeError: 3, processes.Lost: processes.LOST,
-  Interrupted: 75,
+  Interrupted: SAVED,
 }
 _FULL = "RESOURCE_EXHAUSTED"  # what JAX says where memory is
 _PLACE = re.compile(r"\b([a-z][a-z0-9+.-]*)://[^,\s]*")
@@ -74,7 +79,6 @@ def launch(
 
   Args:
     main: function of the program's name and its words; returns the exit code.
-      A termination takes temporary files along.
     config: the flag of a configuration file, where there is one.
     words: whether the program takes arguments that are no flags.
     default: configuration file where none is given.
@@ -96,20 +100,64 @@ def launch(
     sys.exit(code)
   except KeyboardInterrupt:
     print("interrupted; the same command starts it again", file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    sys.exit(128 + signal.SIGINT)  # as shells count
+
+
+@contextlib.contextmanager
+def noticed(grace: float = GRACE) -> Iterator[Callable[[], bool]]:
+  """Notes SIGTERM and SIGINT while the block runs; for the main thread alone.
+
+  A thread is woken even while the main one compiles or computes; after `grace`
+  seconds it ends the process, and the newest checkpoint stands. A second SIGINT
+  does so at once.
+
+  Yields:
+    A function: whether the signal has come.
+  """
+  signals = signal.SIGTERM, signal.SIGINT
+  came, over = threading.Event(), threading.Event()
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+
+  def watch() -> None:
+    while (number := os.read(reader, 1)[0]) not in signals:
+      if over.is_set():
+        return
+    came.set()
+    if number == signal.SIGINT:
+      print(
+        "\nsaving; Ctrl-C again ends at once", file=sys.stderr, flush=True
+      )
+    limit = time.monotonic() + grace
+    while not over.is_set() and (left := limit - time.monotonic()) > 0:
+      ready, _, _ = select.select([reader], [], [], left)
+      if ready and os.read(reader, 1)[0] == signal.SIGINT:
+        break
+    if not over.is_set():
+      print(
+        "interrupted while busy; the same command continues from the last "
+        "checkpoint", file=sys.stderr, flush=True,
+      )
+      os._exit(SAVED)
+
+  before = {
+    number: signal.signal(number, lambda *_: came.set()) for number in signals
+  }
+  awake = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+  threading.Thread(target=watch, daemon=True).start()
+  try:
+    yield came.is_set
+  finally:
+    over.set()
+    signal.set_wakeup_fd(awake)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    os.write(writer, b"\0")
+    os.close(writer)
 
 
 def exit_code(action: Callable[[], None]) -> int:
-  """Runs an action; an error it may meet becomes one line and its code.
-
-  Args:
-    action: what to run.
-
-  Returns:
-    0 finished, 2 bad input, 3 training or writing failed, or memory was full,
-    4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving
-    (after either of these two the same command continues).
-  """
+  """Runs an action; an error of CODES becomes one line and its code, else 0."""
   try:
     try:
       action()
@@ -131,32 +179,22 @@ def exit_code(action: Callable[[], None]) -> int:
     if isinstance(error, BrokenPipeError):
       text = "standard output was closed before all was written to it"
     code = next(CODES[kind] for kind in CODES if isinstance(error, kind))
-    again = "; the same command continues" * (code == 75)
+    again = "; the same command continues" * (code == SAVED)
     print(f"error: {text}{again}", file=sys.stderr)
-    _forget_output()
+    try:  # what cannot be written to standard output is no second error
+      if sys.stdout:
+        sys.stdout.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
   return 0
-
-
-def _forget_output() -> None:
-  """What cannot be written to standard output is no second error."""
-  try:
-    if sys.stdout:
-      sys.stdout.flush()
-  except OSError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_with(
   argv: Sequence[str], config: flags.FlagHolder | None = None,
   default: str | None = None,
 ) -> list[str]:
-  """Parses flags of which one may be a configuration.
-
-  Args:
-    argv: the command line.
-    config: as ml_collections.config_flags defines it, or None.
-    default: see `launch`.
+  """Parses flags, of which one may be a configuration; see `launch`.
 
   Returns:
     The arguments that are no flags.
@@ -177,9 +215,9 @@ def parse_with(
     flags.Error, AttributeError, ImportError, KeyError, OSError, SyntaxError,
     TypeError, ValueError,
   ) as error:
-    unknown = isinstance(error, AttributeError | KeyError)
-    text = str(error).strip("\"'") if unknown else str(error)
-    kind = "unknown config key" if unknown else "flags:"
+    kind, text = "flags:", str(error)
+    if isinstance(error, AttributeError | KeyError):
+      kind, text = "unknown config key", text.strip("\"'")
     raise InputError(f"{kind} {_in_one_line(text)}") from error
 
 

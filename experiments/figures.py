@@ -1,7 +1,7 @@
 """Figures of results: one matplotlib figure each, and its SVG."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -9,7 +9,6 @@ import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 import polars as pl
-import scipy.ndimage
 
 from experiments.results import (
   METRIC,
@@ -46,11 +45,6 @@ def _figure(width: float, height: float) -> matplotlib.figure.Figure:
   return matplotlib.figure.Figure((width, height), layout="constrained")
 
 
-def _colors(num_groups: int) -> np.ndarray:
-  """Ordered colours, dark for the least active."""
-  return matplotlib.colormaps["viridis"](np.linspace(0.05, 0.78, num_groups))
-
-
 def _bars(
   axes: matplotlib.axes.Axes, place: np.ndarray, numbers: np.ndarray,
   *, sideways: bool = False, **options: Any,
@@ -62,47 +56,6 @@ def _bars(
   axes.errorbar(
     *points, **{"xerr" if sideways else "yerr": ends}, capsize=2.5, **options
   )
-
-
-def activeness(rows: pl.DataFrame) -> matplotlib.figure.Figure:
-  """Activeness over users, most active first, coloured by group.
-
-  Args:
-    rows: result rows of any models; their users are counted once.
-  """
-  users = rows.unique("user").sort(
-    "activeness", "group", "segment", "user", descending=True
-  )
-  active, members, segments = (
-    users[c].to_numpy() for c in ("activeness", "group", "segment")
-  )
-  head, count = segments == 1, len(active)
-  owned = 100 * active[head].sum() / max(active.sum(), 1)
-  with matplotlib.rc_context(_STYLE):
-    figure = _figure(6, 3.6)
-    axes = figure.add_subplot()
-    axes.set_yscale("log")
-    for group, color in enumerate(_colors(int(members.max()) + 1)):
-      inside = np.flatnonzero(members == group)
-      if inside.size:
-        starts = inside[np.diff(active[inside], prepend=-1) != 0]
-        edges = 100 / count * np.append(starts, inside[-1] + 1)
-        axes.stairs(
-          active[starts], edges, baseline=0.5, fill=True, color=color,
-          alpha=0.5, label=f"group {group}",
-        )
-    axes.axvline(100 * head.mean(), color=_ORANGE, linestyle="--")
-    axes.set_xlim(0, 100)
-    axes.set_ylim(0.7 * max(active[-1], 1), 1.5 * max(active[0], 2))
-    axes.legend()
-    axes.set_xlabel("users, most active first (% of users)")
-    axes.set_ylabel("activeness (training interactions)")
-    axes.set_title(
-      f"Activeness of {count:,} users\nhead (dashed): "
-      f"{100 * head.mean():.0f} % of users, {owned:.0f} % of interactions"
-    )
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-  return figure
 
 
 def forest(
@@ -192,117 +145,3 @@ def groups(
     both[1].set_xticks(range(len(labels)), labels)
     both[1].set_xlabel("group, its training interactions a user, its users")
   return figure
-
-
-def noise_of(
-  records: Iterable[Mapping[str, Any]],
-) -> tuple[float, float] | None:
-  """Mean conflict rate and cosine of groups dealt at random, where logged."""
-  found = [
-    (r["noise_conflict_rate"], r["noise_cosine"])
-    for r in records if r.get("noise_conflict_rate") is not None
-  ]
-  return tuple(np.mean(found, 0).tolist()) if found else None
-
-
-def cosine_with_mean(norms: np.ndarray, cosines: np.ndarray) -> np.ndarray:
-  """Cosine of each group's gradient with the unweighted mean gradient.
-
-  With the Gramian A_ij = |g_i| |g_j| cos_ij and m the mean over groups,
-  <g_i, m> = mean_j A_ij and |m|^2 = mean_ij A_ij.
-
-  Args:
-    norms: [..., G].
-    cosines: [..., G, G].
-
-  Returns:
-    [..., G].
-  """
-  gramian = norms[..., :, None] * norms[..., None, :] * cosines
-  inner = gramian.mean(-1)
-  length = np.sqrt(np.maximum(inner.mean(-1, keepdims=True), 0))
-  with np.errstate(all="ignore"):
-    return inner / (norms * length)
-
-
-def gradients(
-  records: Sequence[Mapping[str, Any]], title: str
-) -> matplotlib.figure.Figure:
-  """Weights and agreement of a run's group gradients over training.
-
-  Weights of the groups, each group's cosine with the mean gradient, the share
-  of pairs in conflict, all pairs' mean cosine.
-
-  Args:
-    records: of the run, each with a whole Gramian; those of one step, of
-      several seeds, are averaged.
-    title: above the figure.
-  """
-  steps, index = np.unique([r["step"] for r in records], return_inverse=True)
-  weights, norms, cosines, conflicts = (
-    np.asarray([
-      np.mean([records[i][key] for i in np.flatnonzero(index == t)], 0)
-      for t in range(len(steps))
-    ], np.float64)
-    for key in ("weights", "norms", "cosines", "conflict_rate")
-  )
-  noise = noise_of(records)
-  with matplotlib.rc_context(_STYLE):
-    figure = _figure(12, 3.6)
-    figure.suptitle(f"{title}: group gradients (faint: logged, bold: smoothed)")
-    first, second, third, fourth = figure.subplots(1, 4)
-    _draw_series(first, steps, weights, "Group weights")
-    first.legend()
-    _draw_series(
-      second, steps, cosine_with_mean(norms, cosines),
-      "Cosine with the mean gradient",
-    )
-    _draw_series(
-      third, steps, 100 * conflicts[:, None],
-      "Pairs in conflict (cosine < 0, %)",
-    )
-    third.set_ylim(0, 106)
-    if noise:
-      third.axhline(100 * noise[0], color=_GREY, linestyle="--")
-      third.set_xlabel(f"dashed: noise alone, {100 * noise[0]:.0f} %")
-    _draw_cosines(fourth, np.nanmean(cosines, 0), noise)
-  return figure
-
-
-def _draw_series(
-  axes: matplotlib.axes.Axes, steps: np.ndarray, series: np.ndarray, title: str
-) -> None:
-  """A line for each column, faint as logged, bold smoothed over a fiftieth."""
-  sigma = max(len(series) / 50, 1e-3)
-  smooth = scipy.ndimage.gaussian_filter1d(
-    np.nan_to_num(series), sigma, axis=0, mode="nearest"
-  )
-  for group, color in enumerate(_colors(series.shape[1])):
-    axes.plot(steps, series[:, group], color=color, alpha=0.18, linewidth=0.7)
-    axes.plot(steps, smooth[:, group], color=color, label=f"group {group}")
-  axes.set_title(title)
-  axes.set_xlabel("training step")
-
-
-def _draw_cosines(
-  axes: matplotlib.axes.Axes, mean: np.ndarray,
-  noise: tuple[float, float] | None,
-) -> None:
-  """The mean cosine of every pair of groups."""
-  np.fill_diagonal(mean, np.nan)
-  limit = max(np.max(np.abs(np.nan_to_num(mean))), 0.05)
-  axes.set_facecolor("#eeeeee")
-  axes.imshow(mean, cmap="PuOr", vmin=-limit, vmax=limit)
-  for row, column in np.argwhere(np.isfinite(mean)):
-    value = mean[row, column]
-    axes.text(
-      column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center",
-      color="white" if abs(value) > 0.6 * limit else "black",
-      fontsize=min(9, 75 / len(mean)),
-    )
-  axes.set_xticks(range(len(mean)))
-  axes.set_yticks(range(len(mean)))
-  axes.set_xlabel("group")
-  axes.set_title("Cosine of two groups' gradients" + (
-    f"\nnoise alone {noise[1]:.2f}" if noise else ""
-  ))

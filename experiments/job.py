@@ -4,7 +4,7 @@ A workdir belongs to one configuration and one data set, and to one process at
 a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
 (rows_sampled.parquet for sampled candidates), summary.json and report.md, all
 of which are the same however often the job was killed, cpu_seconds.json, which
-is not, and report.html, .json and .tex, which tell of it. With several
+is not, and report.html and report.tex, which tell of it. With several
 processes (see `processes`) the first writes all but the checkpoints.
 """
 
@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,23 +83,17 @@ def method_rows(
   """Ranks the test targets with a method's models; one row a user."""
   users = np.flatnonzero(problem.split.test >= 0)
   columns = {}
-  for serve, chosen in _by_model(method.serve, problem, users):
-    stage, requests = _served(method, serve, problem, users[chosen])
-    reads_activeness = method.stage(serve[0]).reads_activeness
-    ranks = trainer.ranker(stage and stage.plugin, reads_activeness)(
-      trainer.weights(seed, serve[0], stage), trainer.sequences, requests
-    )
-    for name, values in ranks._asdict().items():
+  for chosen, kind, operands in _by_model(
+    method, seed, problem, trainer, users
+  ):
+    for name, values in trainer.ranker(*kind)(*operands)._asdict().items():
       shape = len(users), *values.shape[1:]
       columns.setdefault(name, np.zeros(shape, values.dtype))[chosen] = values
   return result_rows(key, seed, problem, users, columns)
 
 
 def result_rows(
-  model: str,
-  seed: int,
-  problem: Problem,
-  users: np.ndarray,
+  model: str, seed: int, problem: Problem, users: np.ndarray,
   columns: Mapping[str, np.ndarray],
 ) -> pl.DataFrame:
   """One row a user, as every table reads them.
@@ -127,9 +121,7 @@ def result_rows(
 
 
 def _served(
-  method: Method,
-  serve: tuple[str, str | None],
-  problem: Problem,
+  method: Method, serve: tuple[str, str | None], problem: Problem,
   users: np.ndarray,
 ) -> tuple[Stage | None, Requests]:
   """(plugin stage of a serve entry, test requests routed to its plugins)."""
@@ -141,13 +133,19 @@ def _served(
   return stage, requests._replace(segments=segments[users].astype(np.int32))
 
 
-def _by_model(serve: tuple, problem: Problem, users: np.ndarray) -> list:
-  """(serve entry, mask over users), each model once."""
+def _by_model(
+  method: Method, seed: int, problem: Problem, trainer: Trainer,
+  users: np.ndarray,
+) -> Iterator[tuple[np.ndarray, tuple, tuple]]:
+  """Yields (mask over users, a model's kind, what it is applied to)."""
   of_user = problem.segments[users]
-  return [
-    (entry, np.isin(of_user, [s for s, e in enumerate(serve) if e == entry]))
-    for entry in dict.fromkeys(serve)
-  ]
+  for entry in dict.fromkeys(method.serve):
+    here = [s for s, other in enumerate(method.serve) if other == entry]
+    chosen = np.isin(of_user, here)
+    stage, requests = _served(method, entry, problem, users[chosen])
+    kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
+    weights = trainer.weights(seed, entry[0], stage)
+    yield chosen, kind, (weights, trainer.sequences, requests)
 
 
 def model_log_probabilities(
@@ -155,18 +153,14 @@ def model_log_probabilities(
   users: np.ndarray,
 ) -> np.ndarray:
   """log P(y|x) of a method's models at users' test events; [n, V]."""
-  out = np.zeros((len(users), problem.split.interactions.num_items), np.float32)
-  for serve, chosen in _by_model(method.serve, problem, users):
-    stage, requests = _served(method, serve, problem, users[chosen])
-    compute = ranking.make_log_probabilities(
-      trainer.model(
-        stage and stage.plugin, method.stage(serve[0]).reads_activeness
-      ),
-      num_items=problem.split.interactions.num_items, length=trainer.length,
-    )
-    out[chosen] = compute(
-      trainer.weights(seed, serve[0], stage), trainer.sequences, requests
-    )
+  num_items = problem.split.interactions.num_items
+  out = np.zeros((len(users), num_items), np.float32)
+  for chosen, kind, operands in _by_model(
+    method, seed, problem, trainer, users
+  ):
+    out[chosen] = ranking.make_log_probabilities(
+      trainer.model(*kind), num_items=num_items, length=trainer.length
+    )(*operands)
   return out
 
 
@@ -250,7 +244,7 @@ def run(
     console: where to print; standard output by default.
     command: how the job was launched, for its summary.
     other_versions: continue what other versions of libraries began.
-    interrupted: whether to save and end; see `interruption.noticed`.
+    interrupted: whether to save and end; see `commands.noticed`.
 
   Raises:
     InputError: for any bad input, before training starts.
@@ -261,9 +255,8 @@ def run(
   console = console or commands.Console()
   if not processes.is_first():
     console = rich.console.Console(quiet=True)
-  options = Options(
-    console, command, other_versions, processes.any_of(interrupted)
-  )
+  asked = processes.any_of(interrupted)
+  options = Options(console, command, other_versions, asked)
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
   processes.together(lambda: settings.check(sizes.for_any_data(config)))
@@ -275,7 +268,8 @@ def run(
   config = fitted
   with contextlib.ExitStack() as stack:
     _claim(config, problem, directory, stack)
-    if _finished(directory):
+    there = (directory / "summary.json").exists()  # as the first sees it
+    if multihost_utils.broadcast_one_to_all(np.asarray(there)):
       options.say(f"{directory} is finished; reprinting its tables")
     else:
       _compute(config, problem, networks, directory, options)
@@ -285,8 +279,7 @@ def run(
 
 
 def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
-  """Reads the data and checks the config by them, before anything is written.
-  """
+  """Reads the data and checks the config by them; writes nothing."""
   asked, (config, problem) = config, prepare(config)
   if sizes.told(asked, config):  # sizes that the data gave
     settings.check(config)
@@ -305,26 +298,15 @@ def _claim(
   processes.together(
     lambda: first and stack.enter_context(workdir.held(directory))
   )
-  for turn in (True, False):  # the first process makes what the others check
-    processes.together(
-      lambda turn=turn: first == turn and claim_workdir(
-        directory, config, digest
-      )
-    )
-
-
-def _finished(directory: epath.Path) -> bool:
-  """Whether the summary is there, as the first process sees it."""
-  there = (directory / "summary.json").exists()
-  return bool(multihost_utils.broadcast_one_to_all(np.asarray(there)))
+  for turn in (True, False):  # the first makes what the others check
+    processes.together(lambda turn=turn: first == turn and claim_workdir(
+      directory, config, digest
+    ))
 
 
 def _compute(
-  config: ConfigDict,
-  problem: Problem,
-  networks: Networks,
-  directory: epath.Path,
-  options: Options,
+  config: ConfigDict, problem: Problem, networks: Networks,
+  directory: epath.Path, options: Options,
 ) -> None:
   """Trains and ranks; writes the rows and, last of all, the summary."""
   _describe(problem, options.say)
@@ -347,9 +329,12 @@ def _compute(
     return
   name = f"rows{SUFFIXES[config.evaluation.protocol]}.parquet"
   workdir.write_rows(directory / name, rows)
+  about, (base, other) = about_data(problem), compared([*selected(config)])
+  if learnt:
+    about["protocol"] += f"; {learnt}"
   summary = {
-    **_summary(config, problem, closeness), "cost": cost,
-    "command": options.command, "versions": workdir.provenance(),
+    **about, "base": base, "other": other, "closeness": closeness,
+    "cost": cost, "command": options.command, "versions": workdir.provenance(),
   }
   disk.write({
     directory / "summary.json": json.dumps(summary, indent=2) + "\n"
@@ -357,11 +342,8 @@ def _compute(
 
 
 def _train_all(
-  config: ConfigDict,
-  problem: Problem,
-  networks: Networks,
-  directory: epath.Path,
-  options: Options,
+  config: ConfigDict, problem: Problem, networks: Networks,
+  directory: epath.Path, options: Options,
 ) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
   methods = selected(config)
   stages = stages_of(methods)
@@ -369,7 +351,14 @@ def _train_all(
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   progress = logs.JobProgress(total, options.console)
   monitor = Monitor(log, progress, options.interrupted)
-  store = _store(config, problem, options)
+  about = {
+    "config": of_results(config), "data": fingerprint(problem),
+    "versions": workdir.versions(),
+  }
+  store = functools.partial(
+    checkpoints.Checkpoints, about=about, say=options.say,
+    check=same_job(about, ("versions",) if options.other_versions else ()),
+  )
   rows, closeness, cost, seconds = [], [], {}, {}
   try:
     for first in range(0, len(config.seeds), config.num_seeds):
@@ -395,21 +384,6 @@ def _train_all(
   if processes.is_first():
     disk.write({directory / "cpu_seconds.json": text})
   return pl.concat(rows), truth.average(closeness), cost
-
-
-def _store(
-  config: ConfigDict, problem: Problem, options: Options
-) -> Callable[[epath.Path], checkpoints.Checkpoints]:
-  """Opens checkpoints that say what they belong to."""
-  about = {
-    "config": of_results(config), "data": fingerprint(problem),
-    "versions": workdir.versions(),
-  }
-  return functools.partial(
-    checkpoints.Checkpoints, about=about,
-    check=same_job(about, ("versions",) if options.other_versions else ()),
-    say=options.say,
-  )
 
 
 def _closeness(
@@ -466,8 +440,8 @@ def _power(
 ) -> list[str]:
   """What the design can show, from the comparator's validation.
 
-  Nothing where the model under test stands on the comparator's backbone, for
-  their results of a user are then far closer than those of two models.
+  Nothing where the model under test stands on the comparator's backbone: their
+  results of a user are far closer then.
   """
   methods = selected(config)
   base, other = (methods[name] for name in compared([*methods]))
@@ -476,13 +450,14 @@ def _power(
   }
   if len(config.seeds) < MIN_SEEDS or roots(base) & roots(other):
     return []
-  validation = {
-    name: trainer.prepare(chosen).evaluate(
+  validation = {}
+  for name in dict.fromkeys(plugin or stage for stage, plugin in base.serve):
+    chosen = base.stage(name)
+    if chosen.phase == "refit":  # validation has chosen what it starts from
+      chosen = base.stage(chosen.start)
+    validation[name] = trainer.prepare(chosen).evaluate(
       seed, trainer.trained[chosen.name][seed].best
     )
-    for name in dict.fromkeys(plugin or stage for stage, plugin in base.serve)
-    for chosen in [_chosen(base, name)]
-  }
   tested = problem.segments[problem.split.test >= 0]
   users, levels = {}, {}
   for index, segment in enumerate(SEGMENTS):
@@ -490,25 +465,6 @@ def _power(
     users[segment] = int((tested == index).sum())
     levels[segment] = validation[served].get(segment, math.nan)
   return results.power_lines(config.claims, users, levels, len(config.seeds))
-
-
-def _chosen(method: Method, name: str) -> Stage:
-  """A stage, or what it refits: the one that validation has chosen."""
-  stage = method.stage(name)
-  return method.stage(stage.start) if stage.phase == "refit" else stage
-
-
-def _summary(
-  config: ConfigDict, problem: Problem, closeness: list[dict[str, Any]]
-) -> dict[str, Any]:
-  """What the tables need besides the rows."""
-  methods = selected(config)
-  base, other = compared([*methods])
-  about = about_data(problem)
-  learnt = information(methods, config)
-  if learnt:
-    about["protocol"] += f"; {learnt}"
-  return {**about, "base": base, "other": other, "closeness": closeness}
 
 
 def about_data(problem: Problem) -> dict[str, Any]:

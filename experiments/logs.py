@@ -24,7 +24,6 @@ class _Records(RecordWriter):
     self._writer = file
 
   def add(self, **fields: Any) -> None:
-    """Appends an event."""
     event = Event(wall_time=time.time(), **fields)
     self.write(event.SerializeToString())
 
@@ -34,8 +33,7 @@ class RunLog:
 
   A run that continues from a checkpoint drops what it had logged since: of
   log.jsonl the lines; for TensorBoard a further file says from which step on
-  those before are void. Everything up to a validation is on disk before the
-  checkpoint of that step is.
+  those before are void.
   """
 
   def __init__(self, directory: epath.Path) -> None:
@@ -133,14 +131,10 @@ class RunLog:
 class NoLog:
   """Stands for the `RunLog` in a process that does not write."""
 
-  def skipped(self, run: str) -> dict[str, int]:
-    """Nothing is counted."""
+  def _nothing(self, *_: Any) -> dict[str, int]:
     return {}
 
-  def _nothing(self, *_: Any) -> None:
-    pass
-
-  rewind = steps = evaluation = close = _nothing
+  rewind = steps = evaluation = skipped = close = _nothing
 
 
 def read_log(directory: epath.Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ a TPU pod says who they are, else
 
 Exit codes: 0 finished, 2 bad input, 3 training or writing failed, or memory was
 full, 4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving.
-After 4 and 75 the same command continues.
+After the last two the same command continues.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import sys
 from absl import flags, logging
 from ml_collections import config_flags
 
-from experiments import commands, interruption, processes
+from experiments import commands, processes
 
 DEFAULT = "experiments/configs/quickstart.py"
 CONFIG = config_flags.DEFINE_config_file(
@@ -48,7 +48,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "Join those of the first process, host:port."
 )
-_NUM_PROCESSES, _PROCESS_ID, _HEARTBEAT, _PATIENCE = (
+_NUM_PROCESSES, _PROCESS_ID, _HEARTBEAT = (
   flags.DEFINE_integer(
     name, default, meaning, lower_bound=least, upper_bound=10**6
   )
@@ -57,8 +57,6 @@ _NUM_PROCESSES, _PROCESS_ID, _HEARTBEAT, _PATIENCE = (
     ("process_id", None, "Which one this is, from 0; with --coordinator.", 0),
     ("heartbeat", processes.Place().heartbeat,
      "Seconds without a sign of life until another process is lost.", 1),
-    ("patience", processes.Place().patience,
-     "Seconds to wait at the start for the other processes.", 1),
   )
 )
 flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
@@ -70,14 +68,14 @@ def main(_: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   place = processes.Place(
     _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
-    _HEARTBEAT.value, _PATIENCE.value,
+    _HEARTBEAT.value,
   )
   processes.check_place(place)
   command = ["python", "-m", "experiments.main", *sys.argv[1:]]
   with contextlib.ExitStack() as stack:
     if _DISTRIBUTED.value or place.coordinator:
       stack.enter_context(processes.joined(place))
-    interrupted = stack.enter_context(interruption.noticed())
+    interrupted = stack.enter_context(commands.noticed())
     from experiments import job  # after the flags, for it takes seconds
 
     job.run(

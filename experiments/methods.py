@@ -94,13 +94,20 @@ class Method:
     return next(stage for stage in self.stages if stage.name == name)
 
 
-def _single(title: str, stage: Stage) -> Method:
-  return Method(title, (stage,), ((stage.name, None),) * 2)
+def _single(title: str, *stages: Stage) -> Method:
+  """Served by the last stage."""
+  return Method(title, stages, ((stages[-1].name, None),) * 2)
 
 
 def _personalized(title: str, *stages: Stage) -> Method:
+  """Served by the last two stages, a backbone and its plugins."""
   backbone, plugin = stages[-2:]
   return Method(title, stages, ((backbone.name, plugin.name),) * 2)
+
+
+def _base(title: str, name: str, **options: Any) -> Method:
+  """One model for all users that takes the steps of both stages."""
+  return _single(title, Stage(name, "backbone", "both", **options))
 
 
 _BASE = Stage("base", "backbone", "both")
@@ -135,76 +142,54 @@ def _fine_tuned(users: Users) -> Stage:
   )
 
 
-def _by_rule(name: str, options: str = "") -> Method:
+def _by_rule(rule: str) -> Method:
   """Stage 1 with another's rule, for as many steps as PIN takes in all."""
-  return _single(name.replace("-", " "), Stage(
-    name, "backbone", "both", grouped=True, sampling="groups",
-    rule=name.replace("-", "_") + options,
-  ))
+  name = rule.split(":")[0]
+  return _base(
+    name.replace("_", " "), name.replace("_", "-"), grouped=True,
+    sampling="groups", rule=rule,
+  )
 
 
 METHODS: dict[str, Method] = {
   "base": _single("base", _BASE),
-  "base_validation": _single(
-    "base + validation",
-    dataclasses.replace(_BASE, name="base-validation", learns="half"),
-  ),
+  "base_validation": _base("base + validation", "base-validation",
+                           learns="half"),
   "pin": _personalized("pin", _PIN, _PIN_PLUGINS),
   "pin_backbone": _single("pin backbone", _PIN),
   "pin_exact": _personalized(
     "pin exact", _BASE, _CLASSIFIER, _EXACT,
     _plugins("pin-exact/plugins", _EXACT),
   ),
-  "pin_exact_backbone": Method(
-    "pin exact backbone", (_BASE, _CLASSIFIER, _EXACT),
-    ((_EXACT.name, None),) * 2,
+  "pin_exact_backbone": _single(
+    "pin exact backbone", _BASE, _CLASSIFIER, _EXACT
   ),
   "joint_plugins": _personalized(
     "joint + plugins", _JOINT, _plugins("joint/plugins", _JOINT)
   ),
-  "joint_shared": _personalized(
-    "joint + shared plugin", _JOINT,
-    _plugins("joint/shared", _JOINT, plugin="shared"),
-  ),
-  "pin_shared": _personalized(
-    "pin, shared plugin", _PIN,
-    _plugins("pin/shared", _PIN, plugin="shared"),
-  ),
-  "pin_random": _personalized(
-    "pin, random segments", _PIN,
-    _plugins("pin/random", _PIN, assign="random"),
-  ),
+  "joint_shared": _personalized("joint + shared plugin", _JOINT, _plugins(
+    "joint/shared", _JOINT, plugin="shared"
+  )),
+  "pin_shared": _personalized("pin, shared plugin", _PIN, _plugins(
+    "pin/shared", _PIN, plugin="shared"
+  )),
+  "pin_random": _personalized("pin, random segments", _PIN, _plugins(
+    "pin/random", _PIN, assign="random"
+  )),
   "pin_swapped": dataclasses.replace(
     _personalized("pin, swapped plugins", _PIN, _PIN_PLUGINS), swapped=True
   ),
   "memory_alone": _personalized("memory alone", _JOINT, _MEMORY_ALONE),
-  "user_uniform": _single(
-    "user-uniform",
-    Stage("user-uniform", "backbone", "both", sampling="uniform"),
-  ),
-  "base_activeness": _single(
-    "base, reads activeness",
-    dataclasses.replace(
-      _BASE, name="base-activeness", reads_activeness=True
-    ),
-  ),
-  "focal": _single(
-    "focal loss", dataclasses.replace(_BASE, name="focal", focal=True)
-  ),
-  "inverse_propensity": _by_rule("inverse-propensity"),
-  "group_dro": _by_rule("group-dro"),
-  "streaming_dro": _by_rule("streaming-dro"),
-  "cvar": _by_rule("cvar", ":alpha=0.4"),
-  "pcgrad": _by_rule("pcgrad"),
-  "upgrad": _by_rule("upgrad"),
-  "consensus": _by_rule("consensus"),
-  "gradient_alignment": _by_rule("gradient-alignment"),
-  "tail_only": _single(
-    "tail only", Stage("tail-only", "backbone", "both", users="tail")
-  ),
-  "head_only": _single(
-    "head only", Stage("head-only", "backbone", "both", users="head")
-  ),
+  "user_uniform": _base("user-uniform", "user-uniform", sampling="uniform"),
+  "base_activeness": _base("base, reads activeness", "base-activeness",
+                           reads_activeness=True),
+  "focal": _base("focal loss", "focal", focal=True),
+  **{rule.split(":")[0]: _by_rule(rule) for rule in (
+    "inverse_propensity", "group_dro", "streaming_dro", "cvar:alpha=0.4",
+    "pcgrad", "upgrad", "consensus", "gradient_alignment",
+  )},
+  "tail_only": _base("tail only", "tail-only", users="tail"),
+  "head_only": _base("head only", "head-only", users="head"),
   "fine_tuned": Method(
     "fine-tuned",
     (_JOINT, _fine_tuned("tail"), _fine_tuned("head")),

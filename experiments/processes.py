@@ -1,9 +1,8 @@
 """Several processes that run one job together, each on its own devices.
 
-All run the same program; the first writes. What one of them refuses, all
-refuse. Where one is lost the others cannot go on: they end with one line and
-`LOST` or, where the runtime is faster, with its own message; the same command,
-given to all, continues the job.
+All run the same program; the first writes. Where one is lost the others end
+with one line and `LOST` or, where the runtime is faster, with its own message;
+the same command, given to all, continues the job.
 """
 
 import contextlib
@@ -40,35 +39,34 @@ class Place(NamedTuple):
     num_processes: of the job.
     process_id: of this one, 0 .. num_processes - 1.
     heartbeat: seconds without a sign of life until a process is lost.
-    patience: seconds to wait at the start for the others.
   """
 
   coordinator: str | None = None
   num_processes: int | None = None
   process_id: int | None = None
   heartbeat: int = 100
-  patience: int = 300
 
 
 def check_place(place: Place) -> None:
   """Raises InputError where a place is none."""
-  given, port = place[:3], None
-  if place.coordinator:
-    port = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", place.coordinator)
-  for wrong, flag, value, remedy in (
-    (any(x is not None for x in given) and None in given, "coordinator",
-     place.coordinator, "give --coordinator, --num_processes and --process_id "
-     "together, or --distributed alone"),
-    (place.coordinator is not None
-     and not (port and 1 <= int(port[1]) <= 65_535), "coordinator",
-     place.coordinator, "give host:port, the port from 1 to 65535"),
-    (place.process_id is not None
-     and place.process_id >= (place.num_processes or 1),
-     "process_id", place.process_id,
-     "give 0 to num_processes - 1, another one to each process"),
-  ):
-    if wrong:
-      raise InputError(f"flag --{flag}={value}: {remedy}")
+  address, count, index = place[:3]
+  if address is count is index is None:
+    return
+  if None in place[:3]:
+    raise InputError(
+      f"flag --coordinator={address}: give --coordinator, --num_processes and "
+      "--process_id together, or --distributed alone"
+    )
+  port = re.fullmatch(r"[^\s/]+:([0-9]{1,5})", address)
+  if not port or not 1 <= int(port[1]) <= 65_535:
+    raise InputError(
+      f"flag --coordinator={address}: give host:port, the port from 1 to 65535"
+    )
+  if index >= count:
+    raise InputError(
+      f"flag --process_id={index}: give 0 to num_processes - 1, another one to "
+      "each process"
+    )
 
 
 @contextlib.contextmanager
@@ -80,41 +78,29 @@ def joined(place: Place) -> Iterator[None]:
     Lost: if they do not come, or one is lost within the block.
   """
   try:
-    with _signs_of_loss():
+    try:
       jax.distributed.initialize(
         *place[:3], heartbeat_timeout_seconds=place.heartbeat,
         shutdown_timeout_seconds=place.heartbeat,
-        initialization_timeout=place.patience,
       )
-      yield
-  except InputError:
-    raise
-  except ValueError as error:
-    if jax.distributed.is_initialized():
-      raise
-    raise InputError(
-      f"flag --distributed: the environment does not say which processes there "
-      f"are ({error}); give --coordinator, --num_processes and --process_id"
-    ) from error
-
-
-@contextlib.contextmanager
-def _signs_of_loss() -> Iterator[None]:
-  """What is raised because another process is gone becomes Lost."""
-  try:
+    except ValueError as error:
+      raise InputError(
+        "flag --distributed: the environment does not say which processes "
+        f"there are ({error}); give --coordinator, --num_processes and "
+        "--process_id"
+      ) from error
     yield
   except InputError:
     raise
   except Exception as error:  # backends raise many kinds
-    if any(sign in traceback.format_exc() for sign in _SIGNS):
-      lines = [line.strip() for line in str(error).splitlines()]
-      reason = next(filter(None, lines), "no sign of life")[:150]
-      raise Lost(
-        f"another process of the job is lost ({reason}); start all of them "
-        "again by the same commands: they continue from the last whole "
-        "checkpoint"
-      ) from error
-    raise
+    if not any(sign in traceback.format_exc() for sign in _SIGNS):
+      raise
+    lines = [line.strip() for line in str(error).splitlines()]
+    reason = next(filter(None, lines), "no sign of life")[:150]
+    raise Lost(
+      f"another process of the job is lost ({reason}); start all of them again "
+      "by the same commands: they continue from the last whole checkpoint"
+    ) from error
 
 
 def is_first() -> bool:
@@ -123,10 +109,7 @@ def is_first() -> bool:
 
 
 def together(action: Callable[[], Any]) -> Any:
-  """Runs an action in every process; what one of them refuses, all refuse.
-
-  Args:
-    action: of this process, in which it does not wait for the others.
+  """Runs an action that waits for no other process in every one of them.
 
   Returns:
     What the action returns here.

@@ -4,8 +4,8 @@
 
 reads any number of workdirs of finished jobs, or summaries of them, prints
 their tables and writes OUT/report.html (one page with all figures, loading
-nothing), report.md, report.tex and report.json (the tables' numbers). OUT is by
-default the workdir, where there is one. What the page folds away is not in the
+nothing), report.md and report.tex. OUT is by default the workdir, where there
+is one. What the page folds away is not in the
 Markdown, which stays short. --markdown=FILE writes only the Markdown, to FILE;
 --figures=DIR every figure as SVG besides.
 
@@ -16,17 +16,15 @@ writes a summary of a job that is small enough to commit, instead.
 
 import base64
 import functools
-import json
 import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import matplotlib.figure
-import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -179,7 +177,7 @@ def _blocks(
   tables = lambda title: [*changes(title), results.level_table(job, title)]
   levels: list[Block] = [results.level_table(job, main)]
   blocks: list[Block] = [Text(_facts(job)), *changes(main)]
-  more: list[Block] = [draw("activeness", rows)]
+  more: list[Block] = []
   claims = {title_of(claim.model): claim for claim in job.claims[main]}
   if claims:
     models = dict.fromkeys(
@@ -211,8 +209,9 @@ def _blocks(
     Fold(f"The same with the {title}", tables(title))
     for title in list(own.lists)[1:]
   ]
-  blocks.append(Fold("Activeness, each seed, other metrics", more))
-  blocks += _gradients(own, anchor)
+  blocks.append(Fold("Each seed, other metrics", more))
+  if own.gradients:
+    blocks.append(Fold("Group gradients", [results.gradient_table(own)]))
   if own.summary.get("cost"):
     blocks.append(Fold("Training cost", [results.cost_table(own)]))
   if own.summary or own.config:
@@ -251,45 +250,7 @@ def _facts(job: Analysis) -> str:
     f"compared with {title_of(job.base)} ({METRIC} overall, tail, head: "
     f"{', '.join(of_base)}), margin for head users {100 * job.margin:g} %"
   )
-  notes = "".join(f" Note: {remark}." for remark in job.remarks)
-  return "; ".join(parts) + "." + notes
-
-
-def _gradients(own: Results, anchor: str) -> list[Block]:
-  """Diagnostics of each method's group gradients, its seeds together."""
-  together: dict[str, list[dict[str, Any]]] = {}
-  for run, records in own.gradients.items():
-    together.setdefault(results.without_seed(run), []).extend(records)
-  return [
-    Fold(f"Group gradients of {run}", [
-      Text(gradient_words(records)),
-      Figure(
-        f"{anchor}-gradients-{number}",
-        functools.partial(figures.gradients, records, run),
-      ),
-    ])
-    for number, (run, records) in enumerate(together.items(), 1)
-  ]  # fmt: skip
-
-
-def gradient_words(records: Sequence[dict[str, Any]]) -> str:
-  """Conflicts and cosines of a run's group gradients, in a sentence."""
-  conflicts = np.mean([r["conflict_rate"] for r in records])
-  effective = np.mean([r["effective_groups"] for r in records])
-  cosines = np.asarray([r["cosines"] for r in records], np.float64)
-  count = cosines.shape[-1]
-  others = cosines[:, ~np.eye(count, dtype=bool)]
-  noise = figures.noise_of(records)
-  alone = "what noise alone gives was not logged" if noise is None else (
-    f"groups of as many windows dealt at random, which is what noise alone "
-    f"gives, {100 * noise[0]:.1f} % and {noise[1]:.2f}"
-  )
-  return (
-    f"Over {len(records):,} logged steps, {100 * conflicts:.1f} % of the pairs "
-    f"of groups were in conflict (negative cosine), two groups' gradients had "
-    f"a mean cosine of {np.nanmean(others):.2f} ({alone}), and "
-    f"the weights counted for {effective:.1f} of {count} groups."
-  )
+  return "; ".join(parts) + "."
 
 
 def _settings(own: Results) -> list[Block]:
@@ -567,33 +528,6 @@ def to_latex(report: Sequence[Section]) -> str:
   return "\n\n".join(parts) + "\n"
 
 
-def to_json(report: Sequence[Section]) -> str:
-  """All texts and tables as JSON; undefined numbers are null."""
-
-  def plain(cell: Cell) -> Any:
-    if isinstance(cell, tuple | list):
-      return [plain(x) for x in cell]
-    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
-
-  content = []
-  for section in report:
-    blocks = [*_unfolded(section.blocks, inside=True)]
-    content.append({
-      "section": section.title,
-      "texts": [
-        b._asdict() for b in blocks if isinstance(b, Text | Verdict)
-      ],
-      "tables": [
-        {
-          "title": b.title, "columns": [c.name for c in b.columns],
-          "lines": [plain([*line]) for line in b.lines], "note": b.note,
-        }
-        for b in blocks if isinstance(b, Table)
-      ],
-    })  # fmt: skip
-  return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
 def write_report(
   workdirs: Sequence[epath.PathLike],
   *,
@@ -642,7 +576,6 @@ def write_report(
       files = {
         stem.with_suffix(".html"): to_html(report),
         stem.with_suffix(".tex"): to_latex(report),
-        stem.with_suffix(".json"): to_json(report),
       }
     if pictures is not None:
       folder = disk.place("figures", pictures)

@@ -21,6 +21,7 @@ users the more: 14 to 20, 5 to 8, 3 to 5 %). So no verdict is given below three.
 """
 
 import io
+import itertools
 import json
 import math
 import re
@@ -63,6 +64,10 @@ _FACTS = ["group", "segment", "activeness", "target", "candidates"]
 _COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
 _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
+_GRADIENTS = (
+  "conflict_rate", "noise_conflict_rate", "noise_cosine", "weights",
+  "effective_groups",
+)
 REMEDY = "restore it from a copy, or make it again"
 _KEYS = {method.title: key for key, method in METHODS.items()}
 
@@ -90,7 +95,7 @@ class Results(NamedTuple):
     protocol: how the numbers came about, in one line.
     summary: content of summary.json; {} where there is none.
     config: the configuration, {} where there is none.
-    gradients: run -> records of its group gradients.
+    gradients: stage -> means of its logged group gradients.
     trials: of what `experiments.sweep` chose: `settings`, and of each of
       `models` its `validation` in each setting, over which `seeds`, and the
       index of the `chosen` one; {} elsewhere.
@@ -102,7 +107,7 @@ class Results(NamedTuple):
   protocol: str
   summary: dict[str, Any]
   config: dict[str, Any]
-  gradients: dict[str, list[dict[str, Any]]]
+  gradients: dict[str, dict[str, Any]]
   trials: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -129,8 +134,8 @@ def read(path: epath.PathLike) -> Results:
     config = read_json(config, config={})["config"] if config.exists() else {}
     config = _names_alone(config)
     return Results(
-      path.resolve().name, rows, lists_of(rows), _protocol(rows, summary),
-      summary, config, _gradient_records(records),
+      path.resolve().name, rows, lists_of(rows), protocol_line(rows, summary),
+      summary, config, _gradient_means(records),
     )
 
 
@@ -175,16 +180,6 @@ def _with_keys(summary: dict[str, Any]) -> dict[str, Any]:
   return summary
 
 
-def _protocol(rows: pl.DataFrame, summary: Mapping[str, Any]) -> str:
-  line = protocol_line(
-    rows, split=summary.get("protocol", "split not recorded"),
-    num_items=summary.get("num_items"),
-  )
-  if "fingerprint" in summary:
-    line += f"; data {summary['data']} {summary['fingerprint']}"
-  return line
-
-
 def _without_folders(command: str) -> str:
   """A command with names in place of absolute paths."""
   folders = r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*"
@@ -202,26 +197,33 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
   return {**config, **({"data": data} if data else {})}
 
 
-def _gradient_records(
+def _gradient_means(
   records: Iterable[Mapping[str, Any]],
-) -> dict[str, list[dict[str, Any]]]:
-  """Records with a whole Gramian of several groups, by run.
+) -> dict[str, dict[str, Any]]:
+  """Means of each stage's records with a whole Gramian of several groups.
 
-  Where some steps of a run tell what noise alone does, these alone.
+  Where some steps of a run tell what noise alone does, of these alone.
   """
-  names = (
-    "run", "step", "weights", "norms", "cosines", "conflict_rate",
-    "effective_groups", "noise_conflict_rate", "noise_cosine",
-  )
-  found: dict[str, list[dict[str, Any]]] = {}
+  runs: dict[str, list[Mapping[str, Any]]] = {}
   for record in records:
     looked = record.get("conflict_rate") is not None
     if looked and len(record.get("norms", ())) > 1:
-      kept = {key: record[key] for key in names if key in record}
-      found.setdefault(record["run"], []).append(kept)
-  for run, own in found.items():
+      runs.setdefault(record["run"], []).append(record)
+  stages: dict[str, list[Mapping[str, Any]]] = {}
+  for run, own in runs.items():
     noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
-    found[run] = noisy or own
+    stages.setdefault(without_seed(run), []).extend(noisy or own)
+  found = {}
+  for stage, own in stages.items():
+    cosines = np.asarray([r["cosines"] for r in own], np.float64)
+    others = cosines[:, ~np.eye(cosines.shape[-1], dtype=bool)]
+    mean = lambda name, own=own: np.mean(
+      np.asarray([r.get(name) for r in own], np.float64), 0
+    ).tolist()
+    found[stage] = {
+      "records": len(own), "cosine": float(np.nanmean(others)),
+      **{name: mean(name) for name in _GRADIENTS},
+    }
   return found
 
 
@@ -233,7 +235,6 @@ def without_seed(run: str) -> str:
 # Summaries small enough to commit.
 
 _CUTOFF = 20  # the largest rank that a summary keeps
-_RECORDS = 60  # of a run's group gradients
 _OF_USER = "group", "segment", "activeness", "candidates", "candidates_unmasked"
 
 
@@ -242,8 +243,7 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
 
   `ranks.parquet` has a row a user: segment, group, activeness, numbers of
   candidates, and for every model, seed and list twice its rank, 0 beyond 20.
-  `job.json` has the job's summary, its configuration and a thinned record of
-  the group gradients. Metrics with a cutoff of at most 20 follow exactly as
+  `job.json` has all else. Metrics with a cutoff of at most 20 follow exactly as
   from the rows, intervals and tests up to the resampling's error.
 
   Args:
@@ -261,11 +261,6 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   )
   content = results._asdict()
   del content["rows"]
-  first = {without_seed(run): run for run in reversed(results.gradients)}
-  content["gradients"] = {
-    run: [_rounded(r) for r in own[:: max(1, -(-len(own) // _RECORDS))]]
-    for run, own in results.gradients.items() if run in first.values()
-  }
   content["trials"] = {**results.trials}
   text = json.dumps(content, ensure_ascii=False)
   disk.write({
@@ -305,15 +300,6 @@ def _twice(ranks: pl.Series) -> pl.Series:
   return pl.Series(np.where(kept, twice, 0).astype(np.uint8))
 
 
-def _rounded(value: Any) -> Any:
-  """Floats, also inside lists and dictionaries, to four digits."""
-  if isinstance(value, dict):
-    return {key: _rounded(x) for key, x in value.items()}
-  if isinstance(value, list):
-    return [_rounded(x) for x in value]
-  return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def _read_summary(path: epath.Path) -> Results:
   content = read_json(path / "job.json")
   wide = disk.read_parquet((path / "ranks.parquet").read_bytes())
@@ -337,6 +323,10 @@ def _read_summary(path: epath.Path) -> Results:
       rows = rows.with_columns(pl.col(like).alias(name))
   fields = {key: content[key] for key in Results._fields if key in content}
   fields["summary"] = _with_keys(fields["summary"])
+  if any(isinstance(x, list) for x in fields["gradients"].values()):
+    # A former version kept records.
+    records = itertools.chain(*fields["gradients"].values())
+    fields["gradients"] = _gradient_means(records)
   for own in fields.get("trials", {}).get("models", []):
     own["model"] = key_of(own["model"])
   return Results(rows=rows, **fields)
@@ -417,20 +407,14 @@ def same_users(
 
 
 def protocol_line(
-  rows: pl.DataFrame,
-  *,
-  split: str = "split not recorded",
-  num_items: int | None = None,
+  rows: pl.DataFrame, summary: Mapping[str, Any] = MappingProxyType({})
 ) -> str:
   """States in one line how the numbers came about.
 
   Args:
     rows: result rows.
-    split: the split's own protocol line.
-    num_items: V. None takes the number of candidates without masking to be V.
-
-  Returns:
-    Split, ranking, ties, masking, seeds and interval method.
+    summary: content of summary.json. Without its `num_items`, the number of
+      candidates without masking is taken to be that of all items.
   """
   seeds = sorted(rows["seed"].unique().to_list())
   plural, spread = "seeds", "users crossed with seeds"
@@ -439,14 +423,17 @@ def protocol_line(
   warning = few_seeds(len(seeds))
   ranking = (
     _sampled_ranking(rows) if _is_sampled(rows)
-    else _full_ranking(rows, num_items)
+    else _full_ranking(rows, summary.get("num_items"))
   )
-  return (
-    f"{split.rstrip('.')}; {ranking}; "
+  line = (
+    f"{summary.get('protocol', 'split not recorded').rstrip('.')}; {ranking}; "
     f"{plural} {', '.join(map(str, seeds))}; intervals: "
     f"{100 * CONFIDENCE:.0f} % percentile bootstrap, {NUM_RESAMPLES:,} "
     f"resamples, paired, over {spread}{warning and '; ' + warning}"
   )
+  if "fingerprint" in summary:
+    line += f"; data {summary['data']} {summary['fingerprint']}"
+  return line
 
 
 def _full_ranking(rows: pl.DataFrame, num_items: int | None) -> str:
@@ -789,37 +776,6 @@ def levels(
   return [found[model] for model in models_of(rows)]
 
 
-def unchanged(
-  models: Iterable[str], cost: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-  """Says which models' last stage is selected as it began, and for whom.
-
-  Args:
-    models: keys.
-    cost: of each run, `steps` and `best_steps` (one, or one a plugin).
-  """
-  said = []
-  for model in [model for model in models if model in METHODS]:
-    method = METHODS[model]
-    for segment, (backbone, plugin) in enumerate(method.serve):
-      stage = method.stage(plugin or backbone)
-      slot = 1 - segment if method.swapped else segment
-      best = [
-        # Users of randomly drawn segments have either plugin: both count.
-        x if len(x) == 1 or stage.assign == "random" else [x[slot]]
-        for run, spent in cost.items()
-        if without_seed(run) == stage.name and spent["steps"]
-        for x in [spent["best_steps"]]
-      ]
-      kept = sum(not any(x) for x in best)
-      if stage.start is not None and kept:
-        said.append(
-          f"the last stage of {title_of(model)} changed nothing for "
-          f"{SEGMENTS[segment]} users ({kept} of {len(best)} seeds)"
-        )
-  return said
-
-
 # Between two seeds of one model, measured on Beauty.
 _CORRELATION, _SEED_SPREAD = 0.85, 0.02
 _LEAST_HITS = 20  # fewer are not nearly normal
@@ -897,7 +853,6 @@ class Analysis(NamedTuple):
     margin: of non-inferiority on head users.
     claims: title of a list of candidates -> claims on its ranks.
     levels: title of a list of candidates -> levels of its ranks.
-    remarks: as from `unchanged`.
   """
 
   results: Results
@@ -906,7 +861,6 @@ class Analysis(NamedTuple):
   margin: float
   claims: dict[str, list[Claim]]
   levels: dict[str, list[Level]]
-  remarks: list[str]
 
   @property
   def main(self) -> str:
@@ -964,7 +918,6 @@ def analyse(
       title: levels(rows, column=column, num_resamples=num_resamples)
       for title, column in results.lists.items()
     },
-    unchanged(models, results.summary.get("cost", {})),
   )
 
 
@@ -1144,7 +1097,8 @@ def cost_table(results: Results) -> Table:
       )
       for stage, own in stages.items()
     ],
-    "Means over seeds; several numbers in a cell are one a segment. "
+    "Means over seeds; several numbers in a cell are one a segment. At best "
+    "step 0 a stage left its start as it was. "
     f"{total:,.0f} CPU-seconds in all.",
   )  # fmt: skip
 
@@ -1163,6 +1117,31 @@ def trials_table(results: Results) -> Table:
     f"Mean over seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
     "Values of different models may be of different users: models of one "
     "segment, and those whose plugins learn from validation targets.",
+  )  # fmt: skip
+
+
+def gradient_table(results: Results) -> Table:
+  """Conflicts, cosines and weights of each stage's group gradients.
+
+  Beside them those of groups of as many windows dealt at random, which is what
+  noise alone gives.
+  """
+  names = (
+    "records", "conflict_rate", "noise_conflict_rate", "cosine",
+    "noise_cosine", "weights", "effective_groups",
+  )
+  return Table(
+    "Group gradients, means over logged steps and seeds",
+    [Column("stage"), Column("records", "count"),
+     Column("share in conflict", "number"), Column("by noise", "number"),
+     Column("cosine", "number"), Column("by noise", "number"),
+     Column("weights", "number"), Column("effective groups", "number")],
+    [
+      (stage, *(own[name] for name in names))
+      for stage, own in results.gradients.items()
+    ],
+    "In conflict: pairs of groups with a negative cosine. By noise: the same "
+    "of as many windows dealt at random; n/a where it was not logged.",
   )  # fmt: skip
 
 

@@ -30,8 +30,7 @@ class Key(NamedTuple):
     kind: int, float, bool, str or tuple.
     meaning: what it sets.
     least: the smallest number, or the fewest elements.
-    most: the largest number.
-    below: whether a number must be below `most`.
+    most: the largest number; with `below` it is too large itself.
     choices: of a text; () = any but the empty one.
     item: what a tuple's elements are.
     once: whether each element may be there only once.
@@ -107,10 +106,8 @@ def _whole(
   return Key(default, int, meaning, least, most)
 
 
-def _number(
-  default: Any, meaning: str = "", most: float = 1e6, least: float = 0
-) -> Key:
-  return Key(default, float, meaning, least, most)
+def _number(default: Any, meaning: str = "", most: float = 1e6) -> Key:
+  return Key(default, float, meaning, 0, most)
 
 
 def _positive(default: Any, meaning: str, most: float = 1e6) -> Key:
@@ -139,113 +136,90 @@ def _optional(kind: type, meaning: str, least: int = 1) -> Key:
   return Key(None, kind, meaning, least, none=True)
 
 
-_SIZE = 2**16  # of a dimension; more is a slip of the pen
+def _size(default: int, meaning: str, least: int = 1) -> Key:
+  """A dimension; more than its most is a slip of the pen."""
+  return _whole(default, meaning, least, 2**16)
+
+
 _STEPS = 10**9
-_DRAWS = _MEANS = "interactions", "users"
-_DRAW = "windows are drawn by interactions or by users"
-_MEAN = "the loss is a mean over interactions (positions) or users (rows)"
+_DRAWS = "interactions", "users"
+
+
+def _sampling(stage: str) -> dict[str, Key]:
+  draw = f"{stage}: windows are drawn by interactions or by users"
+  mean = "means are over interactions (positions) or users (rows)"
+  return {
+    "draw": _text("interactions", draw, *_DRAWS),
+    "mean": _text("interactions", f"{stage}: {mean}", *_DRAWS),
+  }
+
 
 KEYS = {
   "methods": _several(
-    ("base", "pin_backbone", "pin"),
-    "rows of the tables; the first is the one compared with",
-    _text(NEEDED, "", *METHODS), 1,
+    ("base", "pin_backbone", "pin"), "rows of the tables; the first is the one "
+    "compared with", _text(NEEDED, "", *METHODS), 1,
   ),
   "seeds": _several(
     (0,), "a run of every method each; intervals average a user over seeds",
     _whole(NEEDED, least=0), 1,
   ),
-  "num_seeds": _whole(
-    1, "seeds trained at once, vectorised: much faster on an accelerator, in "
-    "as many times the memory", most=_SIZE,
-  ),
+  "num_seeds": _size(1, "seeds trained at once, in as many times the memory"),
   "data": {
-    "source": _text(
-      "simulator", "where the interactions come from", "simulator", "files",
-      "stored", "tfds",
-    )
+    "source": _text("simulator", "where the interactions come from",
+                    "simulator", "files", "stored", "tfds"),
   },
   "split": {
-    "protocol": _text(
-      "leave_one_out", "how validation and test targets are held out",
-      "leave_one_out", "temporal",
-    ),
-    "validation": _share(
-      0.1, "temporal: share of the interactions after the validation cut"
-    ),
+    "protocol": _text("leave_one_out", "how targets are held out",
+                      "leave_one_out", "temporal"),
+    "validation": _share(0.1, "temporal: share of interactions after the cut"),
     "test": _share(0.1, "temporal: share of them after the test cut"),
   },
   "groups": {
-    "num_groups": _whole(5, "G, number of activeness groups", most=_SIZE),
+    "num_groups": _size(5, "G, number of activeness groups"),
     "rule": _text(
       "users", "groups of as many users each, as many interactions each, by "
       "thresholds, or tail and head", "users", "interactions", "thresholds",
       "head_share",
     ),
-    "thresholds": _several(
-      (), "smallest activeness of each group but the first",
-      _whole(NEEDED, least=0),
-    ),
-    "head_share": _share(
-      0.2, "share of users in the head segment, the most active"
-    ),
+    "thresholds": _several((), "smallest activeness of each group but the "
+                           "first", _whole(NEEDED, least=0)),
+    "head_share": _share(0.2, "share of users in the head, the most active"),
   },
   "prior": {
-    "kind": _text(
-      "users", "P(d), the weights over groups", "users", "uniform",
-      "interactions", "custom",
-    ),
-    "values": _several(
-      (), "custom: P(d) up to a factor", _number(NEEDED, most=1e9), once=False
-    ),
-    "exponent": _number(
-      1.0, "P(d) is raised to this power and normalised again", 1e3
-    ),
+    "kind": _text("users", "P(d), the weights over groups", "users", "uniform",
+                  "interactions", "custom"),
+    "values": _several((), "custom: P(d) up to a factor",
+                       _number(NEEDED, most=1e9), once=False),
+    "exponent": _number(1.0, "P(d) is raised to it and normalised again", 1e3),
   },
   "backbone": {
-    "name": _text(
-      "sasrec", "architecture; it leaves keys that are not its own at their "
-      "defaults", "sasrec", "gru4rec", "hstu", "din",
-    ),
-    "length": _whole(50, "L, items of the history that it reads", most=_SIZE),
-    "width": _whole(64, "D, of embeddings and states", most=_SIZE),
+    "name": _text("sasrec", "architecture; keys not its own stay at their "
+                  "defaults", "sasrec", "gru4rec", "hstu", "din"),
+    "length": _size(50, "L, items of the history that it reads"),
+    "width": _size(64, "D, of embeddings and states"),
     "dropout": _share(0.2, "share of units dropped in training"),
     "blocks": _whole(2, "sasrec, hstu: number of blocks", most=128),
-    "heads": _whole(2, "sasrec, hstu: attention heads", most=_SIZE),
-    "expansion": _whole(
-      4, "sasrec: width of the feed-forward layer over D", most=256
-    ),
+    "heads": _size(2, "sasrec, hstu: attention heads"),
+    "expansion": _whole(4, "sasrec: feed-forward width over D", most=256),
     "layers": _whole(1, "gru4rec: number of layers", most=128),
-    "attention_hidden": _whole(
-      36, "din: hidden units of the attention", most=_SIZE
-    ),
-    "hidden": _whole(80, "din: hidden units of the score", most=_SIZE),
-    "pack_rows": _whole(
+    "attention_hidden": _size(36, "din: hidden units of the attention"),
+    "hidden": _size(80, "din: hidden units of the score"),
+    "pack_rows": _size(
       0, "rows of L encoded at a time, short histories one after another in "
-      "each; 0 = a history a row, all at once. Saves time where most of a "
-      "batch is padding", 0, _SIZE,
+      "each; 0 = a history a row. Saves time where batches are mostly padding",
+      0,
     ),
-    "compute": _text(
-      "float32", "type of the products' operands, bfloat16 for accelerators; "
-      "params, optimizer and sums are float32", "float32", "bfloat16",
-    ),
-    "reads_activeness": _flag(
-      False, "adds an embedding of the user's training activeness"
-    ),
+    "compute": _text("float32", "type of the products' operands; params, "
+                     "optimizer and sums are float32", "float32", "bfloat16"),
+    "reads_activeness": _flag(False, "adds activeness as an embedding"),
   },
   "plugin": {
-    "name": _text(
-      "bottleneck", "what serves a segment; it leaves keys that are not its "
-      "own at their defaults", "bottleneck", "translation", "adapter", "lora",
-      "memory", "gated",
-    ),
-    "hidden": _whole(
-      32, "bottleneck, adapter, gated: hidden units", most=_SIZE
-    ),
-    "rank": _whole(4, "lora: rank of the updates", most=_SIZE),
-    "reads_state": _flag(
-      True, "gated: whether the gate reads the backbone's state"
-    ),
+    "name": _text("bottleneck", "what serves a segment; keys not its own stay "
+                  "at their defaults", "bottleneck", "translation", "adapter",
+                  "lora", "memory", "gated"),
+    "hidden": _size(32, "bottleneck, adapter, gated: hidden units"),
+    "rank": _size(4, "lora: rank of the updates"),
+    "reads_state": _flag(True, "gated: whether the gate reads the state"),
   },
   "memory": {
     "channels": _several(
@@ -254,11 +228,9 @@ KEYS = {
     ),
     "window": _whole(5, "places that count as a transition", most=1024),
     "decay": _positive(0.7, "weight of each further place", 1),
-    "neighbours": _whole(50, "kept an item", most=_SIZE),
-    "recent": _whole(
-      10, "newest items of a history that are looked up, at most "
-      "`backbone.length`", most=_SIZE,
-    ),
+    "neighbours": _size(50, "kept an item"),
+    "recent": _size(10, "newest items of a history that are looked up, at most "
+                    "`backbone.length`"),
     "history_decay": _positive(0.8, "weight of each older one", 1),
     "shrink": _number(2.0, "added to the row sums"),
     "popularity_power": _number(
@@ -273,18 +245,14 @@ KEYS = {
     "next_ridge": _positive(100.0, "ridge of 'next'"),
   },
   "joint": {
-    "draw": _text("interactions", f"joint stages: {_DRAW}", *_DRAWS),
-    "mean": _text("interactions", f"joint stages: {_MEAN}", *_MEANS),
-    "batch_size": _whole(
-      0, "windows a step of joint stages, to give them as many targets as "
-      "PIN's; 0 = the common `batch_size`", 0, 2**24,
-    ),
+    **_sampling("joint stages"),
+    "batch_size": _whole(0, "windows a step of joint stages, for as many "
+                         "targets as PIN's; 0 = `batch_size`", 0, 2**24),
   },
   "pin": {
-    "draw": _text("interactions", f"stage 1: {_DRAW}", *_DRAWS),
-    "mean": _text("interactions", f"stage 1: {_MEAN}", *_MEANS),
+    **_sampling("stage 1"),
     "plugin_draw": _text(
-      "interactions", f"stage 2: {_DRAW}; with 'validation' it learns from the "
+      "interactions", "stage 2: likewise; with 'validation' it learns from the "
       "validation targets of half of the users and is selected on the others'",
       *_DRAWS, "validation",
     ),
@@ -298,17 +266,14 @@ KEYS = {
     ),
     "blocks": _several(
       (), "parameters with a weighting of their own: 'items|bias=joint' gives "
-      "those whose name matches the expression the joint gradient",
-      _text(NEEDED),
+      "those whose name matches the joint gradient", _text(NEEDED),
     ),
     "path": _text(
       "auto", "how the groups' gradients are computed; results are equal",
       "auto", "stacked", "sequential", "accumulated", "weighted",
     ),
     "diagnose_every": _whole(10, "steps between Gramians; 0 = off", 0),
-    "clip_importance": _positive(
-      10.0, "largest importance weight of exact adjustment"
-    ),
+    "clip_importance": _positive(10.0, "exact adjustment: largest importance"),
   },
   "loss": {
     "name": _text(
@@ -316,11 +281,9 @@ KEYS = {
       "negatives ('sampled_softmax' is logQ-corrected)", "softmax",
       "sampled_softmax", "gbce", "bce", "bpr",
     ),
-    "negatives": _whole(256, "sampled for each step or position", most=2**20),
-    "candidates": _text(
-      "shared", "negatives are shared by a batch's positions, or each has its "
-      "own", "shared", "own",
-    ),
+    "negatives": _whole(256, "sampled a step or a position", most=2**20),
+    "candidates": _text("shared", "negatives are shared by a batch's "
+                        "positions, or each has its own", "shared", "own"),
     "proposal": _text(
       "uniform", "where negatives come from: 'uniform', 'popularity', "
       "'in_batch', or shares such as 'in_batch:0.5,uniform:0.5'",
@@ -332,9 +295,7 @@ KEYS = {
   "batch_size": _whole(250, "windows a step, over all groups", 2, 2**24),
   "backbone_steps": _whole(1500, "steps of stage 1", most=_STEPS),
   "plugin_steps": _whole(300, "steps of stage 2", most=_STEPS),
-  "classifier_steps": _whole(
-    300, "steps of exact adjustment's P(d|x)", most=_STEPS
-  ),
+  "classifier_steps": _whole(300, "exact adjustment: of P(d|x)", most=_STEPS),
   "refit": _whole(
     0, "steps of a last phase of every row, once all choices are made: its "
     "backbone trains on with all validation targets, plugins stay; 0 = off", 0,
@@ -346,9 +307,7 @@ KEYS = {
     "warmup": _whole(50, "steps of linear warm-up", 0, _STEPS),
     "weight_decay": _number(0.0, "decoupled (AdamW)", 1e3),
     "clip": _positive(5.0, "largest norm of the gradient"),
-    "average": _share(
-      0.0, "decay of the average of the parameters, which is what serves"
-    ),
+    "average": _share(0.0, "decay of the parameters' average, which serves"),
     "tables": _text(
       "dense", "how item tables are updated; row_sparse (with sampled "
       "negatives): the rows that a step reads, and their moments, alone",
@@ -358,49 +317,36 @@ KEYS = {
   "validation": {
     "every": _whole(100, "steps between validations", most=_STEPS),
     "users": _whole(0, "validate on so many, drawn once; 0 = all", 0),
-    "patience": _whole(
-      0, "validations without improvement before a stop; 0 = off", 0
-    ),
+    "patience": _whole(0, "validations without gain before a stop; 0 = off", 0),
   },
   "evaluation": {
-    "protocol": _text(
-      "full", "full ranking, or the target among sampled negatives; never in "
-      "one table", "full", "sampled",
-    ),
+    "protocol": _text("full", "full ranking, or the target among sampled "
+                      "negatives; never in one table", "full", "sampled"),
     "negatives": _whole(99, "sampled: how many", most=2**24),
     "seed": _whole(0, "sampled: what they are drawn by", 0),
   },
   "dispatch": _whole(10, "steps sent to the device at a time", most=10**6),
   "mesh": {
-    "data": _whole(
-      1, "devices that every batch is split over; results do not depend on the "
-      "mesh, and a job may go on with another", most=_SIZE,
-    ),
-    "model": _whole(1, "devices that item tables are split over", most=_SIZE),
+    "data": _size(1, "devices that every batch is split over; results do not "
+                  "depend on the mesh, and a job may go on with another"),
+    "model": _size(1, "devices that item tables are split over"),
   },
   "claims": {
     "non_inferiority_margin": _share(
       0.02, "declared before training: the relative loss of NDCG@10 that head "
       "users may have"
     ),
-    "power": Key(
-      0.8, float, "probability with which the printed effects are found", 0.01,
-      1, below=True,
-    ),
+    "power": Key(0.8, float, "probability with which the printed effects are "
+                 "found", 0.01, 1, below=True),
   },
-  "non_finite": _text(
-    "stop", "at a loss, gradient or parameter that is not finite: stop, or "
-    "skip the step and count it", "stop", "skip",
-  ),
+  "non_finite": _text("stop", "at a value that is not finite: stop, or skip "
+                      "the step and count it", "stop", "skip"),
 }
 
 _FILTERS = {
-  "duplicates": _text(
-    "keep", "of a user and item", "keep", "exact", "first", "last"
-  ),
-  "k_core": _whole(
-    0, "drop users and items with fewer interactions, again and again", 0
-  ),
+  "duplicates": _text("keep", "of a user and item", "keep", "exact", "first",
+                      "last"),
+  "k_core": _whole(0, "drop users and items with fewer, again and again", 0),
   "min_length": _whole(1, "drop users with fewer interactions"),
   "max_history": _optional(int, "keep a user's newest so many"),
 }
@@ -491,8 +437,7 @@ def defaults(keys: dict[str, Any] = KEYS) -> dict[str, Any]:
 def canonical(config: dict[str, Any]) -> dict[str, Any]:
   """A configuration as JSON has it, the same whatever way a key was set.
 
-  What is None is as if it were not there, and so is what RETIRED lists at the
-  value that it says.
+  What is None is left out, and so is what RETIRED lists at its value there.
   """
   source = config.get("data", {}).get("source")
   keys = keys_of(source)
@@ -549,14 +494,11 @@ def check_keys(config: ConfigDict) -> None:
 def section(name: str) -> Iterator[None]:
   """Says of an InputError of the library what of the config it comes from.
 
-  The library names its own arguments; those of a builder bear the names of the
-  section's keys, so that 'config section backbone: heads=3 ...' says it all.
-
   Args:
     name: a section such as 'backbone', or a key such as 'pin.weighting'.
 
   Raises:
-    InputError: that of the block; what names the config already is left alone.
+    InputError: that of the block; one that names the config is left alone.
   """
   try:
     yield
@@ -601,55 +543,44 @@ def differences(
       yield key, mine.get(key), theirs.get(key)
 
 
-def listing() -> str:
-  """All keys, each in a line or two, for --help."""
+def _rows() -> Iterator[tuple[str, str, str, str]]:
+  """Yields (name, default, meaning, what it takes) of every key."""
   found = dict(flatten(KEYS))
   for source, own in SOURCES.items():
     found |= {f"data.{name} ({source})": key for name, key in own.items()}
+  for name, key in found.items():
+    default = "needed" if key.default is NEEDED else repr(key.default)
+    takes = key.takes.replace("a whole number from", "int,")
+    takes = takes.replace("a number from", "float,")
+    yield name, default, key.meaning, takes
+
+
+def listing() -> str:
+  """All keys, each in a line or two, for --help."""
   return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
-    f"  {name} = {_default(key)}\n" + textwrap.fill(
-      f"{key.meaning}; {key.takes}", 80, initial_indent="    ",
+    f"  {name} = {default}\n" + textwrap.fill(
+      f"{meaning}; {takes}", 80, initial_indent="    ",
       subsequent_indent="    ",
     )
-    for name, key in found.items()
+    for name, default, meaning, takes in _rows()
   )
 
 
 def page() -> str:
   """docs/keys.md."""
-  single = {name: key for name, key in KEYS.items() if isinstance(key, Key)}
-  sections = {name: x for name, x in KEYS.items() if isinstance(x, dict)}
-  parts = [
-    "# Keys of a configuration",
+  rows = [("key", "default", "meaning", "takes"), ("---",) * 4]
+  rows += [(f"`{name}`", f"`{value}`", *rest) for name, value, *rest in _rows()]
+  return (
+    "# Keys of a configuration\n\n"
     "Written by `python -m experiments.schema > docs/keys.md`. Each follows "
     "`--config.` on the command line, as in `--config.backbone.width=128`; "
-    "`experiments/schema.py` is where they are defined. "
-    "Sizes that a config leaves at None are fitted to the data "
-    "(`experiments/sizes.py`).",
-    *_table("", single),
-  ]
-  for name, keys in sections.items():
-    parts += [f"## {name}", *_table(f"{name}.", keys)]
-    for source, own in SOURCES.items() if name == "data" else ():
-      parts += [f"### data.source = {source}", *_table("data.", own)]
-  return "\n\n".join(parts) + "\n"
-
-
-def _default(key: Key) -> str:
-  return "needed" if key.default is NEEDED else repr(key.default)
-
-
-def _table(prefix: str, keys: dict[str, Key]) -> list[str]:
-  short = lambda text: text.replace("a whole number from", "int,").replace(
-    "a number from", "float,"
+    "`experiments/schema.py` is where they are defined. Those of one "
+    "`data.source` alone name it. Sizes that a config leaves at None are "
+    "fitted to the data (`experiments/sizes.py`).\n\n"
+  ) + "".join(
+    "| " + " | ".join(x.replace("|", "\\|") for x in row) + " |\n"
+    for row in rows
   )
-  rows = [
-    (f"`{prefix}{name}`", f"`{_default(key)}`", key.meaning, short(key.takes))
-    for name, key in keys.items()
-  ]
-  head = [("key", "default", "meaning", "takes"), ("---",) * 4]
-  cells = ([cell.replace("|", "\\|") for cell in row] for row in head + rows)
-  return ["\n".join(f"| {' | '.join(row)} |" for row in cells)]
 
 
 if __name__ == "__main__":

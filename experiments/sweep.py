@@ -55,6 +55,7 @@ from experiments.results import (
   model_rows,
   models_of,
   read,
+  same_users,
   slices_of,
   write_summary,
 )
@@ -244,13 +245,23 @@ def run(
       while waiting and len(running) < parallel:
         job = waiting.pop(0)
         console.print(f"{job.workdir.name}: {job.settings}", markup=False)
-        running[_start(job)] = job
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        with (job.workdir / "output.log").open("ab") as output:
+          running[subprocess.Popen(
+            job.command, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT,
+          )] = job  # fmt: skip
       time.sleep(_POLL)
       for process in [p for p in running if p.poll() is not None]:
         job = running.pop(process)
         if process.returncode:
           failed.append(job)
-          _print_end(job, process.returncode, console)
+          log = job.workdir / "output.log"
+          last = log.read_bytes().decode(errors="replace").splitlines()[-3:]
+          console.print("\n  ".join([
+            f"{job.workdir.name} failed with exit code {process.returncode}; "
+            f"the end of {log}:", *last,
+          ]), markup=False)  # fmt: skip
         else:
           disk.write({job.workdir / "done": f"{printed(job)}\n{job.data}\n"})
         finished = total - len(waiting) - len(running)
@@ -265,26 +276,6 @@ def run(
     for process in running:
       process.wait()
   return failed
-
-
-def _start(job: Job) -> subprocess.Popen:
-  job.workdir.mkdir(parents=True, exist_ok=True)
-  with (job.workdir / "output.log").open("ab") as output:
-    return subprocess.Popen(
-      job.command, stdin=subprocess.DEVNULL, stdout=output,
-      stderr=subprocess.STDOUT,
-    )
-
-
-def _print_end(job: Job, code: int, console: rich.console.Console) -> None:
-  """Says that a job failed, and what it printed last."""
-  log = job.workdir / "output.log"
-  console.print(
-    f"{job.workdir.name} failed with exit code {code}; the end of {log}:",
-    markup=False,
-  )
-  for line in log.read_bytes().decode(errors="replace").splitlines()[-3:]:
-    console.print(f"  {line}", markup=False)
 
 
 class Sweep(NamedTuple):
@@ -302,15 +293,11 @@ class Sweep(NamedTuple):
 def finished(
   root: epath.PathLike, jobs: Sequence[Job] | None = None
 ) -> list[Results]:
-  """Results of a sweep's finished jobs.
+  """Results of those of a sweep's jobs that are done, at least one.
 
   Args:
     root: directory of the sweep.
-    jobs: to read those that are done of; None = all that are in the directory,
-      of whatever configuration.
-
-  Raises:
-    InputError: if there is none.
+    jobs: None = all in the directory, of whatever configuration.
   """
   root = disk.place("workdir", root)
   if not root.is_dir():
@@ -438,31 +425,14 @@ def best(
 
   Raises:
     InputError: if jobs of a setting have a model with the same seed twice, or
-      the jobs differ in users, targets, segments or groups.
+      the chosen jobs differ in users, targets or groups.
   """
   first = sweep.jobs[0][0]
-  facts = ["user", "target", "segment", "group", "activeness"]
-  users = first.rows.select(facts).unique().sort("user")
-  frames = []
-  for trial in trials:
-    seen: set[int] = set()
-    for own in sweep.jobs[trial["chosen"]]:
-      rows = own.rows.filter(model=trial["model"])
-      again = seen & set(rows["seed"])
-      if again:
-        raise InputError(
-          f"{own.name} has model {trial['model']!r} of seed {min(again)}, as "
-          "another job of its setting has; keep one of them"
-        )
-      seen |= set(rows["seed"])
-      theirs = rows.select(facts).unique().sort("user")
-      if rows.height and not theirs.equals(users):
-        raise InputError(
-          f"jobs {first.name} and {own.name} differ in users, targets, "
-          "segments or groups; choose among jobs of the same data and groups"
-        )
-      frames.append(rows)
-  rows = pl.concat(frames)
+  rows = pl.concat([
+    own.rows.filter(model=trial["model"])
+    for trial in trials for own in sweep.jobs[trial["chosen"]]
+  ])
+  same_users(rows, models_of(rows), on=["user"])
   config = json.loads(json.dumps(first.config))
   for key in sweep.settings[0]:
     *path, last = key.split(".")
@@ -481,7 +451,9 @@ def table(
   found: Sequence[Results], *, base: str | None = None,
   beside: epath.PathLike | None = None,
 ) -> Table:
-  """One line a job and model, from the result files of a sweep alone.
+  """One line a job and model: settings, validation, test, changes.
+
+  Settings are to be chosen by validation, a mean over seeds.
 
   Args:
     found: as from `finished`.
@@ -489,12 +461,6 @@ def table(
       each job's own.
     beside: workdir of a finished job, whose base is compared with where a job
       has none of that name.
-
-  Returns:
-    The table: job, a column for every setting in which the jobs differ (but
-    `methods`, which the models tell), model, seeds, validation (mean over
-    seeds), NDCG overall, tail and head on test, and the changes against the
-    base. Settings are to be chosen by validation.
 
   Raises:
     InputError: if the base is nowhere, or the jobs to be compared with `beside`

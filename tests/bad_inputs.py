@@ -172,14 +172,6 @@ _harmed("ids too few", "user_ids", lambda x: x[1:], "fingerprint")
 _harmed("items are text", "items", lambda x: x.astype(str), "fingerprint")
 
 
-@row("stored: items that wrap", "items span 4294967297", "not 1 to 2")
-def _(folder):
-  stored.write_chunks(
-    folder / "s", lengths=np.array([1]), items=[np.array([2**32 + 1])],
-    user_ids=np.array([1]), item_ids=np.array([1, 2]), name="x", notes={},
-  )
-
-
 def _world(name, value, *words):
   """A world with one parameter set."""
   ROWS[f"simulator: {name}={value!r}"] = (
@@ -194,96 +186,14 @@ _world("rank", float("nan"), "whole number")
 _world("confounding", 1.5, "give 0 to 1")
 
 
-@row("simulate: users", "num_users=2147483648", "less than 2^31")
-def _(folder):
-  crowd.Crowd(num_users=2**31, num_items=9, num_interactions=2**35)
-
-
 @row("file: a directory", "is a directory", "name one file in it")
 def _(folder):
   (folder / "a.csv").mkdir()
   files.read(folder / "a.csv")
 
 
-@row("columns: lengths", "differ in length", "give equal ones")
-def _(folder):
-  from_columns([1, 2], [1])
-
-
-@row("columns: shape", "users has shape (2, 2)", "flat column")
-def _(folder):
-  from_columns(np.ones((2, 2), int), [1, 2])
-
-
-@row("columns: types", "mixes types", "give integers or strings")
-def _(folder):
-  from_columns([1, "a"], [1, 2])
-
-
-@row("columns: fractions", "items[1] = 1.5", "no id")
-def _(folder):
-  from_columns([1, 2], [1.0, 1.5])
-
-
-@row("columns: none", "0 rows", "check the source")
-def _(folder):
-  from_columns([], [])
-
-
 def _data():
   return from_columns([1] * 6 + [2] * 6, [*range(6)] * 2, list(range(12)))
-
-
-@row("split: short users", "3 interactions", "check the user column")
-def _(folder):
-  splits.leave_one_out(from_columns([1, 2], [1, 2]))
-
-
-@row("split: no times", "has no times", "use leave_one_out")
-def _(folder):
-  splits.temporal_fractions(from_columns([1] * 5, range(5)))
-
-
-@row("split: shares", "validation=0.9, test=0.9", "sum is below 1")
-def _(folder):
-  splits.temporal_fractions(_data(), validation=0.9, test=0.9)
-
-
-@row("split: order", "validation_time=5", "test_time=3", "ascending")
-def _(folder):
-  splits.temporal(_data(), validation_time=5, test_time=3)
-
-
-@row("groups: rule", "'age'", "one of")
-def _(folder):
-  activeness.assign_groups(np.arange(4), num_groups=2, rule="age")
-
-
-@row("groups: number", "num_groups")
-def _(folder):
-  activeness.assign_groups(np.arange(4), num_groups=0)
-
-
-@row("prior: length", "custom", "2")
-def _(folder):
-  activeness.prior("custom", np.array([0, 1]), np.array([1, 1]), 2, (1.0,))
-
-
-@row("pool: range", "groups span 0..7", "give -1..1")
-def _(folder):
-  batches.make_pool(np.ones(2), np.array([0, 7]), num_groups=2, length=2)
-
-
-@row("pool: windows", "length=1 makes 2147483648 windows", "give a longer")
-def _(folder):
-  batches.make_pool(
-    np.array([2**31]), np.zeros(1, int), num_groups=1, length=1
-  )
-
-
-@row("pool: length", "length=0", "at least 1")
-def _(folder):
-  batches.make_pool(np.ones(2), np.zeros(2), num_groups=1, length=0)
 
 
 @row("sampler: draw", "draw='all' is unknown", "one of")
@@ -294,68 +204,10 @@ def _(folder):
   )
 
 
-@row("metric: rank", "ranks contain 0.0", "pass ranks of 1")
-def _(folder):
-  metrics.ndcg([0.0], 10)
-
-
-@row("metric: type", "ranks are no numbers", "pass numbers")
-def _(folder):
-  metrics.hit_rate(["first"], 10)
-
-
-@row("metric: cutoff", "cutoff k is 0", "at least 1")
-def _(folder):
-  metrics.reciprocal_rank([1.0], 0)
-
-
-@row("metric: shapes", "positive has shape (2,) but negatives (1, 1)", "[N, C]")
-def _(folder):
-  metrics.log_loss([1.0, 2.0], [[1.0]])
-
-
-@row("statistics: shapes", "base has shape (1, 4) but other (1, 3)",
-     "same users")
-def _(folder):
-  intervals.relative_change(np.ones(4), np.ones(3))
-
-
-@row("statistics: confidence", "confidence")
-def _(folder):
-  intervals.mean_interval(np.ones(4), intervals.Bootstrap(confidence=2.0))
-
-
-@row("backbone: heads", "width=10", "heads=3")
-def _(folder):
-  sasrec(10, length=4, width=10, heads=3)
-
-
-@row("ranker: chunk", "item_chunk=0", "at least 1")
-def _(folder):
-  ranking.make_ranker(
-    plugins.Model(None, None), num_items=5, length=3, item_chunk=0
-  )
-
-
 @row("candidates: too many", "count=9 is more", "at most")
 def _(folder):
   requests = Requests(*np.array([[0], [2], [0]]))
   ranking.draw_unseen(_data(), requests, count=9, seed=0)
-
-
-@row("optimizer: steps", "num_steps=0", "at least 1")
-def _(folder):
-  make_optimizer(0)
-
-
-@row("optimizer: rate", "learning_rate=-1", "positive")
-def _(folder):
-  make_optimizer(10, learning_rate=-1)
-
-
-@row("loop: dispatch", "dispatch=3", "evaluate_every=4", "divisor")
-def _(folder):
-  list(loop.run(None, None, None, loop.Plan(4, 4, dispatch=3)))
 
 
 TREE = {"x": np.ones(3, np.float32)}
@@ -374,36 +226,6 @@ def _restored(folder, like=None, **about):
     store.restore(like or TREE)
   finally:
     store.close()
-
-
-@row("checkpoint: config", "config.a is 1 there and 2 here", "workdir")
-def _(folder):
-  _restored(_saved(folder), config={"a": 2})
-
-
-@row("checkpoint: data", "data is 'abc' there and 'abd' here")
-def _(folder):
-  _restored(_saved(folder, data="abc"), data="abd")
-
-
-@row("checkpoint: versions", "versions.jax is '1' there", "--other_versions")
-def _(folder):
-  _restored(_saved(folder, versions={"jax": "1"}), versions={"jax": "2"})
-
-
-@row("checkpoint: cores", "versions.cores is '1' there", "--other_versions")
-def _(folder):
-  _restored(_saved(folder, versions={"cores": "1"}), versions={"cores": "2"})
-
-
-@row("checkpoint: shape", "x is float32[3] there and float32[4] here", "delete")
-def _(folder):
-  _restored(_saved(folder), {"x": np.ones(4, np.float32)})
-
-
-@row("checkpoint: leaf", "y is absent there", "delete")
-def _(folder):
-  _restored(_saved(folder), {**TREE, "y": np.ones(2, np.float32)})
 
 
 @row("checkpoint: only one, damaged", "cannot be read", "no older one")
@@ -433,25 +255,10 @@ def _zip(members):
   return buffer.getvalue()
 
 
-@row("tfds: name", "unknown data set 'films/1'", "one of")
-def _(folder):
-  tfds.read_tfds("films/1", data_dir=folder)
-
-
-@row("tfds: a pattern", "data_dir=", "takes for patterns", "use another")
-def _(folder):
-  tfds.read_tfds("movielens/1m", data_dir=folder / "d[1]")
-
-
 @row("tfds: damaged archive", "damaged or cut short", "download")
 def _(folder):
   data = _zip({"ml-100k/u.data": "1\t2\t3\t4\n" * 99})
   Place(folder, "movielens/100k", data[: len(data) // 2]).read()
-
-
-@row("tfds: another archive", "no 'ml-100k/u.data' inside", "../../evil")
-def _(folder):
-  Place(folder, "movielens/100k", _zip({"../../evil": "out"})).read()
 
 
 @row("tfds: bomb", "expands to more than", "as no ratings do", "delete it")
@@ -461,9 +268,115 @@ def _(folder):
     Place(folder, "movielens/100k", data).read()
 
 
-@row("report: no rows", "has no rows.parquet", "finished run")
-def _(folder):
-  report.write_report([folder])
+for _name, *_words, _action in (
+  ("stored: items that wrap", "items span 4294967297", "not 1 to 2",
+   lambda folder: stored.write_chunks(
+     folder / "s", lengths=np.array([1]), items=[np.array([2**32 + 1])],
+     user_ids=np.array([1]), item_ids=np.array([1, 2]), name="x", notes={})),
+  ("simulate: users", "num_users=2147483648", "less than 2^31",
+   lambda folder: crowd.Crowd(num_users=2**31, num_items=9,
+     num_interactions=2**35)),
+  ("columns: lengths", "differ in length", "give equal ones",
+   lambda folder: from_columns([1, 2], [1])),
+  ("columns: shape", "users has shape (2, 2)", "flat column",
+   lambda folder: from_columns(np.ones((2, 2), int), [1, 2])),
+  ("columns: types", "mixes types", "give integers or strings",
+   lambda folder: from_columns([1, "a"], [1, 2])),
+  ("columns: fractions", "items[1] = 1.5", "no id",
+   lambda folder: from_columns([1, 2], [1.0, 1.5])),
+  ("columns: none", "0 rows", "check the source",
+   lambda folder: from_columns([], [])),
+  ("split: short users", "3 interactions", "check the user column",
+   lambda folder: splits.leave_one_out(from_columns([1, 2], [1, 2]))),
+  ("split: no times", "has no times", "use leave_one_out",
+   lambda folder: splits.temporal_fractions(from_columns([1] * 5, range(5)))),
+  ("split: shares", "validation=0.9, test=0.9", "sum is below 1",
+   lambda folder: splits.temporal_fractions(_data(), validation=0.9, test=0.9)),
+  ("split: order", "validation_time=5", "test_time=3", "ascending",
+   lambda folder: splits.temporal(_data(), validation_time=5, test_time=3)),
+  ("groups: rule", "'age'", "one of",
+   lambda folder: activeness.assign_groups(np.arange(4), num_groups=2,
+     rule="age")),
+  ("groups: number", "num_groups",
+   lambda folder: activeness.assign_groups(np.arange(4), num_groups=0)),
+  ("prior: length", "custom", "2",
+   lambda folder: activeness.prior(
+     "custom", np.array([0, 1]), np.array([1, 1]), 2, (1.0,))),
+  ("pool: range", "groups span 0..7", "give -1..1",
+   lambda folder: batches.make_pool(np.ones(2), np.array([0, 7]), num_groups=2,
+     length=2)),
+  ("pool: windows", "length=1 makes 2147483648 windows", "give a longer",
+   lambda folder: batches.make_pool(np.array([2**31]), np.zeros(1, int),
+     num_groups=1, length=1)),
+  ("pool: length", "length=0", "at least 1",
+   lambda folder: batches.make_pool(np.ones(2), np.zeros(2), num_groups=1,
+     length=0)),
+  ("metric: rank", "ranks contain 0.0", "pass ranks of 1",
+   lambda folder: metrics.ndcg([0.0], 10)),
+  ("metric: type", "ranks are no numbers", "pass numbers",
+   lambda folder: metrics.hit_rate(["first"], 10)),
+  ("metric: cutoff", "cutoff k is 0", "at least 1",
+   lambda folder: metrics.reciprocal_rank([1.0], 0)),
+  ("metric: shapes", "positive has shape (2,) but negatives (1, 1)", "[N, C]",
+   lambda folder: metrics.log_loss([1.0, 2.0], [[1.0]])),
+  ("statistics: shapes", "base has shape (1, 4) but other (1, 3)",
+   "same users",
+   lambda folder: intervals.relative_change(np.ones(4), np.ones(3))),
+  ("statistics: confidence", "confidence",
+   lambda folder: intervals.mean_interval(
+     np.ones(4), intervals.Bootstrap(confidence=2.0))),
+  ("backbone: heads", "width=10", "heads=3",
+   lambda folder: sasrec(10, length=4, width=10, heads=3)),
+  ("ranker: chunk", "item_chunk=0", "at least 1",
+   lambda folder: ranking.make_ranker(plugins.Model(None, None), num_items=5,
+     length=3, item_chunk=0)),
+  ("optimizer: steps", "num_steps=0", "at least 1",
+   lambda folder: make_optimizer(0)),
+  ("optimizer: rate", "learning_rate=-1", "positive",
+   lambda folder: make_optimizer(10, learning_rate=-1)),
+  ("loop: dispatch", "dispatch=3", "evaluate_every=4", "divisor",
+   lambda folder: list(loop.run(
+     None, None, None, loop.Plan(4, 4, dispatch=3)))),
+  ("checkpoint: config", "config.a is 1 there and 2 here", "workdir",
+   lambda folder: _restored(_saved(folder), config={"a": 2})),
+  ("checkpoint: data", "data is 'abc' there and 'abd' here",
+   lambda folder: _restored(_saved(folder, data="abc"), data="abd")),
+  ("checkpoint: versions", "versions.jax is '1' there", "--other_versions",
+   lambda folder: _restored(_saved(folder, versions={"jax": "1"}),
+     versions={"jax": "2"})),
+  ("checkpoint: cores", "versions.cores is '1' there", "--other_versions",
+   lambda folder: _restored(_saved(folder, versions={"cores": "1"}),
+     versions={"cores": "2"})),
+  ("checkpoint: shape", "x is float32[3] there and float32[4] here", "delete",
+   lambda folder: _restored(_saved(folder), {"x": np.ones(4, np.float32)})),
+  ("checkpoint: leaf", "y is absent there", "delete",
+   lambda folder: _restored(
+     _saved(folder), {**TREE, "y": np.ones(2, np.float32)})),
+  ("tfds: name", "unknown data set 'films/1'", "one of",
+   lambda folder: tfds.read_tfds("films/1", data_dir=folder)),
+  ("tfds: a pattern", "data_dir=", "takes for patterns", "use another",
+   lambda folder: tfds.read_tfds("movielens/1m", data_dir=folder / "d[1]")),
+  ("tfds: another archive", "no 'ml-100k/u.data' inside", "../../evil",
+   lambda folder: Place(
+     folder, "movielens/100k", _zip({"../../evil": "out"})).read()),
+  ("report: no rows", "has no rows.parquet", "finished run",
+   lambda folder: report.write_report([folder])),
+  ("serving: prefix", "prefix='test'", "one of",
+   lambda folder: serving.of_users(_recommender(), prefix="test")),
+  ("serving: users and histories", "1 users have 2 histories", "one of each",
+   lambda folder: serving.of_histories(_recommender(), [[], []], ["ann"])),
+  ("model: absent", "m.pin does not exist", "check the path",
+   lambda folder: serving.load(folder / "m.pin")),
+  ("workdir: method to serve", "method 'best' is not in", "['base', 'pin']",
+   lambda folder: serve.recommender(_finished(folder), method="best")),
+  ("workdir: seed to serve", "seed 3 is not in", "use one of [0]",
+   lambda folder: serve.recommender(_finished(folder), seed=3)),
+  ("workdir: other data, to serve", "is of data 0000", "put back",
+   lambda folder: serve.recommender(_finished(folder))),
+  ("checkpoint: a pattern for a name", "has ? [ in it", "use a directory",
+   lambda folder: Checkpoints(folder / "a[b]?")),
+):
+  ROWS[_name] = (_action, _words)
 
 
 def _config(key, value, *words, **more):
@@ -531,6 +444,10 @@ for _row in (
   ("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'"),
   ("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern"),
   ("pin.blocks", ("others=joint",), "'others' is", "pin.weighting"),
+  ("pin.blocks", ("items=joint", "nowhere=joint"), "'nowhere'", "leaves: "),
+  ("pin.blocks", ("items",), "'items' must be pattern=weighting"),
+  ("pin.blocks", ("(=joint",), "'(' is no regular expression"),
+  ("pin.blocks", ("items=best",), "'best': use one of"),
   ("loss.name", "mse", "loss.name='mse'", "one of"),
   ("loss.negatives", 0, "loss.negatives=0", "whole number"),
   ("loss.exponent", INF, "loss.exponent=inf", "number from 0"),
@@ -564,6 +481,11 @@ _config("loss.name", "gbce", "made for 'uniform'", loss__proposal="in_batch")
 _config("loss.name", "gbce", "config section loss", "rate=1.03448",
         loss__negatives=30)
 _config("evaluation.protocol", "sampled", "99", "more")
+_config("pin.path", "weighted", "pin.path='weighted'", "that read nothing",
+        pin__weighting="pcgrad")
+_config("pin.path", "weighted", "use 'accumulated'", pin__granularity="tensor")
+_config("pin.blocks", ("items=joint",), "one of the two",
+        pin__granularity="tensor")
 _config("memory.relations", ("cosine",), "'cosine'", "plugin_draw='validation'",
         plugin__name="gated", memory__recent=3)
 
@@ -617,7 +539,7 @@ _flags("--config=tests/tiny.py --workdir=s3://b/w", "s3://b/w", "local path")
 _flags(f"{TINY}/w --coordinator=h:99999 --num_processes=2 --process_id=0",
        "--coordinator=h:99999", "1 to 65535")
 _flags(f"{TINY}/w --coordinator=h:1 --num_processes=2 --process_id=0 "
-       "--patience=9999999999", "--patience=9999999999", "[1, 1000000]")
+       "--heartbeat=9999999999", "--heartbeat=9999999999", "[1, 1000000]")
 
 
 def _words(program, name, *words):
@@ -687,25 +609,10 @@ _serving("everything denied", "deny names all 2", "shorten it",
          allow=["a", "b"], deny=["b", "a"])
 
 
-@row("serving: prefix", "prefix='test'", "one of")
-def _(folder):
-  serving.of_users(_recommender(), prefix="test")
-
-
-@row("serving: users and histories", "1 users have 2 histories", "one of each")
-def _(folder):
-  serving.of_histories(_recommender(), [[], []], ["ann"])
-
-
 @row("serving: id of another type", "item 'a' is no integer", "give one")
 def _(folder):
   known = _recommender()._replace(item_ids=np.arange(6))
   serving.of_histories(known, [["a"]])
-
-
-@row("model: absent", "m.pin does not exist", "check the path")
-def _(folder):
-  serving.load(folder / "m.pin")
 
 
 @row("model: text", "m.pin is damaged or not what", "export the job")
@@ -725,21 +632,6 @@ def _finished(folder):
   job.claim_workdir(folder, tiny.get_config(), "0" * 16)
   (folder / "summary.json").write_text("{}")
   return str(folder)
-
-
-@row("workdir: method to serve", "method 'best' is not in", "['base', 'pin']")
-def _(folder):
-  serve.recommender(_finished(folder), method="best")
-
-
-@row("workdir: seed to serve", "seed 3 is not in", "use one of [0]")
-def _(folder):
-  serve.recommender(_finished(folder), seed=3)
-
-
-@row("workdir: other data, to serve", "is of data 0000", "put back")
-def _(folder):
-  serve.recommender(_finished(folder))
 
 
 def _serve(name, *words, **options):
@@ -852,11 +744,6 @@ _in_workdir(
     config, folder / "f" / "w"
   )), "f/w cannot be written", "name another place",
 )
-
-
-@row("checkpoint: a pattern for a name", "has ? [ in it", "use a directory")
-def _(folder):
-  Checkpoints(folder / "a[b]?")
 
 
 @row("report: damaged rows", "rows.parquet is damaged", "restore it")

@@ -112,7 +112,7 @@ def differences(workdir, reference):
 
 def chaos(kills, seed=0, arguments=(), say=print):
   """Kills jobs so many times; (kills survived, differences)."""
-  from experiments.interruption import EXIT_CODE
+  from experiments.commands import SAVED
 
   rng, survived, saving, lives = random.Random(seed), 0, 0, 0
   different = []
@@ -130,7 +130,7 @@ def chaos(kills, seed=0, arguments=(), say=print):
           workdir, scratch, arguments, rng.uniform(5, 12), signal.SIGTERM
         )
         say(f"SIGTERM: exit code {code}", flush=True)
-        different += [f"exit code {code}"] * (code not in (EXIT_CODE, -15, 0))
+        different += [f"exit code {code}"] * (code not in (SAVED, -15, 0))
       for _ in range(min(kills - survived, KILLS_OF_A_LIFE)):
         moment = rng.uniform(0, whole)
         if launched(workdir, scratch, arguments, moment) == 0:

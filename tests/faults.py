@@ -26,7 +26,6 @@ from etils import epath
 
 from experiments import (
   commands,
-  interruption,
   job,
   logs,
   report,
@@ -371,7 +370,7 @@ def _interrupted_by(number, folder):
     if isinstance(event, loop.Validation) and event.step == 4:
       os.kill(os.getpid(), number)
 
-  with interruption.noticed() as interrupted:
+  with commands.noticed() as interrupted:
     try:
       _trained(folder, _step(), watch, interrupted=interrupted)
     finally:

@@ -34,24 +34,15 @@ from experiments.methods import METHODS, RULES, compared, stages_of
 from pin_jax import aggregation, serving
 from pin_jax.training import loop
 from pin_jax.types import InputError, TrainingError
-from tests import events
+from tests import events, tiny
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
 
 def _config(**data):
-  config = base.default()
-  config.data = ConfigDict(
-    data
-    or {
-      "source": "simulator", "seed": 0, "num_users": 80, "num_items": 30,
-      "borders": (4, 6, 9, 30),
-    }
-  )
-  config.groups.num_groups = 3
-  config.backbone.update(length=6, width=8, blocks=1, dropout=0.1)
-  config.plugin.hidden = 4
-  config.batch_size = 24
+  config = tiny.get_config()
+  config.data = ConfigDict(data) if data else config.data
+  config.methods = base.default().methods
   config.backbone_steps, config.plugin_steps = 12, 8
   config.classifier_steps = 8
   config.pin.diagnose_every = 4
@@ -391,24 +382,6 @@ def test_results_page_of_a_tiny_job_and_of_its_summary(finished, tmp_path):
     assert any(x.startswith(f"| {METHODS[name].title} |") for x in first)
 
 
-@pytest.mark.parametrize(("pin", "message"), [
-  ({"weighting": "pcgrad", "path": "weighted"},
-   "pin.path='weighted'.*need.* weights that read nothing"),
-  ({"path": "weighted", "granularity": "tensor"}, "use 'accumulated'"),
-  ({"blocks": ("items=joint", "nowhere=joint")}, "'nowhere'.*leaves: .*items"),
-  ({"blocks": ("items",)}, "'items' must be pattern=weighting"),
-  ({"blocks": ("(=joint",)}, r"'\(' is no regular expression"),
-  ({"blocks": ("items=best",)}, "'best': use one of"),
-  ({"blocks": ("items=joint",), "granularity": "tensor"}, "one of the two"),
-])
-def test_contradictory_adjustments_are_refused(tmp_path, pin, message):
-  config = _config()
-  config.pin.update(pin)
-  with pytest.raises(InputError, match=message):
-    _run(config, tmp_path / "w")
-  assert not (tmp_path / "w").exists()
-
-
 def _aggregated(config, prior, shares):
   """Weights [blocks][G] by name of a made-up tree."""
   rules, blocks, *_ = build.make_adjustment(config.pin, prior, shares)
@@ -454,19 +427,6 @@ def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
   assert set(rows["model"]) == {"base", "pin_exact_backbone"}
   runs = {r["run"] for r in read_log(epath.Path(tmp_path))}
   assert {"classifier", "pin-exact/backbone"} <= runs
-
-
-@pytest.mark.parametrize(("setting", "value"), [
-  ("blocks", ("items=joint", "others=pcgrad")),
-  ("blocks", ("items=joint", "bias=joint", "items=pcgrad")),
-  ("weighting", "cagrad:c=0.4,c=0.5"),
-  ("weighting", "famo:num_groups=7"),
-])
-def test_no_rule_is_overwritten(setting, value):
-  config = _config()
-  config.pin[setting] = value
-  with pytest.raises(InputError, match=f"pin.{setting}=.*repeated"):
-    build.make_adjustment(config.pin, np.ones(3), np.ones(3))
 
 
 @pytest.mark.slow
@@ -516,11 +476,9 @@ def test_paper_era_protocol_beats_the_untrained_model(tmp_path):
   for row in rows.iter_rows(named=True):
     listed = np.asarray([row["score"], *row["negative_scores"]])
     assert row["rank"] == scipy.stats.rankdata(-listed)[0]
-  content = json.loads((tmp_path / "report.json").read_text())
-  auc = next(
-    x for x in content[1]["tables"] if x["title"].startswith("AUC by")
-  )
-  assert auc["lines"][0][3] > 0.6  # of the base; 0.5 without training
+  done = results.analyse(results.read(tmp_path), num_resamples=50)
+  auc = results.group_table(done, done.main, "AUC", 50)
+  assert auc.lines[0][3] > 0.6  # of the base; 0.5 without training
   assert "SAMPLED PROTOCOL" in text and "KL from" not in text
 
 
@@ -530,41 +488,6 @@ def test_finished_job_reprints_without_training(finished, monkeypatch):
   again = _run(config, workdir)
   assert "is finished" in again
   assert text.split("\nVerdict", 1)[1] == again.split("\nVerdict", 1)[1]
-
-
-@pytest.mark.slow  # chaos_test.py kills another
-def test_killed_job_continues_to_the_same_result(tmp_path, monkeypatch):
-  config = _config()
-  config.methods = ("pin",)
-  _run(config, tmp_path / "whole")
-
-  class Killed(Exception):
-    pass
-
-  run = loop.run
-
-  def dying(step, state, operands, plan, *args, **kwargs):
-    for event in run(step, state, operands, plan, *args, **kwargs):
-      yield event
-      steps = isinstance(event, loop.Steps) and event.start
-      if plan.names == ("pin/backbone",) and steps >= 8:
-        raise Killed
-
-  monkeypatch.setattr(loop, "run", dying)
-  with pytest.raises(Killed):
-    _run(config, tmp_path / "killed")
-  monkeypatch.setattr(loop, "run", run)
-  _run(config, tmp_path / "killed")
-  whole, killed = (
-    pl.read_parquet(tmp_path / name / "rows.parquet")
-    for name in ("whole", "killed")
-  )
-  assert whole.equals(killed)
-  logs = [
-    sorted((tmp_path / name / "log.jsonl").read_text().splitlines())
-    for name in ("whole", "killed")
-  ]
-  assert logs[0] == logs[1]
 
 
 def test_string_ids_come_back(tmp_path):
@@ -621,13 +544,6 @@ def test_short_users_are_dropped_and_counted(tmp_path):
   config.methods = ("base",)
   text = _run(config, tmp_path / "w")
   assert "users_dropped 2" in text
-
-
-def test_no_user_left(tmp_path):
-  (tmp_path / "a.csv").write_text("user,item\n1,1\n1,2\n2,1\n")
-  config = _config(source="files", path=str(tmp_path / "a.csv"))
-  with pytest.raises(InputError, match="3 interactions"):
-    _run(config, tmp_path / "w")
 
 
 def test_the_backbone_packs_as_many_rows_as_the_config_says():
@@ -698,21 +614,6 @@ def test_every_backbone_and_plugin_is_served(tmp_path, backbone, plugin):
   assert lists[0].drop("score").equals(lists[1].drop("score"))
 
 
-@pytest.mark.slow
-def test_a_backbone_that_attends_to_candidates_runs_the_job(tmp_path):
-  config = _config()
-  config.methods = ("base", "pin")
-  config.backbone.update(name="din", blocks=base.default().backbone.blocks)
-  config.backbone_steps, config.plugin_steps = 4, 4
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    _run(config, tmp_path / "w")
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
-  rows = pl.read_parquet(tmp_path / "w" / "rows.parquet")
-  assert rows["rank"].is_finite().all() and len(rows) == 2 * 80
-
-
 def test_a_command_line_error_is_one_line(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "experiments.main", f"--workdir={tmp_path}/w",
@@ -724,16 +625,12 @@ def test_a_command_line_error_is_one_line(tmp_path):
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-  "config", [quickstart.get_config(), paper_era.get_config()]
-)
+@pytest.mark.parametrize("config", [
+  quickstart.get_config(), paper_era.get_config(),
+  *(ml1m.get_config(f"source={source}") for source in ("files", "tfds")),
+])
 def test_shipped_configs_pass_the_check(config):
   settings.check(config)
-
-
-@pytest.mark.parametrize("source", ["files", "tfds"])
-def test_shipped_configs_with_arguments_pass_the_check(source):
-  settings.check(ml1m.get_config(f"source={source}"))
 
 
 def test_temporal_split_ranks_only_users_with_a_later_target(tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from experiments import commands, interruption, job, schema
+from experiments import commands, job
 from pin_jax.training import steps
 from pin_jax.types import InputError, Interrupted, TrainingError
 from tests import tiny
@@ -27,7 +27,7 @@ def _raising(error):
   (InputError("x=1: give 2"), 2),
   (TrainingError("base: nan"), 3),
   (OSError(28, "No space left on device"), 3),
-  (Interrupted("base: after step 7"), interruption.EXIT_CODE),
+  (Interrupted("base: after step 7"), commands.SAVED),
 ])
 @pytest.mark.parametrize("debug", [False, True])
 def test_an_error_is_one_line_and_a_code(
@@ -121,8 +121,8 @@ def test_an_error_of_the_code_is_no_users_error():
 
 _BUSY = """
 import os, signal, time
-from experiments import interruption
-with interruption.noticed(grace=600):
+from experiments import commands
+with commands.noticed(grace=600):
   os.kill(os.getpid(), signal.SIGINT)
   time.sleep(0.2)
   os.kill(os.getpid(), signal.SIGINT)
@@ -135,7 +135,7 @@ def test_a_second_ctrl_c_ends_at_once():
     [sys.executable, "-c", _BUSY], capture_output=True, text=True, check=False,
     timeout=300,
   )
-  assert done.returncode == interruption.EXIT_CODE
+  assert done.returncode == commands.SAVED
   assert "saving; Ctrl-C again ends at once" in done.stderr
   assert "the same command continues" in done.stderr
   assert "Traceback" not in done.stderr
@@ -154,11 +154,3 @@ def test_a_workdir_of_before_a_key_is_still_the_jobs(tmp_path):
   config.non_finite = "skip"
   with pytest.raises(InputError, match="non_finite is 'stop' there"):
     job.claim_workdir(folder, config, "data")
-
-
-def test_differences_fill_in_defaults():
-  found = schema.differences(
-    {"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, {"a": {"b": 0, "c": 2}}
-  )
-  assert list(found) == [("a.b", 1, 3)]
-

@@ -13,9 +13,9 @@ from etils import epath
 from experiments import build, job, serve, settings, stages, workdir
 from experiments.methods import compared, information, learns, selected
 from experiments.problem import make_problem
-from pin_jax import serving
 from pin_jax.data import batches, splits
 from tests import tiny
+from tests.job_test import positions
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 GATED = ("base", "base_validation", "memory_alone", "joint_plugins")
@@ -226,17 +226,7 @@ def test_refitted_rows_are_what_is_served(refitted):
   keys = rows["model"].unique(maintain_order=True).to_list()
   assert keys == [*selected(_config())]
   for method in ("base", "joint_plugins"):
-    made = serve.recommender(refitted, method=method)
-    table = serving.recommend(
-      made, serving.of_users(made, prefix="validation"), k=30,
-      mask_history=False,
-    )
-    level = pl.col("rank").mean().over("request", "score")  # ties
-    own = rows.filter(model=method)
-    found = table.with_columns(position=level).join(
-      own, left_on=["user", "item"], right_on=["user", "target"],
-      suffix="_evaluated",
-    )
+    own, found = positions(refitted, method, mask_history=False)
     assert len(found) == len(own) == 80
     assert found["position"].to_list() == found["rank_unmasked"].to_list()
 

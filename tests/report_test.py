@@ -1,4 +1,4 @@
-"""The report as console, page, Markdown, LaTeX and JSON; its figures."""
+"""The report as console, page, Markdown and LaTeX; its figures."""
 
 import base64
 import html.parser
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import rich.console
 from results_test import sampled_rows
-from toy_rows import job_of, make_log, make_rows, make_workdir
+from toy_rows import job_of, make_rows, make_workdir
 
 from experiments import figures, report, results
 from pin_jax.types import InputError
@@ -37,7 +37,7 @@ def _console(width=80):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-  """Reports on two jobs: [html, Markdown, LaTeX, JSON], their directories."""
+  """Reports on two jobs: [html, Markdown, LaTeX], their directories."""
   root = tmp_path_factory.mktemp("pages")
   paths = [
     make_workdir(root / f"w{n}", make_rows(MODELS, range(3)), length=n)
@@ -47,10 +47,10 @@ def pages(tmp_path_factory):
     paths, output=root / "out", console=_console(), **FAST
   )
   assert [path.name for path in written] == [
-    "report.html", "report.tex", "report.json", "report.md"
+    "report.html", "report.tex", "report.md"
   ]
-  page, latex, numbers, markdown = (path.read_text() for path in written)
-  return [page, markdown, latex, numbers], paths
+  page, latex, markdown = (path.read_text() for path in written)
+  return [page, markdown, latex], paths
 
 
 class _Outline(html.parser.HTMLParser):
@@ -92,7 +92,7 @@ def test_the_page_is_sound_and_loads_nothing(pages):
   assert len(set(outline.ids)) == len(outline.ids)
   assert {link[1:] for link in outline.links} <= set(outline.ids)
   start = "data:image/svg+xml;base64,"
-  assert len(outline.sources) > 6
+  assert len(outline.sources) == 5
   for source in outline.sources:
     assert source.startswith(start)
     text = base64.b64decode(source.removeprefix(start))
@@ -111,7 +111,7 @@ def test_the_page_names_every_model_and_its_verdict(pages):
 
 
 def test_the_page_says_where_the_numbers_come_from(pages):
-  page, markdown, *_ = pages[0]
+  page, markdown, _ = pages[0]
   common = (
     "python -m experiments.main --workdir=runs/toy", "toy.parquet",
     "leave-one-out; full ranking over 300 items", "data toy f00",
@@ -126,7 +126,7 @@ def test_the_page_says_where_the_numbers_come_from(pages):
 
 
 def test_tables_hold_the_numbers_of_the_rows(pages):
-  (_, markdown, latex, _), paths = pages
+  (_, markdown, latex), paths = pages
   rows = results.read(paths[0]).rows
   for model in MODELS:
     own = rows.filter(model=model)
@@ -168,37 +168,10 @@ def test_latex_is_balanced_and_escaped(pages):
     assert len(widths) == 1
 
 
-def test_json_holds_all_tables_as_numbers(pages):
-  (*_, text), paths = pages
-  content = json.loads(text, parse_constant=pytest.fail)
-  job = results.analyse(results.read(paths[0]), None, 200)
-  section = content[1]
-  assert section["section"] == "toy (w5)"
-  tables = {table["title"]: table for table in section["tables"]}
-  for title in job.results.lists:
-    table = tables[f"NDCG@10, {title}"]
-    got = {line[0]: line[2][0] for line in table["lines"]}
-    assert got == {x.model: x.overall.estimate for x in job.levels[title]}
-  assert any(x.get("outcome") for x in content[0]["texts"])
-
-
-def test_conflicts_stand_beside_those_of_noise(pages):
-  page = pages[0][0]
-  assert "which is what noise alone gives, 25.0 % and 0.12)" in page
-
-
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_few_seeds_are_marked_everywhere(tmp_path, seeds):
   rows = make_rows(MODELS, seeds)
   path = make_workdir(tmp_path / "few", rows, seeds=seeds)
-  summary = json.loads((path / "summary.json").read_text())
-  summary["cost"] = {
-    f"seed{seed}/pin/plugins"[6 * (len(seeds) == 1):]: {
-      "steps": 9, "best_steps": [0, 5], "validation": [0.1, 0.1],
-      "cpu_seconds": 1.0,
-    } for seed in seeds
-  }
-  (path / "summary.json").write_text(json.dumps(summary))
   console = _console()
   report.write_report([path], console=console, **FAST)
   page, markdown, latex = (
@@ -209,7 +182,6 @@ def test_few_seeds_are_marked_everywhere(tmp_path, seeds):
   for text in (page, markdown, " ".join(console.file.getvalue().split())):
     assert mark in text and "fewer than three seeds have no p" in text
     assert "No verdict: against base" in text and "--config.seeds=" in text
-    assert "the last stage of pin changed nothing for tail users" in text
     assert "holds:" not in text and "refuted:" not in text
   pictures = [
     base64.b64decode(x).decode()
@@ -304,14 +276,11 @@ def test_rows_alone_are_enough(tmp_path):
   assert "split not recorded" in text
 
 
-def test_undefined_numbers_are_null_and_not_available(tmp_path):
+def test_undefined_numbers_are_not_available(tmp_path):
   rows = make_rows(seeds=range(3)).with_columns(rank=200.0, rank_unmasked=200.0)
   path = make_workdir(tmp_path / "a", rows)
   report.write_report([path], console=_console(), **FAST)
   assert "| n/a [n/a, n/a] |" in (path / "report.md").read_text()
-  content = json.loads((path / "report.json").read_text())
-  change = content[1]["tables"][0]["lines"][0][1]
-  assert change == [None] * 5
 
 
 @pytest.mark.parametrize(("cell", "kind", "text"), [
@@ -326,11 +295,6 @@ def test_undefined_numbers_are_null_and_not_available(tmp_path):
 ])  # fmt: skip
 def test_cells_as_text(cell, kind, text):
   assert report.cell_text(cell, kind) == text
-
-
-def test_latex_text():
-  got = report.latex_text("5 % of a_b & {c} −1")
-  assert got == r"5 \% of a\_b \& \{c\} $-$1"
 
 
 def test_a_place_to_write_to_and_rows_to_read_are_needed(tmp_path):
@@ -374,12 +338,9 @@ def test_command_writes_a_summary_and_the_results_page(tmp_path):
 def test_figures_are_drawn(num_groups):
   rows = make_rows(("base", "pin", "x"), num_groups=num_groups)
   job = job_of(rows)
-  log = [x for x in make_log(num_groups=num_groups) if "norms" in x]
   for make in (
-    lambda: figures.activeness(rows),
     lambda: figures.groups(rows, ["base", "pin"], "rank"),
     lambda: figures.forest({"a": job.claim()}, 0.02, "title"),
-    lambda: figures.gradients(log, "pin"),
   ):
     text = figures.svg(make())
     assert text == figures.svg(make())
@@ -409,15 +370,3 @@ def test_the_figure_by_group_shows_the_means_of_the_rows():
   changes = 100 * (np.divide(means[1], means[0]) - 1)
   got = bottom.containers[0].lines[0].get_ydata()
   np.testing.assert_allclose(got, changes)
-
-
-def test_cosine_with_the_mean_equals_that_of_the_gradients():
-  rng = np.random.default_rng(3)
-  gradients = rng.normal(size=(7, 4, 20))
-  norms = np.linalg.norm(gradients, axis=-1)
-  units = gradients / norms[..., None]
-  mean = gradients.mean(1)
-  want = np.einsum("tgd,td->tg", units, mean)
-  want /= np.linalg.norm(mean, axis=-1, keepdims=True)
-  got = figures.cosine_with_mean(norms, units @ units.swapaxes(1, 2))
-  np.testing.assert_allclose(got, want)

@@ -87,7 +87,6 @@ def _set(name, value):
 WAYS = {  # strategy of a value, keys that take it
   ("memory.shrink", "prior.exponent", "optimizer.weight_decay"):
     st.integers(0, 100) | st.floats(0, 100),
-  ("data.confounding",): st.integers(0, 1) | st.floats(0, 1),
   ("batch_size", "validation.users", "evaluation.seed"): st.integers(30, 99),
   ("seeds",): st.lists(st.integers(0, 2**31 - 1), min_size=1, unique=True),
   ("prior.values",): st.lists(st.integers(0, 9) | st.floats(0, 9), max_size=4),
@@ -106,30 +105,21 @@ _ONE = st.one_of([
 @hypothesis.given(_ONE)
 def test_the_same_setting_by_another_way_is_the_same_job(chosen):
   name, value = chosen
-  if name == "data.confounding":  # a section's key that the config leaves out
-    with_section = tiny.get_config()
-    with_section.data = ConfigDict(
-      {**with_section.data, "confounding": float(value)}
-    )
-    made = [with_section, tiny.get_config()]
-    with made[1].unlocked():
-      made[1].data["confounding"] = value
-  else:
-    forms = [value]
-    if isinstance(value, list):
-      forms = [value, tuple(value)]
-    elif not isinstance(value, bool) and isinstance(KEYS[name].default, float):
-      forms = [value, float(value)]
-    made = [_set(name, form) for form in forms]
-    made += [_by_flags(f"--config.{name}={form}") for form in forms]
-    made.append(_by_flags(
-      f"--config.{name}={KEYS[name].default}", f"--config.{name}={value}"
-    ))
-    section, _, last = name.rpartition(".")
-    if section:  # the whole section anew, as a config file may
-      fresh = tiny.get_config()
-      fresh[section] = ConfigDict({**fresh[section], last: value})
-      made.append(fresh)
+  forms = [value]
+  if isinstance(value, list):
+    forms = [value, tuple(value)]
+  elif not isinstance(value, bool) and isinstance(KEYS[name].default, float):
+    forms = [value, float(value)]
+  made = [_set(name, form) for form in forms]
+  made += [_by_flags(f"--config.{name}={form}") for form in forms]
+  made.append(_by_flags(
+    f"--config.{name}={KEYS[name].default}", f"--config.{name}={value}"
+  ))
+  section, _, last = name.rpartition(".")
+  if section:  # the whole section anew, as a config file may
+    fresh = tiny.get_config()
+    fresh[section] = ConfigDict({**fresh[section], last: value})
+    made.append(fresh)
   claims = [job.of_results(config) for config in made]
   assert all(claim == claims[0] for claim in claims)
   assert len({sweep.job_name(config) for config in made}) == 1

@@ -54,23 +54,7 @@ def _by_flags(path):
   return holder.value
 
 
-def _by_program(path):
-  config = files.get_config(f"path={path}")
-  for key, value in DATA.items():
-    config.data[key] = value
-  return config
-
-
-def _by_sweep(path):
-  config = files.get_config("path=nowhere.csv")
-  given = {f"data.{key}": value for key, value in DATA.items()}
-  config.update_from_flattened_dict({**given, "data.path": str(path)})
-  return config
-
-
-@pytest.mark.parametrize(
-  "make", [_by_argument, _by_flags, _by_program, _by_sweep]
-)
+@pytest.mark.parametrize("make", [_by_argument, _by_flags])
 def test_sizes_follow_from_the_data(path, make):
   asked = make(path)
   config, _ = problem.prepare(asked)

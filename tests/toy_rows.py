@@ -58,7 +58,6 @@ def make_log(run="pin/backbone", steps=60, num_groups=5):
       {
         "run": run,
         "step": step,
-        "loss": norms.tolist(),
         "weights": weights.tolist(),
         "norms": norms.tolist(),
         "conflict_rate": float((cosines < 0).mean()),
@@ -66,7 +65,6 @@ def make_log(run="pin/backbone", steps=60, num_groups=5):
         "cosines": cosines.tolist(),
         "noise_conflict_rate": 0.25,
         "noise_cosine": 0.125,
-        "learning_rate": 1e-3,
       }
     )
     records.append({"run": run, "step": step, "validation": {"overall": 0.1}})

@@ -3,10 +3,8 @@
   python -m experiments.main --config=experiments/configs/beauty.py \
     --workdir=runs/beauty
 
-Some 13 minutes on one CPU core (base 210 CPU-seconds). Expect, history masked,
-over three seeds a base of NDCG@10 .0561 (tail .051, head .078), PIN at +11 %
-[+8, +15] for tail and +5 % [+1, +10] for head users, and a joint backbone with
-one gate for all users at +14 % [+11, +17] and +6 % [+2, +10].
+Some 13 minutes on one CPU core (base 210 CPU-seconds);
+results: docs/findings.md.
 
 A base of width 256 (`--config.backbone.width=256
 --config.optimizer.learning_rate=2e-3`) takes three times as long and has .0698
