@@ -118,8 +118,9 @@ def chaos(kills, seed=0, arguments=(), say=print):
   different = []
   with tempfile.TemporaryDirectory() as folder:
     scratch = pathlib.Path(folder)
-    workdir, start = scratch / "work", time.monotonic()
-    launched(scratch / "reference", scratch, arguments)
+    workdir, start = scratch / "killed" / "job", time.monotonic()
+    reference = scratch / "whole" / "job"  # of one name: reports say it
+    launched(reference, scratch, arguments)
     whole = time.monotonic() - start
     while survived < kills:
       lives += 1
@@ -138,7 +139,7 @@ def chaos(kills, seed=0, arguments=(), say=print):
         survived += 1
         saving += any(workdir.glob("checkpoints/*/*orbax-checkpoint-tmp*"))
       launched(workdir, scratch, arguments)
-      found = differences(workdir, scratch / "reference")
+      found = differences(workdir, reference)
       different += found
       say(
         f"life {lives}: {survived} kills survived, {saving} of them within a "
