@@ -303,7 +303,7 @@ def test_log_holds_every_step_and_group(finished):
 
 def test_outputs_and_protocol(finished):
   _, workdir, text = finished
-  for kind in ("html", "md", "tex", "json"):
+  for kind in ("html", "md", "tex"):
     assert (workdir / f"report.{kind}").stat().st_size > 5000
   for part in (
     "leave-one-out", "full ranking over 30 items", "ties at their average",
