@@ -63,7 +63,7 @@ class JointBase:
     # Windows are drawn uniformly: a step has so many targets on average.
     windows = int(self.operands.pool.window_starts[-1])
     self.targets = (
-      config.batch_size * self.problem.targets.sum() / windows
+      config.batch_size * self.problem.sequences.targets.sum() / windows
       * self.dispatch
     )
     self.requests = requests_for(

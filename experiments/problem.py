@@ -45,7 +45,6 @@ class Problem(NamedTuple):
 
   Attributes:
     split: interactions with their training, validation and test parts.
-    targets: number of training targets.
     groups: activeness group.
     segments: 0 tail, 1 head.
     prior: [G], P(d).
@@ -56,7 +55,6 @@ class Problem(NamedTuple):
   """
 
   split: splits.Split
-  targets: np.ndarray
   groups: np.ndarray
   segments: np.ndarray
   prior: np.ndarray
@@ -120,7 +118,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
     interactions, Stored
   )
   return config, Problem(
-    split, targets, groups, segments, prior, sequences, world,
+    split, groups, segments, prior, sequences, world,
     asked and memory.holds_repeats(split),
   )
 

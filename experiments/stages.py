@@ -118,7 +118,6 @@ class Trainer:
     cost: run -> steps, best steps and validation.
     cpu_seconds: run -> processor time.
     length: L.
-    sequences: the interactions on the devices; None where they are on disk.
     streams: whether they are.
   """
 
@@ -136,14 +135,18 @@ class Trainer:
     self._layout, self._store = networks.layout, store
     self._directory, self._seeds = workdir / "checkpoints", seeds
     self.streams = isinstance(problem.split.interactions, Stored)
-    self.sequences = None if self.streams else sharding.spread_flat(
-      problem.sequences, self._layout
-    )
     self.length = config.backbone.length
     self.trained: dict[str, dict[int, loop.Result]] = {}
     self.cost: dict[str, dict[str, Any]] = {}
     self.cpu_seconds: dict[str, float] = {}
     self._rankers: dict[tuple, Ranker] = {}
+
+  @functools.cached_property
+  def sequences(self) -> batches.Sequences | None:
+    """The interactions on the devices; None where they stay on disk."""
+    if self.streams:
+      return None
+    return sharding.spread_flat(self._problem.sequences, self._layout)
 
   @property
   def remembered(self) -> splits.Split:
@@ -234,19 +237,17 @@ class Trainer:
         checkpoints=checkpoints, interrupted=monitor.interrupted,
         stream=self._stream(stage, run) if self.streams else None,
       ):
-        monitor.take(plan.names[event.run], event, plan.num_steps)
+        name = plan.names[event.run]
+        monitor.take(name, event, plan.num_steps)
         if isinstance(event, loop.Result):
           self.trained[stage.name][seeds[event.run]] = event
-    for name, result in zip(
-      plan.names, self.trained[stage.name].values(), strict=True
-    ):
-      self.cost[name] = {
-        "steps": result.last_step,
-        "best_steps": result.best_steps,
-        "validation": result.best_values if run.select else [],
-        **monitor.log.skipped(name),
-      }
-      self.cpu_seconds[name] = round(result.cpu_seconds, 1)
+          self.cost[name] = {
+            "steps": event.last_step,
+            "best_steps": event.best_steps,
+            "validation": event.best_values if run.select else [],
+            **monitor.log.skipped(name),
+          }
+          self.cpu_seconds[name] = round(event.cpu_seconds, 1)
 
   def read(self, stage: Stage) -> None:
     """Reads the selected parameters of a finished stage; writes nothing.
