@@ -347,9 +347,11 @@ def _train_all(
 ) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
   methods = selected(config)
   stages = stages_of(methods)
-  total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
-  progress = logs.JobProgress(total, options.console)
+  to_come = [(stage.kind, num_steps(config, stage)) for stage in stages]
+  progress = logs.Progress(
+    to_come * len(config.seeds), config.validation.every, options.console
+  )
   monitor = Monitor(log, progress, options.interrupted)
   about = {
     "config": of_results(config), "data": fingerprint(problem),
@@ -378,6 +380,7 @@ def _train_all(
         if problem.world is not None and config.loss.name in settings.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
+    progress.close()
     log.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
