@@ -56,7 +56,6 @@ from experiments.problem import (
 )
 from experiments.results import MIN_SEEDS, SUFFIXES, few_seeds, number_range
 from experiments.stages import (
-  CUTOFF,
   Monitor,
   Trainer,
   check,
@@ -126,8 +125,8 @@ def result_rows(
 
 def validated(
   key: str, seed: int, problem: Problem, trainer: Trainer, half: bool
-) -> dict[str, list[float]]:
-  """Segment -> a method's metric of its users, on validation before `refit`.
+) -> dict[str, np.ndarray]:
+  """Segment -> a method's ranks of its validation targets, before `refit`.
 
   Args:
     key: of the method.
@@ -137,34 +136,36 @@ def validated(
     half: leave those out from whose validation targets a method has learnt.
   """
   requests = trainer.validation("all", half)
-  values = np.zeros(len(requests.users))
+  ranks = np.zeros(len(requests.users))
   for chosen, kind, operands in _by_model(
     METHODS[key], seed, problem, trainer, requests.users, "validation"
   ):
-    ranks = trainer.ranker(*kind)(*operands)
-    values[chosen] = metrics.ndcg(ranks.rank, CUTOFF)
+    ranks[chosen] = trainer.ranker(*kind)(*operands).rank
   return {
-    name: values[requests.segments == s].tolist()
-    for s, name in enumerate(SEGMENTS)
+    name: ranks[requests.segments == s] for s, name in enumerate(SEGMENTS)
   }
 
 
-def _choice(found: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> dict:
-  """What serves whom, and by which values.
+def _choice(
+  found: Mapping[str, Sequence[Mapping[str, np.ndarray]]], metric: str
+) -> dict[str, Any]:
+  """What serves whom, and by which values of a metric.
 
   Args:
     found: key -> of each seed, as of `validated`.
+    metric: name of one.
   """
+  values = metrics.metric(metric)
   first = next(iter(found.values()))[0]
   validation = {
     key: {
-      part: float(np.mean([own[part] for own in seeds])) if first[part] else 0.0
-      for part in SEGMENTS
+      part: float(values(np.stack([own[part] for own in seeds])).mean())
+      if len(first[part]) else 0.0 for part in SEGMENTS
     } for key, seeds in found.items()
   }
   return {
     **choose(validation), "validation": validation,
-    "users": {part: len(values) for part, values in first.items()},
+    "users": {part: len(ranks) for part, ranks in first.items()},
   }
 
 
@@ -437,7 +438,8 @@ def _train_all(
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():
     disk.write({directory / "cpu_seconds.json": text})
-  return pl.concat(rows), _choice(found), truth.average(closeness), cost
+  choice = _choice(found, config.evaluation.metrics[0])
+  return pl.concat(rows), choice, truth.average(closeness), cost
 
 
 def _closeness(
