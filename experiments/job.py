@@ -404,7 +404,8 @@ def _train_all(
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   to_come = [(stage.kind, num_steps(config, stage)) for stage in stages]
   progress = logs.Progress(
-    to_come * len(config.seeds), config.validation.every, options.console
+    to_come * len(config.seeds), config.validation.every,
+    config.evaluation.metrics[0], options.console,
   )
   monitor = Monitor(log, progress, options.interrupted)
   about = {

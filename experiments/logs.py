@@ -223,7 +223,7 @@ class Progress:
   """
 
   def __init__(
-    self, stages: Sequence[tuple[str, int]], every: int,
+    self, stages: Sequence[tuple[str, int]], every: int, metric: str,
     console: rich.console.Console,
   ) -> None:
     """Starts the clock.
@@ -231,9 +231,10 @@ class Progress:
     Args:
       stages: (kind, steps) of all that are to come, those of each seed.
       every: steps between validations.
+      metric: what validation gives of users.
       console: where to print.
     """
-    self._console, self._every = console, every
+    self._console, self._every, self._metric = console, every, metric
     self._left = collections.Counter()  # steps, by kind
     for kind, steps in stages:
       self._left[kind] += steps
@@ -257,7 +258,8 @@ class Progress:
         self._to_compile -= 1
         if run == 0 and step < steps:
           self._compiled += 1
-          begun = "compiling, then" if step < 0 else f"from step {step:,} on,"
+          begun = f"continued from step {step:,} of" * (step > 0)
+          begun = begun or "compiling, then"
           self._say(f"{name}: {begun} {steps:,} steps")
       case loop.Steps(_, start, log):
         count = len(log["loss"])
@@ -272,9 +274,9 @@ class Progress:
         )
       case loop.Validation(_, _, values):
         self._validating = max(seconds, 0.0)
-        self._found[name] = "".join(
-          f", {key} {value:.4f}" for key, value in values.items()
-        )
+        named = [f"{key} {value:.4f}" for key, value in values.items()]
+        metric = [self._metric] * (kind != "classifier")
+        self._found[name] = f", {' '.join(metric + named)}"
       case loop.Result(_, of_best, values, last):
         self._left[kind] -= steps - last
         best = " and ".join(

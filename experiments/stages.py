@@ -212,7 +212,7 @@ class Trainer:
   def train(self, stage: Stage, monitor: Monitor | None = None) -> None:
     """Trains a stage, or reads its finished checkpoint."""
     quiet = rich.console.Console(quiet=True)
-    monitor = monitor or Monitor(logs.NoLog(), logs.Progress((), 1, quiet))
+    monitor = monitor or Monitor(logs.NoLog(), logs.Progress((), 1, "", quiet))
     config, seeds, run = self._config, self._seeds, self.prepare(stage)
     plan = loop.Plan(
       num_steps(config, stage), config.validation.every, run.select,
