@@ -2,17 +2,11 @@
 
   python -m experiments.serve --workdir=DIR --users=a,b,c
   python -m experiments.serve --workdir=DIR --history=new.csv --output=recs.csv
-  python -m experiments.serve --workdir=DIR --export=FILE
-  python -m experiments.serve --model=FILE --all_users --output=recs.parquet
+  python -m experiments.serve --workdir=DIR --export=model.pin
+  python -m experiments.serve --model=model.pin --all_users --output=recs.csv
 
-The model is what a finished job chose for each segment, or the --method of it
-that is named, or a file that --export wrote. Whom to: --users (original ids, or
-a text file of one a line), --all_users, or --history: interactions of anybody
-in a file as the job reads them, or a .json, .jsonl or .parquet file with a row
-a user: `items` (original ids, oldest first) and, where there is one, `user`.
-Ids that the model does not know are named and left out, or end the command with
---strict. Writes a row an item to --output (.csv, .jsonl, .json or .parquet);
-without it prints the lists of a few users.
+Ids that the model does not know are named and left out. docs/serving.md says
+what the files hold.
 """
 
 import functools
@@ -34,13 +28,21 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, workdir
+from experiments import commands, schema, settings
 from experiments.build import networks_of
 from experiments.configs.base import default
 from experiments.job import of_results
-from experiments.methods import Method, compared, exact_form, selected
+from experiments.methods import (
+  SEGMENTS,
+  Method,
+  chosen,
+  compared,
+  exact_form,
+  selected,
+)
 from experiments.problem import Problem, fingerprint, make_problem
 from experiments.stages import Trainer, routed, same_job
+from experiments.workdir import read_json, versions
 from pin_jax import disk, serving
 from pin_jax.data import files
 from pin_jax.training import checkpoints
@@ -63,11 +65,10 @@ class Options(NamedTuple):
   ] = None
   seed: Annotated[int | None, "one of the job's seeds; default: first"] = None
   users: Annotated[str | None, "ids as a,b,c, or a file of one a line"] = None
-  history: Annotated[str | None, "file of interactions or histories"] = None
+  history: Annotated[str | None, "file of anybody's interactions"] = None
   all_users: Annotated[bool, "all users of the training data"] = False
   prefix: Annotated[
-    str, "how much of a known user's history to read, one of "
-    f"{serving.PREFIXES}; 'validation' gives the test ranks of the job"
+    str, f"how much of a known user's history to read: {serving.PREFIXES}"
   ] = "all"
   k: Annotated[int, "items a list"] = 10
   allow: Annotated[str | None, "the only items; as --users"] = None
@@ -148,7 +149,7 @@ def _recommend(options: Options, console: rich.console.Console) -> None:
     made = serving.load(options.model)
   if of_file:
     config = made.origin.get("config", {}) if made else (
-      _config(options.workdir)[0]
+      _config(disk.place("workdir", options.workdir))[0]
     )
     histories, users = read_histories(path, config.get("data", {}))
   made = made or recommender(
@@ -166,7 +167,7 @@ def _recommend(options: Options, console: rich.console.Console) -> None:
       "error" if options.strict else "always", serving.UnknownWarning
     )
     warnings.showwarning = lambda message, *_: print(
-      f"warning: {message}", file=sys.stderr
+      f"warning: {message}; left out", file=sys.stderr
     )
     table = made.recommend(
       users, histories=histories, prefix=options.prefix, k=options.k,
@@ -316,8 +317,8 @@ def recommender(
 
   Args:
     directory: the workdir; nothing is written there.
-    method: one of the job's; None = for each segment what validation chose,
-      in jobs of older versions PIN.
+    method: one of the job's; None = for each segment what validation chose, or
+      in jobs of older versions the method under test.
     seed: one of the job's; None = the first.
 
   Returns:
@@ -327,8 +328,16 @@ def recommender(
     InputError: if the job is not finished or has no such method or seed, or
       if its data or checkpoints are not what they were.
   """
+  directory = disk.place("workdir", directory)
+  checkpoints.check_directory(directory)
   config, data = _config(directory)
   methods = selected(config)
+  choice = read_json(directory / "summary.json").get("choice")
+  if method is None and choice:
+    method = " and ".join(f"{choice[part]} for {part}" for part in SEGMENTS)
+    if choice["tail"] == choice["head"]:
+      method = choice["tail"]
+    methods[method] = chosen(choice, methods)
   name = exact_form(method, config) if method else compared([*methods])[1]
   seed = config.seeds[0] if seed is None else seed
   for what, wanted, there in (
@@ -357,21 +366,19 @@ def recommender(
     trainer.read(stage)
   return _made(methods[name], seed, problem, trainer, {
     "method": name, "seed": seed, "data": data, "config": of_results(config),
-    "versions": workdir.versions(),
+    "versions": versions(),
   })
 
 
-def _config(directory: epath.PathLike) -> tuple[ConfigDict, str]:
+def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
   """(config, for one device; fingerprint of the data) of a finished job."""
-  directory = disk.place("workdir", directory)
-  checkpoints.check_directory(directory)
   path = directory / "config.json"
   if not path.exists() or not (directory / "summary.json").exists():
     raise InputError(
       f"workdir {directory} holds no finished job; run it to its end with "
       "experiments.main, or check the path"
     )
-  stored = workdir.read_json(path, config={}, data="")
+  stored = read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
     kept, config = schema.canonical(stored["config"]), default()
     known = dict(schema.flatten(config.to_dict()))

@@ -417,7 +417,7 @@ def _known(
       text += f"; ids are such as {known[:1].tolist()[0]!r}"
     if remedy and len(missing) == len(values):
       raise InputError(f"{text}; {remedy}")
-    warnings.warn(UnknownWarning(f"{text}; left out"), stacklevel=4)
+    warnings.warn(UnknownWarning(text), stacklevel=4)
   return index
 
 

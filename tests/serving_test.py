@@ -559,7 +559,7 @@ def test_the_command_serves_the_others_and_says_who_is_unknown(
     "warning: 1 of 3 users is unknown to the model: '160000'; ids are "
     "such as 100; left out",
     "warning: 1 of 2 items to deny is unknown to the model: 'item99' (near: "
-    "'item19', 'item09'); left out",
+    "'item19', 'item09', 'item23'); left out",
   ]
   with pytest.raises(InputError, match="1 of 3 users .* '160000'"):
     run(saved, users="103,160000,106", strict=True)
