@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import re
 import select
 import signal
@@ -93,6 +94,7 @@ def launch(
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   if hasattr(sys.stdout, "reconfigure"):  # a name may be beyond its encoding
     sys.stdout.reconfigure(errors="backslashreplace")
+  keep_programs()
   try:
     code = exit_code(lambda: app.run(checked, flags_parser=parse))
     if code == processes.LOST:  # the runtime would wait for the others
@@ -101,6 +103,27 @@ def launch(
   except KeyboardInterrupt:
     print("interrupted; the same command starts it again", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)  # as shells count
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs on disk for the next launch, up to 2 GB.
+
+  They go to `pin_jax` in the user's cache directory, by the number of usable
+  cores, which their results depend on. What JAX's own variables say holds
+  instead: JAX_COMPILATION_CACHE_DIR names another directory, and
+  JAX_ENABLE_COMPILATION_CACHE=False switches this off.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = pathlib.Path(root, "pin_jax", f"{processes.usable_cores()}_cores")
+  for name, value in (
+    ("jax_compilation_cache_dir", os.fspath(folder)),
+    ("jax_compilation_cache_max_size", 2**31),
+    ("jax_persistent_cache_min_compile_time_secs", 0.1),
+  ):
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 @contextlib.contextmanager
