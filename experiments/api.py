@@ -144,12 +144,13 @@ class Job:
     )
 
   def table(self) -> pl.DataFrame:
-    """NDCG@10 of every method and its change against the first.
+    """The first metric of every method, and its change against the first.
 
     A row a method and part of the users (overall, tail, head), with 95 %
     intervals; changes are fractions, and p is NaN below three seeds.
     """
     job = self.analysis
+    metric = results.metrics_of(job.results.config)[0]
     claims = {claim.model: claim for claim in job.claims[job.main]}
     lines = []
     for level in job.levels[job.main]:
@@ -158,7 +159,7 @@ class Job:
         change = claim and getattr(claim, part)
         lines.append({
           "method": level.model, "users": part, "seeds": level.seeds,
-          **_interval("ndcg", getattr(level, part)),
+          **_interval(metric, getattr(level, part)),
           **_interval("change", change or (None,) * 3),
           "p": claim and claim.p.get(part),
         })
@@ -180,9 +181,9 @@ class Job:
     return drawn[name]()
 
   def recommender(
-    self, method: str = "pin", seed: int = 0
+    self, method: str | None = None, seed: int | None = None
   ) -> serving.Recommender:
-    """What recommends by a method's trained models.
+    """What recommends; see `serve.recommender`.
 
     Raises:
       InputError: for a method or seed that the job does not have.

@@ -153,18 +153,6 @@ class Recommender(NamedTuple):
       requests = of_histories(self, histories, users)
     return recommend(self, requests, **options)
 
-  def recommend(
-    self,
-    users: Sequence[Any] | None = None,
-    histories: Sequence[Sequence[Any]] | None = None,
-    **options: Any,
-  ) -> pl.DataFrame:
-    """`of_users` (None = all) or `of_histories`, then `recommend`."""
-    requests = of_users(self, users) if histories is None else of_histories(
-      self, histories, users
-    )
-    return recommend(self, requests, **options)
-
 
 def make(
   models: Sequence[plugins.Model],

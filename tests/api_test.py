@@ -100,8 +100,8 @@ def test_the_table_follows_from_the_rows(finished):
     for model in ("base", "pin"):
       means[model, name] = own.filter(model=model)["gain"].mean()
       [line] = table.filter(method=model, users=name).to_dicts()
-      assert line["ndcg"] == pytest.approx(means[model, name])
-      assert line["ndcg_low"] <= line["ndcg"] <= line["ndcg_high"]
+      assert line["ndcg@10"] == pytest.approx(means[model, name])
+      assert line["ndcg@10_low"] <= line["ndcg@10"] <= line["ndcg@10_high"]
     change = means["pin", name] / means["base", name] - 1
     assert line["change"] == pytest.approx(change)
     assert line["change_low"] <= change <= line["change_high"]
