@@ -432,8 +432,7 @@ for _row in (
   *(("pin.weighting", spec, f"pin.weighting={spec!r}", *words)
     for spec, *words in (
       ("annealed_backdoor:steps=2.5", "'steps=2.5'", "whole number"),
-      ("pcgrad:seed=0.5", "'seed=0.5'", "whole number"),
-      ("gradvac:num_groups=7", "'num_groups=7'", "are ['beta', 'seed']"),
+      ("gradvac:num_groups=7", "'num_groups=7'", "are ['beta']"),
       ("gradvac:beta=nan", "'beta=nan'", "number from 0"),
       ("group_dro:step_size=-1", "'step_size=-1'", "number from 0"),
       ("cagrad:c=0.1,c=0.2", "'c=0.2'", "repeated"),
@@ -441,7 +440,7 @@ for _row in (
       ("cvar:", "give alpha", "cvar:alpha=number"),
       ("annealed_backdoor", "give steps", "annealed_backdoor:steps=number"),
     )),
-  ("pin.blocks", ("items=pcgrad:seed=-1",), "pin.blocks=", "'seed=-1'"),
+  ("pin.blocks", ("items=cagrad:c=-1",), "pin.blocks=", "'c=-1'"),
   ("pin.blocks", ("a=joint", "a=mgda"), "'a' is repeated", "each pattern"),
   ("pin.blocks", ("others=joint",), "'others' is", "pin.weighting"),
   ("pin.blocks", ("items=joint", "nowhere=joint"), "'nowhere'", "leaves: "),

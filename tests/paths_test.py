@@ -7,7 +7,7 @@ import pytest
 from toys import RULES, assert_trees_close
 
 from pin_jax import aggregation
-from pin_jax.aggregation import weightings
+from pin_jax.aggregation import aggregator, weightings
 from pin_jax.models import sasrec
 from pin_jax.training import objectives
 from pin_jax.types import Batch
@@ -223,9 +223,9 @@ def test_leaf_names():
   ("losses", True, "cpu", 100, "sequential"),
   ("gradients", True, "tpu", 9**12, "stacked"),
 ])
-def test_automatic_path(reads, fused, backend, size, want):
-  got = aggregation.choose_path(reads, size, fused=fused, backend=backend)
-  assert got == want
+def test_automatic_path(monkeypatch, reads, fused, backend, size, want):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert aggregator._automatic(reads, size, fused) == want
 
 
 def test_informed_rules_keep_their_weights_and_form_the_gramian():

@@ -19,7 +19,6 @@ from pin_jax.aggregation.aggregator import (
   Weighting,
   aggregate,
   backdoor,
-  choose_path,
   combine,
   conflict_rate,
   cosines,
@@ -33,7 +32,7 @@ from pin_jax.aggregation.aggregator import (
 
 __all__ = [
   "Aggregate", "Blocks", "GroupLoss", "PATHS", "Rules", "WeightedLoss",
-  "Weighting", "aggregate", "backdoor", "choose_path", "combine",
-  "conflict_rate", "cosines", "effective_groups", "gramian", "informed",
+  "Weighting", "aggregate", "backdoor", "combine", "conflict_rate",
+  "cosines", "effective_groups", "gramian", "informed",
   "initial_state", "leaf_names", "mean_cosine",
 ]
