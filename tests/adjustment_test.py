@@ -184,7 +184,7 @@ def fitted_backdoor(confounding):
   optimizer = make_optimizer(300, learning_rate=0.02)
   step = propensity.classifier_step(backbone, optimizer, batches.Draw(1024, 1))
   params = propensity.init_classifier(
-    jax.random.key(1), NUM_ITEMS + 1, NUM_GROUPS, hidden=16
+    jax.random.key(1), NUM_ITEMS + 1, NUM_GROUPS
   )
   frozen = {"backbone": backbone.init(jax.random.key(0)), "groups": groups}
   classifier, _ = run(

@@ -260,7 +260,7 @@ def test_ranks_with_plugins_equal_brute_force(name, model):
 
 def test_plugin_training_starts_at_the_backbones_loss(name, model):
   backbone, frozen, _ = model
-  batch, plugin = _batch(), bottleneck(WIDTH)
+  batch, plugin = _batch(), bottleneck(WIDTH, hidden=2)
   params = jax.jit(plugin.init)(jax.random.key(1))
   loss = objectives.next_item_loss(
     objectives.with_plugin_context(backbone),

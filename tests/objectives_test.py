@@ -14,7 +14,7 @@ from toys import assert_trees_close, bigram
 from pin_jax import aggregation
 from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
-from pin_jax.models import plugins, sasrec
+from pin_jax.models import sasrec
 from pin_jax.models.backbones import tied_score
 from pin_jax.training import loop, losses, negatives, objectives
 from pin_jax.training.optimizers import make_optimizer
@@ -149,35 +149,6 @@ def test_gradient_does_not_depend_on_the_chunk(name, shared):
   np.testing.assert_allclose(
     run(3)[1]["bias"][4], slope / (2 * step), atol=1e-4
   )
-
-
-def test_plugins_see_the_same_logits():
-  backbone, spec = BACKBONES["attention"](), _spec("gbce", False)
-  frozen = backbone.init(jax.random.key(0))
-  plugin = plugins.bottleneck(WIDTH)
-  params = jax.jit(plugin.init)(jax.random.key(1))  # starts as the identity
-  drawn = spec.draw(jax.random.key(2), BATCH)
-  weights = objectives.position_weights(TARGETS, "interactions")
-  context = backbone.encode(frozen, HISTORY, None)
-
-  def run(head, params, shared, context, backbone):
-    loss = objectives.next_item_loss(
-      backbone, head, loss=spec, chunk=5
-    )
-    run = jax.jit(jax.value_and_grad(
-      lambda *args: loss(*args, negatives=drawn)[0]
-    ))
-    return run(params, shared, context, TARGETS, weights)
-
-  value, grad = run(
-    objectives.plugin_head(backbone, plugin), params, (frozen, None),
-    (context, None), objectives.with_plugin_context(backbone),
-  )
-  want, _ = run(
-    objectives.backbone_head(backbone), frozen, None, context, backbone
-  )
-  np.testing.assert_allclose(value, want, rtol=1e-6)
-  assert np.abs(grad["Dense_1"]["kernel"]).max() > 0
 
 
 def test_dropout_and_negatives_have_keys_of_their_own():

@@ -139,21 +139,6 @@ def test_crossed_bootstrap_equals_a_numpy_loop():
   np.testing.assert_allclose(mean[1:], [low, high], atol=0.1 * (high - low))
 
 
-def test_paired_interval_equals_scipys_bootstrap():
-  base, other = _pair(120)
-  want = scipy.stats.bootstrap(
-    (base, other),
-    lambda x, y, axis: y.mean(axis) / x.mean(axis) - 1,
-    paired=True, vectorized=True, method="percentile", n_resamples=4000,
-    rng=np.random.default_rng(5),
-  ).confidence_interval
-  got = statistics.relative_change(
-    base, other, bootstrap=Bootstrap(num_resamples=4000)
-  )
-  width = want.high - want.low
-  np.testing.assert_allclose(got[1:3], want, atol=0.06 * width)
-
-
 @pytest.mark.parametrize("margin", [0.0, 0.1])
 def test_p_value_agrees_with_scipys_paired_t_test(margin):
   rng = np.random.default_rng(1)

@@ -361,7 +361,7 @@ def plugin_training(data, num_steps, *, clip=0.01, length=6):
   """Trains plugins; -> (backbone, before, frozen, result, start, logs)."""
   sequences, pool = data_of(data, SEGMENTS, length)
   backbone, frozen = small_sasrec(length, dropout=0.5)
-  plugin = plugins.bottleneck(4)
+  plugin = plugins.bottleneck(4, hidden=2)
   optimizer = make_optimizer(
     num_steps, learning_rate=0.05, warmup=0, clip=clip
   )
@@ -392,7 +392,7 @@ def test_stage_two_freezes_the_backbone():
 
 
 def test_stage_two_state_holds_plugin_params_only():
-  plugin = plugins.bottleneck(4)
+  plugin = plugins.bottleneck(4, hidden=2)
   start = plugins.init_stacked(plugin, jax.random.key(2), 2)
   optimizer = make_optimizer(4)
   state = init_state(start, optimizer, stacked=True)

@@ -205,21 +205,6 @@ def test_pcgrad_takes_every_order_equally_often():
   np.testing.assert_allclose(seen, counts / counts.sum(), atol=0.046)
 
 
-def test_pcgrad_leaves_a_gradient_its_own_component():
-  # <p_g, grad_g> may become negative; the algorithm never projects on grad_g.
-  rng = np.random.default_rng(0)
-  weighting, _ = rule("pcgrad", (0.25,) * 4)
-  keys = jax.random.split(jax.random.PRNGKey(2), 50)
-  draw = lambda gramian, key: weighting.update(gramian, jnp.ones(4), key)[0]
-  draws = quick_jit(jax.vmap(draw, (None, 0)))
-  for _ in range(5):
-    gradients = rng.normal(size=(4, 3))
-    outcomes = np.array([projected(gradients, o) for o in all_orders(4)])
-    got = np.asarray(draws(gramian_of(gradients), keys)) @ gradients
-    distance = np.abs(got[:, None] - outcomes[None]).max(-1).min(1)
-    assert distance.max() < 1e-4
-
-
 def test_gradvac_golden_values():
   # Two groups, so that there is one order. TorchJD, beta = .5, its sum halved.
   weights, (targets, _) = run(

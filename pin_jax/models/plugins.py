@@ -63,7 +63,7 @@ class _Bottleneck(nn.Module):
     return x + nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros)(h)
 
 
-def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
+def bottleneck(width: int, *, hidden: int) -> Plugin:
   """Residual bottleneck network, y = x + W2 gelu(W1 x + b1) + b2.
 
   The bottleneck of half the width is inferred from the first author's later
@@ -72,12 +72,11 @@ def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
 
   Args:
     width: D.
-    hidden: width of the bottleneck; default D / 2.
+    hidden: width of the bottleneck.
 
   Raises:
     InputError: if `hidden` is smaller than 1.
   """
-  hidden = max(width // 2, 1) if hidden is None else hidden
   at_least(1, hidden=hidden)
   module = _Bottleneck(hidden)
   init = lambda key: module.init(key, jnp.zeros((1, width)))["params"]
