@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
@@ -23,6 +24,12 @@ def _compilation_cache(tmp_path_factory):
   ):
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory):
+  """What libraries forget, such as TFDS its folders, goes with pytest's own."""
+  tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
 
 
 _MOST = 1e9  # bytes of a worker, beyond which it lets go of its programs
