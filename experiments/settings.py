@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from experiments import build, schema
 from experiments.configs.base import default
 from experiments.methods import selected, stages_of
+from pin_jax.evaluation import metrics
 
 _OF_ANY_BACKBONE = {"name", "pack_rows", "compute", "reads_activeness"}
 # What these minimise makes the softmax of the logits an estimate of P(y|x).
@@ -24,6 +25,9 @@ def check(config: ConfigDict) -> None:
   schema.check_keys(config)
   build.check_adjustments(config, np.ones(config.groups.num_groups))
   build.proposal_shares(config.loss.proposal)
+  with schema.section("evaluation.metrics"):
+    for name in config.evaluation.metrics:
+      metrics.metric(name)
   for rules in (_of_others, _rules, _of_scale):
     for wrong, key, remedy in rules(config):
       if wrong:

@@ -46,7 +46,6 @@ from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.training.steps import Adjustment, Operands, TrainState
 from pin_jax.types import InputError, PyTree, Requests
 
-CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
 _USERS_READ = 4096  # users whose histories are read at once
 
@@ -363,7 +362,8 @@ class Trainer:
   def _evaluation(
     self, stage: Stage, requests: Requests, names: Sequence[str]
   ) -> Callable[[int, PyTree], dict[str, float]]:
-    """(seed, params) -> NDCG of segments, of all, of what plugins serve."""
+    """(seed, params) -> the metric of segments, of all, of plugins' users."""
+    metric = metrics.metric(self._config.evaluation.metrics[0])
     segments = self._problem.segments[requests.users]
     plugged = stage.kind == "plugin"
     rank = self.ranker(
@@ -377,7 +377,7 @@ class Trainer:
           self._best(stage.start, seed), params, self._evidence(stage)
         )
       ranks = rank(weights, self.sequences, requests)
-      values = metrics.ndcg(ranks.rank, CUTOFF)
+      values = metric(ranks.rank)
       named = _means(values, segments, SEGMENTS)
       named |= _means(values, requests.segments, _PARTS)
       named |= {"all": float(values.mean()), stage.users: float(values.mean())}
