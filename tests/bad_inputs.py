@@ -315,9 +315,6 @@ for _name, *_words, _action in (
    lambda folder: metrics.ndcg([0.0], 10)),
   ("metric: cutoff", "cutoff k is 0", "at least 1",
    lambda folder: metrics.reciprocal_rank([1.0], 0)),
-  ("statistics: shapes", "base has shape (1, 4) but other (1, 3)",
-   "same users",
-   lambda folder: intervals.relative_change(np.ones(4), np.ones(3))),
   ("statistics: confidence", "confidence",
    lambda folder: intervals.mean_interval(
      np.ones(4), intervals.Bootstrap(confidence=2.0))),

@@ -128,16 +128,8 @@ def user_auc(ranks: ArrayLike, candidates: ArrayLike) -> np.ndarray:
 
   Returns:
     float64 values of the shape of `ranks`.
-
-  Raises:
-    InputError: if a rank is below 1 or there are fewer than 2 candidates.
   """
   ranks, candidates = _checked(ranks, 1), np.asarray(candidates, np.float64)
-  if not np.all(candidates >= 2):
-    raise InputError(
-      f"candidates contain {np.min(candidates)}; AUC needs a negative, so pass "
-      "at least 2"
-    )
   return (candidates - ranks) / (candidates - 1)
 
 
