@@ -395,18 +395,9 @@ def conflict_rate(cosines: jax.Array) -> jax.Array:
 
   NaN cosines (a path that does not form them) give NaN; one group gives 0.
   """
-  pairs = _pairs(cosines)
-  return jnp.where(jnp.isnan(pairs).any(), jnp.nan, jnp.mean(pairs < 0))
-
-
-def mean_cosine(cosines: jax.Array) -> jax.Array:
-  """Mean over the pairs of groups; one group gives 0."""
-  return _pairs(cosines).mean()
-
-
-def _pairs(cosines: jax.Array) -> jax.Array:
-  pairs = cosines[jnp.triu_indices(cosines.shape[0], 1)]
-  return pairs if pairs.size else jnp.zeros(1)
+  pairs = cosines[jnp.triu_indices(len(cosines), 1)]
+  share = jnp.sum(pairs < 0) / max(pairs.size, 1)
+  return jnp.where(jnp.isnan(pairs).any(), jnp.nan, share)
 
 
 def effective_groups(weights: jax.Array) -> jax.Array:
