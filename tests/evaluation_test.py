@@ -218,21 +218,6 @@ def test_ranks_are_those_of_other_chunks_to_the_last_bit(item_chunk):
   _assert_equal(*ranks)
 
 
-def test_only_the_perturbed_segment_moves(sequences, requests, sasrec):
-  model, weights = sasrec
-  log_probabilities = make_log_probabilities(
-    model, num_items=ITEMS, length=LENGTH
-  )
-  before = log_probabilities(weights, sequences, requests)
-  plugins = jax.tree.map(lambda x: x.at[1].add(0.5), weights.plugins)
-  after = log_probabilities(
-    weights._replace(plugins=plugins), sequences, requests
-  )
-  first = requests.segments == 0
-  np.testing.assert_array_equal(after[first], before[first])
-  assert (after[~first] != before[~first]).any(-1).all()
-
-
 def test_log_probabilities_equal_scipy(
   split, sequences, params, requests, users_at_once
 ):

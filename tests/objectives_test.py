@@ -1,4 +1,4 @@
-"""Objectives: which logits the losses see, keys, memory; each one learns."""
+"""Objectives: which logits the losses see, keys, memory."""
 
 import functools
 import math
@@ -9,21 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from toys import assert_trees_close, bigram
+from toys import bigram
 
-from pin_jax import aggregation
-from pin_jax.data import batches, splits
-from pin_jax.data.interactions import from_columns
 from pin_jax.models import sasrec
 from pin_jax.models.backbones import tied_score
-from pin_jax.training import loop, losses, negatives, objectives
-from pin_jax.training.optimizers import make_optimizer
-from pin_jax.training.steps import (
-  Adjustment,
-  Operands,
-  backbone_step,
-  init_state,
-)
+from pin_jax.training import losses, negatives, objectives
 from pin_jax.types import Backbone, Batch
 
 ITEMS, WIDTH = 9, 4
@@ -124,33 +114,6 @@ def test_group_loss_equals_a_loop_over_positions(name, shared, kind):
   np.testing.assert_allclose(got, np.mean(want), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("name", "shared"), [("sampled_softmax", True), ("bpr", False)]
-)
-def test_gradient_does_not_depend_on_the_chunk(name, shared):
-  """One chunk is plain reverse mode of the loss just checked."""
-  backbone = BACKBONES["attention"]()
-  params = backbone.init(jax.random.key(0))
-  group, key = objectives.GroupBatch(BATCH, None), jax.random.key(1)
-
-  def run(chunk):
-    loss = objectives.group_losses(
-      backbone, mean="users", loss=_spec(name, shared), chunk=chunk
-    ).group_loss
-    return jax.jit(jax.value_and_grad(loss))(params, group, key)
-
-  assert_trees_close(run(3), run(12))
-  step = 0.01
-  shifted = lambda s: {**params, "bias": params["bias"].at[4].add(s)}
-  loss = jax.jit(objectives.group_losses(
-    backbone, mean="users", loss=_spec(name, shared)
-  ).group_loss)
-  slope = loss(shifted(step), group, key) - loss(shifted(-step), group, key)
-  np.testing.assert_allclose(
-    run(3)[1]["bias"][4], slope / (2 * step), atol=1e-4
-  )
-
-
 def test_dropout_and_negatives_have_keys_of_their_own():
   """With the softmax, dropout has the group's key itself."""
   backbone, params = bigram(ITEMS, dropout=0.5), {"table": jnp.eye(ITEMS + 1)}
@@ -225,74 +188,3 @@ def test_no_logits_of_positions_by_catalogue(shared):
   sizes = shapes(losses.SOFTMAX)
   assert (chunk, items + 1) in sizes
   assert (rows * length, items + 1) not in sizes
-
-
-# Learning: items follow each other in a ring, with noise.
-
-
-@pytest.fixture(scope="module")
-def ring():
-  rng = np.random.default_rng(0)
-  sizes = rng.integers(6, 14, 60)
-  steps = np.where(rng.random(sizes.sum()) < 0.9, 1, 4)
-  items = np.cumsum(steps) % ITEMS
-  users = np.repeat(np.arange(60), sizes)
-  split = splits.leave_one_out(from_columns(users, items))
-  groups = np.arange(60) % 2
-  pool = batches.make_pool(
-    batches.training_targets(split), groups, num_groups=2, length=5
-  )
-  return split, groups, batches.make_sequences(split), pool
-
-
-def _accuracy(logits):
-  """How often the first choice after v is v + 1 in the ring."""
-  first = np.argmax(np.asarray(logits)[1:, 1:], axis=1)
-  return np.mean(first == (np.arange(ITEMS) + 1) % ITEMS)
-
-
-def _proposal(name, split, groups):
-  in_batch = lambda: negatives.in_batch(
-    negatives.batch_counts(split, groups, 2, batches.Draw(8, 5)), groups
-  )
-  counts = splits.training_counts(split)
-  return {
-    "uniform": lambda: negatives.uniform(ITEMS),
-    "popularity": lambda: negatives.popularity(counts),
-    "in_batch": in_batch,
-  }[name]()
-
-
-@pytest.mark.parametrize(
-  ("name", "proposal", "path"),
-  [
-    ("sampled_softmax", "in_batch", "weighted"),
-    ("sampled_softmax", "popularity", "stacked"),
-    ("gbce", "uniform", "sequential"),
-    ("bce", "uniform", "accumulated"),
-    ("bpr", "uniform", "sequential"),
-  ],
-)
-def test_every_loss_learns_the_ring(ring, name, proposal, path):
-  split, groups, sequences, pool = ring
-  backbone = bigram(ITEMS, init=lambda key, shape: jnp.zeros(shape))
-  spec = losses.sampled(
-    losses.SAMPLED_LOSSES[name](4 / (ITEMS - 1), 0.75),
-    _proposal(proposal, split, groups), count=4, shared=name != "bce",
-  )
-  weighting = aggregation.backdoor([0.5, 0.5])
-  optimizer = make_optimizer(40, learning_rate=0.2, warmup=0)
-  adjustment = Adjustment(weighting, path=path)
-  step = backbone_step(
-    backbone, adjustment, optimizer, batches.Draw(8, 5), loss=spec
-  )
-  params = backbone.init(jax.random.key(0))
-  operands = Operands(jax.random.key(1), sequences, pool, None)
-  _, steps, result = loop.run(
-    step, init_state(params, optimizer, adjustment), operands,
-    loop.Plan(40, 40, dispatch=40),
-  )
-  assert _accuracy(params["table"]) < 0.3
-  assert _accuracy(result.best["table"]) == 1
-  seen = steps.logs["loss"]
-  assert seen[-5:].mean() < 0.8 * seen[0].mean()
