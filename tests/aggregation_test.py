@@ -17,7 +17,7 @@ NUM_ITEMS = 12
 NUM_GROUPS = 3
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 # The algebra on a small tree.
@@ -215,7 +215,7 @@ def test_natural_prior_gives_the_joint_gradient(kind, length):
   groups = user_groups(split)
   backbone = bigram(NUM_ITEMS)
   params = backbone.init(jax.random.key(1))
-  loss = objectives.group_losses(backbone, mean=kind, chunk=16).group_loss
+  loss = objectives.group_losses(backbone, mean=kind).group_loss
   weighting = aggregation.backdoor(prior_of(kind, split, groups))
   keys = jax.random.split(jax.random.key(0), NUM_GROUPS)
   run = jax.jit(aggregation.aggregate(loss, weighting).step)

@@ -9,6 +9,8 @@ import tempfile
 import jax
 import pytest
 
+from pin_jax.training import objectives
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _compilation_cache(tmp_path_factory):
@@ -55,6 +57,14 @@ def compile_quickly():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def few_at_a_time():
+  """Chunks of positions that are small enough for several to be needed."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(objectives, "_CHUNK", 4)
+    yield
 
 
 _DEFAULT = pathlib.Path(__file__).parents[2] / "shared" / "data"

@@ -82,16 +82,6 @@ def test_metrics_keep_the_shape_and_never_rise_with_the_rank(metric):
   assert metric(np.zeros((0, 3)) + 1, 5).shape == (0, 3)
 
 
-@pytest.mark.parametrize("metric", metrics.METRICS.values())
-@pytest.mark.parametrize(("ranks", "k", "message"), [
-  ([0, 1], 10, "ranks contain"), ([math.nan], 10, "ranks contain"),
-  ([1], 0, "cutoff k is 0"),
-])
-def test_metrics_reject_what_is_not_a_rank(metric, ranks, k, message):
-  with pytest.raises(InputError, match=message):
-    metric(ranks, k)
-
-
 def test_a_metric_by_its_name():
   ranks = np.array([1, 4.5, 10, 11])
   for name, want in (

@@ -23,7 +23,7 @@ BATCH = Batch(jnp.arange(3), HISTORY, TARGETS)
 NAMES = tuple(losses.SAMPLED_LOSSES)
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 def _spec(name, shared=True, count=5, num_items=ITEMS):
@@ -90,7 +90,7 @@ def test_group_loss_equals_a_loop_over_positions(name, shared, kind):
   params = jax.jit(backbone.init)(jax.random.key(0))
   key = jax.random.key(5)
   run = jax.jit(objectives.group_losses(
-    backbone, mean="interactions", loss=spec, chunk=4
+    backbone, mean="interactions", loss=spec
   ).group_loss)
   got = run(params, objectives.GroupBatch(BATCH, None), key)
   drawn = np.asarray(spec.draw(jax.random.split(key)[1], BATCH).items)
@@ -163,7 +163,7 @@ def test_padding_and_own_targets_are_no_negatives():
 @pytest.mark.parametrize("shared", [True, False])
 def test_no_logits_of_positions_by_catalogue(shared):
   """Nor of all positions by their negatives, but one chunk's at a time."""
-  items, count, length, rows, chunk = 1501, 64, 8, 8, 16
+  items, count, length, rows, chunk = 1501, 64, 8, 8, 4
   backbone = sasrec.sasrec(items, length=length, width=2, blocks=1, heads=1)
   history = jnp.ones((rows, length), jnp.int32)
   batch = Batch(jnp.arange(rows), history, history)
@@ -171,7 +171,7 @@ def test_no_logits_of_positions_by_catalogue(shared):
 
   def shapes(spec):
     loss = jax.value_and_grad(objectives.group_losses(
-      backbone, mean="users", loss=spec, chunk=chunk
+      backbone, mean="users", loss=spec
     ).group_loss)
     text = str(jax.make_jaxpr(loss)(
       params, objectives.GroupBatch(batch, None), jax.random.key(0)

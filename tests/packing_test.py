@@ -16,7 +16,7 @@ from pin_jax.types import Batch
 LENGTH = 7
 COUNTS = np.asarray([3, 7, 0, 1, 4, 6, 5, 7, 2, 1])  # the histories' lengths
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 def _batch(counts=COUNTS, seed=0):
@@ -124,7 +124,7 @@ def test_group_loss_and_gradient_equal_the_plain_ones(name, spec, rows):
 
   def run(backbone):
     loss = objectives.group_losses(
-      backbone, mean="users", loss=SPECS[spec], chunk=7
+      backbone, mean="users", loss=SPECS[spec]
     ).group_loss
     return jax.jit(jax.value_and_grad(loss))(params, group, jax.random.key(2))
 
@@ -143,9 +143,7 @@ def test_groups_share_rows_where_one_loss_serves_them_all():
   weights = jnp.asarray([0.3, 2.0])
 
   def run(backbone):
-    loss = objectives.group_losses(
-      backbone, mean="interactions", chunk=7
-    ).weighted_loss
+    loss = objectives.group_losses(backbone, mean="interactions").weighted_loss
     total = lambda params: loss(params, groups, keys, weights)
     return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
@@ -159,7 +157,7 @@ def test_a_stack_of_losses_equals_each_of_them(transform):
   batches = jax.tree.map(stack, _batch(COUNTS), _batch([1] * 10, 1))
   keys = jax.random.split(jax.random.key(0), 2)
   loss = objectives.group_losses(
-    backbone._replace(packed=2), mean="users", chunk=7
+    backbone._replace(packed=2), mean="users"
   ).group_loss
   one = lambda x: jax.value_and_grad(loss)(
     params, objectives.GroupBatch(x[0], None), x[1]
@@ -187,7 +185,7 @@ def test_rows_that_hold_nothing_are_not_encoded():
   params = jax.jit(plain.init)(jax.random.key(0))
   group = objectives.GroupBatch(_batch(), None)
   assert packing.pack(group.batch.history).used < len(COUNTS) - 2
-  loss = objectives.group_losses(backbone, mean="users", chunk=7).group_loss
+  loss = objectives.group_losses(backbone, mean="users").group_loss
   value, grad = jax.jit(jax.value_and_grad(loss))(
     params, group, jax.random.key(0)
   )

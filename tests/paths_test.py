@@ -19,7 +19,7 @@ def rule(name):
   return RULES[name](PRIOR)
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 # loss_g = ||A_g x - c_g||^2 / 2 with x = (a, b / c) flat.
@@ -266,7 +266,7 @@ def test_weighted_loss_equals_the_groups_one_by_one(mean):
   batch = Batch(jnp.zeros((SIZE, ROWS), jnp.int32), history, targets)
   groups = objectives.GroupBatch(batch, importance)
   keys = jax.random.split(jax.random.key(5), SIZE)
-  losses = objectives.group_losses(backbone, mean=mean, chunk=8)
+  losses = objectives.group_losses(backbone, mean=mean)
   one = jax.jit(jax.value_and_grad(losses.group_loss))
   of_group = lambda g: jax.tree.map(lambda x: x[g], (groups, keys))
   values, grads = zip(

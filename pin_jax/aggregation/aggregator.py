@@ -51,9 +51,9 @@ class Weighting(NamedTuple):
   Attributes:
     init: () -> state.
     update: (gramian [G, G], losses [G], state) -> (weights [G], state).
-    reads: the most that `update` reads beside its state: 'nothing', 'losses'
+    reads: the most that `update` reads besides its state: 'nothing', 'losses'
       or 'gradients'. What it does not read may be NaN; the less it reads, the
-      more paths are open to it.
+      more paths it may take.
   """
 
   init: Callable[[], PyTree]

@@ -34,7 +34,7 @@ _MATRICES = "Block|_Unit|inputs|recurrent"  # that LoRA adapts, by name
 
 
 class Model(NamedTuple):
-  """The functions of what is scored; `plugin` is None without plugins."""
+  """The functions of a model; `plugin` is None where there is none."""
 
   backbone: Backbone
   plugin: Plugin | None
@@ -102,7 +102,7 @@ def low_rank(like: PyTree, *, rank: int) -> Plugin:
     rank: columns of A.
 
   Raises:
-    InputError: if `rank` is smaller than 1, or nothing matches.
+    InputError: if `rank` is smaller than 1, or no matrix matches.
 
   Reference:
     Hu et al., ICLR 2022, arXiv 2106.09685. Deviation: no scaling alpha / r.
@@ -330,8 +330,8 @@ def logits(
     states: [M, ...].
     context: of the M positions; None where the plugin reads none.
     candidates: [C], [M, C] or None, as in `types.Backbone`.
-    items: [C], which items `candidates=None` are where the backbone's tables
-      hold some of the catalogue alone.
+    items: [C], the items that `candidates=None` stands for where the backbone's
+      tables hold a part of the catalogue.
   """
   backbone, plugin = model
   represented = backbone.represent(weights.backbone, states, candidates)
