@@ -180,14 +180,18 @@ class Trainer:
     return plugins.Model(backbone, chosen)
 
   def weights(
-    self, seed: int, backbone: str, plugin: Stage | None
+    self, seed: int, backbone: str, plugin: Stage | None,
+    validating: bool = False,
   ) -> plugins.Weights:
-    """The trained parameters of a seed's two stages."""
+    """The trained parameters of a seed's two stages, and what they read.
+
+    While `validating` that holds no validation target.
+    """
     if plugin is None:
       return plugins.Weights(self._best(backbone, seed), None)
     return plugins.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
-      self._evidence(plugin, bool(self._config.refit)),
+      self._evidence(plugin, bool(self._config.refit) and not validating),
     )
 
   def _evidence(self, stage: Stage, refit: bool = False) -> Memory | None:
@@ -353,7 +357,7 @@ class Trainer:
       self._pool(split, groups, count), self._each(start),
       self._each(frozen) if stage.exact else lambda: None,
       self._evaluation(
-        stage, self._validation(stage.users, stage.learns == "half"),
+        stage, self.validation(stage.users, stage.learns == "half"),
         (*SEGMENTS, "all") if stage.users == "all" else (stage.users,),
       ),
       () if stage.learns == "all" else (stage.users,),
@@ -412,7 +416,7 @@ class Trainer:
       self._networks.backbone, plugin, optimizer, draw, loss=loss,
       layout=layout,
     )
-    requests = self._validation("all", draw.draw == "validation")
+    requests = self.validation("all", draw.draw == "validation")
     requests = requests._replace(
       segments=segments[requests.users].astype(np.int32)
     )
@@ -469,7 +473,7 @@ class Trainer:
 
   def _optimizer(self, stage: Stage) -> steps.Optimizer:
     return make_optimizer(
-      self._config, stage.kind, num_steps(self._config, stage),
+      self._config, stage, num_steps(self._config, stage),
       self._networks.backbone,
     )
 
@@ -480,6 +484,7 @@ class Trainer:
       "groups": (config.pin.draw, config.pin.mean),
       "uniform": ("users", "users"),
       "plugin": (config.pin.plugin_draw, "interactions"),
+      "validation": ("validation", "interactions"),
     }[stage.sampling])
 
   def _pool(
@@ -498,7 +503,7 @@ class Trainer:
       group_starts=sharding.put_replicated(pool.group_starts, self._layout)
     )
 
-  def _validation(self, users: str, half: bool) -> Requests:
+  def validation(self, users: str, half: bool) -> Requests:
     """Requests to rank the targets that select; not those learnt from."""
     problem = self._problem
     chosen = np.flatnonzero(
@@ -545,7 +550,7 @@ def same_job(
 def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
   """([U] segment whose plugin of a stage serves each user, how many there are).
   """
-  if stage.plugin != "own":
+  if stage.plugin not in ("own", "gates"):
     return np.zeros_like(problem.segments), 1
   if stage.assign == "random":
     rng = np.random.default_rng(0)
