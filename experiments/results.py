@@ -21,7 +21,6 @@ users the more: 14 to 20, 5 to 8, 3 to 5 %). So no verdict is given below three.
 """
 
 import io
-import itertools
 import json
 import math
 import re
@@ -117,8 +116,6 @@ class Results(NamedTuple):
 def read(path: epath.PathLike) -> Results:
   """Reads the workdir of a finished job, or a summary as of `write_summary`.
 
-  Its command and configuration name files, but not where they lie.
-
   Raises:
     InputError: if there are no rows, or users or targets of the models differ,
       or a file is damaged.
@@ -131,11 +128,8 @@ def read(path: epath.PathLike) -> Results:
     same_users(rows, models_of(rows), on=["user"])
     records = read_log(path) if (path / "log.jsonl").exists() else []
     summary = _read_job_summary(path)
-    if "command" in summary:
-      summary["command"] = _without_folders(summary["command"])
     config = path / "config.json"
     config = read_json(config, config={})["config"] if config.exists() else {}
-    config = _names_alone(config)
     return Results(
       path.resolve().name, rows, lists_of(rows), protocol_line(rows, summary),
       summary, config, _gradient_means(records),
@@ -185,8 +179,7 @@ def _with_keys(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _without_folders(command: str) -> str:
   """A command with names in place of absolute paths."""
-  folders = r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*"
-  command = re.sub(folders, r"\1runs/", command)
+  command = re.sub(r"(--workdir=)/(?:[^\s/]+/)*", r"\1runs/", command)
   return re.sub(r"(?<=[=\"'])/(?:[^\s/,\"']+/)*", "", command)
 
 
@@ -241,7 +234,7 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   candidates, and for every model, seed and list twice its rank, 0 beyond the
   largest cutoff of the job's metrics. `job.json` has all else. These metrics
   follow exactly as from the rows, intervals and tests up to the resampling's
-  error.
+  error. Command and configuration name files, but not where they lie.
 
   Args:
     results: as from `read`.
@@ -258,7 +251,12 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   )
   content = results._asdict()
   del content["rows"]
-  content["trials"] = {**results.trials}
+  content |= {
+    "trials": {**results.trials}, "config": _names_alone(results.config),
+    "summary": {**results.summary},
+  }
+  if "command" in results.summary:
+    content["summary"]["command"] = _without_folders(results.summary["command"])
   text = json.dumps(content, ensure_ascii=False)
   disk.write({
     output / "ranks.parquet": ranks.getvalue(), output / "job.json": text + "\n"
@@ -323,10 +321,6 @@ def _read_summary(path: epath.Path) -> Results:
       rows = rows.with_columns(pl.col(like).alias(name))
   fields = {key: content[key] for key in Results._fields if key in content}
   fields["summary"] = _with_keys(fields["summary"])
-  if any(isinstance(x, list) for x in fields["gradients"].values()):
-    # A former version kept records.
-    records = itertools.chain(*fields["gradients"].values())
-    fields["gradients"] = _gradient_means(records)
   for own in fields.get("trials", {}).get("models", []):
     own["model"] = key_of(own["model"])
   return Results(rows=rows, **fields)
@@ -563,13 +557,14 @@ def change_of(
   )
 
 
-def slices_of(rows: pl.DataFrame) -> dict[str, pl.Expr]:
-  """Which rows are of whom: overall, tail, head, then the groups."""
-  found = {"overall": pl.lit(True)}
-  found |= {name: pl.col("segment") == s for s, name in SEGMENTS.items()}
-  return found | {
-    f"group {g}": pl.col("group") == g for g in rows["group"].unique().sort()
-  }
+SLICES = {"overall": pl.lit(True)} | {
+  name: pl.col("segment") == s for s, name in SEGMENTS.items()
+}
+
+
+def groups_of(rows: pl.DataFrame) -> dict[int, pl.Expr]:
+  """Which rows are of each group that is there."""
+  return {g: pl.col("group") == g for g in rows["group"].unique().sort()}
 
 
 def _seeds(rows: pl.DataFrame) -> dict[str, frozenset]:
@@ -684,8 +679,8 @@ def _changes(
 ) -> Iterable[Claim]:
   """Of models that share their seeds; the first is compared with."""
   changes, of_seeds = {}, {}
-  for part in ("overall", "tail", "head"):
-    own = rows.filter(slices_of(rows)[part])
+  for part, keep in SLICES.items():
+    own = rows.filter(keep)
     values = values_of(own, models, metric=what[0], column=what[1])
     changes[part] = change_of(
       values, margin * (part == "head"), num_resamples
@@ -758,21 +753,20 @@ def levels(
   found = {}
   for seeds, models in together.items():
     own = rows.filter(pl.col("model").is_in(models))
-    parts = {
-      name: values_of(own.filter(keep), models, metric=metric, column=column)
-      for name, keep in slices_of(own).items()
-    }
-    groups = [name for name in parts if name.startswith("group ")]
-    lowest, worst = statistics.worst_group([parts[g] for g in groups], draw)
+    of = lambda keep, own=own, models=models: values_of(
+      own.filter(keep), models, metric=metric, column=column
+    )
+    parts, groups = {k: of(x) for k, x in SLICES.items()}, groups_of(own)
+    lowest, worst = statistics.worst_group([*map(of, groups.values())], draw)
     numbers = [
-      *(mean_of(parts[p], num_resamples) for p in ("overall", "tail", "head")),
+      *(mean_of(values, num_resamples) for values in parts.values()),
       statistics.gap(parts["head"], parts["tail"], draw), worst,
     ]
     for index, model in enumerate(models):
       found[model] = Level(
         model, len(seeds),
         *(Interval(*(float(x[index]) for x in n)) for n in numbers),
-        int(groups[lowest[index]].split()[1]),
+        [*groups][lowest[index]],
       )
   return [found[model] for model in models_of(rows)]
 
@@ -874,6 +868,12 @@ class Analysis(NamedTuple):
     return self.results.summary.get("data", self.results.name)
 
   @property
+  def settings(self) -> dict[str, str]:
+    """Dotted key -> value of the whole configuration, and the data's name."""
+    found = schema.flatten({**self.results.config, "data": {}})
+    return {"data": self.data, **{k: value_text(v) for k, v in found}}
+
+  @property
   def metrics(self) -> tuple[str, ...]:
     """Titles of the tables' metrics; claims and levels are of the first."""
     return tuple(map(str.upper, metrics_of(self.results.config)))
@@ -928,6 +928,38 @@ def analyse(
       for title, column in results.lists.items()
     },
   )
+
+
+def value_text(value: Any) -> str:
+  """A setting's value as a flag takes it."""
+  return str(tuple(value) if isinstance(value, list) else value)
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Keys whose values are not the same in all."""
+  keys = dict.fromkeys(key for own in settings for key in own)
+  return [
+    key for key in keys if len({str(own.get(key)) for own in settings}) > 1
+  ]
+
+
+def labels_of(jobs: Sequence[Analysis]) -> list[str]:
+  """A name of each job, no two alike: its data, and what differs besides.
+
+  Where much does, or nothing, it is the name of the job's directory.
+  """
+  labels = []
+  for job in jobs:
+    like = [other.settings for other in jobs if other.data == job.data]
+    keys = [key for key in differing(like) if key != "methods"]
+    told = ", ".join(f"{key} {job.settings.get(key)}" for key in keys)
+    if len(like) > 1 and (not keys or len(keys) > 3 or len(told) > 60):
+      told = job.results.name
+    labels.append(f"{job.data} ({told})" if told else job.data)
+  return [
+    label + f" ({labels[: i + 1].count(label)})" * (labels.count(label) > 1)
+    for i, label in enumerate(labels)
+  ]
 
 
 class Column(NamedTuple):
@@ -1006,26 +1038,26 @@ def level_table(job: Analysis, title: str) -> Table:
 def group_table(
   job: Analysis, title: str, metric: str, num_resamples: int
 ) -> Table:
-  """The model under test against the comparator: overall and by group."""
+  """The model under test against the comparator, by group."""
   models, rows = [job.base, job.other], job.results.rows
   column = job.results.lists[title]
   shared = [rows for rows, found in with_the_same_seeds(rows, job.base)
             if job.other in found][0]  # fmt: skip
   lines = []
-  for name, keep in slices_of(shared).items():
+  for group, keep in groups_of(shared).items():
     own = shared.filter(keep)
     values = values_of(own, models, metric=metric, column=column)
     change = change_of(values, num_resamples=num_resamples)
     spread = own["activeness"]
     lines.append((
-      name, number_range(spread.min() or 0, spread.max() or 0),
+      str(group), number_range(spread.min(), spread.max()),
       own["user"].n_unique(),
-      *(float(x.mean()) if x.size else math.nan for x in values),
+      *(float(x.mean()) for x in values),
       Change(*(float(x[0]) for x in change)),
     ))
   return Table(
     f"{metric} by activeness, {title}",
-    [Column("users"), Column("activeness"), Column("number", "count"),
+    [Column("group"), Column("activeness"), Column("users", "count"),
      *(Column(title_of(model), "level") for model in models),
      Column("change %", "change")],
     lines,
@@ -1049,19 +1081,15 @@ def metrics_table(job: Analysis, title: str) -> Table:
   """Means of all metrics."""
   rows, column = job.results.rows, job.results.lists[title]
   names = [*job.metrics, *(_OF_IMPRESSIONS if _is_sampled(rows) else ())]
-  lines = []
-  for model in models_of(rows):
-    parts = slices_of(rows)
-    for part in ("overall", "tail", "head"):
-      own = model_rows(rows, model).filter(parts[part])
-      lines.append(
-        (model, part, *(mean_metric(own, name, column) for name in names))
-      )
+  means = lambda own: (mean_metric(own, name, column) for name in names)
   return Table(
     f"Means over users and seeds, {title}",
     [Column("model", "model"), Column("users"),
      *(Column(name, "level") for name in names)],
-    lines,
+    [
+      (model, part, *means(model_rows(rows, model).filter(keep)))
+      for model in models_of(rows) for part, keep in SLICES.items()
+    ],
   )  # fmt: skip
 
 
@@ -1150,7 +1178,7 @@ def settings_table(config: Mapping[str, Any]) -> Table:
     "Settings that differ from the defaults",
     [Column("setting"), Column("value")],
     [
-      (key, json.dumps(value) if isinstance(value, list) else str(value))
+      (key, value_text(value))
       for key, value in changed_settings(config).items()
     ],
   )

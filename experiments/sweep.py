@@ -45,6 +45,7 @@ from experiments.methods import METHODS
 from experiments.report import print_table
 from experiments.results import (
   MIN_SEEDS,
+  SLICES,
   Column,
   Results,
   Table,
@@ -56,7 +57,6 @@ from experiments.results import (
   models_of,
   read,
   same_users,
-  slices_of,
   write_summary,
 )
 from pin_jax import disk
@@ -492,7 +492,7 @@ def table(
         values = [*validation(own, model).values()]
       parts = [
         mean_metric(rows.filter(keep), metric, column)
-        for keep in [*slices_of(rows).values()][:3]
+        for keep in SLICES.values()
       ]
       claim = claims.get(model)
       lines.append((
