@@ -65,17 +65,18 @@ _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
 _GRADIENTS = "conflict_rate", "weights", "effective_groups"
 REMEDY = "restore it from a copy, or make it again"
-_KEYS = {method.title: key for key, method in METHODS.items()}
+_FORMER = {  # what former versions called models, where it is not the key
+  "joint_shared_plugin": "joint_shared", "pin_shared_plugin": "pin_shared",
+  "pin_random_segments": "pin_random", "pin_swapped_plugins": "pin_swapped",
+  "base_reads_activeness": "base_activeness", "focal_loss": "focal",
+}
 
 
 def key_of(name: str) -> str:
-  """A model's key, from its key or title; another's name is its own key."""
-  return _KEYS.get(name, name)
-
-
-def title_of(key: str) -> str:
-  """What tables call a model."""
-  return METHODS[key].title if key in METHODS else key
+  """A model's key, also of its former name, such as 'joint + plugins'."""
+  plain = re.sub("[^a-z]+", "_", name)
+  key = _FORMER.get(plain, plain)
+  return key if key in METHODS else name
 
 
 def metrics_of(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -147,7 +148,8 @@ def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
     if path.exists():
       with disk.reading(path, REMEDY):
         rows = disk.read_parquet(path.read_bytes())
-        return rows.with_columns(pl.col("model").replace(_KEYS)), suffix
+        keys = {name: key_of(name) for name in rows["model"].unique()}
+        return rows.with_columns(pl.col("model").replace(keys)), suffix
   raise InputError(
     f"{workdir} has no rows.parquet; name the workdir of a finished run"
   )
@@ -1005,7 +1007,7 @@ def change_table(job: Analysis, title: str) -> Table:
   """Every model against the comparator, on a list of candidates."""
   claims = job.claims[title]
   return Table(
-    f"Change of {job.metrics[0]} against {title_of(job.base)}, {title}",
+    f"Change of {job.metrics[0]} against {job.base}, {title}",
     [Column("model", "model"), Column("tail change %", "change"),
      Column("p", "p"), Column("head change %", "change"), Column("p", "p"),
      Column("p of harm", "p"), Column("claim", "outcome"),
@@ -1058,7 +1060,7 @@ def group_table(
   return Table(
     f"{metric} by activeness, {title}",
     [Column("group"), Column("activeness"), Column("users", "count"),
-     *(Column(title_of(model), "level") for model in models),
+     *(Column(model, "level") for model in models),
      Column("change %", "change")],
     lines,
   )  # fmt: skip

@@ -364,13 +364,13 @@ def test_models_that_learnt_from_other_targets_have_no_verdict():
   """And are in no family: a row of equal information is tested as if alone."""
   rows = make_rows(["base_validation", "base", "joint_plugins"], (0, 1, 2))
   config = {"pin": {"plugin_draw": "validation"}}
-  job = job_of(rows, base="base + validation", config=config)
+  job = job_of(rows, base="base_validation", config=config)
   by_model = {claim.model: claim for claim in job.claims[job.main]}
   less, same = by_model["base"], by_model["joint_plugins"]
   assert less.outcome == "unequal information"
   assert math.isnan(less.p["tail"]) and math.isfinite(less.tail.low)
   assert report.verdict(job, less).startswith(
-    "No verdict: base has learnt from training targets, base + validation from "
+    "No verdict: base has learnt from training targets, base_validation from "
     "training targets and half of the users' validation targets."
   )
   alone, = results.check_claims(
