@@ -63,7 +63,7 @@ def compile_quickly():
 def few_at_a_time():
   """Chunks of positions that are small enough for several to be needed."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(objectives, "_CHUNK", 4)
+    patch.setattr(objectives, "CHUNK", 4)
     yield
 
 

@@ -18,7 +18,7 @@ from pin_jax.training.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 MEANS = ("interactions", "users")
-_CHUNK = 128  # positions whose logits are alive at a time, on each device
+CHUNK = 128  # positions whose logits are alive at a time, on each device
 Head = Callable[[PyTree, PyTree, PyTree, jax.Array | None], jax.Array]
 WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -125,7 +125,7 @@ def next_item_loss(
     scale [B, L] or None, negatives that `loss` draws, by default None) ->
     (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(_row_loss(loss, head), _CHUNK, sharding.shards_axis(layout))
+  total = chunked(_row_loss(loss, head), CHUNK, sharding.shards_axis(layout))
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
