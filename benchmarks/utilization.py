@@ -49,7 +49,7 @@ from benchmarks.joint_base import prepare
 from experiments import build, problem
 from experiments.configs import beauty, ml1m
 from pin_jax.data import batches
-from pin_jax.training import objectives
+from pin_jax.training.objectives import CHUNK
 from pin_jax.training.steps import Operands
 
 CONFIGS = {"beauty": beauty, "ml1m": ml1m}
@@ -108,7 +108,7 @@ def forward_work(backbone: ConfigDict, sizes: Sizes) -> dict[str, Work]:
     ),
     "output": Work(
       2 * sizes.positions * items * width,
-      ((objectives.CHUNK, width, items), (objectives.CHUNK, items, width), (items, objectives.CHUNK, width)),
+      ((CHUNK, width, items), (CHUNK, items, width), (items, CHUNK, width)),
     ),
   }
 
@@ -122,11 +122,11 @@ def _din_work(backbone: ConfigDict, sizes: Sizes) -> dict[str, Work]:
   return {
     "unit": Work(
       sizes.pairs * (2 * width * unit + many * of_pair),
-      ((objectives.CHUNK * length, width, unit), (length, width, many * unit)),
+      ((CHUNK * length, width, unit), (length, width, many * unit)),
     ),
     "predictor": Work(
       sizes.positions * many * of_score,
-      ((objectives.CHUNK * many, 3 * width, hidden),),
+      ((CHUNK * many, 3 * width, hidden),),
     ),
   }
 
