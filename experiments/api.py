@@ -20,7 +20,7 @@ import polars as pl
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import job, report, results, schema, serve, settings, sizes
+from experiments import build, job, report, results, schema, serve, sizes
 from experiments.configs import files
 from experiments.workdir import write_rows
 from pin_jax import disk, serving
@@ -77,7 +77,7 @@ def compare(
     config.update_from_flattened_dict(dict(schema.flatten(options)))
   path = epath.Path(config.data.get("path") or "")
   if kept is not None and not path.exists():
-    settings.check(sizes.for_any_data(config))  # before anything is written
+    build.check(sizes.for_any_data(config))  # before anything is written
     write_rows(path, kept)
   what = repr(data) if isinstance(data, str) else "data"
   asked = "".join(f", {key}={value!r}" for key, value in options.items())
