@@ -19,7 +19,7 @@ from pin_jax.types import InputError
 def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE[,user=…,item=…,time=…]."""
   values = base.parse(
-    argument, path="", user="", item="", time="", separator=""
+    argument, path="", user="", item="", time="", separator="", recipe="answer"
   )
   if not values["path"]:
     raise InputError(
@@ -28,5 +28,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     )
   config = base.default()
   config.data = base.data_section("files", **values)
-  sizes.leave_to_data(config)
+  base.leave_to_data(config, sizes.KEYS)
+  base.recipe(config, values["recipe"])
   return config

@@ -19,8 +19,8 @@ from experiments.configs import base
 _BORDERS = (5, 8, 12, 20, 40, 151)  # of the whole sequence's length
 
 
-def get_config() -> ConfigDict:
-  """Returns the configuration."""
+def get_config(argument: str | None = None) -> ConfigDict:
+  """Returns the configuration; argument: recipe=… of `base`."""
   config = base.default()
   config.data = base.data_section(
     "simulator", num_users=6000, borders=_BORDERS
@@ -32,4 +32,5 @@ def get_config() -> ConfigDict:
   config.batch_size = 500
   config.backbone_steps, config.plugin_steps = 1500, 600
   config.optimizer.update(learning_rate=4e-3, plugin_learning_rate=4e-3)
+  base.recipe(config, base.parse(argument, recipe="answer")["recipe"])
   return config
