@@ -571,9 +571,11 @@ def _recommender():
   model = plugins.Model(toys.bigram(6), plugins.translation(7))
   params = model.backbone.init(jax.random.key(0))
   weights = plugins.Weights(params, np.zeros(7, np.float32))
-  routes = serving.Routes([weights], np.array([0, 1]), np.zeros(2, int), (0, 0))
+  routes = serving.Routes(
+    [weights], [0], np.array([0, 1]), np.zeros(2, int), (0, 0)
+  )
   return serving.make(
-    model, routes, splits.leave_one_out(data), length=3, origin={},
+    [model], routes, splits.leave_one_out(data), length=3, origin={},
   )
 
 
@@ -591,30 +593,19 @@ def _serving(name, *words, users=("ann",), histories=None, **options):
   ROWS[f"serving: {name}"] = (action, words)
 
 
-_serving("unknown user", "user 'amy' is unknown", "2 such of 3",
-         "give its history",
-         users=("amy", "bob", "zoe"))
-_serving("unknown item", "item 'x' is unknown", "leave it out",
-         histories=[["a", "x"]])
-_serving("unknown item to allow", "item 'bb' is unknown",
+_serving("unknown users", "2 of 2 users are unknown", "'amn' (near: 'ann')",
+         "give histories", users=("amn", "zoe"))
+_serving("unknown items", "1 of 1 items of histories is", "items of the train",
+         histories=[["x"]])
+_serving("unknown items to allow", "'bb' (near: 'b')", "check them",
          allow=["bb"])
-_serving("unknown item to deny", "item 'q' is unknown", "leave it out",
-         deny=["a", "q"])
-_serving("fractional item", "item 1.5 is no text", "give one",
-         histories=[["a", 1.5]])
-_serving("id with a space", "user ' ann' is unknown", "check it",
-         users=(" ann",))
+_serving("fractional item", "1.5; ids are such as 'a'", histories=[[1.5]])
+_serving("id with a space", "' ann' (near: 'ann')", users=(" ann",))
 _serving("k of 0", "k=0", "give 1..6", k=0)
 _serving("k over the catalogue", "k=7", "give 1..6", k=7)
 _serving("empty allow list", "allow is empty", "name an item", allow=[])
 _serving("everything denied", "deny names all 2", "shorten it",
          allow=["a", "b"], deny=["b", "a"])
-
-
-@row("serving: id of another type", "item 'a' is no integer", "give one")
-def _(folder):
-  known = _recommender()._replace(item_ids=np.arange(6))
-  serving.of_histories(known, [["a"]])
 
 
 @row("model: text", "m.pin is damaged or not what", "export the job")
@@ -642,8 +633,11 @@ def _serve(name, *words, **options):
   def action(folder):
     place = lambda x: x.replace("FOLDER", str(folder))
     (folder / "empty.txt").write_text("\n")
+    (folder / "h.xls").write_text("x")
     (folder / "h.json").write_text('[{"user": "ann"}]')
     (folder / "f.json").write_text('[{"items": 1.5}]')
+    if options.get("history"):
+      serving.save(_recommender(), folder / "m.pin", platforms=("cpu",))
     given = {
       k: place(v) if isinstance(v, str) else v for k, v in options.items()
     }
@@ -664,22 +658,20 @@ _serve("an unset variable", "--users= is empty", "name at", model="m.pin",
        users="")
 _serve("an unset variable among ids", "has an empty id", model="m.pin",
        users="a,,b")
-_serve("histories of fractions", "row 1 has no list", "`items`", model="m.pin",
-       history="FOLDER/f.json")
+_serve("histories of fractions", "row 1 has no list", "`items`",
+       model="FOLDER/m.pin", history="FOLDER/f.json")
 _serve("empty allow list", "--allow= is empty", **ANN, allow="")
-_serve("suffix of the output", "suffix '.csv'", "one of", **ANN,
-       output="x.csv")
+_serve("suffix of the output", "suffix '.xls'", "one of", **ANN,
+       output="x.xls")
 _serve("folder of the output", "is no directory", "make it first", **ANN,
        output="FOLDER/x/recs.json")
 _serve("no output", "output='' is no path", **ANN, output="")
-_serve("suffix of histories", "suffix '.csv'", "one of", model="m.pin",
-       history="h.csv")
-_serve("absent histories", "does not exist", model="m.pin",
-       history="FOLDER/n.json")
-_serve("histories without items", "give lists of items", model="m.pin",
+_serve("absent histories", "does not exist", "check the path",
+       model="FOLDER/m.pin", history="FOLDER/n.json")
+_serve("histories without items", "give lists of items", model="FOLDER/m.pin",
        history="FOLDER/h.json")
-_serve("unreadable histories", "does not exist", "check the path",
-       model="m.pin", history="FOLDER/x.parquet")
+_serve("suffix of histories", "h.xls", "suffix", model="FOLDER/m.pin",
+       history="FOLDER/h.xls")
 _serve("prefix of histories", "--prefix=train", "leave it out", model="m.pin",
        history="h.json", prefix="train")
 _serve("place of the export", "no file in a directory that exists",

@@ -244,8 +244,8 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    plugins.Model(backbone, None), serving.Routes(
-      [plugins.Weights(params, None)], *np.zeros((2, USERS), int), (0, 0)
+    [plugins.Model(backbone, None)], serving.Routes(
+      [plugins.Weights(params, None)], [0], *np.zeros((2, USERS), int), (0, 0)
     ), split, length=LENGTH, origin={},
   )
   if way == "loaded":
