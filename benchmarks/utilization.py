@@ -47,7 +47,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.joint_base import prepare
-from experiments import problem, settings
+from experiments import build, problem
 from experiments.configs import beauty, ml1m
 from pin_jax.data import batches
 from pin_jax.training import objectives
@@ -138,7 +138,7 @@ def joint_config(name: str, path: str, backbone: str, width: int) -> ConfigDict:
   config = CONFIGS[name].get_config(f"path={path}" if path else None)
   config.backbone.update(name=backbone, width=width)
   config.loss.name = "sampled_softmax" if backbone == "din" else "softmax"
-  settings.check(config)
+  build.check(config)
   return config
 
 

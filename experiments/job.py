@@ -23,13 +23,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments import (
+  build,
   commands,
   logs,
   processes,
   report,
   results,
   schema,
-  settings,
   sizes,
   truth,
   workdir,
@@ -308,7 +308,7 @@ def run(
   options = Options(console, command, other_versions, asked)
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  processes.together(lambda: settings.check(sizes.for_any_data(config)))
+  processes.together(lambda: build.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
   fitted, problem, networks = processes.together(lambda: _prepare(config))
@@ -331,7 +331,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them; writes nothing."""
   asked, (config, problem) = config, prepare(config)
   if sizes.told(asked, config):  # sizes that the data gave
-    settings.check(config)
+    build.check(config)
   networks = networks_of(config, problem)
   check(config, problem, networks)
   return config, problem, networks
@@ -430,7 +430,7 @@ def _train_all(
           options.check()
           rows.append(method_rows(key, method, seed, problem, trainer))
           found[key].append(validated(key, seed, problem, trainer, half))
-        if problem.world is not None and config.loss.name in settings.PROPER:
+        if problem.world is not None and config.loss.name in build.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
     log.close()

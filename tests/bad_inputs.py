@@ -424,10 +424,10 @@ for _row in (
   ("optimizer.warmup", None, "warmup=None", "whole number from 0"),
   ("prior.exponent", -1.0, "prior.exponent=-1.0", "number from 0"),
   ("prior.values", (0.5, "1"), "prior.values=(0.5, '1')", "number from 0"),
-  ("prior.kind", "custom", "prior.values=()", "where prior.kind asks"),
+  ("prior.kind", "custom", "section prior", "values with 'custom'"),
   ("groups.rule", "age", "groups.rule='age'", "one of"),
   ("groups.thresholds", (2, NAN), "(2, nan)", "whole number from 0"),
-  ("groups.thresholds", (3, 5), "(3, 5)", "exactly where groups.rule asks"),
+  ("groups.thresholds", (3, 5), "(3, 5)", "rule='thresholds' and only"),
   ("pin.weighting", "best", "pin.weighting='best'", "one of"),
   *(("pin.weighting", spec, f"pin.weighting={spec!r}", *words)
     for spec, *words in (

@@ -10,8 +10,8 @@ from references import BUILDERS, ITEMS, LENGTH, WIDTH
 from toys import assert_trees_close, noisy
 
 import tests.tiny
-from experiments import build, settings, stages
-from experiments.methods import METHODS, selected, stages_of
+from experiments import build, stages
+from experiments.methods import selected, stages_of
 from experiments.problem import make_problem
 from pin_jax import aggregation, serving
 from pin_jax.aggregation import weightings
@@ -272,7 +272,7 @@ def tiny(**changes):
   made.backbone.update(name="gru4rec", blocks=2)
   made.backbone_steps, made.plugin_steps, made.dispatch = 10, 10, 10
   made.update_from_flattened_dict(changes)
-  settings.check(made)
+  build.check(made)
   return made
 
 
@@ -309,7 +309,6 @@ def test_the_switch_tells_every_backbone(tmp_path):
   found = trained(made, tmp_path)
   for name in ("base", "base-activeness", "pin/backbone"):
     assert np.abs(found[name]["activeness"]).max() > 1e-4
-  assert METHODS["base_activeness"].title == "base, reads activeness"
 
 
 def test_exact_adjustment_of_a_model_that_is_told_is_refused():

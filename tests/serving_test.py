@@ -453,8 +453,6 @@ CONTENTS = {
   "another platform": (in_manifest(platforms=["tpu"]), "runs on 'cpu'"),
   "no arrays": (in_manifest(arrays={}), "export the job again"),
   "no slots": (in_manifest(slots=[[0]]), "export the job again"),
-  "program": (
-    lambda m: m.update({"program.jax": m["program.jax"][:-900]}), "export the"),
 }  # fmt: skip
 
 

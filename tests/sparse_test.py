@@ -7,7 +7,7 @@ import optax
 import pytest
 from toys import RULES, assert_trees_close
 
-from experiments import settings
+from experiments import build
 from experiments.configs import base
 from pin_jax.data.batches import Draw, Sequences, make_pool
 from pin_jax.models.gru4rec import gru4rec
@@ -167,7 +167,7 @@ def test_sgd_by_rows_is_sgd(shared, proposal, rule):
 def test_what_reads_or_writes_every_row_is_refused(changes, key):
   config = base.default()
   config.loss.name, config.optimizer.tables = "sampled_softmax", "row_sparse"
-  settings.check(config)
+  build.check(config)
   config.update_from_flattened_dict(changes)
   with pytest.raises(InputError, match=key):
-    settings.check(config)
+    build.check(config)

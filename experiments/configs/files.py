@@ -3,11 +3,12 @@
   python -m experiments.main \
     --config=experiments/configs/files.py:path=my.csv --workdir=runs/mine
 
-Compares what is worth serving, and says what to serve to whom; recipe=published
-or recipe=gated compares PIN so with the base, see `base.recipe`. Further
-arguments: user, item, time (column names, guessed where absent) and separator.
-Anything else as --config.data.k_core=5 and the like. Sizes follow from the data
-and are printed, see `experiments.sizes`; set any as --config.backbone.length=50.
+Compares what is worth serving, and says what to serve to whom. Arguments
+besides path: recipe=published or recipe=gated, for other rows (`base.recipe`);
+user, item, time (column names, guessed where absent) and separator. Anything
+else as --config.data.k_core=5 and the like. Sizes follow from the data and are
+printed, see `experiments.sizes`; set any of them as
+--config.backbone.length=50.
 """
 
 from ml_collections import ConfigDict
