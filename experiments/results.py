@@ -35,7 +35,7 @@ from etils import epath
 from experiments import schema
 from experiments.configs.base import default
 from experiments.logs import read_log
-from experiments.methods import METHODS, learnt_by
+from experiments.methods import METHODS, Stage, chosen, learnt_by, selected
 from experiments.workdir import read_json
 from pin_jax import disk
 from pin_jax.evaluation import metrics, statistics
@@ -63,10 +63,7 @@ _FACTS = ["group", "segment", "activeness", "target", "candidates"]
 _COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
 _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
-_GRADIENTS = (
-  "conflict_rate", "noise_conflict_rate", "noise_cosine", "weights",
-  "effective_groups",
-)
+_GRADIENTS = "conflict_rate", "weights", "effective_groups"
 REMEDY = "restore it from a copy, or make it again"
 _FORMER = {  # what former versions called models, where it is not the key
   "joint_shared_plugin": "joint_shared", "pin_shared_plugin": "pin_shared",
@@ -201,19 +198,12 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
 def _gradient_means(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-  """Means of each stage's records with a whole Gramian of several groups.
-
-  Where some steps of a run tell what noise alone does, of these alone.
-  """
-  runs: dict[str, list[Mapping[str, Any]]] = {}
+  """Means of each stage's records with a whole Gramian of several groups."""
+  stages: dict[str, list[Mapping[str, Any]]] = {}
   for record in records:
     looked = record.get("conflict_rate") is not None
     if looked and len(record.get("norms", ())) > 1:
-      runs.setdefault(record["run"], []).append(record)
-  stages: dict[str, list[Mapping[str, Any]]] = {}
-  for run, own in runs.items():
-    noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
-    stages.setdefault(without_seed(run), []).extend(noisy or own)
+      stages.setdefault(without_seed(record["run"]), []).append(record)
   found = {}
   for stage, own in stages.items():
     cosines = np.asarray([r["cosines"] for r in own], np.float64)
@@ -942,6 +932,74 @@ def analyse(
   )
 
 
+class Answer(NamedTuple):
+  """What to serve, as validation chose it, and what that gives on the test.
+
+  Attributes:
+    choice: 'tail' and 'head' -> key of the model.
+    chosen_on: how many users' validation targets chose.
+    claim: that of the chosen models together against the comparator.
+    levels: 'tail' and 'head' -> of the comparator and of the chosen model.
+    cost: CPU-seconds of a seed's training, of the comparator and of all that
+      the chosen models need; NaN where they are not known.
+    examples: ids of a tail and a head user.
+  """
+
+  choice: dict[str, str]
+  chosen_on: int
+  claim: Claim
+  levels: dict[str, tuple[float, float]]
+  cost: tuple[float, float]
+  examples: tuple[Any, ...]
+
+
+def answer(job: Analysis, num_resamples: int = NUM_RESAMPLES) -> Answer | None:
+  """What to serve to whom; None where the job made no choice."""
+  own, found = job.results, job.results.summary.get("choice")
+  rows, column = own.rows, own.lists[job.main]
+  methods = selected(own.config) if found else {}
+  if job.base not in methods:
+    return None
+  choice = {part: found[part] for part in SEGMENTS.values()}
+  served = pl.concat([rows.filter(pl.col("model") == job.base), *(
+    rows.filter(pl.col("model") == choice[part], pl.col("segment") == segment)
+    .with_columns(pl.lit("chosen").alias("model"))
+    for segment, part in SEGMENTS.items()
+  )])
+  learnt = {learnt_by(key, own.config) for key in choice.values()}
+  [claim] = check_claims(
+    served, base=job.base, margin=job.margin, metric=job.metrics[0],
+    column=column, num_resamples=num_resamples, learnt={
+      job.base: learnt_by(job.base, own.config), "chosen": "; ".join(learnt)
+    },
+  )
+  level = lambda model, segment: mean_metric(
+    served.filter(pl.col("model") == model, pl.col("segment") == segment),
+    job.metrics[0], column,
+  )
+  first = rows.group_by("segment").agg(pl.col("user").first()).sort("segment")
+  return Answer(
+    choice, sum(found["users"].values()), claim,
+    {
+      part: (level(job.base, segment), level("chosen", segment))
+      for segment, part in SEGMENTS.items()
+    },
+    tuple(
+      _cpu_seconds(own, method.stages)
+      for method in (methods[job.base], chosen(choice, methods))
+    ), tuple(first["user"]),
+  )
+
+
+def _cpu_seconds(own: Results, stages: Sequence[Stage]) -> float:
+  """Of the training of some stages, a seed."""
+  names, seeds = {s.name for s in stages}, own.rows["seed"].n_unique()
+  return sum(
+    cost["cpu_seconds"] for run, cost in own.summary["cost"].items()
+    if without_seed(run) in names
+  ) / seeds
+
+
 def value_text(value: Any) -> str:
   """A setting's value as a flag takes it."""
   return str(tuple(value) if isinstance(value, list) else value)
@@ -1011,6 +1069,23 @@ _NO_P = (
   " Models with fewer than three seeds have no p and no verdict: their figures "
   "prove nothing."
 )
+
+
+def answer_table(job: Analysis, found: Answer) -> Table:
+  """The model that each segment is served with, beside the comparator."""
+  return Table(
+    "Chosen on validation, scored on the test",
+    [Column("users"), Column("model", "model"),
+     Column(f"{job.metrics[0]} with it", "level"),
+     Column(f"with {job.base}", "level"),
+     Column("change %", "change")],
+    [
+      (part, key, *reversed(found.levels[part]), getattr(found.claim, part))
+      for part, key in found.choice.items()
+    ],
+    f"The validation targets that chose are of {found.chosen_on:,} users, and "
+    "no model had learnt from them.",
+  )  # fmt: skip
 
 
 def change_table(job: Analysis, title: str) -> Table:
@@ -1168,27 +1243,19 @@ def trials_table(results: Results) -> Table:
 
 
 def gradient_table(results: Results) -> Table:
-  """Conflicts, cosines and weights of each stage's group gradients.
-
-  Beside them those of groups of as many windows dealt at random, which is what
-  noise alone gives.
-  """
-  names = (
-    "records", "conflict_rate", "noise_conflict_rate", "cosine",
-    "noise_cosine", "weights", "effective_groups",
-  )
+  """Conflicts, cosines and weights of each stage's group gradients."""
+  names = "records", "conflict_rate", "cosine", "weights", "effective_groups"
   return Table(
     "Group gradients, means over logged steps and seeds",
     [Column("stage"), Column("records", "count"),
-     Column("share in conflict", "number"), Column("by noise", "number"),
-     Column("cosine", "number"), Column("by noise", "number"),
+     Column("share in conflict", "number"), Column("cosine", "number"),
      Column("weights", "number"), Column("effective groups", "number")],
     [
       (stage, *(own[name] for name in names))
       for stage, own in results.gradients.items()
     ],
-    "In conflict: pairs of groups with a negative cosine. By noise: the same "
-    "of as many windows dealt at random; n/a where it was not logged.",
+    "In conflict: pairs of groups with a negative cosine; gradients of batches "
+    "that share nothing are so half of the time.",
   )  # fmt: skip
 
 
