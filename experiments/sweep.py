@@ -1,6 +1,6 @@
 """Runs every job that a config file's `sweep()` lists.
 
-  python -m experiments.sweep --config=experiments/configs/ml1m.py \
+  python -m experiments.sweep --config=experiments/configs/ml1m.py \\
     --workdir=runs/windows --parallel=2
 
 `sweep()` returns a list of settings, dictionaries of dotted key -> value, such
