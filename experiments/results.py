@@ -21,7 +21,6 @@ users the more: 14 to 20, 5 to 8, 3 to 5 %). So no verdict is given below three.
 """
 
 import io
-import itertools
 import json
 import math
 import re
@@ -48,7 +47,7 @@ LEVEL = 0.05
 NUM_RESAMPLES = 2000
 MIN_SEEDS = 3  # fewer err too often for a verdict
 SEGMENTS = {0: "tail", 1: "head"}
-METRIC = "NDCG@10"
+METRIC = schema.KEYS["evaluation"]["metrics"].default[0]
 # evaluation.protocol -> suffix of its rows' file. Results of one are never
 # in a table with those of the other.
 SUFFIXES = {"full": "", "sampled": "_sampled"}
@@ -64,22 +63,26 @@ _FACTS = ["group", "segment", "activeness", "target", "candidates"]
 _COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
 _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
-_GRADIENTS = (
-  "conflict_rate", "noise_conflict_rate", "noise_cosine", "weights",
-  "effective_groups",
-)
+_GRADIENTS = "conflict_rate", "weights", "effective_groups"
 REMEDY = "restore it from a copy, or make it again"
-_KEYS = {method.title: key for key, method in METHODS.items()}
+_FORMER = {  # what former versions called models, where it is not the key
+  "joint_shared_plugin": "joint_shared", "pin_shared_plugin": "pin_shared",
+  "pin_random_segments": "pin_random", "pin_swapped_plugins": "pin_swapped",
+  "base_reads_activeness": "base_activeness", "focal_loss": "focal",
+}
 
 
 def key_of(name: str) -> str:
-  """A model's key, from its key or title; another's name is its own key."""
-  return _KEYS.get(name, name)
+  """A model's key, also of its former name, such as 'joint + plugins'."""
+  plain = re.sub("[^a-z]+", "_", name)
+  key = _FORMER.get(plain, plain)
+  return key if key in METHODS else name
 
 
-def title_of(key: str) -> str:
-  """What tables call a model."""
-  return METHODS[key].title if key in METHODS else key
+def metrics_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+  """Names of the metrics of a job's tables; the claim is on the first."""
+  default = schema.KEYS["evaluation"]["metrics"].default
+  return tuple(config.get("evaluation", {}).get("metrics", default))
 
 
 # What jobs left.
@@ -114,8 +117,6 @@ class Results(NamedTuple):
 def read(path: epath.PathLike) -> Results:
   """Reads the workdir of a finished job, or a summary as of `write_summary`.
 
-  Its command and configuration name files, but not where they lie.
-
   Raises:
     InputError: if there are no rows, or users or targets of the models differ,
       or a file is damaged.
@@ -128,11 +129,8 @@ def read(path: epath.PathLike) -> Results:
     same_users(rows, models_of(rows), on=["user"])
     records = read_log(path) if (path / "log.jsonl").exists() else []
     summary = _read_job_summary(path)
-    if "command" in summary:
-      summary["command"] = _without_folders(summary["command"])
     config = path / "config.json"
     config = read_json(config, config={})["config"] if config.exists() else {}
-    config = _names_alone(config)
     return Results(
       path.resolve().name, rows, lists_of(rows), protocol_line(rows, summary),
       summary, config, _gradient_means(records),
@@ -150,7 +148,8 @@ def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
     if path.exists():
       with disk.reading(path, REMEDY):
         rows = disk.read_parquet(path.read_bytes())
-        return rows.with_columns(pl.col("model").replace(_KEYS)), suffix
+        keys = {name: key_of(name) for name in rows["model"].unique()}
+        return rows.with_columns(pl.col("model").replace(keys)), suffix
   raise InputError(
     f"{workdir} has no rows.parquet; name the workdir of a finished run"
   )
@@ -182,8 +181,7 @@ def _with_keys(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _without_folders(command: str) -> str:
   """A command with names in place of absolute paths."""
-  folders = r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*"
-  command = re.sub(folders, r"\1runs/", command)
+  command = re.sub(r"(--workdir=)/(?:[^\s/]+/)*", r"\1runs/", command)
   return re.sub(r"(?<=[=\"'])/(?:[^\s/,\"']+/)*", "", command)
 
 
@@ -200,19 +198,12 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
 def _gradient_means(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-  """Means of each stage's records with a whole Gramian of several groups.
-
-  Where some steps of a run tell what noise alone does, of these alone.
-  """
-  runs: dict[str, list[Mapping[str, Any]]] = {}
+  """Means of each stage's records with a whole Gramian of several groups."""
+  stages: dict[str, list[Mapping[str, Any]]] = {}
   for record in records:
     looked = record.get("conflict_rate") is not None
     if looked and len(record.get("norms", ())) > 1:
-      runs.setdefault(record["run"], []).append(record)
-  stages: dict[str, list[Mapping[str, Any]]] = {}
-  for run, own in runs.items():
-    noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
-    stages.setdefault(without_seed(run), []).extend(noisy or own)
+      stages.setdefault(without_seed(record["run"]), []).append(record)
   found = {}
   for stage, own in stages.items():
     cosines = np.asarray([r["cosines"] for r in own], np.float64)
@@ -234,7 +225,7 @@ def without_seed(run: str) -> str:
 
 # Summaries small enough to commit.
 
-_CUTOFF = 20  # the largest rank that a summary keeps
+_CUTOFF = 20  # a summary keeps the ranks up to the largest cutoff, or this
 _OF_USER = "group", "segment", "activeness", "candidates", "candidates_unmasked"
 
 
@@ -242,9 +233,10 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   """Writes a job's results in about half a byte a rank, without ids.
 
   `ranks.parquet` has a row a user: segment, group, activeness, numbers of
-  candidates, and for every model, seed and list twice its rank, 0 beyond 20.
-  `job.json` has all else. Metrics with a cutoff of at most 20 follow exactly as
-  from the rows, intervals and tests up to the resampling's error.
+  candidates, and for every model, seed and list twice its rank, 0 beyond the
+  largest cutoff of the job's metrics. `job.json` has all else. These metrics
+  follow exactly as from the rows, intervals and tests up to the resampling's
+  error. Command and configuration name files, but not where they lie.
 
   Args:
     results: as from `read`.
@@ -261,7 +253,12 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   )
   content = results._asdict()
   del content["rows"]
-  content["trials"] = {**results.trials}
+  content |= {
+    "trials": {**results.trials}, "config": _names_alone(results.config),
+    "summary": {**results.summary},
+  }
+  if "command" in results.summary:
+    content["summary"]["command"] = _without_folders(results.summary["command"])
   text = json.dumps(content, ensure_ascii=False)
   disk.write({
     output / "ranks.parquet": ranks.getvalue(), output / "job.json": text + "\n"
@@ -271,6 +268,8 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
 def _wide(results: Results) -> pl.DataFrame:
   """One line a user, most active last, a column a model, seed and list."""
   rows = results.rows
+  cutoffs = (x.partition("@")[2] for x in metrics_of(results.config))
+  cutoff = max(_CUTOFF, *(float(x or math.inf) for x in cutoffs))
   wide = rows.unique("user").sort("activeness", "group", "segment", "user")
   wide = wide.select("user", *(c for c in _OF_USER if c in rows.columns))
   for model in models_of(rows):
@@ -278,7 +277,7 @@ def _wide(results: Results) -> pl.DataFrame:
       "seed", maintain_order=True
     ):
       named = [
-        _twice(own[column]).alias(json.dumps([model, seed, title]))
+        _twice(own[column], cutoff).alias(json.dumps([model, seed, title]))
         for title, column in results.lists.items()
       ]
       wide = wide.join(
@@ -288,16 +287,17 @@ def _wide(results: Results) -> pl.DataFrame:
   return wide.drop("user")
 
 
-def _twice(ranks: pl.Series) -> pl.Series:
-  """2 * rank as a byte, 0 beyond the cutoff."""
+def _twice(ranks: pl.Series, cutoff: float) -> pl.Series:
+  """2 * rank in as few bytes as it needs, 0 beyond the cutoff."""
   twice = 2 * ranks.to_numpy().astype(np.float64)
-  kept = np.isfinite(twice) & (twice <= 2 * _CUTOFF)
+  kept = np.isfinite(twice) & (twice <= 2 * cutoff)
   if np.any(twice[kept] % 1):
     raise InputError(
       f"a rank is {twice[kept][twice[kept] % 1 > 0][0] / 2}, neither whole nor "
       "half; pass the rows that evaluation wrote"
     )
-  return pl.Series(np.where(kept, twice, 0).astype(np.uint8))
+  twice = np.where(kept, twice, 0)
+  return pl.Series(twice.astype(np.min_scalar_type(int(twice.max(initial=0)))))
 
 
 def _read_summary(path: epath.Path) -> Results:
@@ -323,10 +323,6 @@ def _read_summary(path: epath.Path) -> Results:
       rows = rows.with_columns(pl.col(like).alias(name))
   fields = {key: content[key] for key in Results._fields if key in content}
   fields["summary"] = _with_keys(fields["summary"])
-  if any(isinstance(x, list) for x in fields["gradients"].values()):
-    # A former version kept records.
-    records = itertools.chain(*fields["gradients"].values())
-    fields["gradients"] = _gradient_means(records)
   for own in fields.get("trials", {}).get("models", []):
     own["model"] = key_of(own["model"])
   return Results(rows=rows, **fields)
@@ -489,8 +485,8 @@ def values_of(
   Args:
     rows: result rows, of any slice of the users.
     models: of the same users and seeds.
-    metric: 'NDCG@10', 'HR@5', 'MRR'; of sampled candidates also 'AUC', 'GAUC'
-      and 'log loss'.
+    metric: as `metrics.metric` reads it; of sampled candidates also 'AUC',
+      'GAUC' and 'log loss'.
     column: which rank.
 
   Raises:
@@ -517,9 +513,7 @@ def _metric(frame: pl.DataFrame, column: str, metric: str) -> np.ndarray:
   """Values [N] of a metric in the rows of one model."""
   if metric in _OF_IMPRESSIONS:
     return _OF_IMPRESSIONS[metric](frame)
-  name, _, cutoff = metric.lower().partition("@")
-  ranks = frame[column].to_numpy()
-  return metrics.METRICS[name](ranks, float(cutoff or math.inf))
+  return metrics.metric(metric)(frame[column].to_numpy())
 
 
 def _scores(frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -565,13 +559,14 @@ def change_of(
   )
 
 
-def slices_of(rows: pl.DataFrame) -> dict[str, pl.Expr]:
-  """Which rows are of whom: overall, tail, head, then the groups."""
-  found = {"overall": pl.lit(True)}
-  found |= {name: pl.col("segment") == s for s, name in SEGMENTS.items()}
-  return found | {
-    f"group {g}": pl.col("group") == g for g in rows["group"].unique().sort()
-  }
+SLICES = {"overall": pl.lit(True)} | {
+  name: pl.col("segment") == s for s, name in SEGMENTS.items()
+}
+
+
+def groups_of(rows: pl.DataFrame) -> dict[int, pl.Expr]:
+  """Which rows are of each group that is there."""
+  return {g: pl.col("group") == g for g in rows["group"].unique().sort()}
 
 
 def _seeds(rows: pl.DataFrame) -> dict[str, frozenset]:
@@ -632,6 +627,7 @@ def check_claims(
   *,
   base: str,
   margin: float,
+  metric: str = METRIC,
   column: str = "rank",
   num_resamples: int = NUM_RESAMPLES,
   learnt: Mapping[str, str] = MappingProxyType({}),
@@ -642,6 +638,7 @@ def check_claims(
     rows: result rows of any number of models.
     base: the comparator.
     margin: relative loss of head users that still counts as no worse.
+    metric: of the changes.
     column: which rank.
     num_resamples: bootstrap resamples of users and seeds.
     learnt: model -> what it has learnt from. Those that have learnt from
@@ -658,7 +655,7 @@ def check_claims(
     claim.model: claim
     for shared, models in with_the_same_seeds(rows, base)
     for claim in _changes(
-      shared, [base, *models], margin, column, num_resamples
+      shared, [base, *models], margin, (metric, column), num_resamples
     )
   }
   claims = [claims[model] for model in models_of(rows) if model in claims]
@@ -679,14 +676,14 @@ def check_claims(
 
 
 def _changes(
-  rows: pl.DataFrame, models: Sequence[str], margin: float, column: str,
-  num_resamples: int,
+  rows: pl.DataFrame, models: Sequence[str], margin: float,
+  what: tuple[str, str], num_resamples: int,
 ) -> Iterable[Claim]:
   """Of models that share their seeds; the first is compared with."""
   changes, of_seeds = {}, {}
-  for part in ("overall", "tail", "head"):
-    own = rows.filter(slices_of(rows)[part])
-    values = values_of(own, models, column=column)
+  for part, keep in SLICES.items():
+    own = rows.filter(keep)
+    values = values_of(own, models, metric=what[0], column=what[1])
     changes[part] = change_of(
       values, margin * (part == "head"), num_resamples
     )
@@ -721,7 +718,7 @@ class Level(NamedTuple):
   Attributes:
     model: its key.
     seeds: how many it has.
-    overall: NDCG of all users.
+    overall: the metric of all users.
     tail: of tail users.
     head: of head users.
     gap: head - tail, positive where tail users are worse off.
@@ -742,6 +739,7 @@ class Level(NamedTuple):
 def levels(
   rows: pl.DataFrame,
   *,
+  metric: str = METRIC,
   column: str = "rank",
   num_resamples: int = NUM_RESAMPLES,
 ) -> list[Level]:
@@ -757,21 +755,20 @@ def levels(
   found = {}
   for seeds, models in together.items():
     own = rows.filter(pl.col("model").is_in(models))
-    parts = {
-      name: values_of(own.filter(keep), models, column=column)
-      for name, keep in slices_of(own).items()
-    }
-    groups = [name for name in parts if name.startswith("group ")]
-    lowest, worst = statistics.worst_group([parts[g] for g in groups], draw)
+    of = lambda keep, own=own, models=models: values_of(
+      own.filter(keep), models, metric=metric, column=column
+    )
+    parts, groups = {k: of(x) for k, x in SLICES.items()}, groups_of(own)
+    lowest, worst = statistics.worst_group([*map(of, groups.values())], draw)
     numbers = [
-      *(mean_of(parts[p], num_resamples) for p in ("overall", "tail", "head")),
+      *(mean_of(values, num_resamples) for values in parts.values()),
       statistics.gap(parts["head"], parts["tail"], draw), worst,
     ]
     for index, model in enumerate(models):
       found[model] = Level(
         model, len(seeds),
         *(Interval(*(float(x[index]) for x in n)) for n in numbers),
-        int(groups[lowest[index]].split()[1]),
+        [*groups][lowest[index]],
       )
   return [found[model] for model in models_of(rows)]
 
@@ -831,7 +828,7 @@ def power_lines(
     return []
   shown = ", ".join(f"{name} {levels[name]:.4f}" for name in levels)
   return [
-    f"power, from the comparator's validation {METRIC} ({shown}), hits "
+    f"power, from the comparator's validation NDCG@10 ({shown}), hits "
     f"spread evenly over ranks 1 to 10, and for other models a "
     f"correlation of {_CORRELATION:g} with a user's results and a standard "
     f"deviation over seeds of {100 * _SEED_SPREAD:g} % of the mean, as between "
@@ -872,6 +869,17 @@ class Analysis(NamedTuple):
     """Name of the data."""
     return self.results.summary.get("data", self.results.name)
 
+  @property
+  def settings(self) -> dict[str, str]:
+    """Dotted key -> value of the whole configuration, and the data's name."""
+    found = schema.flatten({**self.results.config, "data": {}})
+    return {"data": self.data, **{k: value_text(v) for k, v in found}}
+
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """Titles of the tables' metrics; claims and levels are of the first."""
+    return tuple(map(str.upper, metrics_of(self.results.config)))
+
   def claim(self) -> Claim | None:
     """Of the model under test, on the main list."""
     found = [c for c in self.claims[self.main] if c.model == self.other]
@@ -901,11 +909,12 @@ def analyse(
     )
   declared = results.config.get("claims", default().claims)
   margin = declared["non_inferiority_margin"]
+  metric = metrics_of(results.config)[0]
   learnt = {model: learnt_by(model, results.config) for model in models}
   claims = {
     title: check_claims(
-      rows, base=base, margin=margin, column=column, learnt=learnt,
-      num_resamples=num_resamples,
+      rows, base=base, margin=margin, metric=metric, column=column,
+      learnt=learnt, num_resamples=num_resamples,
     )
     for title, column in results.lists.items()
   }
@@ -915,10 +924,44 @@ def analyse(
     results, base, asked if asked in tested else [base, *tested][-1], margin,
     claims,
     {
-      title: levels(rows, column=column, num_resamples=num_resamples)
+      title: levels(
+        rows, metric=metric, column=column, num_resamples=num_resamples
+      )
       for title, column in results.lists.items()
     },
   )
+
+
+def value_text(value: Any) -> str:
+  """A setting's value as a flag takes it."""
+  return str(tuple(value) if isinstance(value, list) else value)
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Keys whose values are not the same in all."""
+  keys = dict.fromkeys(key for own in settings for key in own)
+  return [
+    key for key in keys if len({str(own.get(key)) for own in settings}) > 1
+  ]
+
+
+def labels_of(jobs: Sequence[Analysis]) -> list[str]:
+  """A name of each job, no two alike: its data, and what differs besides.
+
+  Where much does, or nothing, it is the name of the job's directory.
+  """
+  labels = []
+  for job in jobs:
+    like = [other.settings for other in jobs if other.data == job.data]
+    keys = [key for key in differing(like) if key != "methods"]
+    told = ", ".join(f"{key} {job.settings.get(key)}" for key in keys)
+    if len(like) > 1 and (not keys or len(keys) > 3 or len(told) > 60):
+      told = job.results.name
+    labels.append(f"{job.data} ({told})" if told else job.data)
+  return [
+    label + f" ({labels[: i + 1].count(label)})" * (labels.count(label) > 1)
+    for i, label in enumerate(labels)
+  ]
 
 
 class Column(NamedTuple):
@@ -964,7 +1007,7 @@ def change_table(job: Analysis, title: str) -> Table:
   """Every model against the comparator, on a list of candidates."""
   claims = job.claims[title]
   return Table(
-    f"Change of {METRIC} against {title_of(job.base)}, {title}",
+    f"Change of {job.metrics[0]} against {job.base}, {title}",
     [Column("model", "model"), Column("tail change %", "change"),
      Column("p", "p"), Column("head change %", "change"), Column("p", "p"),
      Column("p of harm", "p"), Column("claim", "outcome"),
@@ -984,7 +1027,7 @@ def level_table(job: Analysis, title: str) -> Table:
   """How well every model serves whom, on a list of candidates."""
   few = any(level.seeds < MIN_SEEDS for level in job.levels[title])
   return Table(
-    f"{METRIC}, {title}",
+    f"{job.metrics[0]}, {title}",
     [Column("model", "model"), Column("seeds", "count"),
      *(Column(name, "level") for name in ("overall", "tail", "head")),
      Column("gap, head − tail", "gap"), Column("worst group", "level"),
@@ -997,27 +1040,27 @@ def level_table(job: Analysis, title: str) -> Table:
 def group_table(
   job: Analysis, title: str, metric: str, num_resamples: int
 ) -> Table:
-  """The model under test against the comparator: overall and by group."""
+  """The model under test against the comparator, by group."""
   models, rows = [job.base, job.other], job.results.rows
   column = job.results.lists[title]
   shared = [rows for rows, found in with_the_same_seeds(rows, job.base)
             if job.other in found][0]  # fmt: skip
   lines = []
-  for name, keep in slices_of(shared).items():
+  for group, keep in groups_of(shared).items():
     own = shared.filter(keep)
     values = values_of(own, models, metric=metric, column=column)
     change = change_of(values, num_resamples=num_resamples)
     spread = own["activeness"]
     lines.append((
-      name, number_range(spread.min() or 0, spread.max() or 0),
+      str(group), number_range(spread.min(), spread.max()),
       own["user"].n_unique(),
-      *(float(x.mean()) if x.size else math.nan for x in values),
+      *(float(x.mean()) for x in values),
       Change(*(float(x[0]) for x in change)),
     ))
   return Table(
     f"{metric} by activeness, {title}",
-    [Column("users"), Column("activeness"), Column("number", "count"),
-     *(Column(title_of(model), "level") for model in models),
+    [Column("group"), Column("activeness"), Column("users", "count"),
+     *(Column(model, "level") for model in models),
      Column("change %", "change")],
     lines,
   )  # fmt: skip
@@ -1026,7 +1069,7 @@ def group_table(
 def seed_table(job: Analysis, title: str) -> Table:
   """Each seed's own changes."""
   return Table(
-    f"Each seed's change of {METRIC} in %, {title}",
+    f"Each seed's change of {job.metrics[0]} in %, {title}",
     [Column("model", "model"), Column("tail", "change"),
      Column("head", "change")],
     [
@@ -1037,24 +1080,18 @@ def seed_table(job: Analysis, title: str) -> Table:
 
 
 def metrics_table(job: Analysis, title: str) -> Table:
-  """Means of other metrics and cutoffs that the rows allow."""
+  """Means of all metrics."""
   rows, column = job.results.rows, job.results.lists[title]
-  names = [f"{name}@{k}" for name in ("NDCG", "HR") for k in (5, 10, 20)]
-  if _is_sampled(rows):
-    names += ["MRR", *_OF_IMPRESSIONS]
-  lines = []
-  for model in models_of(rows):
-    parts = slices_of(rows)
-    for part in ("overall", "tail", "head"):
-      own = model_rows(rows, model).filter(parts[part])
-      lines.append(
-        (model, part, *(mean_metric(own, name, column) for name in names))
-      )
+  names = [*job.metrics, *(_OF_IMPRESSIONS if _is_sampled(rows) else ())]
+  means = lambda own: (mean_metric(own, name, column) for name in names)
   return Table(
     f"Means over users and seeds, {title}",
     [Column("model", "model"), Column("users"),
      *(Column(name, "level") for name in names)],
-    lines,
+    [
+      (model, part, *means(model_rows(rows, model).filter(keep)))
+      for model in models_of(rows) for part, keep in SLICES.items()
+    ],
   )  # fmt: skip
 
 
@@ -1082,10 +1119,10 @@ def cost_table(results: Results) -> Table:
   mean = lambda own, key: np.mean([c[key] for c in own], 0).tolist()
   total = sum(c["cpu_seconds"] for own in stages.values() for c in own)
   return Table(
-    "Training cost and validation",
+    f"Training cost and validation {metrics_of(results.config)[0].upper()}",
     [Column("stage"), Column("runs", "count"), Column("steps"),
      Column("skipped", "count"), Column("best step", "count"),
-     Column(f"best validation {METRIC}", "level"),
+     Column("best validation", "level"),
      Column("CPU-seconds a run", "count")],
     [
       (
@@ -1110,7 +1147,7 @@ def trials_table(results: Results) -> Table:
   own = results.trials["models"]
   seeds = sorted({seed for model in own for seed in model["seeds"]})
   return Table(
-    f"Settings tried, by validation {METRIC}",
+    f"Settings tried, by validation {metrics_of(results.config)[0].upper()}",
     [Column("model", "model"), *(Column(name, "level") for name in names),
      Column("chosen")],
     [(m["model"], *m["validation"], names[m["chosen"]]) for m in own],
@@ -1121,27 +1158,19 @@ def trials_table(results: Results) -> Table:
 
 
 def gradient_table(results: Results) -> Table:
-  """Conflicts, cosines and weights of each stage's group gradients.
-
-  Beside them those of groups of as many windows dealt at random, which is what
-  noise alone gives.
-  """
-  names = (
-    "records", "conflict_rate", "noise_conflict_rate", "cosine",
-    "noise_cosine", "weights", "effective_groups",
-  )
+  """Conflicts, cosines and weights of each stage's group gradients."""
+  names = "records", "conflict_rate", "cosine", "weights", "effective_groups"
   return Table(
     "Group gradients, means over logged steps and seeds",
     [Column("stage"), Column("records", "count"),
-     Column("share in conflict", "number"), Column("by noise", "number"),
-     Column("cosine", "number"), Column("by noise", "number"),
+     Column("share in conflict", "number"), Column("cosine", "number"),
      Column("weights", "number"), Column("effective groups", "number")],
     [
       (stage, *(own[name] for name in names))
       for stage, own in results.gradients.items()
     ],
-    "In conflict: pairs of groups with a negative cosine. By noise: the same "
-    "of as many windows dealt at random; n/a where it was not logged.",
+    "In conflict: pairs of groups with a negative cosine; gradients of batches "
+    "that share nothing are so half of the time.",
   )  # fmt: skip
 
 
@@ -1151,7 +1180,7 @@ def settings_table(config: Mapping[str, Any]) -> Table:
     "Settings that differ from the defaults",
     [Column("setting"), Column("value")],
     [
-      (key, json.dumps(value) if isinstance(value, list) else str(value))
+      (key, value_text(value))
       for key, value in changed_settings(config).items()
     ],
   )

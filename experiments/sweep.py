@@ -39,24 +39,24 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, sizes
+from experiments import build, commands, schema, sizes
 from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.report import print_table
 from experiments.results import (
-  METRIC,
   MIN_SEEDS,
+  SLICES,
   Column,
   Results,
   Table,
   check_claims,
   key_of,
   mean_metric,
+  metrics_of,
   model_rows,
   models_of,
   read,
   same_users,
-  slices_of,
   write_summary,
 )
 from pin_jax import disk
@@ -143,7 +143,7 @@ def _resolved(
       raise TypeError("give a dictionary of dotted key -> value")
     config = get_config(*filter(None, [argument]))
     config.update_from_flattened_dict(chosen)
-    settings.check(sizes.for_any_data(config))
+    build.check(sizes.for_any_data(config))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     reason = " ".join(str(error).strip("\"'").split())
     raise InputError(
@@ -471,7 +471,7 @@ def table(
     for own in found
   ]
   keys = [key for key in _differing(flat) if key != "methods"]
-  other = None
+  other, metric = None, metrics_of(found[0].config)[0]
   if beside is not None:
     base, other = _rows_beside(beside, base)
   lines = []
@@ -482,15 +482,17 @@ def table(
       rows = pl.concat([other, rows])
     claims = {} if against not in models_of(rows) else {
       claim.model: claim
-      for claim in check_claims(rows, base=against, margin=0, column=column)
+      for claim in check_claims(
+        rows, base=against, margin=0, metric=metric, column=column
+      )
     }
     for model in models_of(own.rows):
       rows, values = model_rows(own.rows, model), [math.nan]
       if model in METHODS and own.summary.get("cost"):
         values = [*validation(own, model).values()]
       parts = [
-        mean_metric(rows.filter(keep), METRIC, column)
-        for keep in [*slices_of(rows).values()][:3]
+        mean_metric(rows.filter(keep), metric, column)
+        for keep in SLICES.values()
       ]
       claim = claims.get(model)
       lines.append((
@@ -502,7 +504,7 @@ def table(
     raise InputError(f"--base={base}: no job has that model")
   few = any(line[len(keys) + 2] < MIN_SEEDS for line in lines)
   return Table(
-    f"{METRIC} of finished jobs",
+    f"{metric.upper()} of finished jobs",
     [Column("job"), *map(Column, keys), Column("model", "model"),
      Column("seeds", "count"), Column("validation", "level"),
      *(Column(name, "level") for name in ("overall", "tail", "head")),

@@ -7,8 +7,9 @@ tied places. The metrics of sampled impressions (AUC, log loss) need the scores
 of a positive and its negatives.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,7 @@ def average_rank(scores: ArrayLike, target_index: ArrayLike) -> jax.Array:
 
 
 def _checked(ranks: ArrayLike, k: float) -> np.ndarray:
-  try:
-    ranks = np.asarray(ranks, np.float64)
-  except (TypeError, ValueError) as error:
-    raise InputError(f"ranks are no numbers ({error}); pass numbers") from None
+  ranks = np.asarray(ranks, np.float64)
   if not np.all(ranks >= 1):
     raise InputError(
       f"ranks contain {np.min(ranks)}; pass ranks of 1 (best) and more"
@@ -91,11 +89,32 @@ def reciprocal_rank(ranks: ArrayLike, k: float = math.inf) -> np.ndarray:
   return np.where(ranks <= k, 1 / ranks, 0.0)
 
 
-METRICS: Mapping[str, Callable[[ArrayLike, float], np.ndarray]] = {
+# name -> function of ranks and a cutoff, higher is better; one's own goes here.
+METRICS: dict[str, Callable[[ArrayLike, float], np.ndarray]] = {
   "hr": hit_rate,
   "ndcg": ndcg,
   "mrr": reciprocal_rank,
 }
+
+
+def metric(name: str) -> Callable[[ArrayLike], np.ndarray]:
+  """The function of ranks that a name means, such as 'ndcg@10' or 'mrr'.
+
+  Raises:
+    InputError: if METRICS has no such name, or the cutoff is no number >= 1.
+  """
+  key, at, cutoff = name.lower().partition("@")
+  if key not in METRICS:
+    raise InputError(
+      f"metric {name!r} is unknown; give one of {[*METRICS]}, with a cutoff as "
+      "in 'ndcg@10' or without"
+    )
+  try:
+    k = float(cutoff) if at else math.inf
+  except ValueError:
+    k = math.nan
+  _checked([], k)
+  return functools.partial(METRICS[key], k=k)
 
 
 def user_auc(ranks: ArrayLike, candidates: ArrayLike) -> np.ndarray:
@@ -109,16 +128,8 @@ def user_auc(ranks: ArrayLike, candidates: ArrayLike) -> np.ndarray:
 
   Returns:
     float64 values of the shape of `ranks`.
-
-  Raises:
-    InputError: if a rank is below 1 or there are fewer than 2 candidates.
   """
   ranks, candidates = _checked(ranks, 1), np.asarray(candidates, np.float64)
-  if not np.all(candidates >= 2):
-    raise InputError(
-      f"candidates contain {np.min(candidates)}; AUC needs a negative, so pass "
-      "at least 2"
-    )
   return (candidates - ranks) / (candidates - 1)
 
 
@@ -140,31 +151,15 @@ def auc_components(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
   Returns:
     [N] float64.
 
-  Raises:
-    InputError: if the negatives are not [N, C].
-
   Reference:
     DeLong et al., Biometrics 1988 (the components); Obuchowski, Biometrics
     1997 (clusters). Averaging them by user is ours.
   """
-  positive, negatives = _impressions(positive, negatives)
   positive = np.where(np.isnan(positive), -np.inf, positive)
   negatives = np.where(np.isnan(negatives), np.inf, negatives)
   below = _share_below(np.sort(negatives, axis=None), positive)
   above = 1 - _share_below(np.sort(positive), negatives)
   return below + above.mean(-1) - below.mean()
-
-
-def _impressions(
-  positive: ArrayLike, negatives: ArrayLike
-) -> tuple[np.ndarray, np.ndarray]:
-  """Scores as float64 [N] and [N, C]."""
-  ours, theirs = np.shape(positive), np.shape(negatives)
-  if len(theirs) != 2 or ours != theirs[:1]:
-    raise InputError(
-      f"positive has shape {ours} but negatives {theirs}; pass [N] and [N, C]"
-    )
-  return np.asarray(positive, np.float64), np.asarray(negatives, np.float64)
 
 
 def _share_below(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -186,10 +181,9 @@ def log_loss(positive: ArrayLike, negatives: ArrayLike) -> np.ndarray:
 
   Returns:
     [N] float64, nats.
-
-  Raises:
-    InputError: if the negatives are not [N, C].
   """
-  positive, negatives = _impressions(positive, negatives)
+  positive, negatives = (
+    np.asarray(scores, np.float64) for scores in (positive, negatives)
+  )
   total = np.logaddexp(0, -positive) + np.logaddexp(0, negatives).sum(-1)
   return total / (1 + negatives.shape[-1])
