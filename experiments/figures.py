@@ -18,7 +18,6 @@ from experiments.results import (
   groups_of,
   mean_of,
   number_range,
-  title_of,
   values_of,
   with_the_same_seeds,
 )
@@ -139,7 +138,7 @@ def groups(
           place, *numbers = np.transpose(points)
           _bars(
             axes, place + 0.12 * order - 0.06 * (len(models) - 1), numbers,
-            color=color, fmt="o", label=title_of(model),
+            color=color, fmt="o", label=model,
           )
       axes.set_ylabel(label)
     both[0].set_ylim(bottom=0)

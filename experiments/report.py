@@ -48,7 +48,6 @@ from experiments.results import (
   Results,
   Table,
   few_seeds,
-  title_of,
 )
 from pin_jax import disk
 from pin_jax.types import InputError
@@ -133,7 +132,7 @@ def _overview(jobs: Sequence[Analysis], labels: Sequence[str]) -> Section:
     ]
     blocks += [
       Verdict(
-        claim.outcome, f"{label}: {title_of(claim.model)}", verdict(job, claim)
+        claim.outcome, f"{label}: {claim.model}", verdict(job, claim)
       )
       for claim in filter(None, claims)
     ]
@@ -177,7 +176,7 @@ def _blocks(
     blocks.append(Text(own.summary["command"], code=True))
   blocks += changes(main)
   more: list[Block] = []
-  claims = {title_of(claim.model): claim for claim in job.claims[main]}
+  claims = {claim.model: claim for claim in job.claims[main]}
   if claims:
     models = dict.fromkeys(
       [job.base, job.other, *(claim.model for claim in claims.values())]
@@ -186,7 +185,7 @@ def _blocks(
     more.append(results.seed_table(job, main))
     blocks += [
       draw("forest", claims, job.margin,
-           f"Change against {title_of(job.base)}, {main}", metric),
+           f"Change against {job.base}, {main}", metric),
       draw("groups", rows, models, column, metric),
     ]  # fmt: skip
     sampled = "negative_scores" in rows.columns
@@ -244,7 +243,7 @@ def _facts(job: Analysis) -> str:
     for interval in (level.overall, level.tail, level.head)
   )
   parts.append(
-    f"compared with {title_of(job.base)} ({job.metrics[0]} overall, tail, "
+    f"compared with {job.base} ({job.metrics[0]} overall, tail, "
     f"head: {', '.join(of_base)}), margin for head users {100 * job.margin:g} %"
   )
   return "; ".join(parts) + "."
@@ -271,7 +270,7 @@ def _settings(own: Results) -> list[Block]:
 
 def verdict(job: Analysis, claim: Claim) -> str:
   """One to three sentences that say what was shown and what was not."""
-  base, model = title_of(job.base), title_of(claim.model)
+  base, model = job.base, claim.model
   allowed = f"{100 * job.margin:g} %"
   tail, head = (cell_text(x, "change") for x in (claim.tail, claim.head))
   learnt = lambda key: learnt_by(key, job.results.config)
@@ -324,7 +323,7 @@ def _more_seeds(own: Results) -> str:
 def cell_text(cell: Cell, kind: str) -> str:
   """A table's cell, such as '.0514 [.0490, .0540]' or '+1.0 [−2.0, +3.0]'."""
   if isinstance(cell, str):
-    return title_of(cell) if kind == "model" else cell
+    return cell
   if isinstance(cell, tuple):
     estimate, low, high = (cell_text(x, kind) for x in cell[:3])
     return f"{estimate} [{low}, {high}]"

@@ -63,22 +63,20 @@ _FACTS = ["group", "segment", "activeness", "target", "candidates"]
 _COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
 _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
-_GRADIENTS = (
-  "conflict_rate", "noise_conflict_rate", "noise_cosine", "weights",
-  "effective_groups",
-)
+_GRADIENTS = "conflict_rate", "weights", "effective_groups"
 REMEDY = "restore it from a copy, or make it again"
-_KEYS = {method.title: key for key, method in METHODS.items()}
+_FORMER = {  # what former versions called models, where it is not the key
+  "joint_shared_plugin": "joint_shared", "pin_shared_plugin": "pin_shared",
+  "pin_random_segments": "pin_random", "pin_swapped_plugins": "pin_swapped",
+  "base_reads_activeness": "base_activeness", "focal_loss": "focal",
+}
 
 
 def key_of(name: str) -> str:
-  """A model's key, from its key or title; another's name is its own key."""
-  return _KEYS.get(name, name)
-
-
-def title_of(key: str) -> str:
-  """What tables call a model."""
-  return METHODS[key].title if key in METHODS else key
+  """A model's key, also of its former name, such as 'joint + plugins'."""
+  plain = re.sub("[^a-z]+", "_", name)
+  key = _FORMER.get(plain, plain)
+  return key if key in METHODS else name
 
 
 def metrics_of(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -150,7 +148,8 @@ def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
     if path.exists():
       with disk.reading(path, REMEDY):
         rows = disk.read_parquet(path.read_bytes())
-        return rows.with_columns(pl.col("model").replace(_KEYS)), suffix
+        keys = {name: key_of(name) for name in rows["model"].unique()}
+        return rows.with_columns(pl.col("model").replace(keys)), suffix
   raise InputError(
     f"{workdir} has no rows.parquet; name the workdir of a finished run"
   )
@@ -199,19 +198,12 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
 def _gradient_means(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-  """Means of each stage's records with a whole Gramian of several groups.
-
-  Where some steps of a run tell what noise alone does, of these alone.
-  """
-  runs: dict[str, list[Mapping[str, Any]]] = {}
+  """Means of each stage's records with a whole Gramian of several groups."""
+  stages: dict[str, list[Mapping[str, Any]]] = {}
   for record in records:
     looked = record.get("conflict_rate") is not None
     if looked and len(record.get("norms", ())) > 1:
-      runs.setdefault(record["run"], []).append(record)
-  stages: dict[str, list[Mapping[str, Any]]] = {}
-  for run, own in runs.items():
-    noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
-    stages.setdefault(without_seed(run), []).extend(noisy or own)
+      stages.setdefault(without_seed(record["run"]), []).append(record)
   found = {}
   for stage, own in stages.items():
     cosines = np.asarray([r["cosines"] for r in own], np.float64)
@@ -1015,7 +1007,7 @@ def change_table(job: Analysis, title: str) -> Table:
   """Every model against the comparator, on a list of candidates."""
   claims = job.claims[title]
   return Table(
-    f"Change of {job.metrics[0]} against {title_of(job.base)}, {title}",
+    f"Change of {job.metrics[0]} against {job.base}, {title}",
     [Column("model", "model"), Column("tail change %", "change"),
      Column("p", "p"), Column("head change %", "change"), Column("p", "p"),
      Column("p of harm", "p"), Column("claim", "outcome"),
@@ -1068,7 +1060,7 @@ def group_table(
   return Table(
     f"{metric} by activeness, {title}",
     [Column("group"), Column("activeness"), Column("users", "count"),
-     *(Column(title_of(model), "level") for model in models),
+     *(Column(model, "level") for model in models),
      Column("change %", "change")],
     lines,
   )  # fmt: skip
@@ -1166,27 +1158,19 @@ def trials_table(results: Results) -> Table:
 
 
 def gradient_table(results: Results) -> Table:
-  """Conflicts, cosines and weights of each stage's group gradients.
-
-  Beside them those of groups of as many windows dealt at random, which is what
-  noise alone gives.
-  """
-  names = (
-    "records", "conflict_rate", "noise_conflict_rate", "cosine",
-    "noise_cosine", "weights", "effective_groups",
-  )
+  """Conflicts, cosines and weights of each stage's group gradients."""
+  names = "records", "conflict_rate", "cosine", "weights", "effective_groups"
   return Table(
     "Group gradients, means over logged steps and seeds",
     [Column("stage"), Column("records", "count"),
-     Column("share in conflict", "number"), Column("by noise", "number"),
-     Column("cosine", "number"), Column("by noise", "number"),
+     Column("share in conflict", "number"), Column("cosine", "number"),
      Column("weights", "number"), Column("effective groups", "number")],
     [
       (stage, *(own[name] for name in names))
       for stage, own in results.gradients.items()
     ],
-    "In conflict: pairs of groups with a negative cosine. By noise: the same "
-    "of as many windows dealt at random; n/a where it was not logged.",
+    "In conflict: pairs of groups with a negative cosine; gradients of batches "
+    "that share nothing are so half of the time.",
   )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings
+from experiments import build, commands, schema
 from experiments.build import networks_of
 from experiments.configs.base import default
 from experiments.job import of_results
@@ -204,16 +204,9 @@ def read_ids(name: str, text: str) -> list[str]:
   """
   path = os.path.expanduser(text)
   if os.path.isfile(path):  # False for ids that are no path at all
-    try:
-      with open(path, "rb") as file:
-        lines = file.read().decode("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-      raise InputError(
-        f"--{name}={text} cannot be read ({error}); give text, an id a line"
-      ) from error
-    if all(line.endswith("\r") for line in lines[:-1]):
-      lines = [line.removesuffix("\r") for line in lines]
-    ids = [line for line in lines if line]
+    with disk.reading(f"--{name}={text}", "give text, an id a line"):
+      lines = epath.Path(path).read_bytes().decode("utf-8-sig")
+    ids = [x for x in lines.replace("\r\n", "\n").split("\n") if x]
   elif text.endswith(".txt"):
     raise InputError(f"--{name}={text} does not exist; check the path")
   else:
@@ -238,16 +231,17 @@ def read_histories(
     "history, and, if there is one, `user`; or interactions"
   )):
     # By the standard library: polars goes by the first records' keys.
-    rows = {
-      ".json": lambda: json.loads(path.read_bytes()),
-      ".jsonl": lambda: [
-        json.loads(line) for line in path.read_bytes().splitlines() if line
-      ],
-      ".parquet": lambda: disk.read_parquet(path.read_bytes()).to_dicts(),
-    }.get(path.suffix, lambda: None)()
-    if path.suffix == ".json" or any("items" in own for own in rows or ()):
+    rows = None
+    if path.suffix == ".json":
+      rows = json.loads(path.read_bytes())
       if not isinstance(rows, list):
         raise ValueError("it is no list of rows")
+    elif path.suffix == ".jsonl":
+      lines = filter(None, path.read_bytes().splitlines())
+      rows = [json.loads(line) for line in lines]
+    elif path.suffix == ".parquet":
+      rows = disk.read_parquet(path.read_bytes()).to_dicts()
+    if path.suffix == ".json" or any("items" in own for own in rows or ()):
       for number, own in enumerate(rows, 1):
         if not isinstance(own, dict) or not isinstance(own.get("items"), list):
           raise ValueError(f"row {number} has no list of `items`")
@@ -387,7 +381,7 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
       config.update_from_flattened_dict({
         key: value for key, value in schema.flatten(kept) if key in known
       })
-    settings.check(config)
+    build.check(config)
   return config, stored["data"]
 
 

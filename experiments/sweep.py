@@ -48,7 +48,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, sizes
+from experiments import build, commands, schema, sizes
 from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import METHODS
@@ -225,7 +225,7 @@ def _resolved(
       raise TypeError("give a dictionary of dotted key -> value")
     config = get_config(*filter(None, [argument]))
     config.update_from_flattened_dict(chosen)
-    settings.check(sizes.for_any_data(config))
+    build.check(sizes.for_any_data(config))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     reason = " ".join(str(error).strip("\"'").split())
     raise InputError(

@@ -39,9 +39,7 @@ PREFIXES = ("all", "validation", "train")
 _REMEMBERED = "remembered"  # a prefix too; older files have "train" alone
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, SCHEMA = "pin_jax recommender", 2  # of the portable file
-_OF_ITEMS = (  # fields of a Memory
-  "neighbours", "counts", "totals", "interactions", "popularity", "kernel"
-)
+_OF_USERS = ("activeness", "items", "starts", "place")  # of a Memory
 _MOST_SCORES = 2**24  # of a chunk of users
 _MOST_USERS = 256
 _MOST_NEAR = 10_000  # ids that are compared letter by letter
@@ -244,26 +242,22 @@ def _scores(
   return scores if model.backbone.tables else one_by_one
 
 
-def _tables(memory: Memory | None) -> dict[str, PyTree] | None:
+def _tables(memory: Memory | None) -> dict[str, jax.Array] | None:
   """What a plugin's memory holds of items, without that of users."""
   if memory is None:
     return None
-  relations = memory.related, memory.related_scores
-  return {x: getattr(memory, x) for x in _OF_ITEMS} | {"relations": relations}
+  return {k: x for k, x in memory._asdict().items() if k not in _OF_USERS}
 
 
 def _read(
-  tables: dict[str, PyTree] | None, inputs: dict[str, Any]
+  tables: dict[str, jax.Array] | None, inputs: dict[str, Any]
 ) -> tuple[Memory | None, PluginContext | None]:
   """The memory and context of the B users, who are numbered 0..B-1."""
   if tables is None:
     return None, None
-  related, scores = tables["relations"]
   memory = Memory(
-    **{name: tables[name] for name in _OF_ITEMS}, related=related,
-    related_scores=scores, activeness=inputs["activeness"],
-    items=inputs["own"], starts=inputs["starts"],
-    place=inputs["place"].reshape(-1),
+    **tables, activeness=inputs["activeness"], items=inputs["own"],
+    starts=inputs["starts"], place=inputs["place"].reshape(-1),
   )
   rows, recent = inputs["recent"].shape
   place = jnp.arange(rows * recent).reshape(rows, recent)
@@ -682,8 +676,7 @@ def save(
     _member(number): _export(recommender, number, platforms)
     for number in range(len(recommender.programs))
   } | {
-    name: array.astype(array.dtype.newbyteorder("<")).tobytes()
-    for name, array in arrays.items()
+    name: array.tobytes() for name, array in arrays.items()
   } | {
     "users.parquet": _parquet({
       "user": users.ids.tolist(), "segment": routes.segments,
@@ -809,19 +802,15 @@ def _from_members(
   manifest: dict[str, Any], members: dict[str, bytes]
 ) -> Recommender:
   """Raises an exception of any kind where the members do not fit together."""
-  exported = []
-  for number in range(len(manifest["recent"])):
-    exported.append(jax.export.deserialize(bytearray(members[_member(number)])))
-    with disk.unheard():
-      exported[-1].mlir_module()  # which raises where it cannot be read
-  args = [
-    jax.tree.unflatten(x.in_tree, x.in_avals)[0] for x in exported
+  exported = [
+    jax.export.deserialize(bytearray(members[_member(number)]))
+    for number in range(len(manifest["recent"]))
   ]
-  arrays = {}
-  for name, of in manifest["arrays"].items():
-    little = np.dtype(of["dtype"]).newbyteorder("<")
-    array = np.frombuffer(members[name], little).reshape(of["shape"])
-    arrays[name] = array.astype(of["dtype"], copy=False)
+  args = [jax.tree.unflatten(x.in_tree, x.in_avals)[0] for x in exported]
+  arrays = {
+    name: np.frombuffer(members[name], of["dtype"]).reshape(of["shape"])
+    for name, of in manifest["arrays"].items()
+  }
   users = disk.read_parquet(members["users.parquet"])
   items = disk.read_parquet(members["items.parquet"])
   return Recommender(
@@ -872,7 +861,5 @@ def _slots(
 
 def _ids(column: pl.Series) -> np.ndarray:
   """Original ids as `Interactions` has them."""
-  text = column.dtype == pl.String
-  found = np.empty(len(column), object if text else np.int64)
-  found[:] = column.to_list()
-  return found
+  kind = object if column.dtype == pl.String else np.int64
+  return np.array(column.to_list(), kind)

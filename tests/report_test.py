@@ -203,7 +203,7 @@ def test_console_fits_80_columns_without_ansi_codes(tmp_path):
   ]
   assert len(tables) > 20 and max(map(len, tables)) <= 80
   for part in (
-    "Change of NDCG@10 against base, history masked", "pin backbone",
+    "Change of NDCG@10 against base, history masked", "pin_backbone",
     "activeness", "Protocol: leave-one-out; full ranking over 300 items",
     "The claim", str(path / "report.html"),
   ):
@@ -323,8 +323,7 @@ def test_undefined_numbers_are_not_available(tmp_path):
 
 
 @pytest.mark.parametrize(("cell", "kind", "text"), [
-  ("pin_shared", "model", "pin, shared plugin"),
-  ("pin_shared", "word", "pin_shared"),
+  ("pin_shared", "model", "pin_shared"),
   (0.05141, "level", ".0514"), (-0.00321, "gap", "−.0032"),
   (1.0, "level", "1.0000"), (10.0, "level", "10.0000"),
   (results.Interval(0.01, -0.02, 0.034), "change", "+1.0 [−2.0, +3.4]"),

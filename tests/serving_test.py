@@ -60,7 +60,7 @@ def make_model(case):
   }[name]()
   params = noisy(backbone.init)
   made = {
-    "bottleneck": lambda: plugins.bottleneck(D),
+    "bottleneck": lambda: plugins.bottleneck(D, hidden=D),
     "memory": lambda: plugins.memory_mix(options),
     "lora": lambda: plugins.low_rank(params, rank=2),
     "gated": lambda: plugins.gated(D, options, hidden=3, own_repeats=True),
@@ -453,8 +453,6 @@ CONTENTS = {
   "another platform": (in_manifest(platforms=["tpu"]), "runs on 'cpu'"),
   "no arrays": (in_manifest(arrays={}), "export the job again"),
   "no slots": (in_manifest(slots=[[0]]), "export the job again"),
-  "program": (
-    lambda m: m.update({"program.jax": m["program.jax"][:-900]}), "export the"),
 }  # fmt: skip
 
 
