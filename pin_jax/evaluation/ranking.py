@@ -34,13 +34,7 @@ from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
-from pin_jax.types import (
-  InputError,
-  PluginContext,
-  PyTree,
-  Requests,
-  at_least,
-)
+from pin_jax.types import InputError, PluginContext, PyTree, Requests
 
 
 class Ranks(NamedTuple):
@@ -150,17 +144,14 @@ class Program(NamedTuple):
       Requests, interactions of a chunk's histories at most or 0) -> leaves
       [chunks, users, ...].
     users: of a chunk, all of one segment.
-    nothing: what there is for no request.
   """
 
   run: Callable[[Weights, Sequences, tuple, int], PyTree]
   users: int
-  nothing: PyTree
 
 
 def _compiled(
-  of_chunk: Callable[..., PyTree], users: int, nothing: PyTree,
-  layout: Layout = LOCAL,
+  of_chunk: Callable[..., PyTree], users: int, layout: Layout = LOCAL
 ) -> Program:
   """Of (weights, sequences, requests, ..., size) -> leaves [users, ...]."""
 
@@ -171,7 +162,7 @@ def _compiled(
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
     return sharding.lay(jax.lax.map(one, rows), layout)
 
-  return Program(run, users, nothing)
+  return Program(run, users)
 
 
 def _evaluate(
@@ -179,14 +170,13 @@ def _evaluate(
   requests: Requests, *rest: np.ndarray, masked: bool = False,
 ) -> PyTree:
   """Runs a program on requests (and more of them): leaves [n, ...]."""
-  if not len(requests.users):
-    return program.nothing
   index = _chunk_index(model, requests, program.users)
   take = lambda x: np.asarray(x, np.int32)[index]
   rows = jax.tree.map(take, (requests, *rest))
   size = 0
   if masked:  # A power of two, so that few programs serve all requests.
-    largest = int(rows[0].positions.sum(1, dtype=np.int64).max())
+    totals = rows[0].positions.sum(1, dtype=np.int64)
+    largest = int(totals.max(initial=0))
     size = 1 << max(largest - 1, 0).bit_length()
 
   def place(x: np.ndarray) -> np.ndarray:
@@ -203,7 +193,7 @@ def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
   segments = np.asarray(requests.segments)
   if model.plugin is None:
     segments = np.zeros_like(segments)
-  chunks = []
+  chunks = [np.zeros(0, int)]
   for segment in np.unique(segments):
     own = np.flatnonzero(segments == segment)
     chunks.append(np.pad(own, (0, -len(own) % users), mode="edge"))
@@ -323,7 +313,6 @@ def rank_program(
   model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> Program:
   """The program of `make_ranker`."""
-  at_least(1, num_items=num_items, length=length)
   shape = chunk_of(num_items, layout)
   if layout.tables:
     chunks, scored = _split(model, num_items, shape.items, layout)
@@ -370,8 +359,7 @@ def rank_program(
       1 + above_all + 0.5 * tied_all, others_all + 1,
     )
 
-  nothing = Ranks(*(np.zeros(0) for _ in Ranks._fields))
-  return _compiled(of_chunk, shape.users * layout.data, nothing, layout)
+  return _compiled(of_chunk, shape.users * layout.data, layout)
 
 
 def make_ranker(
@@ -394,9 +382,6 @@ def make_ranker(
 
   Returns:
     (weights, sequences, requests) -> Ranks.
-
-  Raises:
-    InputError: for a number below 1.
   """
   program = rank_program(
     model, num_items=num_items, length=length, layout=layout
@@ -498,9 +483,7 @@ def make_sampled_ranker(
     candidates = jnp.concatenate([target[:, None], drawn], axis=1)
     return plugins.logits(model, *states, candidates)
 
-  program = _compiled(
-    of_chunk, chunk_of(interactions.num_items).users, np.zeros((0, 1 + count))
-  )
+  program = _compiled(of_chunk, chunk_of(interactions.num_items).users)
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
@@ -529,5 +512,5 @@ def make_log_probabilities(
     logits = _score_in_chunks(model, states, shape.items, num_items, None)
     return jax.nn.log_softmax(logits[:, 1:], axis=-1)
 
-  program = _compiled(of_chunk, shape.users, np.zeros((0, num_items)))
+  program = _compiled(of_chunk, shape.users)
   return functools.partial(_evaluate, model, program)
