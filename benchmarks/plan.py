@@ -133,7 +133,7 @@ def _rank_program(
 ) -> tuple:
   """(jitted function, its abstract arguments) of one chunk of users."""
   layout = networks.layout
-  run, chunk = ranking.rank_program(
+  run, chunk, _ = ranking.rank_program(
     plugins.Model(networks.backbone, None), num_items=sizes.items,
     length=config.backbone.length, layout=layout,
   )

@@ -144,14 +144,17 @@ class Program(NamedTuple):
       Requests, interactions of a chunk's histories at most or 0) -> leaves
       [chunks, users, ...].
     users: of a chunk, all of one segment.
+    nothing: what there is for no request.
   """
 
   run: Callable[[Weights, Sequences, tuple, int], PyTree]
   users: int
+  nothing: PyTree
 
 
 def _compiled(
-  of_chunk: Callable[..., PyTree], users: int, layout: Layout = LOCAL
+  of_chunk: Callable[..., PyTree], users: int, nothing: PyTree,
+  layout: Layout = LOCAL,
 ) -> Program:
   """Of (weights, sequences, requests, ..., size) -> leaves [users, ...]."""
 
@@ -162,7 +165,7 @@ def _compiled(
     one = lambda chunk: of_chunk(weights, sequences, *chunk, size)
     return sharding.lay(jax.lax.map(one, rows), layout)
 
-  return Program(run, users)
+  return Program(run, users, nothing)
 
 
 def _evaluate(
@@ -170,13 +173,14 @@ def _evaluate(
   requests: Requests, *rest: np.ndarray, masked: bool = False,
 ) -> PyTree:
   """Runs a program on requests (and more of them): leaves [n, ...]."""
+  if not len(requests.users):
+    return program.nothing
   index = _chunk_index(model, requests, program.users)
   take = lambda x: np.asarray(x, np.int32)[index]
   rows = jax.tree.map(take, (requests, *rest))
   size = 0
   if masked:  # A power of two, so that few programs serve all requests.
-    totals = rows[0].positions.sum(1, dtype=np.int64)
-    largest = int(totals.max(initial=0))
+    largest = int(rows[0].positions.sum(1, dtype=np.int64).max())
     size = 1 << max(largest - 1, 0).bit_length()
 
   def place(x: np.ndarray) -> np.ndarray:
@@ -193,7 +197,7 @@ def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
   segments = np.asarray(requests.segments)
   if model.plugin is None:
     segments = np.zeros_like(segments)
-  chunks = [np.zeros(0, int)]
+  chunks = []
   for segment in np.unique(segments):
     own = np.flatnonzero(segments == segment)
     chunks.append(np.pad(own, (0, -len(own) % users), mode="edge"))
@@ -359,7 +363,8 @@ def rank_program(
       1 + above_all + 0.5 * tied_all, others_all + 1,
     )
 
-  return _compiled(of_chunk, shape.users * layout.data, layout)
+  nothing = Ranks(*(np.zeros(0) for _ in Ranks._fields))
+  return _compiled(of_chunk, shape.users * layout.data, nothing, layout)
 
 
 def make_ranker(
@@ -483,7 +488,9 @@ def make_sampled_ranker(
     candidates = jnp.concatenate([target[:, None], drawn], axis=1)
     return plugins.logits(model, *states, candidates)
 
-  program = _compiled(of_chunk, chunk_of(interactions.num_items).users)
+  program = _compiled(
+    of_chunk, chunk_of(interactions.num_items).users, np.zeros((0, 1 + count))
+  )
 
   def rank(
     weights: Weights, sequences: Sequences, requests: Requests
@@ -512,5 +519,5 @@ def make_log_probabilities(
     logits = _score_in_chunks(model, states, shape.items, num_items, None)
     return jax.nn.log_softmax(logits[:, 1:], axis=-1)
 
-  program = _compiled(of_chunk, shape.users)
+  program = _compiled(of_chunk, shape.users, np.zeros((0, num_items)))
   return functools.partial(_evaluate, model, program)
