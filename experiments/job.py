@@ -401,9 +401,12 @@ def _train_all(
   asked = {"pin": {**config.pin}}
   half = any(learns(METHODS[key], asked) == "half" for key in methods)
   stages = stages_of(methods)
-  total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
-  progress = logs.JobProgress(total, options.console)
+  to_come = [(stage.kind, num_steps(config, stage)) for stage in stages]
+  progress = logs.Progress(
+    to_come * len(config.seeds), config.validation.every,
+    config.evaluation.metrics[0], options.console,
+  )
   monitor = Monitor(log, progress, options.interrupted)
   about = {
     "config": of_results(config), "data": fingerprint(problem),
@@ -433,6 +436,7 @@ def _train_all(
         if problem.world is not None and config.loss.name in build.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
+    progress.close()
     log.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"

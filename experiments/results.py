@@ -63,10 +63,7 @@ _FACTS = ["group", "segment", "activeness", "target", "candidates"]
 _COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
 _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
-_GRADIENTS = (
-  "conflict_rate", "noise_conflict_rate", "noise_cosine", "weights",
-  "effective_groups",
-)
+_GRADIENTS = "conflict_rate", "weights", "effective_groups"
 REMEDY = "restore it from a copy, or make it again"
 _FORMER = {  # what former versions called models, where it is not the key
   "joint_shared_plugin": "joint_shared", "pin_shared_plugin": "pin_shared",
@@ -201,19 +198,12 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
 def _gradient_means(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-  """Means of each stage's records with a whole Gramian of several groups.
-
-  Where some steps of a run tell what noise alone does, of these alone.
-  """
-  runs: dict[str, list[Mapping[str, Any]]] = {}
+  """Means of each stage's records with a whole Gramian of several groups."""
+  stages: dict[str, list[Mapping[str, Any]]] = {}
   for record in records:
     looked = record.get("conflict_rate") is not None
     if looked and len(record.get("norms", ())) > 1:
-      runs.setdefault(record["run"], []).append(record)
-  stages: dict[str, list[Mapping[str, Any]]] = {}
-  for run, own in runs.items():
-    noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
-    stages.setdefault(without_seed(run), []).extend(noisy or own)
+      stages.setdefault(without_seed(record["run"]), []).append(record)
   found = {}
   for stage, own in stages.items():
     cosines = np.asarray([r["cosines"] for r in own], np.float64)
@@ -1168,27 +1158,19 @@ def trials_table(results: Results) -> Table:
 
 
 def gradient_table(results: Results) -> Table:
-  """Conflicts, cosines and weights of each stage's group gradients.
-
-  Beside them those of groups of as many windows dealt at random, which is what
-  noise alone gives.
-  """
-  names = (
-    "records", "conflict_rate", "noise_conflict_rate", "cosine",
-    "noise_cosine", "weights", "effective_groups",
-  )
+  """Conflicts, cosines and weights of each stage's group gradients."""
+  names = "records", "conflict_rate", "cosine", "weights", "effective_groups"
   return Table(
     "Group gradients, means over logged steps and seeds",
     [Column("stage"), Column("records", "count"),
-     Column("share in conflict", "number"), Column("by noise", "number"),
-     Column("cosine", "number"), Column("by noise", "number"),
+     Column("share in conflict", "number"), Column("cosine", "number"),
      Column("weights", "number"), Column("effective groups", "number")],
     [
       (stage, *(own[name] for name in names))
       for stage, own in results.gradients.items()
     ],
-    "In conflict: pairs of groups with a negative cosine. By noise: the same "
-    "of as many windows dealt at random; n/a where it was not logged.",
+    "In conflict: pairs of groups with a negative cosine; gradients of batches "
+    "that share nothing are so half of the time.",
   )  # fmt: skip
 
 

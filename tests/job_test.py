@@ -3,7 +3,6 @@
 import inspect
 import io
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -113,8 +112,7 @@ def test_validations_are_logged_by_segment_too(finished):
   assert {f"validation/{name}" for name in ("all", "tail", "head")} <= tags
   assert {"conflict_rate", "cosines/0/1", "cosines/1/2"} <= tags
   assert "cosines/0/0" not in tags
-  assert "pin/backbone: compiling, once for all its steps" in text
-  assert re.search(r"pin/backbone: compiled, and trained the first \d+", text)
+  assert "pin/backbone: compiling, then " in text
 
 
 def test_a_metric_of_ones_own_selects_and_is_shown(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def make_model(case):
   }[name]()
   params = noisy(backbone.init)
   made = {
-    "bottleneck": lambda: plugins.bottleneck(D),
+    "bottleneck": lambda: plugins.bottleneck(D, hidden=D),
     "memory": lambda: plugins.memory_mix(options),
     "lora": lambda: plugins.low_rank(params, rank=2),
     "gated": lambda: plugins.gated(D, options, hidden=3, own_repeats=True),

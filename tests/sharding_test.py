@@ -80,7 +80,7 @@ def params_of(out):
 
 def compute_training(workdir):
   """One device, eight, and the checkpoints of eight read on one and four."""
-  told = {"backbone.reads_activeness": True}
+  told = {"backbone.reads_activeness": True, "pin.weighting": "upgrad"}
   eight = trained(config(4, 2, **told), f"{workdir}/eight")
   table = eight.trained["pin/backbone"][0].best["items"]
   shards = {str(s.index): s.data.shape for s in table.addressable_shards}
