@@ -1,8 +1,7 @@
 """Runs a job for each of several settings, of any config.
 
-  python -m experiments.sweep --workdir=runs/widths \
-    --config=experiments/configs/files.py:path=my.csv \
-    --sweep.backbone.width=32,64,128 --parallel=2
+  python -m experiments.sweep --config=files:path=my.csv \
+    --workdir=runs/widths --sweep.backbone.width=32,64,128 --parallel=2
 
 Each --sweep.KEY=VALUE,VALUE multiplies the jobs; --config.KEY=VALUE holds for
 all. --sweep=FILE reads settings from JSON: a list of dictionaries of dotted
