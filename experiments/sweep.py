@@ -1,6 +1,6 @@
 """Runs a job for each of several settings, of any config.
 
-  python -m experiments.sweep --config=files:path=my.csv \
+  python -m experiments.sweep --config=files:path=my.csv \\
     --workdir=runs/widths --sweep.backbone.width=32,64,128 --parallel=2
 
 Each --sweep.KEY=VALUE,VALUE multiplies the jobs; --config.KEY=VALUE holds for
