@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import schema
+from experiments.methods import Stage
 from experiments.problem import SEGMENTS, Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
@@ -380,6 +381,29 @@ def make_optimizer(
     transformation=sparse.row_sparse(made.transformation, backbone.tables),
     tables=backbone.tables,
   )
+
+
+def num_steps(config: ConfigDict, stage: Stage) -> int:
+  """Steps of a stage."""
+  first, second = config.backbone_steps, config.plugin_steps
+  return {
+    "backbone": first,
+    "plugin": second,
+    "both": first + second,
+    "none": 0,
+    "refit": config.refit,
+    "classifier": config.classifier_steps,
+  }[stage.phase]
+
+
+def sampling(config: ConfigDict, stage: Stage) -> tuple[str, str]:
+  """How a stage's windows are drawn, and what its means are over."""
+  return {
+    "joint": (config.joint.draw, config.joint.mean),
+    "groups": (config.pin.draw, config.pin.mean),
+    "uniform": ("users", "users"),
+    "plugin": (config.pin.plugin_draw, "interactions"),
+  }[stage.sampling]
 
 
 def windows_of_step(config: ConfigDict, *, grouped: bool) -> int:

@@ -36,6 +36,11 @@ CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
 )
+_STAGES = flags.DEFINE_string(
+  "stages", None,
+  "Directory of trained stages that several jobs share; the workdir's own "
+  "where it is not given.",
+)
 _OTHER_VERSIONS = flags.DEFINE_bool(
   "other_versions", False,
   "Continue what other versions of the libraries, or another kind of device, "
@@ -80,7 +85,8 @@ def main(_: list[str]) -> None:
 
     job.run(
       CONFIG.value, _WORKDIR.value, command=shlex.join(command),
-      other_versions=_OTHER_VERSIONS.value, interrupted=interrupted,
+      stages=_STAGES.value, other_versions=_OTHER_VERSIONS.value,
+      interrupted=interrupted,
     )
 
 

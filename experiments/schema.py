@@ -461,6 +461,21 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
   return of(config, "")
 
 
+def completed(config: dict[str, Any]) -> ConfigDict:
+  """The whole of a configuration that a job of any version has written.
+
+  What it lacks has its default, and is not what a result depends on.
+  """
+  kept, whole = canonical(config), ConfigDict(defaults())
+  known = dict(flatten(whole.to_dict()))
+  with whole.ignore_type(), whole.unlocked():
+    whole.data = ConfigDict(kept.pop("data"))
+    whole.update_from_flattened_dict({
+      key: value for key, value in flatten(kept) if key in known
+    })
+  return whole
+
+
 def check_keys(config: ConfigDict) -> None:
   """Checks that every key is known, there, and takes its value.
 

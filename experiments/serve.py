@@ -11,7 +11,6 @@ first) and, where there is one, `user`. Writes a row an item to --output;
 without it prints the lists of a few users.
 """
 
-import functools
 import io
 import json
 import os
@@ -27,13 +26,12 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, workdir
+from experiments import commands, reuse, schema, settings, workdir
 from experiments.build import networks_of
-from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import Method, exact_form, selected
 from experiments.problem import Problem, fingerprint, make_problem
-from experiments.stages import Trainer, routed, same_job
+from experiments.stages import Trainer, routed
 from pin_jax import disk, serving
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError
@@ -288,7 +286,7 @@ def recommender(
   """
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  config, data = _config(directory)
+  config, data, root = _config(directory)
   methods, name = selected(config), exact_form(method, config)
   for what, wanted, there in (
     ("method", method if name not in methods else None, list(methods)),
@@ -304,14 +302,9 @@ def recommender(
       f"workdir {directory} is of data {data} and the config's data are now "
       f"{fingerprint(problem)}; put back what it was trained on"
     )
-  # All seeds that were trained at once with this one.
-  first = config.seeds.index(seed) // config.num_seeds * config.num_seeds
+  seeds = next(x for x in reuse.seed_groups(config) if seed in x)
   trainer = Trainer(
-    config, problem, networks_of(config, problem), directory,
-    tuple(config.seeds[first : first + config.num_seeds]),
-    functools.partial(checkpoints.Checkpoints, check=same_job({
-      "config": of_results(config), "data": data,
-    })),
+    config, problem, networks_of(config, problem), root, seeds
   )
   for stage in methods[name].stages:
     trainer.read(stage)
@@ -321,8 +314,8 @@ def recommender(
   })
 
 
-def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
-  """(config, for one device; fingerprint of the data) of a finished job."""
+def _config(directory: epath.Path) -> tuple[ConfigDict, str, epath.Path]:
+  """(config, for one device; fingerprint; stages) of a finished job."""
   path = directory / "config.json"
   if not path.exists() or not (directory / "summary.json").exists():
     raise InputError(
@@ -331,15 +324,11 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
     )
   stored = workdir.read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
-    kept, config = schema.canonical(stored["config"]), default()
-    known = dict(schema.flatten(config.to_dict()))
-    with config.ignore_type(), config.unlocked():
-      config.data = ConfigDict(kept.pop("data"))
-      config.update_from_flattened_dict({
-        key: value for key, value in schema.flatten(kept) if key in known
-      })
+    config = schema.completed(stored["config"])
+    config.data.update(stored.get("paths", {}))
     settings.check(config)
-  return config, stored["data"]
+    root = epath.Path(stored.get("stages", directory / "checkpoints"))
+  return config, stored["data"], root
 
 
 def _made(
