@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import schema
-from experiments.methods import Stage
-from experiments.problem import SEGMENTS, Problem, learnt_split
+from experiments.methods import GATES, SEGMENTS, Stage
+from experiments.problem import Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
@@ -54,6 +54,9 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
   ),
 }
 MIXING = ("memory", "gated")  # plugins that read the memory
+# Of the methods that have gates whatever `plugin` says.
+GATE = {"hidden": 16, "reads_state": False}
+_GATE_LEARNING_RATE = 2e-2
 PROPOSALS = ("uniform", "popularity", "in_batch")
 OTHERS = "others"  # the block of the parameters that no pattern matches
 
@@ -157,6 +160,12 @@ def make_networks(
     "shared": make_plugin(
       config, like, widen=len(SEGMENTS), repeats=repeats
     ),
+    **{
+      name: gated(
+        config.backbone.width, memory_options(config), own_repeats=repeats,
+        **{**GATE, "hidden": widen * GATE["hidden"]},
+      ) for name, widen in (("gates", 1), ("gate", len(SEGMENTS)))
+    },
     "memory_alone": plugins.memory_alone(memory_options(config)),
   }
   return Networks(backbone, made, layout)
@@ -360,14 +369,16 @@ def make_sampled_loss(
 
 
 def make_optimizer(
-  config: ConfigDict, kind: str, steps: int, backbone: Backbone
+  config: ConfigDict, stage: Stage, steps: int, backbone: Backbone
 ) -> Optimizer:
-  """The optimizer of a kind of stage; the first alone averages, or has rows."""
+  """The optimizer of a stage; a backbone's alone averages, or has rows."""
+  kind = "gate" if stage.plugin in GATES else stage.kind
   options = config.optimizer.to_dict()
   tables = options.pop("tables")
   rates = {
     "backbone": options.pop("learning_rate"),
     "plugin": options.pop("plugin_learning_rate"),
+    "gate": _GATE_LEARNING_RATE,
     "classifier": 2e-3,
   }
   if kind != "backbone":
@@ -403,6 +414,7 @@ def sampling(config: ConfigDict, stage: Stage) -> tuple[str, str]:
     "groups": (config.pin.draw, config.pin.mean),
     "uniform": ("users", "users"),
     "plugin": (config.pin.plugin_draw, "interactions"),
+    "validation": ("validation", "interactions"),
   }[stage.sampling]
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 
 from experiments.results import (
-  METRIC,
   Claim,
   change_of,
   few_seeds,
@@ -59,7 +58,7 @@ def _bars(
 
 
 def forest(
-  claims: Mapping[str, Claim], margin: float, title: str
+  claims: Mapping[str, Claim], margin: float, title: str, metric: str
 ) -> matplotlib.figure.Figure:
   """Changes of tail and head users with intervals, a row a claim.
 
@@ -67,6 +66,7 @@ def forest(
     claims: name of the row -> claim.
     margin: of non-inferiority, drawn as a line.
     title: above the plot.
+    metric: that changes, in words.
   """
   with matplotlib.rc_context(_STYLE):
     figure = _figure(5.2, 1.4 + 0.42 * len(claims))
@@ -89,14 +89,14 @@ def forest(
     axes.set_ylim(-0.6, len(claims) - 0.4)
     axes.set_title(title)
     axes.set_xlabel(
-      f"change of {METRIC} (%)\ndashed: −{100 * margin:g} %, the margin"
+      f"change of {metric} (%)\ndashed: −{100 * margin:g} %, the margin"
     )
     figure.legend(loc="outside lower center", ncols=2)
   return figure
 
 
 def groups(
-  rows: pl.DataFrame, models: Sequence[str], column: str
+  rows: pl.DataFrame, models: Sequence[str], column: str, metric: str
 ) -> matplotlib.figure.Figure:
   """Levels of each activeness group, and changes against the first model.
 
@@ -104,6 +104,7 @@ def groups(
     rows: result rows.
     models: the comparator and up to four others.
     column: which rank.
+    metric: of the levels.
   """
   rows = rows.filter(pl.col("model").is_in(models))
   levels, changes, labels = {}, {}, []
@@ -112,10 +113,14 @@ def groups(
       continue
     own, index = rows.filter(keep), len(labels)
     for model in models:
-      values = values_of(own.filter(model=model), [model], column=column)
+      values = values_of(
+        own.filter(model=model), [model], metric=metric, column=column
+      )
       levels[model, index] = np.ravel(mean_of(values))
     for shared, others in with_the_same_seeds(own, models[0]):
-      values = values_of(shared, [models[0], *others], column=column)
+      values = values_of(
+        shared, [models[0], *others], metric=metric, column=column
+      )
       for model, *numbers in zip(others, *change_of(values)[:3], strict=True):
         changes[model, index] = 100 * np.asarray(numbers)
     span = number_range(own["activeness"].min(), own["activeness"].max())
@@ -125,7 +130,7 @@ def groups(
     figure = _figure(max(6, 1.5 + 1.1 * len(labels)), 5)
     both = figure.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     for axes, found, label in zip(
-      both, (levels, changes), (METRIC, "change (%)"), strict=True
+      both, (levels, changes), (metric, "change (%)"), strict=True
     ):
       for order, (model, color) in enumerate(zip(models, COLORS, strict=False)):
         points = [(i, *x) for (own, i), x in found.items() if own == model]
@@ -139,7 +144,7 @@ def groups(
     both[0].set_ylim(bottom=0)
     both[0].legend()
     both[0].set_title(
-      f"{METRIC} by activeness group, 95 % intervals" + (few and f" ({few})")
+      f"{metric} by activeness group, 95 % intervals" + (few and f" ({few})")
     )
     both[1].axhline(0, color=_GREY, linewidth=0.9)
     both[1].set_xticks(range(len(labels)), labels)

@@ -22,6 +22,8 @@ Users = Literal["all", "tail", "head"]
 # Whose validation targets are among the training targets; 'half': those of the
 # users that plugins learn from, where their draw is 'validation'.
 Learnt = Literal["none", "half", "all"]
+SEGMENTS = ("tail", "head")
+GATES = ("gate", "gates")  # of Stage.plugin
 LEARNT = {
   "none": "training targets",
   "half": "training targets and half of the users' validation targets",
@@ -40,10 +42,12 @@ class Stage:
     users: whom it learns from and is validated on.
     grouped: one gradient an activeness group (else one for all).
     exact: importance weights from this classifier stage.
-    sampling: config section with `draw` and `mean`.
+    sampling: config section with `draw` and `mean`; 'validation': from the
+      validation targets of half of the users.
     start: stage whose backbone it starts from (kind 'backbone') or freezes.
     plugin: what kind 'plugin' trains: a network for each segment ('own'), one
-      of as many parameters for all users ('shared'), or nothing
+      of as many parameters for all users ('shared'), both as `plugin` says; the
+      same of gates, whatever `plugin` says ('gates', 'gate'); or nothing
       ('memory_alone').
     assign: users' segments: by activeness, or drawn at random, as many users
       in each ('random').
@@ -62,9 +66,11 @@ class Stage:
   users: Users = "all"
   grouped: bool = False
   exact: str | None = None
-  sampling: Literal["joint", "groups", "uniform", "plugin"] = "joint"
+  sampling: Literal[
+    "joint", "groups", "uniform", "plugin", "validation"
+  ] = "joint"
   start: str | None = None
-  plugin: Literal["own", "shared", "memory_alone"] = "own"
+  plugin: Literal["own", "shared", "gates", "gate", "memory_alone"] = "own"
   assign: Literal["activeness", "random"] = "activeness"
   rule: str | None = None
   focal: bool = False
@@ -124,9 +130,12 @@ _EXACT = dataclasses.replace(
 
 
 def _plugins(name: str, start: Stage, **options: str) -> Stage:
-  return Stage(
-    name, "plugin", "plugin", sampling="plugin", start=start.name, **options
-  )
+  options = {"sampling": "plugin", **options}
+  return Stage(name, "plugin", "plugin", start=start.name, **options)
+
+
+def _gates(name: str, start: Stage, plugin: str) -> Stage:
+  return _plugins(name, start, plugin=plugin, sampling="validation")
 
 
 _PIN_PLUGINS = _plugins("pin/plugins", _PIN)
@@ -180,6 +189,12 @@ METHODS: dict[str, Method] = {
     _personalized("pin, swapped plugins", _PIN, _PIN_PLUGINS), swapped=True
   ),
   "memory_alone": _personalized("memory alone", _JOINT, _MEMORY_ALONE),
+  "joint_gate": _personalized(
+    "joint + one gate", _JOINT, _gates("joint/gate", _JOINT, "gate")
+  ),
+  "pin_gates": _personalized(
+    "pin + gates", _PIN, _gates("pin/gates", _PIN, "gates")
+  ),
   "user_uniform": _base("user-uniform", "user-uniform", sampling="uniform"),
   "base_activeness": _base("base, reads activeness", "base-activeness",
                            reads_activeness=True),
@@ -249,12 +264,13 @@ def learns(method: Method, config: Mapping[str, Any]) -> Learnt:
   """Whose validation targets a method learns from in a job of such a config."""
   if config.get("refit"):
     return "all"
-  found = {stage.learns for stage in method.stages}
-  if config.get("pin", {}).get("plugin_draw") == "validation" and any(
-    stage.kind == "plugin" and stage.phase != "none" for stage in method.stages
-  ):
-    found.add("half")
-  return "half" if "half" in found else "none"
+  draw = config.get("pin", {}).get("plugin_draw")
+  half = any(
+    stage.learns == "half" or stage.phase != "none" and "validation" in (
+      stage.sampling, draw if stage.sampling == "plugin" else None
+    ) for stage in method.stages
+  )
+  return "half" if half else "none"
 
 
 RULES = tuple(
@@ -289,3 +305,40 @@ def compared(names: Sequence[str]) -> tuple[str, str]:
   """
   tested = [name for name in names[1:] if name in ("pin", "pin_exact")]
   return names[0], [*names, *tested][-1]
+
+
+def choose(
+  validation: Mapping[str, Mapping[str, float]],
+) -> dict[str, str]:
+  """Segment -> key of the method that serves it best on validation.
+
+  The first of equals; never a control, whose segments are not users' own.
+
+  Args:
+    validation: key -> segment -> mean of the metric.
+  """
+  control = lambda method: method.swapped or any(
+    stage.assign == "random" for stage in method.stages
+  )
+  keys = [key for key in validation if not control(METHODS[key])] or [
+    *validation
+  ]
+  return {
+    segment: max(keys, key=lambda key: validation[key][segment])
+    for segment in SEGMENTS
+  }
+
+
+def chosen(
+  choice: Mapping[str, Any], methods: Mapping[str, Method] = METHODS
+) -> Method:
+  """The method that serves each segment by what was chosen for it.
+
+  Args:
+    choice: segment -> key, as of `choose`; what else it holds is not read.
+    methods: of the job, as of `selected`.
+  """
+  parts = [methods[choice[segment]] for segment in SEGMENTS]
+  stages = dict.fromkeys(stage for part in parts for stage in part.stages)
+  serve = tuple(part.serve[s] for s, part in enumerate(parts))
+  return Method("as chosen on validation", tuple(stages), serve)

@@ -37,7 +37,6 @@ from experiments.methods import learnt_by
 from experiments.results import (
   HOLDS,
   LEVEL,
-  METRIC,
   MIN_SEEDS,
   NUM_RESAMPLES,
   REFUTED,
@@ -155,9 +154,10 @@ def _overview(jobs: Sequence[Analysis]) -> Section:
     }
     if len(own) > 1:
       margin = max(job.margin for job in jobs)
+      metric = " or ".join(dict.fromkeys(job.metrics[0] for job in jobs))
       blocks.append(Figure(f"jobs-{len(blocks)}", functools.partial(
         figures.forest, own, margin,
-        f"The model under test of each job, {title}",
+        f"The model under test of each job, {title}", metric,
       )))  # fmt: skip
   return Section("verdict", "Verdict", blocks)
 
@@ -166,7 +166,7 @@ def _blocks(
   job: Analysis, anchor: str, num_resamples: int, several: bool
 ) -> list[Block]:
   """What a report says of a job; beside others it folds levels away."""
-  own, main = job.results, job.main
+  own, main, metric = job.results, job.main, job.metrics[0]
   rows, column = own.rows, own.lists[main]
   draw = lambda name, *arguments: Figure(
     f"{anchor}-{name}", functools.partial(getattr(figures, name), *arguments)
@@ -187,13 +187,13 @@ def _blocks(
     more.append(results.seed_table(job, main))
     blocks += [
       draw("forest", claims, job.margin,
-           f"Change against {title_of(job.base)}, {main}"),
-      draw("groups", rows, models, column),
+           f"Change against {title_of(job.base)}, {main}", metric),
+      draw("groups", rows, models, column, metric),
     ]  # fmt: skip
     sampled = "negative_scores" in rows.columns
     levels += [
       results.group_table(job, main, metric, num_resamples)
-      for metric in [METRIC, *(("AUC", "GAUC", "log loss") if sampled else ())]
+      for metric in [metric, *(("AUC", "GAUC", "log loss") if sampled else ())]
     ]
   brief = several and bool(claims)
   blocks += [Fold("Levels, by activeness", levels)] if brief else levels
@@ -247,8 +247,8 @@ def _facts(job: Analysis) -> str:
     for interval in (level.overall, level.tail, level.head)
   )
   parts.append(
-    f"compared with {title_of(job.base)} ({METRIC} overall, tail, head: "
-    f"{', '.join(of_base)}), margin for head users {100 * job.margin:g} %"
+    f"compared with {title_of(job.base)} ({job.metrics[0]} overall, tail, "
+    f"head: {', '.join(of_base)}), margin for head users {100 * job.margin:g} %"
   )
   return "; ".join(parts) + "."
 

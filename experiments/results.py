@@ -48,7 +48,7 @@ LEVEL = 0.05
 NUM_RESAMPLES = 2000
 MIN_SEEDS = 3  # fewer err too often for a verdict
 SEGMENTS = {0: "tail", 1: "head"}
-METRIC = "NDCG@10"
+METRIC = schema.KEYS["evaluation"]["metrics"].default[0]
 # evaluation.protocol -> suffix of its rows' file. Results of one are never
 # in a table with those of the other.
 SUFFIXES = {"full": "", "sampled": "_sampled"}
@@ -80,6 +80,12 @@ def key_of(name: str) -> str:
 def title_of(key: str) -> str:
   """What tables call a model."""
   return METHODS[key].title if key in METHODS else key
+
+
+def metrics_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+  """Names of the metrics of a job's tables; the claim is on the first."""
+  default = schema.KEYS["evaluation"]["metrics"].default
+  return tuple(config.get("evaluation", {}).get("metrics", default))
 
 
 # What jobs left.
@@ -234,7 +240,7 @@ def without_seed(run: str) -> str:
 
 # Summaries small enough to commit.
 
-_CUTOFF = 20  # the largest rank that a summary keeps
+_CUTOFF = 20  # a summary keeps the ranks up to the largest cutoff, or this
 _OF_USER = "group", "segment", "activeness", "candidates", "candidates_unmasked"
 
 
@@ -242,9 +248,10 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   """Writes a job's results in about half a byte a rank, without ids.
 
   `ranks.parquet` has a row a user: segment, group, activeness, numbers of
-  candidates, and for every model, seed and list twice its rank, 0 beyond 20.
-  `job.json` has all else. Metrics with a cutoff of at most 20 follow exactly as
-  from the rows, intervals and tests up to the resampling's error.
+  candidates, and for every model, seed and list twice its rank, 0 beyond the
+  largest cutoff of the job's metrics. `job.json` has all else. These metrics
+  follow exactly as from the rows, intervals and tests up to the resampling's
+  error.
 
   Args:
     results: as from `read`.
@@ -271,6 +278,8 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
 def _wide(results: Results) -> pl.DataFrame:
   """One line a user, most active last, a column a model, seed and list."""
   rows = results.rows
+  cutoffs = (x.partition("@")[2] for x in metrics_of(results.config))
+  cutoff = max(_CUTOFF, *(float(x or math.inf) for x in cutoffs))
   wide = rows.unique("user").sort("activeness", "group", "segment", "user")
   wide = wide.select("user", *(c for c in _OF_USER if c in rows.columns))
   for model in models_of(rows):
@@ -278,7 +287,7 @@ def _wide(results: Results) -> pl.DataFrame:
       "seed", maintain_order=True
     ):
       named = [
-        _twice(own[column]).alias(json.dumps([model, seed, title]))
+        _twice(own[column], cutoff).alias(json.dumps([model, seed, title]))
         for title, column in results.lists.items()
       ]
       wide = wide.join(
@@ -288,16 +297,17 @@ def _wide(results: Results) -> pl.DataFrame:
   return wide.drop("user")
 
 
-def _twice(ranks: pl.Series) -> pl.Series:
-  """2 * rank as a byte, 0 beyond the cutoff."""
+def _twice(ranks: pl.Series, cutoff: float) -> pl.Series:
+  """2 * rank in as few bytes as it needs, 0 beyond the cutoff."""
   twice = 2 * ranks.to_numpy().astype(np.float64)
-  kept = np.isfinite(twice) & (twice <= 2 * _CUTOFF)
+  kept = np.isfinite(twice) & (twice <= 2 * cutoff)
   if np.any(twice[kept] % 1):
     raise InputError(
       f"a rank is {twice[kept][twice[kept] % 1 > 0][0] / 2}, neither whole nor "
       "half; pass the rows that evaluation wrote"
     )
-  return pl.Series(np.where(kept, twice, 0).astype(np.uint8))
+  twice = np.where(kept, twice, 0)
+  return pl.Series(twice.astype(np.min_scalar_type(int(twice.max(initial=0)))))
 
 
 def _read_summary(path: epath.Path) -> Results:
@@ -489,8 +499,8 @@ def values_of(
   Args:
     rows: result rows, of any slice of the users.
     models: of the same users and seeds.
-    metric: 'NDCG@10', 'HR@5', 'MRR'; of sampled candidates also 'AUC', 'GAUC'
-      and 'log loss'.
+    metric: as `metrics.metric` reads it; of sampled candidates also 'AUC',
+      'GAUC' and 'log loss'.
     column: which rank.
 
   Raises:
@@ -517,9 +527,7 @@ def _metric(frame: pl.DataFrame, column: str, metric: str) -> np.ndarray:
   """Values [N] of a metric in the rows of one model."""
   if metric in _OF_IMPRESSIONS:
     return _OF_IMPRESSIONS[metric](frame)
-  name, _, cutoff = metric.lower().partition("@")
-  ranks = frame[column].to_numpy()
-  return metrics.METRICS[name](ranks, float(cutoff or math.inf))
+  return metrics.metric(metric)(frame[column].to_numpy())
 
 
 def _scores(frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -632,6 +640,7 @@ def check_claims(
   *,
   base: str,
   margin: float,
+  metric: str = METRIC,
   column: str = "rank",
   num_resamples: int = NUM_RESAMPLES,
   learnt: Mapping[str, str] = MappingProxyType({}),
@@ -642,6 +651,7 @@ def check_claims(
     rows: result rows of any number of models.
     base: the comparator.
     margin: relative loss of head users that still counts as no worse.
+    metric: of the changes.
     column: which rank.
     num_resamples: bootstrap resamples of users and seeds.
     learnt: model -> what it has learnt from. Those that have learnt from
@@ -658,7 +668,7 @@ def check_claims(
     claim.model: claim
     for shared, models in with_the_same_seeds(rows, base)
     for claim in _changes(
-      shared, [base, *models], margin, column, num_resamples
+      shared, [base, *models], margin, (metric, column), num_resamples
     )
   }
   claims = [claims[model] for model in models_of(rows) if model in claims]
@@ -679,14 +689,14 @@ def check_claims(
 
 
 def _changes(
-  rows: pl.DataFrame, models: Sequence[str], margin: float, column: str,
-  num_resamples: int,
+  rows: pl.DataFrame, models: Sequence[str], margin: float,
+  what: tuple[str, str], num_resamples: int,
 ) -> Iterable[Claim]:
   """Of models that share their seeds; the first is compared with."""
   changes, of_seeds = {}, {}
   for part in ("overall", "tail", "head"):
     own = rows.filter(slices_of(rows)[part])
-    values = values_of(own, models, column=column)
+    values = values_of(own, models, metric=what[0], column=what[1])
     changes[part] = change_of(
       values, margin * (part == "head"), num_resamples
     )
@@ -721,7 +731,7 @@ class Level(NamedTuple):
   Attributes:
     model: its key.
     seeds: how many it has.
-    overall: NDCG of all users.
+    overall: the metric of all users.
     tail: of tail users.
     head: of head users.
     gap: head - tail, positive where tail users are worse off.
@@ -742,6 +752,7 @@ class Level(NamedTuple):
 def levels(
   rows: pl.DataFrame,
   *,
+  metric: str = METRIC,
   column: str = "rank",
   num_resamples: int = NUM_RESAMPLES,
 ) -> list[Level]:
@@ -758,7 +769,7 @@ def levels(
   for seeds, models in together.items():
     own = rows.filter(pl.col("model").is_in(models))
     parts = {
-      name: values_of(own.filter(keep), models, column=column)
+      name: values_of(own.filter(keep), models, metric=metric, column=column)
       for name, keep in slices_of(own).items()
     }
     groups = [name for name in parts if name.startswith("group ")]
@@ -831,7 +842,7 @@ def power_lines(
     return []
   shown = ", ".join(f"{name} {levels[name]:.4f}" for name in levels)
   return [
-    f"power, from the comparator's validation {METRIC} ({shown}), hits "
+    f"power, from the comparator's validation NDCG@10 ({shown}), hits "
     f"spread evenly over ranks 1 to 10, and for other models a "
     f"correlation of {_CORRELATION:g} with a user's results and a standard "
     f"deviation over seeds of {100 * _SEED_SPREAD:g} % of the mean, as between "
@@ -872,6 +883,11 @@ class Analysis(NamedTuple):
     """Name of the data."""
     return self.results.summary.get("data", self.results.name)
 
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """Titles of the tables' metrics; claims and levels are of the first."""
+    return tuple(map(str.upper, metrics_of(self.results.config)))
+
   def claim(self) -> Claim | None:
     """Of the model under test, on the main list."""
     found = [c for c in self.claims[self.main] if c.model == self.other]
@@ -901,11 +917,12 @@ def analyse(
     )
   declared = results.config.get("claims", default().claims)
   margin = declared["non_inferiority_margin"]
+  metric = metrics_of(results.config)[0]
   learnt = {model: learnt_by(model, results.config) for model in models}
   claims = {
     title: check_claims(
-      rows, base=base, margin=margin, column=column, learnt=learnt,
-      num_resamples=num_resamples,
+      rows, base=base, margin=margin, metric=metric, column=column,
+      learnt=learnt, num_resamples=num_resamples,
     )
     for title, column in results.lists.items()
   }
@@ -915,7 +932,9 @@ def analyse(
     results, base, asked if asked in tested else [base, *tested][-1], margin,
     claims,
     {
-      title: levels(rows, column=column, num_resamples=num_resamples)
+      title: levels(
+        rows, metric=metric, column=column, num_resamples=num_resamples
+      )
       for title, column in results.lists.items()
     },
   )
@@ -964,7 +983,7 @@ def change_table(job: Analysis, title: str) -> Table:
   """Every model against the comparator, on a list of candidates."""
   claims = job.claims[title]
   return Table(
-    f"Change of {METRIC} against {title_of(job.base)}, {title}",
+    f"Change of {job.metrics[0]} against {title_of(job.base)}, {title}",
     [Column("model", "model"), Column("tail change %", "change"),
      Column("p", "p"), Column("head change %", "change"), Column("p", "p"),
      Column("p of harm", "p"), Column("claim", "outcome"),
@@ -984,7 +1003,7 @@ def level_table(job: Analysis, title: str) -> Table:
   """How well every model serves whom, on a list of candidates."""
   few = any(level.seeds < MIN_SEEDS for level in job.levels[title])
   return Table(
-    f"{METRIC}, {title}",
+    f"{job.metrics[0]}, {title}",
     [Column("model", "model"), Column("seeds", "count"),
      *(Column(name, "level") for name in ("overall", "tail", "head")),
      Column("gap, head − tail", "gap"), Column("worst group", "level"),
@@ -1026,7 +1045,7 @@ def group_table(
 def seed_table(job: Analysis, title: str) -> Table:
   """Each seed's own changes."""
   return Table(
-    f"Each seed's change of {METRIC} in %, {title}",
+    f"Each seed's change of {job.metrics[0]} in %, {title}",
     [Column("model", "model"), Column("tail", "change"),
      Column("head", "change")],
     [
@@ -1037,11 +1056,9 @@ def seed_table(job: Analysis, title: str) -> Table:
 
 
 def metrics_table(job: Analysis, title: str) -> Table:
-  """Means of other metrics and cutoffs that the rows allow."""
+  """Means of all metrics."""
   rows, column = job.results.rows, job.results.lists[title]
-  names = [f"{name}@{k}" for name in ("NDCG", "HR") for k in (5, 10, 20)]
-  if _is_sampled(rows):
-    names += ["MRR", *_OF_IMPRESSIONS]
+  names = [*job.metrics, *(_OF_IMPRESSIONS if _is_sampled(rows) else ())]
   lines = []
   for model in models_of(rows):
     parts = slices_of(rows)
@@ -1082,10 +1099,10 @@ def cost_table(results: Results) -> Table:
   mean = lambda own, key: np.mean([c[key] for c in own], 0).tolist()
   total = sum(c["cpu_seconds"] for own in stages.values() for c in own)
   return Table(
-    "Training cost and validation",
+    f"Training cost and validation {metrics_of(results.config)[0].upper()}",
     [Column("stage"), Column("runs", "count"), Column("steps"),
      Column("skipped", "count"), Column("best step", "count"),
-     Column(f"best validation {METRIC}", "level"),
+     Column("best validation", "level"),
      Column("CPU-seconds a run", "count")],
     [
       (
@@ -1110,7 +1127,7 @@ def trials_table(results: Results) -> Table:
   own = results.trials["models"]
   seeds = sorted({seed for model in own for seed in model["seeds"]})
   return Table(
-    f"Settings tried, by validation {METRIC}",
+    f"Settings tried, by validation {metrics_of(results.config)[0].upper()}",
     [Column("model", "model"), *(Column(name, "level") for name in names),
      Column("chosen")],
     [(m["model"], *m["validation"], names[m["chosen"]]) for m in own],

@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import build, schema, workdir
-from experiments.methods import Stage, selected, stages_of
+from experiments.methods import GATES, Stage, selected, stages_of
 from experiments.problem import Problem
 from pin_jax import disk
 from pin_jax.training.checkpoints import Checkpoints
@@ -137,8 +137,8 @@ def _settings(config: ConfigDict, stage: Stage) -> dict[str, Any]:
     ]
   if stage.kind != "plugin":
     left_out += ["plugin", "memory", "optimizer.plugin_learning_rate"]
-  elif stage.plugin == "memory_alone":
-    left_out += ["plugin"]
+  elif stage.plugin == "memory_alone" or stage.plugin in GATES:
+    left_out += ["plugin", "optimizer.plugin_learning_rate"]
   elif config.plugin.name not in build.MIXING:
     left_out += ["memory"]
   if stage.learns == "all":  # its last step is kept
@@ -234,7 +234,7 @@ def told(
       for path in root.glob(f"{identity.name}-*/stage.json")
     ]:
       why = "; ".join(min(others, key=len))
-      anew.append(f"trained anew: {identity.name}, for {why}")
+      anew.append(f"trained anew: {identity.name} ({why})")
     else:
       new.append(identity.name)
   if same:
@@ -255,9 +255,9 @@ def _differences(identity: Identity, path: epath.Path) -> list[str]:
     if new == old:
       continue
     if section == "after":
-      on.append(f"it builds on another {name}")
+      on.append(f"from another {name}")
     else:
-      found.append(f"{name} is {new!r} here and {old!r} there")
+      found.append(f"{name}: {new!r}, not {old!r}")
   return found or on
 
 

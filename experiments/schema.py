@@ -320,6 +320,12 @@ KEYS = {
     "patience": _whole(0, "validations without gain before a stop; 0 = off", 0),
   },
   "evaluation": {
+    "metrics": _several(
+      ("ndcg@10", "hr@10", "ndcg@20", "hr@20"), "what tables show, of ranks: "
+      "names of `metrics.METRICS`, most with a cutoff. The first, higher is "
+      "better, selects on validation, and the claim is on it",
+      _text(NEEDED), 1,
+    ),
     "protocol": _text("full", "full ranking, or the target among sampled "
                       "negatives; never in one table", "full", "sampled"),
     "negatives": _whole(99, "sampled: how many", most=2**24),
@@ -333,8 +339,8 @@ KEYS = {
   },
   "claims": {
     "non_inferiority_margin": _share(
-      0.02, "declared before training: the relative loss of NDCG@10 that head "
-      "users may have"
+      0.02, "declared before training: the relative loss of the first metric "
+      "that head users may have"
     ),
     "power": Key(0.8, float, "probability with which the printed effects are "
                  "found", 0.01, 1, below=True),

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from experiments import build, schema
 from experiments.configs.base import default
-from experiments.methods import selected, stages_of
+from experiments.methods import GATES, selected, stages_of
+from pin_jax.evaluation import metrics
 
 _OF_ANY_BACKBONE = {"name", "pack_rows", "compute", "reads_activeness"}
 # What these minimise makes the softmax of the logits an estimate of P(y|x).
@@ -24,6 +25,9 @@ def check(config: ConfigDict) -> None:
   schema.check_keys(config)
   build.check_adjustments(config, np.ones(config.groups.num_groups))
   build.proposal_shares(config.loss.proposal)
+  with schema.section("evaluation.metrics"):
+    for name in config.evaluation.metrics:
+      metrics.metric(name)
   for rules in (_of_others, _rules, _of_scale):
     for wrong, key, remedy in rules(config):
       if wrong:
@@ -56,6 +60,7 @@ def _rules(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
   """(whether it is broken, key, remedy) of what keys must be together."""
   backbone, groups, loss = config.backbone, config.groups, config.loss
   mixes = config.plugin.name in build.MIXING
+  gates = any(s.plugin in GATES for s in stages_of(selected(config)))
   windows = max(config.batch_size, config.joint.batch_size)
   yield from (
     ("heads" in build.backbone_options(backbone)
@@ -65,7 +70,8 @@ def _rules(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
      and config.pin.plugin_draw != "validation", "memory.relations",
      "they hold what users did in training, so that plugins need "
      "pin.plugin_draw='validation'; set that, or no relations"),
-    (mixes and config.memory.recent > backbone.length, "memory.recent",
+    ((mixes or gates) and config.memory.recent > backbone.length,
+     "memory.recent",
      f"give at most backbone.length={backbone.length}, what the model reads"),
     (len(config.seeds) % config.num_seeds > 0, "num_seeds",
      f"the number of seeds, {len(config.seeds)}, must be a multiple of it"),
@@ -98,14 +104,17 @@ def _of_scale(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
     stage.plugin for stage in stages_of(selected(config))
     if stage.kind == "plugin"
   }
-  mixed = bool(kinds) and config.plugin.name in build.MIXING
+  mixed = bool(kinds & {*GATES}) or (
+    bool(kinds) and config.plugin.name in build.MIXING
+  )
   alone = "memory_alone" in kinds
   yield from (
     (data * model > 1 and config.num_seeds > 1, "num_seeds",
      "several devices train one seed at a time; set 1"),
     (model > 1 and (mixed or alone), "mesh.model",
      "plugins that mix the memory into the logits read the whole catalogue; "
-     "set 1, or another plugin.name and methods without 'memory_alone'"),
+     "set 1, or another plugin.name and methods without 'memory_alone' and "
+     "gates"),
     (data > 1 and config.backbone.pack_rows > 0, "backbone.pack_rows",
      f"rows are not packed across mesh.data={data} devices; set 0"),
     (config.joint.batch_size % data > 0, "joint.batch_size",
@@ -136,7 +145,7 @@ def _of_scale(config: ConfigDict) -> Iterator[tuple[bool, str, str]]:
       (config.num_seeds > 1, "num_seeds", "set 1"),
       (config.split.protocol != "leave_one_out", "split.protocol",
        "times are not stored; set 'leave_one_out'"),
-      (mixed, "plugin.name", f"{memory}use another"),
+      (mixed, "plugin.name", f"{memory}use another, and methods without gates"),
       (alone, "methods", f"{memory}leave 'memory_alone' out"),
       (_exact(config), "methods",
        "exact adjustment needs them on the device; leave it out"),

@@ -47,7 +47,6 @@ from pin_jax.training.checkpoints import Checkpoints
 from pin_jax.training.steps import Adjustment, Operands, TrainState
 from pin_jax.types import InputError, PyTree, Requests
 
-CUTOFF = 10
 _PARTS = ("part0", "part1")  # what a plugin serves where segments are random
 _USERS_READ = 4096  # users whose histories are read at once
 
@@ -183,14 +182,18 @@ class Trainer:
     return plugins.Model(backbone, chosen)
 
   def weights(
-    self, seed: int, backbone: str, plugin: Stage | None
+    self, seed: int, backbone: str, plugin: Stage | None,
+    validating: bool = False,
   ) -> plugins.Weights:
-    """The trained parameters of a seed's two stages."""
+    """The trained parameters of a seed's two stages, and what they read.
+
+    While `validating` that holds no validation target.
+    """
     if plugin is None:
       return plugins.Weights(self._best(backbone, seed), None)
     return plugins.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
-      self._evidence(plugin, bool(self._config.refit)),
+      self._evidence(plugin, bool(self._config.refit) and not validating),
     )
 
   def _evidence(self, stage: Stage, refit: bool = False) -> Memory | None:
@@ -378,7 +381,7 @@ class Trainer:
       self._pool(split, groups, count), self._each(start),
       self._each(frozen) if stage.exact else lambda: None,
       self._evaluation(
-        stage, self._validation(stage.users, stage.learns == "half"),
+        stage, self.validation(stage.users, stage.learns == "half"),
         (*SEGMENTS, "all") if stage.users == "all" else (stage.users,),
       ),
       () if stage.learns == "all" else (stage.users,),
@@ -387,7 +390,8 @@ class Trainer:
   def _evaluation(
     self, stage: Stage, requests: Requests, names: Sequence[str]
   ) -> Callable[[int, PyTree], dict[str, float]]:
-    """(seed, params) -> NDCG of segments, of all, of what plugins serve."""
+    """(seed, params) -> the metric of segments, of all, of plugins' users."""
+    metric = metrics.metric(self._config.evaluation.metrics[0])
     segments = self._problem.segments[requests.users]
     plugged = stage.kind == "plugin"
     rank = self.ranker(
@@ -401,7 +405,7 @@ class Trainer:
           self._best(stage.start, seed), params, self._evidence(stage)
         )
       ranks = rank(weights, self.sequences, requests)
-      values = metrics.ndcg(ranks.rank, CUTOFF)
+      values = metric(ranks.rank)
       named = _means(values, segments, SEGMENTS)
       named |= _means(values, requests.segments, _PARTS)
       named |= {"all": float(values.mean()), stage.users: float(values.mean())}
@@ -436,7 +440,7 @@ class Trainer:
       self._networks.backbone, plugin, optimizer, draw, loss=loss,
       layout=layout,
     )
-    requests = self._validation("all", draw.draw == "validation")
+    requests = self.validation("all", draw.draw == "validation")
     requests = requests._replace(
       segments=segments[requests.users].astype(np.int32)
     )
@@ -493,7 +497,7 @@ class Trainer:
 
   def _optimizer(self, stage: Stage) -> steps.Optimizer:
     return make_optimizer(
-      self._config, stage.kind, num_steps(self._config, stage),
+      self._config, stage, num_steps(self._config, stage),
       self._networks.backbone,
     )
 
@@ -518,7 +522,7 @@ class Trainer:
       group_starts=sharding.put_replicated(pool.group_starts, self._layout)
     )
 
-  def _validation(self, users: str, half: bool) -> Requests:
+  def validation(self, users: str, half: bool) -> Requests:
     """Requests to rank the targets that select; not those learnt from."""
     problem = self._problem
     chosen = np.flatnonzero(
@@ -541,7 +545,7 @@ class Trainer:
 def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
   """([U] segment whose plugin of a stage serves each user, how many there are).
   """
-  if stage.plugin != "own":
+  if stage.plugin not in ("own", "gates"):
     return np.zeros_like(problem.segments), 1
   if stage.assign == "random":
     rng = np.random.default_rng(0)

@@ -44,7 +44,6 @@ from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.report import print_table
 from experiments.results import (
-  METRIC,
   MIN_SEEDS,
   Column,
   Results,
@@ -52,6 +51,7 @@ from experiments.results import (
   check_claims,
   key_of,
   mean_metric,
+  metrics_of,
   model_rows,
   models_of,
   read,
@@ -471,7 +471,7 @@ def table(
     for own in found
   ]
   keys = [key for key in _differing(flat) if key != "methods"]
-  other = None
+  other, metric = None, metrics_of(found[0].config)[0]
   if beside is not None:
     base, other = _rows_beside(beside, base)
   lines = []
@@ -482,14 +482,16 @@ def table(
       rows = pl.concat([other, rows])
     claims = {} if against not in models_of(rows) else {
       claim.model: claim
-      for claim in check_claims(rows, base=against, margin=0, column=column)
+      for claim in check_claims(
+        rows, base=against, margin=0, metric=metric, column=column
+      )
     }
     for model in models_of(own.rows):
       rows, values = model_rows(own.rows, model), [math.nan]
       if model in METHODS and own.summary.get("cost"):
         values = [*validation(own, model).values()]
       parts = [
-        mean_metric(rows.filter(keep), METRIC, column)
+        mean_metric(rows.filter(keep), metric, column)
         for keep in [*slices_of(rows).values()][:3]
       ]
       claim = claims.get(model)
@@ -502,7 +504,7 @@ def table(
     raise InputError(f"--base={base}: no job has that model")
   few = any(line[len(keys) + 2] < MIN_SEEDS for line in lines)
   return Table(
-    f"{METRIC} of finished jobs",
+    f"{metric.upper()} of finished jobs",
     [Column("job"), *map(Column, keys), Column("model", "model"),
      Column("seeds", "count"), Column("validation", "level"),
      *(Column(name, "level") for name in ("overall", "tail", "head")),

@@ -460,6 +460,8 @@ for _row in (
     )),
   ("claims.power", 0.0, "claims.power=0.0", "number from"),
   ("evaluation.protocol", "quick", "evaluation.protocol='quick'", "one of"),
+  ("evaluation.metrics", ("ndgc@10",), "evaluation.metrics: metric 'ndgc@10'",
+   "give one of"),
   ("methods", ("best",), "methods=('best',)", "one of"),
   ("methods", ("base", "base"), "('base', 'base')", "each once"),
   ("seeds", (), "seeds=()", "at least 1 of"),

@@ -32,6 +32,7 @@ from experiments.configs import base, files, ml1m, paper_era, quickstart
 from experiments.logs import read_log
 from experiments.methods import METHODS, RULES, compared, stages_of
 from pin_jax import aggregation, serving
+from pin_jax.evaluation import metrics
 from pin_jax.training import loop
 from pin_jax.types import InputError, TrainingError
 from tests import events, tiny
@@ -115,6 +116,22 @@ def test_validations_are_logged_by_segment_too(finished):
   assert "cosines/0/0" not in tags
   assert "pin/backbone: compiling, once for all its steps" in text
   assert re.search(r"pin/backbone: compiled, and trained the first \d+", text)
+
+
+def test_a_metric_of_ones_own_selects_and_is_shown(tmp_path, monkeypatch):
+  """One function, one line: of 30 items none ranks beyond 30."""
+  half = lambda ranks, k: 0.5 * (ranks <= k)
+  monkeypatch.setitem(metrics.METRICS, "half", half)
+  config = _config()
+  config.methods = ("base", "pin_backbone")
+  config.evaluation.metrics = ("half@30", "mrr")
+  _run(config, tmp_path)
+  logged = [r["validation"] for r in read_log(tmp_path) if "validation" in r]
+  assert {x for values in logged for x in values.values()} == {0.5}
+  summary = json.loads((tmp_path / "summary.json").read_text())
+  assert summary["cost"]["base"]["validation"] == [0.5]
+  text = (tmp_path / "report.md").read_text()
+  assert "Change of HALF@30 against base" in text and "NDCG@10 by" not in text
 
 
 def positions(workdir, method, **options):

@@ -103,6 +103,22 @@ def test_metrics_reject_what_is_not_a_rank(metric, ranks, k, message):
     metric(ranks, k)
 
 
+def test_a_metric_by_its_name():
+  ranks = np.array([1, 4.5, 10, 11])
+  for name, want in (
+    ("NDCG@10", metrics.ndcg(ranks, 10)), ("hr@4.5", [1, 1, 0, 0]),
+    ("mrr", 1 / ranks), ("mrr@10", 1 / ranks * (ranks <= 10)),
+  ):
+    np.testing.assert_array_equal(metrics.metric(name)(ranks), want)
+  for name, message in (
+    ("recall@5", "'recall@5' is unknown; give one of .'hr'"),
+    ("hr@0", "cutoff k is 0"), ("hr@ten", "cutoff k is nan"),
+    ("hr@", "cutoff k is nan"),
+  ):
+    with pytest.raises(InputError, match=message):
+      metrics.metric(name)
+
+
 # Metrics of sampled impressions.
 
 

@@ -339,8 +339,8 @@ def test_figures_are_drawn(num_groups):
   rows = make_rows(("base", "pin", "x"), num_groups=num_groups)
   job = job_of(rows)
   for make in (
-    lambda: figures.groups(rows, ["base", "pin"], "rank"),
-    lambda: figures.forest({"a": job.claim()}, 0.02, "title"),
+    lambda: figures.groups(rows, ["base", "pin"], "rank", "NDCG@10"),
+    lambda: figures.forest({"a": job.claim()}, 0.02, "title", "HR@5"),
   ):
     text = figures.svg(make())
     assert text == figures.svg(make())
@@ -351,12 +351,12 @@ def test_figures_are_drawn(num_groups):
 
 def test_groups_without_hits_are_drawn():
   rows = make_rows().with_columns(rank=200.0)
-  figures.svg(figures.groups(rows, ["base", "pin"], "rank"))
+  figures.svg(figures.groups(rows, ["base", "pin"], "rank", "NDCG@10"))
 
 
 def test_the_figure_by_group_shows_the_means_of_the_rows():
   rows = make_rows(("base", "a"))
-  top, bottom = figures.groups(rows, ["base", "a"], "rank").axes
+  top, bottom = figures.groups(rows, ["base", "a"], "rank", "NDCG@10").axes
   means = [
     [
       np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0).mean()

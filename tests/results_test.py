@@ -118,9 +118,11 @@ def test_levels_gap_and_worst_group_equal_a_loop():
 
 def test_other_metrics_are_means_over_the_rows():
   rows = make_rows()
-  table = results.metrics_table(job_of(rows), "history not masked")
+  wanted = "ndcg@5", "hr@20", "mrr"
+  job = job_of(rows, config={"evaluation": {"metrics": wanted}})
+  table = results.metrics_table(job, "history not masked")
   names = [column.name for column in table.columns[2:]]
-  assert {"NDCG@5", "NDCG@20", "HR@10"} < set(names)
+  assert names == ["NDCG@5", "HR@20", "MRR"]
   for model, part, *values in table.lines:
     want = [
       _by_hand(rows, model, KEEP[part], name, "rank_unmasked")[1]
@@ -251,6 +253,18 @@ def test_changes_equal_a_loop_over_the_rows():
         np.testing.assert_allclose(
           claim.of_seeds[part], other.mean(1) / first.mean(1) - 1
         )
+
+
+@pytest.mark.parametrize("metric", ["HR@5", "MRR"])
+def test_claims_and_levels_are_on_the_first_metric(metric):
+  rows = make_rows()
+  job = job_of(rows, config={"evaluation": {"metrics": [metric, "ndcg@10"]}})
+  want = [_by_hand(rows, m, KEEP["tail"], metric)[1] for m in ("base", "pin")]
+  by_model = {level.model: level.tail[0] for level in job.levels[job.main]}
+  assert [by_model["base"], by_model["pin"]] == pytest.approx(want)
+  assert job.claim().tail.estimate == pytest.approx(want[1] / want[0] - 1)
+  for table in (results.change_table, results.level_table):
+    assert metric in table(job, job.main).title
 
 
 def test_p_values_are_corrected_over_the_models():

@@ -7,8 +7,9 @@ tied places. The metrics of sampled impressions (AUC, log loss) need the scores
 of a positive and its negatives.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -91,11 +92,32 @@ def reciprocal_rank(ranks: ArrayLike, k: float = math.inf) -> np.ndarray:
   return np.where(ranks <= k, 1 / ranks, 0.0)
 
 
-METRICS: Mapping[str, Callable[[ArrayLike, float], np.ndarray]] = {
+# name -> function of ranks and a cutoff, higher is better; one's own goes here.
+METRICS: dict[str, Callable[[ArrayLike, float], np.ndarray]] = {
   "hr": hit_rate,
   "ndcg": ndcg,
   "mrr": reciprocal_rank,
 }
+
+
+def metric(name: str) -> Callable[[ArrayLike], np.ndarray]:
+  """The function of ranks that a name means, such as 'ndcg@10' or 'mrr'.
+
+  Raises:
+    InputError: if METRICS has no such name, or the cutoff is no number >= 1.
+  """
+  key, at, cutoff = name.lower().partition("@")
+  if key not in METRICS:
+    raise InputError(
+      f"metric {name!r} is unknown; give one of {[*METRICS]}, with a cutoff as "
+      "in 'ndcg@10' or without"
+    )
+  try:
+    k = float(cutoff) if at else math.inf
+  except ValueError:
+    k = math.nan
+  _checked([], k)
+  return functools.partial(METRICS[key], k=k)
 
 
 def user_auc(ranks: ArrayLike, candidates: ArrayLike) -> np.ndarray:
