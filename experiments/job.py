@@ -38,6 +38,7 @@ from experiments import (
 from experiments.build import Networks, networks_of
 from experiments.methods import (
   METHODS,
+  SEGMENTS,
   Method,
   Stage,
   choose,
@@ -257,13 +258,21 @@ def claim_workdir(
   with disk.reading(path, "delete it or use another workdir"):
     there = of_results(schema.completed(theirs["config"]))
   changes = [*schema.differences(mine["config"], there, {})]
-  for key, new, old in [*changes, ("data", data_fingerprint, theirs["data"])]:
-    if theirs["data"] != data_fingerprint and key.startswith(_OF_DATA):
+  of_data = [*changes, ("data", data_fingerprint, theirs["data"])]
+  for key, new, old in of_data if theirs["data"] != data_fingerprint else ():
+    if key.startswith(_OF_DATA):
       raise InputError(
         f"workdir {directory} is of other data: {key} is {old!r} there and "
         f"{new!r} here; use another --workdir or the same setting"
       )
-  if not processes.is_first() or theirs == mine:
+  if theirs == mine:
+    return
+  if not processes.is_first():  # which has written what is there
+    for key, new, old in changes:
+      raise InputError(
+        f"{key} is {old!r} in process 0 and {new!r} here; give all processes "
+        "the same"
+      )
     return
   adopt(theirs["config"])
   if any(

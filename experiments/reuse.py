@@ -233,7 +233,7 @@ def told(
       _differences(identity, path)
       for path in root.glob(f"{identity.name}-*/stage.json")
     ]:
-      why = "; ".join(min(others, key=len))
+      _, why = min(others)
       anew.append(f"trained anew: {identity.name} ({why})")
     else:
       new.append(identity.name)
@@ -244,8 +244,8 @@ def told(
     yield f"new: {', '.join(new)}"
 
 
-def _differences(identity: Identity, path: epath.Path) -> list[str]:
-  """How a stage differs from the one that a stage.json tells of."""
+def _differences(identity: Identity, path: epath.Path) -> tuple[int, str]:
+  """(in how much a stage is not that of a stage.json, and in what)."""
   theirs = dict(schema.flatten(workdir.read_json(path, settings={})))
   mine, known = dict(schema.flatten(identity.about)), _flat(schema.defaults())
   found, on = [], []
@@ -258,7 +258,7 @@ def _differences(identity: Identity, path: epath.Path) -> list[str]:
       on.append(f"from another {name}")
     else:
       found.append(f"{name}: {new!r}, not {old!r}")
-  return found or on
+  return len(found + on), "; ".join(found or on)
 
 
 @contextlib.contextmanager
