@@ -203,7 +203,7 @@ print("PIN, stage 1")
 adjusted = train_backbone(groups, prior, BACKBONE_STEPS)
 
 # %%
-plugin = plugins.bottleneck(WIDTH)
+plugin = plugins.bottleneck(WIDTH, hidden=WIDTH // 2)
 rank_plugged = ranker(plugin)
 optimizer = make_optimizer(PLUGIN_STEPS, learning_rate=5e-3)
 by_segment = batches.make_pool(targets, segments, num_groups=2, length=LENGTH)
@@ -265,7 +265,7 @@ for number, name in enumerate(("tail", "head")):
 print("one seed: nothing proven")
 
 # %% [markdown]
-# `python -m experiments.main --config=experiments/configs/files.py:path=my.csv
+# `python -m experiments.main --config=files:path=my.csv
 # --workdir=runs/mine` does the same with checkpoints, logs, tables and plots;
 # docs/protocols.md says what such a comparison shows and what it does not.
 

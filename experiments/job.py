@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments import (
+  build,
   commands,
   logs,
   processes,
@@ -30,7 +31,6 @@ from experiments import (
   results,
   reuse,
   schema,
-  settings,
   sizes,
   truth,
   workdir,
@@ -350,7 +350,7 @@ def run(
   options = Options(console, command, root, other_versions, asked)
   checkpoints.check_directory(directory)
   checkpoints.check_directory(root)
-  processes.together(lambda: settings.check(sizes.for_any_data(config)))
+  processes.together(lambda: build.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
   fitted, problem, networks = processes.together(lambda: _prepare(config))
@@ -373,7 +373,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them; writes nothing."""
   asked, (config, problem) = config, prepare(config)
   if sizes.told(asked, config):  # sizes that the data gave
-    settings.check(config)
+    build.check(config)
   networks = networks_of(config, problem)
   check(config, problem, networks)
   return config, problem, networks
@@ -446,9 +446,12 @@ def _train_all(
   asked = {"pin": {**config.pin}}
   half = any(learns(METHODS[key], asked) == "half" for key in methods)
   stages = stages_of(methods)
-  total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
-  progress = logs.JobProgress(total, options.console)
+  to_come = [(stage.kind, num_steps(config, stage)) for stage in stages]
+  progress = logs.Progress(
+    to_come * len(config.seeds), config.validation.every,
+    config.evaluation.metrics[0], options.console,
+  )
   monitor = Monitor(log, progress, options.interrupted)
   store = functools.partial(
     reuse.open_checkpoints, versions=workdir.versions(), say=options.say,
@@ -472,9 +475,10 @@ def _train_all(
           options.check()
           rows.append(method_rows(key, method, seed, problem, trainer))
           found[key].append(validated(key, seed, problem, trainer, half))
-        if problem.world is not None and config.loss.name in settings.PROPER:
+        if problem.world is not None and config.loss.name in build.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
+    progress.close()
     log.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"

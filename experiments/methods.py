@@ -83,14 +83,12 @@ class Method:
   """A row of the tables.
 
   Attributes:
-    title: its name there.
     stages: in the order of training.
     serve: the stages whose weights serve tail and head users, each
       (backbone stage, plugin stage or None).
     swapped: tail users get the head users' plugin, and the other way round.
   """
 
-  title: str
   stages: tuple[Stage, ...]
   serve: tuple[tuple[str, str | None], tuple[str, str | None]]
   swapped: bool = False
@@ -100,20 +98,20 @@ class Method:
     return next(stage for stage in self.stages if stage.name == name)
 
 
-def _single(title: str, *stages: Stage) -> Method:
+def _single(*stages: Stage) -> Method:
   """Served by the last stage."""
-  return Method(title, stages, ((stages[-1].name, None),) * 2)
+  return Method(stages, ((stages[-1].name, None),) * 2)
 
 
-def _personalized(title: str, *stages: Stage) -> Method:
+def _personalized(*stages: Stage) -> Method:
   """Served by the last two stages, a backbone and its plugins."""
   backbone, plugin = stages[-2:]
-  return Method(title, stages, ((backbone.name, plugin.name),) * 2)
+  return Method(stages, ((backbone.name, plugin.name),) * 2)
 
 
-def _base(title: str, name: str, **options: Any) -> Method:
+def _base(name: str, **options: Any) -> Method:
   """One model for all users that takes the steps of both stages."""
-  return _single(title, Stage(name, "backbone", "both", **options))
+  return _single(Stage(name, "backbone", "both", **options))
 
 
 _BASE = Stage("base", "backbone", "both")
@@ -155,58 +153,45 @@ def _by_rule(rule: str) -> Method:
   """Stage 1 with another's rule, for as many steps as PIN takes in all."""
   name = rule.split(":")[0]
   return _base(
-    name.replace("_", " "), name.replace("_", "-"), grouped=True,
-    sampling="groups", rule=rule,
+    name.replace("_", "-"), grouped=True, sampling="groups", rule=rule
   )
 
 
 METHODS: dict[str, Method] = {
-  "base": _single("base", _BASE),
-  "base_validation": _base("base + validation", "base-validation",
-                           learns="half"),
-  "pin": _personalized("pin", _PIN, _PIN_PLUGINS),
-  "pin_backbone": _single("pin backbone", _PIN),
+  "base": _single(_BASE),
+  "base_validation": _base("base-validation", learns="half"),
+  "pin": _personalized(_PIN, _PIN_PLUGINS),
+  "pin_backbone": _single(_PIN),
   "pin_exact": _personalized(
-    "pin exact", _BASE, _CLASSIFIER, _EXACT,
-    _plugins("pin-exact/plugins", _EXACT),
+    _BASE, _CLASSIFIER, _EXACT, _plugins("pin-exact/plugins", _EXACT)
   ),
-  "pin_exact_backbone": _single(
-    "pin exact backbone", _BASE, _CLASSIFIER, _EXACT
+  "pin_exact_backbone": _single(_BASE, _CLASSIFIER, _EXACT),
+  "joint_plugins": _personalized(_JOINT, _plugins("joint/plugins", _JOINT)),
+  "joint_shared": _personalized(
+    _JOINT, _plugins("joint/shared", _JOINT, plugin="shared")
   ),
-  "joint_plugins": _personalized(
-    "joint + plugins", _JOINT, _plugins("joint/plugins", _JOINT)
+  "pin_shared": _personalized(
+    _PIN, _plugins("pin/shared", _PIN, plugin="shared")
   ),
-  "joint_shared": _personalized("joint + shared plugin", _JOINT, _plugins(
-    "joint/shared", _JOINT, plugin="shared"
-  )),
-  "pin_shared": _personalized("pin, shared plugin", _PIN, _plugins(
-    "pin/shared", _PIN, plugin="shared"
-  )),
-  "pin_random": _personalized("pin, random segments", _PIN, _plugins(
-    "pin/random", _PIN, assign="random"
-  )),
+  "pin_random": _personalized(
+    _PIN, _plugins("pin/random", _PIN, assign="random")
+  ),
   "pin_swapped": dataclasses.replace(
-    _personalized("pin, swapped plugins", _PIN, _PIN_PLUGINS), swapped=True
+    _personalized(_PIN, _PIN_PLUGINS), swapped=True
   ),
-  "memory_alone": _personalized("memory alone", _JOINT, _MEMORY_ALONE),
-  "joint_gate": _personalized(
-    "joint + one gate", _JOINT, _gates("joint/gate", _JOINT, "gate")
-  ),
-  "pin_gates": _personalized(
-    "pin + gates", _PIN, _gates("pin/gates", _PIN, "gates")
-  ),
-  "user_uniform": _base("user-uniform", "user-uniform", sampling="uniform"),
-  "base_activeness": _base("base, reads activeness", "base-activeness",
-                           reads_activeness=True),
-  "focal": _base("focal loss", "focal", focal=True),
+  "memory_alone": _personalized(_JOINT, _MEMORY_ALONE),
+  "joint_gate": _personalized(_JOINT, _gates("joint/gate", _JOINT, "gate")),
+  "pin_gates": _personalized(_PIN, _gates("pin/gates", _PIN, "gates")),
+  "user_uniform": _base("user-uniform", sampling="uniform"),
+  "base_activeness": _base("base-activeness", reads_activeness=True),
+  "focal": _base("focal", focal=True),
   **{rule.split(":")[0]: _by_rule(rule) for rule in (
     "inverse_propensity", "group_dro", "streaming_dro", "cvar:alpha=0.4",
     "pcgrad", "upgrad", "consensus", "gradient_alignment",
   )},
-  "tail_only": _base("tail only", "tail-only", users="tail"),
-  "head_only": _base("head only", "head-only", users="head"),
+  "tail_only": _base("tail-only", users="tail"),
+  "head_only": _base("head-only", users="head"),
   "fine_tuned": Method(
-    "fine-tuned",
     (_JOINT, _fine_tuned("tail"), _fine_tuned("head")),
     (("fine-tuned/tail", None), ("fine-tuned/head", None)),
   ),
@@ -222,25 +207,25 @@ def stages_of(methods: Mapping[str, Method]) -> tuple[Stage, ...]:
 _EXACT_FORM = {"pin": "pin_exact", "pin_backbone": "pin_exact_backbone"}
 
 
-def exact_form(name: str, config: ConfigDict) -> str:
+def exact_form(name: str, config: Mapping[str, Any]) -> str:
   """The method that is meant: with 'exact_backdoor', PIN in its exact form."""
-  exact = config.pin.weighting.split(":")[0] == "exact_backdoor"
+  exact = config["pin"]["weighting"].split(":")[0] == "exact_backdoor"
   return _EXACT_FORM.get(name, name) if exact else name
 
 
-def selected(config: ConfigDict) -> dict[str, Method]:
+def selected(config: Mapping[str, Any]) -> dict[str, Method]:
   """The methods that a job trains, by name; the first is compared with.
 
   Where a method learns from validation targets and the first of `methods` does
   not, 'base_validation' comes first, asked for or not; not so with `refit`.
   """
-  names = [exact_form(name, config) for name in config.methods]
+  names = [exact_form(name, config) for name in config["methods"]]
   learnt = {name: learns(METHODS[name], config) for name in names}
   others = {learnt[name] for name in names if name != "base_validation"}
   if others - {learnt[names[0]]} == {"half"}:
     names = ["base_validation", *names]
   methods = {name: METHODS[name] for name in names}
-  if not config.refit:
+  if not config.get("refit"):
     return methods
   return {name: _refitted(method) for name, method in methods.items()}
 
@@ -285,16 +270,16 @@ def learnt_by(key: str, config: Mapping[str, Any]) -> str:
 
 def information(methods: Mapping[str, Method], config: ConfigDict) -> str:
   """What the rows have learnt from, in words; '' where it is training alone."""
-  titles: dict[str, list[str]] = {}
-  for method in methods.values():
-    titles.setdefault(learns(method, config), []).append(method.title)
-  if titles.keys() <= {"none"}:
+  by: dict[str, list[str]] = {}
+  for name, method in methods.items():
+    by.setdefault(learns(method, config), []).append(name)
+  if by.keys() <= {"none"}:
     return ""
-  if len(titles) == 1:
-    return f"all rows have learnt from {LEARNT[next(iter(titles))]}"
+  if len(by) == 1:
+    return f"all rows have learnt from {LEARNT[next(iter(by))]}"
   return "; ".join(
-    f"{', '.join(titles[which])} learnt from {LEARNT[which]}"
-    for which in titles
+    f"{', '.join(names)} learnt from {LEARNT[which]}"
+    for which, names in by.items()
   ) + "; compare a row only with those that learnt from the same"
 
 
@@ -341,4 +326,4 @@ def chosen(
   parts = [methods[choice[segment]] for segment in SEGMENTS]
   stages = dict.fromkeys(stage for part in parts for stage in part.stages)
   serve = tuple(part.serve[s] for s, part in enumerate(parts))
-  return Method("as chosen on validation", tuple(stages), serve)
+  return Method(tuple(stages), serve)

@@ -80,29 +80,18 @@ class Monitor(NamedTuple):
 
   Attributes:
     log: takes every step and validation.
-    progress: counts the steps.
+    progress: tells of them.
     interrupted: whether to save and end.
   """
 
   log: logs.RunLog | logs.NoLog
-  progress: logs.JobProgress
+  progress: logs.Progress
   interrupted: Callable[[], bool] = lambda: False
 
-  def take(self, name: str, event: tuple, num_steps: int) -> None:
-    """Logs and counts an event of the run of a name and of so many steps."""
-    match event:
-      case loop.Started(run, step):
-        self.log.rewind(name, step)
-        self.progress.skip(max(step, 0))
-        if run == 0 and step < num_steps:
-          self.progress.begin(name)
-      case loop.Steps(_, start, log):
-        self.log.steps(name, start, log)
-        self.progress.advance(name, len(log["loss"]))
-      case loop.Validation(_, step, values):
-        self.log.evaluation(name, step, values)
-      case loop.Result(last_step=step):
-        self.progress.skip(num_steps - step)
+  def take(self, name: str, kind: str, steps: int, event: tuple) -> None:
+    """Logs and tells of an event of a run; see `logs.Progress.take`."""
+    self.log.take(name, event)
+    self.progress.take(name, kind, steps, event)
 
 
 class Trainer:
@@ -243,7 +232,7 @@ class Trainer:
   def train(self, stage: Stage, monitor: Monitor | None = None) -> None:
     """Trains a stage, or reads its finished checkpoint."""
     quiet = rich.console.Console(quiet=True)
-    monitor = monitor or Monitor(logs.NoLog(), logs.JobProgress(1, quiet))
+    monitor = monitor or Monitor(logs.NoLog(), logs.Progress((), 1, "", quiet))
     config, seeds, run = self._config, self._seeds, self.prepare(stage)
     plan = loop.Plan(
       num_steps(config, stage), config.validation.every, run.select,
@@ -261,7 +250,7 @@ class Trainer:
         stream=self._stream(stage, run) if self.streams else None,
       ):
         name = plan.names[event.run]
-        monitor.take(name, event, plan.num_steps)
+        monitor.take(name, stage.kind, plan.num_steps, event)
         if isinstance(event, loop.Result):
           self.trained[stage.name][seeds[event.run]] = event
           self.cost[name] = {

@@ -26,7 +26,7 @@ HISTORY = np.asarray(
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 def _scorer(backbone):
@@ -163,10 +163,6 @@ def test_candidates_give_columns_of_the_full_scores(model, logits, form):
   ("sasrec", {"width": 6, "heads": 4}, "width=6.*heads=4"),
   ("hstu", {"width": 6, "heads": 4}, "width=6.*heads=4"),
   ("sasrec", {"width": 8, "heads": 0}, "heads=0"),
-  ("din", {"attention_hidden": 0}, "attention_hidden=0"),
-  ("din", {"hidden": 0}, "hidden=0"),
-  *((name, {"dropout": rate}, f"dropout={rate}")
-    for name in BUILDERS for rate in (1.0, -0.1)),
 ])
 def test_bad_options_are_named_in_one_line(name, options, message):
   with pytest.raises(InputError, match=message) as error:
@@ -206,7 +202,7 @@ def test_group_loss_and_its_gradient(name, model):
   backbone, params, _ = model
   batch = _batch()
   loss = objectives.group_losses(
-    BUILDERS[name](dropout=0.0), mean="users", chunk=4
+    BUILDERS[name](dropout=0.0), mean="users"
   ).group_loss
   group = objectives.GroupBatch(batch, None)
   run = jax.jit(jax.value_and_grad(loss))
@@ -246,7 +242,7 @@ def test_ranks_with_plugins_equal_brute_force(name, model):
   factors = np.asarray([1.0, -2.0], np.float32)
   items, starts, sequences, requests = _requests()
   rank = make_ranker(
-    Model(backbone, plugin), num_items=ITEMS, length=6, item_chunk=5
+    Model(backbone, plugin), num_items=ITEMS, length=6
   )
   got = rank(Weights(params, factors), sequences, requests)
   for i in range(3):
@@ -260,11 +256,11 @@ def test_ranks_with_plugins_equal_brute_force(name, model):
 
 def test_plugin_training_starts_at_the_backbones_loss(name, model):
   backbone, frozen, _ = model
-  batch, plugin = _batch(), bottleneck(WIDTH)
+  batch, plugin = _batch(), bottleneck(WIDTH, hidden=2)
   params = jax.jit(plugin.init)(jax.random.key(1))
   loss = objectives.next_item_loss(
     objectives.with_plugin_context(backbone),
-    objectives.plugin_head(backbone, plugin), chunk=4,
+    objectives.plugin_head(backbone, plugin),
   )
 
   @jax.jit

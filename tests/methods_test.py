@@ -10,7 +10,7 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import build, job, serve, settings, stages, workdir
+from experiments import build, job, serve, stages, workdir
 from experiments.methods import (
   choose,
   chosen,
@@ -36,7 +36,7 @@ def _config(**changes):
   config.memory.update(recent=3, relations=("cosine",))
   config.backbone_steps, config.plugin_steps, config.refit = 10, 10, 10
   config.update_from_flattened_dict(changes)
-  settings.check(config)
+  build.check(config)
   return config
 
 
@@ -73,8 +73,8 @@ def test_the_table_says_what_its_rows_learnt_from():
     return information(selected(config), config)
 
   assert said(refit=0) == (
-    "base + validation, joint + plugins learnt from training targets and half "
-    "of the users' validation targets; base, memory alone learnt from training "
+    "base_validation, joint_plugins learnt from training targets and half "
+    "of the users' validation targets; base, memory_alone learnt from training "
     "targets; compare a row only with those that learnt from the same"
   )
   assert said() == (

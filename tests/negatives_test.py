@@ -1,5 +1,6 @@
 """Negatives: chi-square of the draws, and the gradient that they estimate."""
 
+import itertools
 import math
 
 import jax
@@ -13,7 +14,7 @@ from pin_jax.data import batches, splits
 from pin_jax.data.interactions import from_columns
 from pin_jax.training import negatives
 from pin_jax.training.losses import sampled, sampled_softmax
-from pin_jax.types import Batch, InputError
+from pin_jax.types import Batch
 
 ITEMS = 6
 COUNTS = np.asarray([99, 8, 0, 1, 3, 4, 4])  # the first stands for padding
@@ -164,23 +165,6 @@ def test_mixture_rounds_to_the_number_of_draws():
     np.testing.assert_allclose(np.exp(logs).sum(), count, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda: negatives.popularity(COUNTS, math.nan), "exponent=nan"),
-    (lambda: negatives.popularity(COUNTS, -1.0), "exponent=-1"),
-    (lambda: negatives.popularity([3, 0, 0]), "counts of all items are 0"),
-    (lambda: negatives.popularity([0, 1, -1]), r"counts\[2\] = -1"),
-    (lambda: negatives.popularity([0, math.nan]), r"counts\[1\] = nan"),
-    (lambda: negatives.mixture([]), r"shares \[\]"),
-    (lambda: negatives.mixture([(0.0, None)]), r"shares \[0.0\]"),
-  ],
-)
-def test_bad_proposals_are_refused(make, message):
-  with pytest.raises(InputError, match=message):
-    make()
-
-
 # What the draws are for: the gradient of the full softmax.
 
 TARGET = 5
@@ -254,20 +238,14 @@ def _split():
   return splits.leave_one_out(from_columns(users, items))
 
 
-@pytest.mark.parametrize("skip", [0, 1])
-def test_training_counts_leave_out_what_is_held_out(skip):
+def test_training_counts_leave_out_what_is_held_out():
   split = _split()
   data = split.interactions
-  weights = np.random.default_rng(1).random(data.num_users)
   want = np.zeros(data.num_items + 1)
-  for user in range(data.num_users):
-    history = data.items[data.offsets[user] : data.offsets[user + 1]]
-    for item in history[:-2][skip:]:
-      want[item] += weights[user]
-  got = splits.training_counts(split, weights, skip=skip)
-  np.testing.assert_allclose(got, want)
-  plain = splits.training_counts(split)
-  assert plain.sum() == split.train_end.sum()
+  for first, last in itertools.pairwise(data.offsets):
+    for item in data.items[first : last - 2]:
+      want[item] += 1
+  np.testing.assert_array_equal(splits.training_counts(split), want)
 
 
 @pytest.mark.parametrize("length", [3, 12])

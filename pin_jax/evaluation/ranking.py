@@ -34,13 +34,7 @@ from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
-from pin_jax.types import (
-  InputError,
-  PluginContext,
-  PyTree,
-  Requests,
-  at_least,
-)
+from pin_jax.types import InputError, PluginContext, PyTree, Requests
 
 
 class Ranks(NamedTuple):
@@ -83,10 +77,12 @@ class Chunk(NamedTuple):
   Attributes:
     users: histories.
     items: candidates; at least V + 1 where the catalogue is small.
+    kept: items whose scores are kept at once.
   """
 
   users: int
   items: int
+  kept: int = 65_536
 
 
 def chunk_of(num_items: int, layout: Layout = LOCAL) -> Chunk:
@@ -318,21 +314,15 @@ RankFn = Callable[[Weights, Sequences, Requests], Ranks]
 
 
 def rank_program(
-  model: Model,
-  *,
-  num_items: int,
-  length: int,
-  item_chunk: int = 65_536,
-  layout: Layout = LOCAL,
+  model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> Program:
   """The program of `make_ranker`."""
-  at_least(1, num_items=num_items, length=length, item_chunk=item_chunk)
   shape = chunk_of(num_items, layout)
   if layout.tables:
     chunks, scored = _split(model, num_items, shape.items, layout)
   else:
     layout = LOCAL
-    chunks, scored = _whole(model, num_items, shape.items, item_chunk)
+    chunks, scored = _whole(model, num_items, shape.items, shape.kept)
 
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
@@ -378,12 +368,7 @@ def rank_program(
 
 
 def make_ranker(
-  model: Model,
-  *,
-  num_items: int,
-  length: int,
-  item_chunk: int = 65_536,
-  layout: Layout = LOCAL,
+  model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> RankFn:
   """Builds the full ranking of users' targets.
 
@@ -398,18 +383,13 @@ def make_ranker(
     model: what is evaluated.
     num_items: V.
     length: L, what the model reads of a history.
-    item_chunk: items whose scores one device keeps at once.
     layout: of the mesh; where it splits no tables, one device ranks.
 
   Returns:
     (weights, sequences, requests) -> Ranks.
-
-  Raises:
-    InputError: for a number below 1.
   """
   program = rank_program(
-    model, num_items=num_items, length=length, item_chunk=item_chunk,
-    layout=layout,
+    model, num_items=num_items, length=length, layout=layout
   )
   return functools.partial(_evaluate, model, program, masked=True)
 

@@ -20,15 +20,11 @@ ACTIVENESS = "activeness"  # the params that `conditioned` adds
 _BUCKETS = 16
 
 
-def check(*, width: int = 1, heads: int = 1, dropout: float) -> None:
-  """Raises InputError unless `heads` divide `width` and `dropout` < 1."""
+def check_heads(width: int, heads: int) -> None:
+  """Raises InputError unless `heads` divide `width`."""
   if heads < 1 or width % heads:
     raise InputError(
       f"width={width} is no multiple of heads={heads}; change one of them"
-    )
-  if not 0 <= dropout < 1:
-    raise InputError(
-      f"dropout={dropout} is outside [0, 1); give a share such as 0.2"
     )
 
 
@@ -129,10 +125,10 @@ def conditioned(backbone: Backbone) -> Backbone:
     x_t = E[item_t] + A[min(floor(log2 n), 15)], A = 0 at the start
 
   with E the scaled item embedding that the model reads at position t and n the
-  user's training interactions (of somebody new, those given). The params get A
+  user's training interactions (a new user's: those given). The params get A
   [16, D] as `activeness`; at the start the model is the plain one. A control:
-  does a method gain because it adjusts for activeness, or would a base gain as
-  much that is simply told of it?
+  does a method gain because it adjusts for activeness, or would a base that is
+  simply told of it gain as much?
 
   Args:
     backbone: one with params `items` [V+1, D].

@@ -27,14 +27,13 @@ from pin_jax.types import (
   Plugin,
   PluginContext,
   PyTree,
-  at_least,
 )
 
 _MATRICES = "Block|_Unit|inputs|recurrent"  # that LoRA adapts, by name
 
 
 class Model(NamedTuple):
-  """The functions of what is scored; `plugin` is None without plugins."""
+  """The functions of a model; `plugin` is None where there is none."""
 
   backbone: Backbone
   plugin: Plugin | None
@@ -63,7 +62,7 @@ class _Bottleneck(nn.Module):
     return x + nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros)(h)
 
 
-def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
+def bottleneck(width: int, *, hidden: int) -> Plugin:
   """Residual bottleneck network, y = x + W2 gelu(W1 x + b1) + b2.
 
   The bottleneck of half the width is inferred from the first author's later
@@ -72,13 +71,8 @@ def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
 
   Args:
     width: D.
-    hidden: width of the bottleneck; default D / 2.
-
-  Raises:
-    InputError: if `hidden` is smaller than 1.
+    hidden: width of the bottleneck.
   """
-  hidden = max(width // 2, 1) if hidden is None else hidden
-  at_least(1, hidden=hidden)
   module = _Bottleneck(hidden)
   init = lambda key: module.init(key, jnp.zeros((1, width)))["params"]
   return Plugin(init, lambda params, x: module.apply({"params": params}, x))
@@ -103,12 +97,11 @@ def low_rank(like: PyTree, *, rank: int) -> Plugin:
     rank: columns of A.
 
   Raises:
-    InputError: if `rank` is smaller than 1, or nothing matches.
+    InputError: if no matrix matches.
 
   Reference:
     Hu et al., ICLR 2022, arXiv 2106.09685. Deviation: no scaling alpha / r.
   """
-  at_least(1, rank=rank)
   named = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
   chosen = {
     named(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(like)
@@ -153,13 +146,12 @@ def adapter(like: PyTree, *, width: int, hidden: int) -> Plugin:
     hidden: width of the bottlenecks.
 
   Raises:
-    InputError: if `hidden` is smaller than 1, or the backbone has no `Block`.
+    InputError: if the backbone has no `Block`.
 
   Reference:
     Houlsby et al., ICML 2019, arXiv 1902.00751. Deviation: one adapter a
     block, after the second residual, on frozen norms.
   """
-  at_least(1, hidden=hidden)
   blocks = [name for name in like if name.startswith("Block")]
   if not blocks:
     raise InputError(
@@ -271,11 +263,7 @@ def gated(
     reads_state: whether f holds the representation.
     own_repeats: whether the user's own repeats are an expert; for data that
       have any, see `memory.holds_repeats`.
-
-  Raises:
-    InputError: if `hidden` is smaller than 1.
   """
-  at_least(1, hidden=hidden)
   gate = _Gate(hidden, options.num_channels + 2 + own_repeats)
   size = 2 + options.num_channels + (width if reads_state else 0)
 
@@ -331,8 +319,8 @@ def logits(
     states: [M, ...].
     context: of the M positions; None where the plugin reads none.
     candidates: [C], [M, C] or None, as in `types.Backbone`.
-    items: [C], which items `candidates=None` are where the backbone's tables
-      hold some of the catalogue alone.
+    items: [C], the items that `candidates=None` stands for where the backbone's
+      tables hold a part of the catalogue.
   """
   backbone, plugin = model
   represented = backbone.represent(weights.backbone, states, candidates)

@@ -18,6 +18,7 @@ from pin_jax.training.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 MEANS = ("interactions", "users")
+CHUNK = 128  # positions whose logits are alive at a time, on each device
 Head = Callable[[PyTree, PyTree, PyTree, jax.Array | None], jax.Array]
 WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -38,19 +39,6 @@ def position_weights(
     real = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
   real = real / jnp.maximum(real.sum(), jnp.finfo(jnp.float32).tiny)
   return real if importance is None else real * importance
-
-
-def backbone_head(backbone: Backbone) -> Head:
-  """The head of stage 1; nothing is shared."""
-
-  def head(
-    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
-  ) -> jax.Array:
-    del shared
-    representations = backbone.represent(params, states, candidates)
-    return backbone.score(params, representations, candidates)
-
-  return head
 
 
 def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
@@ -107,7 +95,7 @@ def _row_loss(spec: LossSpec, head: Head) -> RowLoss:
 
 
 def next_item_loss(
-  backbone: Backbone, head: Head, *, loss: LossSpec = SOFTMAX, chunk: int = 128,
+  backbone: Backbone, head: Head, *, loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> WindowsLoss:
   """The loss at every real position.
@@ -117,7 +105,6 @@ def next_item_loss(
     head: (params, shared, states [M], candidates) -> logits [M, C]; no
       candidates are the whole catalogue 0..V.
     loss: what is minimised.
-    chunk: positions whose logits are alive at a time, on each device.
     layout: how the windows are split over devices.
 
   Returns:
@@ -125,7 +112,8 @@ def next_item_loss(
     scale [B, L] or None, negatives that `loss` draws, by default None) ->
     (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(_row_loss(loss, head), chunk, sharding.shards_axis(layout))
+  axis = sharding.SHARDS if layout.data > 1 else None
+  total = chunked(_row_loss(loss, head), CHUNK, axis)
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
@@ -191,7 +179,7 @@ def group_negatives(
 
 
 def group_losses(
-  backbone: Backbone, *, mean: str, loss: LossSpec = SOFTMAX, chunk: int = 128,
+  backbone: Backbone, *, mean: str, loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> GroupLosses:
   """The mean next-item loss of a group, and of many at once.
@@ -199,11 +187,14 @@ def group_losses(
   Args:
     backbone: the model.
     mean: see `position_weights`.
-    loss, chunk, layout: see `next_item_loss`.
+    loss, layout: see `next_item_loss`.
   """
-  total = windows_loss(next_item_loss(
-    backbone, backbone_head(backbone), loss=loss, chunk=chunk, layout=layout
-  ), backbone, layout)
+  head = lambda params, shared, states, candidates: backbone.score(
+    params, backbone.represent(params, states, candidates), candidates
+  )
+  total = windows_loss(
+    next_item_loss(backbone, head, loss=loss, layout=layout), backbone, layout
+  )
 
   def group_loss(
     params: PyTree, group: GroupBatch, key: jax.Array
