@@ -121,7 +121,7 @@ def _run(config, workdir, tables=lambda *_, **__: None, **options):
 
 
 def _trained(lines):
-  return [x.split(": ")[0] for x in lines if x.endswith("for all its steps")]
+  return [x.split(": ")[0] for x in lines if ": compiling, then " in x]
 
 
 def _ranks(workdir):
