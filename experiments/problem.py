@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import schema, sizes
+from experiments.configs import base
 from experiments.methods import Learnt
 from pin_jax.aggregation import weightings
 from pin_jax.data import activeness, batches, files, simulator, splits, stored
@@ -32,7 +33,9 @@ def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
       world = simulator.make_world(simulator.WorldSpec(**options), seed=seed)
       return simulator.simulate(world, num_users=users, seed=seed + 1)[0], world
     if source == "files":
-      return files.read(**options), None
+      path = options.pop("path")
+      base.check_public(path)
+      return files.read(path, **options), None
     if source == "stored":
       return stored.read(**{"stream": False, **options}), None
     from pin_jax.data import tfds  # slow to import, seldom used

@@ -372,11 +372,11 @@ SOURCES = {
     ),
   },
   "files": {
-    "path": _text(NEEDED, "CSV, TSV, Parquet or .inter file"),
+    "path": _text(NEEDED, "CSV, TSV, JSON lines, Parquet, .inter, …"),
     "user": _optional(str, "column of users; None = by its usual names"),
     "item": _optional(str, "column of items; likewise"),
     "time": _optional(str, "column of times; likewise"),
-    "separator": _optional(str, "one character; None = by the suffix"),
+    "separator": _optional(str, "of text; None = by the first lines"),
     **_FILTERS,
   },
   "stored": {
