@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
-from experiments import build, commands, settings, sizes
+from experiments import build, commands, sizes
 from pin_jax.data import batches
 from pin_jax.evaluation import ranking
 from pin_jax.models import plugins
@@ -75,7 +75,7 @@ def compile_all(
   Raises:
     InputError: for settings that cannot be planned without the data.
   """
-  settings.check(config)
+  build.check(config)
   networks = build.make_networks(config, sizes.items, devices)
   if not networks.layout.tables:
     raise InputError(

@@ -34,7 +34,6 @@ by an earlier version, at 255 windows a step: 44 % at width 64, 60 % at 256.
 """
 
 import argparse
-import inspect
 import json
 import tempfile
 import time
@@ -47,14 +46,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.joint_base import prepare
-from experiments import problem, settings
+from experiments import build, problem
 from experiments.configs import beauty, ml1m
 from pin_jax.data import batches
-from pin_jax.training import objectives
+from pin_jax.training.objectives import CHUNK
 from pin_jax.training.steps import Operands
 
 CONFIGS = {"beauty": beauty, "ml1m": ml1m}
-_CHUNK = inspect.signature(objectives.group_losses).parameters["chunk"].default
 _LEAST_SECONDS = 0.05  # of a measured rate, in all its repetitions
 
 
@@ -110,7 +108,7 @@ def forward_work(backbone: ConfigDict, sizes: Sizes) -> dict[str, Work]:
     ),
     "output": Work(
       2 * sizes.positions * items * width,
-      ((_CHUNK, width, items), (_CHUNK, items, width), (items, _CHUNK, width)),
+      ((CHUNK, width, items), (CHUNK, items, width), (items, CHUNK, width)),
     ),
   }
 
@@ -124,11 +122,11 @@ def _din_work(backbone: ConfigDict, sizes: Sizes) -> dict[str, Work]:
   return {
     "unit": Work(
       sizes.pairs * (2 * width * unit + many * of_pair),
-      ((_CHUNK * length, width, unit), (length, width, many * unit)),
+      ((CHUNK * length, width, unit), (length, width, many * unit)),
     ),
     "predictor": Work(
       sizes.positions * many * of_score,
-      ((_CHUNK * many, 3 * width, hidden),),
+      ((CHUNK * many, 3 * width, hidden),),
     ),
   }
 
@@ -138,7 +136,7 @@ def joint_config(name: str, path: str, backbone: str, width: int) -> ConfigDict:
   config = CONFIGS[name].get_config(f"path={path}" if path else None)
   config.backbone.update(name=backbone, width=width)
   config.loss.name = "sampled_softmax" if backbone == "din" else "softmax"
-  settings.check(config)
+  build.check(config)
   return config
 
 

@@ -203,7 +203,7 @@ print("PIN, stage 1")
 adjusted = train_backbone(groups, prior, BACKBONE_STEPS)
 
 # %%
-plugin = plugins.bottleneck(WIDTH)
+plugin = plugins.bottleneck(WIDTH, hidden=WIDTH // 2)
 rank_plugged = ranker(plugin)
 optimizer = make_optimizer(PLUGIN_STEPS, learning_rate=5e-3)
 by_segment = batches.make_pool(targets, segments, num_groups=2, length=LENGTH)

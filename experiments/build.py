@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +12,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import schema
-from experiments.problem import SEGMENTS, Problem, learnt_split
+from experiments.methods import GATES, SEGMENTS, Stage, selected, stages_of
+from experiments.problem import Problem, learnt_split
 from pin_jax import aggregation
 from pin_jax.aggregation.weightings import BY_TENSOR, WEIGHTINGS, preceded_by
 from pin_jax.data import splits
 from pin_jax.data.batches import Draw
-from pin_jax.evaluation import ranking
+from pin_jax.evaluation import metrics, ranking
 from pin_jax.models import memory, plugins
 from pin_jax.models.backbones import conditioned
 from pin_jax.models.din import din
@@ -53,6 +54,9 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
   ),
 }
 MIXING = ("memory", "gated")  # plugins that read the memory
+# Of the methods that have gates whatever `plugin` says.
+GATE = {"hidden": 16, "reads_state": False}
+_GATE_LEARNING_RATE = 2e-2
 PROPOSALS = ("uniform", "popularity", "in_batch")
 OTHERS = "others"  # the block of the parameters that no pattern matches
 
@@ -156,6 +160,12 @@ def make_networks(
     "shared": make_plugin(
       config, like, widen=len(SEGMENTS), repeats=repeats
     ),
+    **{
+      name: gated(
+        config.backbone.width, memory_options(config), own_repeats=repeats,
+        **{**GATE, "hidden": widen * GATE["hidden"]},
+      ) for name, widen in (("gates", 1), ("gate", len(SEGMENTS)))
+    },
     "memory_alone": plugins.memory_alone(memory_options(config)),
   }
   return Networks(backbone, made, layout)
@@ -359,14 +369,16 @@ def make_sampled_loss(
 
 
 def make_optimizer(
-  config: ConfigDict, kind: str, steps: int, backbone: Backbone
+  config: ConfigDict, stage: Stage, steps: int, backbone: Backbone
 ) -> Optimizer:
-  """The optimizer of a kind of stage; the first alone averages, or has rows."""
+  """The optimizer of a stage; a backbone's alone averages, or has rows."""
+  kind = "gate" if stage.plugin in GATES else stage.kind
   options = config.optimizer.to_dict()
   tables = options.pop("tables")
   rates = {
     "backbone": options.pop("learning_rate"),
     "plugin": options.pop("plugin_learning_rate"),
+    "gate": _GATE_LEARNING_RATE,
     "classifier": 2e-3,
   }
   if kind != "backbone":
@@ -407,3 +419,170 @@ def make_ranker(
   return ranking.make_ranker(
     model, num_items=data.num_items, length=length, layout=layout
   )
+
+
+# What keys must be to each other: checked at launch, before any long work.
+
+_OF_ANY = {  # of any backbone or plugin; configs set `hidden` for all plugins
+  "backbone": {"name", "pack_rows", "compute", "reads_activeness"},
+  "plugin": {"name", "hidden"},
+}
+# What these minimise makes the softmax of the logits an estimate of P(y|x).
+PROPER = ("softmax", "sampled_softmax")
+
+
+def check(config: ConfigDict) -> None:
+  """Checks a whole configuration: keys, values, and what they are together.
+
+  Raises:
+    InputError: for the first key or value that is wrong.
+  """
+  schema.check_keys(config)
+  check_adjustments(config, np.ones(config.groups.num_groups))
+  proposal_shares(config.loss.proposal)
+  with schema.section("evaluation.metrics"):
+    for name in config.evaluation.metrics:
+      metrics.metric(name)
+  values = dict(schema.flatten(config.to_dict()))
+  for rules in (_of_others, _of_methods, _of_scale, _of_rows, _of_disk):
+    for wrong, key, remedy in rules(config):
+      if wrong:
+        raise schema.bad(key, values[key], remedy)
+
+
+Rules = Iterator[tuple[bool, str, str]]  # (whether it is broken, key, remedy)
+
+
+def _of_others(config: ConfigDict) -> Rules:
+  """Keys that the named backbone or plugin does not take."""
+  for section, taken in (
+    ("backbone", backbone_options(config.backbone)),
+    ("plugin", PLUGINS[config.plugin.name][0]),
+  ):
+    for name, key in schema.KEYS[section].items():
+      yield (
+        name not in {*taken, *_OF_ANY[section]}
+        and config[section][name] != key.default,
+        f"{section}.{name}",
+        f"{config[section].name!r} does not take it; leave it at "
+        f"{key.default!r} or set one of {sorted(taken)}",
+      )
+
+
+def _of_methods(config: ConfigDict) -> Rules:
+  """What methods, losses and batches need."""
+  backbone, loss, memory = config.backbone, config.loss, config.memory
+  mixes = config.plugin.name in MIXING
+  windows = max(config.batch_size, config.joint.batch_size)
+  yield from (
+    ("heads" in backbone_options(backbone)
+     and backbone.width % backbone.heads > 0, "backbone.width",
+     f"give a multiple of backbone.heads={backbone.heads}"),
+    (mixes and len(memory.relations) > 0
+     and config.pin.plugin_draw != "validation", "memory.relations",
+     "they hold what users did in training, so that plugins need "
+     "pin.plugin_draw='validation'; set that, or no relations"),
+    ((mixes or bool(_kinds(config) & {*GATES}))
+     and memory.recent > backbone.length, "memory.recent",
+     f"give at most backbone.length={backbone.length}, what the model reads"),
+    (len(config.seeds) % config.num_seeds > 0, "num_seeds",
+     f"the number of seeds, {len(config.seeds)}, must be a multiple of it"),
+    (backbone.reads_activeness and _exact(config), "backbone.reads_activeness",
+     "exact adjustment estimates P(d|x) from states that must not hold d; "
+     "set False or leave 'pin_exact' out"),
+    (loss.name == "gbce" and _not_uniform(config), "loss.proposal",
+     "loss.name='gbce' is made for 'uniform' negatives"),
+    ("focal" in config.methods and loss.name not in PROPER, "loss.name",
+     f"the method 'focal' takes one of {PROPER}"),
+    (config.batch_size < config.groups.num_groups, "batch_size",
+     f"give at least groups.num_groups={config.groups.num_groups}"),
+    (windows * backbone.length > schema.MOST, "batch_size",
+     f"a step would read backbone.length={backbone.length} times as many "
+     f"positions, over {schema.MOST}; lower one of the two"),
+    (config.validation.every % config.dispatch > 0, "validation.every",
+     f"give a multiple of dispatch={config.dispatch}"),
+  )
+
+
+def _of_scale(config: ConfigDict) -> Rules:
+  """What several devices need."""
+  data, model, kinds = config.mesh.data, config.mesh.model, _kinds(config)
+  yield from (
+    (data * model > 1 and config.num_seeds > 1, "num_seeds",
+     "several devices train one seed at a time; set 1"),
+    (model > 1 and (_mixed(config) or "memory_alone" in kinds), "mesh.model",
+     "plugins that mix the memory into the logits read the whole catalogue; "
+     "set 1, or another plugin.name and methods without 'memory_alone' and "
+     "gates"),
+    (data > 1 and config.backbone.pack_rows > 0, "backbone.pack_rows",
+     f"rows are not packed across mesh.data={data} devices; set 0"),
+    (config.joint.batch_size % data > 0, "joint.batch_size",
+     f"give a multiple of mesh.data={data}"),
+    *((share % data > 0, "batch_size",
+       f"{share} windows a {whose} must be a multiple of mesh.data={data}")
+      for whose, share in (
+        ("group", config.batch_size // config.groups.num_groups),
+        ("segment", config.batch_size // 2),
+        ("shared plugin", config.batch_size if "shared" in kinds else 0),
+      )),
+  )
+
+
+def _of_rows(config: ConfigDict) -> Rules:
+  """What row-sparse tables need."""
+  if config.optimizer.tables == "dense":
+    return
+  for wrong, key, remedy in (
+    (config.loss.name == "softmax", "loss.name",
+     "it reads every row; use a sampled loss such as 'sampled_softmax'"),
+    (config.optimizer.average > 0, "optimizer.average",
+     "it writes every row; set 0"),
+    (config.backbone.name == "din", "backbone.name",
+     "it has no table that can be cut by rows; use another"),
+  ):
+    yield wrong, key, f"optimizer.tables='row_sparse': {remedy}, or set 'dense'"
+
+
+def _of_disk(config: ConfigDict) -> Rules:
+  """What interactions that stay on disk need."""
+  if config.data.source != "stored" or not config.data.stream:
+    return
+  memory = "the memory is made of all interactions; "
+  for wrong, key, remedy in (
+    (config.num_seeds > 1, "num_seeds", "set 1"),
+    (config.split.protocol != "leave_one_out", "split.protocol",
+     "times are not stored; set 'leave_one_out'"),
+    (_mixed(config), "plugin.name",
+     f"{memory}use another, and methods without gates"),
+    ("memory_alone" in _kinds(config), "methods",
+     f"{memory}leave 'memory_alone' out"),
+    (_exact(config), "methods",
+     "exact adjustment needs them on the device; leave it out"),
+    (config.loss.name != "softmax" and _not_uniform(config), "loss.proposal",
+     "set 'uniform'"),
+  ):
+    yield wrong, key, (
+      f"data.stream=True leaves the interactions on disk: {remedy}, or set "
+      "data.stream=False"
+    )
+
+
+def _kinds(config: ConfigDict) -> set[str]:
+  """Of `Stage.plugin`, those that are trained."""
+  return {
+    stage.plugin for stage in stages_of(selected(config))
+    if stage.kind == "plugin"
+  }
+
+
+def _mixed(config: ConfigDict) -> bool:
+  kinds = _kinds(config)
+  return bool(kinds & {*GATES} or kinds and config.plugin.name in MIXING)
+
+
+def _exact(config: ConfigDict) -> bool:
+  return any(s.kind == "classifier" for s in stages_of(selected(config)))
+
+
+def _not_uniform(config: ConfigDict) -> bool:
+  return set(proposal_shares(config.loss.proposal)) != {"uniform"}

@@ -1,6 +1,7 @@
 """Figures of results: one matplotlib figure each, and its SVG."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +15,9 @@ from experiments.results import (
   Claim,
   change_of,
   few_seeds,
+  groups_of,
   mean_of,
   number_range,
-  slices_of,
-  title_of,
   values_of,
   with_the_same_seeds,
 )
@@ -69,7 +69,12 @@ def forest(
     metric: that changes, in words.
   """
   with matplotlib.rc_context(_STYLE):
-    figure = _figure(5.2, 1.4 + 0.42 * len(claims))
+    names = [
+      "\n".join(filter(None, (*textwrap.wrap(name, 32), few_seeds(x.seeds))))
+      for name, x in claims.items()
+    ]
+    longest = max(len(line) for name in names for line in name.split("\n"))
+    figure = _figure(4.3 + 0.07 * longest, 1.4 + 0.42 * len(claims))
     axes = figure.add_subplot()
     axes.axvline(0, color=_GREY, linewidth=0.9)
     axes.axvline(-100 * margin, color=_ORANGE, linewidth=0.9, linestyle="--")
@@ -82,12 +87,9 @@ def forest(
         axes, place + shift, 100 * np.transpose(numbers), sideways=True,
         color=color, fmt=mark, markersize=5, label=f"{part} users",
       )
-    axes.set_yticks(place, [
-      name + ("\n" + few if (few := few_seeds(claim.seeds)) else "")
-      for name, claim in claims.items()
-    ])
+    axes.set_yticks(place, names)
     axes.set_ylim(-0.6, len(claims) - 0.4)
-    axes.set_title(title)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     axes.set_xlabel(
       f"change of {metric} (%)\ndashed: −{100 * margin:g} %, the margin"
     )
@@ -108,10 +110,8 @@ def groups(
   """
   rows = rows.filter(pl.col("model").is_in(models))
   levels, changes, labels = {}, {}, []
-  for name, keep in slices_of(rows).items():
-    if not name.startswith("group "):
-      continue
-    own, index = rows.filter(keep), len(labels)
+  for index, (group, keep) in enumerate(groups_of(rows).items()):
+    own = rows.filter(keep)
     for model in models:
       values = values_of(
         own.filter(model=model), [model], metric=metric, column=column
@@ -124,7 +124,7 @@ def groups(
       for model, *numbers in zip(others, *change_of(values)[:3], strict=True):
         changes[model, index] = 100 * np.asarray(numbers)
     span = number_range(own["activeness"].min(), own["activeness"].max())
-    labels.append(f"{name}\n{span}\n{own['user'].n_unique():,} users")
+    labels.append(f"group {group}\n{span}\n{own['user'].n_unique():,} users")
   few = few_seeds(rows["seed"].n_unique())
   with matplotlib.rc_context(_STYLE):
     figure = _figure(max(6, 1.5 + 1.1 * len(labels)), 5)
@@ -138,7 +138,7 @@ def groups(
           place, *numbers = np.transpose(points)
           _bars(
             axes, place + 0.12 * order - 0.06 * (len(models) - 1), numbers,
-            color=color, fmt="o", label=title_of(model),
+            color=color, fmt="o", label=model,
           )
       axes.set_ylabel(label)
     both[0].set_ylim(bottom=0)

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +23,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from experiments import (
+  build,
   commands,
   logs,
   processes,
   report,
   results,
   schema,
-  settings,
   sizes,
   truth,
   workdir,
@@ -37,10 +37,13 @@ from experiments import (
 from experiments.build import Networks, networks_of
 from experiments.configs.base import default
 from experiments.methods import (
+  METHODS,
   Method,
   Stage,
+  choose,
   compared,
   information,
+  learns,
   selected,
   stages_of,
 )
@@ -62,7 +65,7 @@ from experiments.stages import (
 )
 from pin_jax import disk
 from pin_jax.data import activeness, batches
-from pin_jax.evaluation import ranking
+from pin_jax.evaluation import metrics, ranking
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError, Interrupted, Requests
 
@@ -120,12 +123,58 @@ def result_rows(
   })
 
 
+def validated(
+  key: str, seed: int, problem: Problem, trainer: Trainer, half: bool
+) -> dict[str, np.ndarray]:
+  """Segment -> a method's ranks of its validation targets, before `refit`.
+
+  Args:
+    key: of the method.
+    seed: of its training.
+    problem: the data.
+    trainer: whose stages are trained.
+    half: leave those out from whose validation targets a method has learnt.
+  """
+  requests = trainer.validation("all", half)
+  ranks = np.zeros(len(requests.users))
+  for chosen, kind, operands in _by_model(
+    METHODS[key], seed, problem, trainer, requests.users, "validation"
+  ):
+    ranks[chosen] = trainer.ranker(*kind)(*operands).rank
+  return {
+    name: ranks[requests.segments == s] for s, name in enumerate(SEGMENTS)
+  }
+
+
+def _choice(
+  found: Mapping[str, Sequence[Mapping[str, np.ndarray]]], metric: str
+) -> dict[str, Any]:
+  """What serves whom, and by which values of a metric.
+
+  Args:
+    found: key -> of each seed, as of `validated`.
+    metric: name of one.
+  """
+  values = metrics.metric(metric)
+  first = next(iter(found.values()))[0]
+  validation = {
+    key: {
+      part: float(values(np.stack([own[part] for own in seeds])).mean())
+      if len(first[part]) else 0.0 for part in SEGMENTS
+    } for key, seeds in found.items()
+  }
+  return {
+    **choose(validation), "validation": validation,
+    "users": {part: len(ranks) for part, ranks in first.items()},
+  }
+
+
 def _served(
   method: Method, serve: tuple[str, str | None], problem: Problem,
-  users: np.ndarray,
+  users: np.ndarray, part: str,
 ) -> tuple[Stage | None, Requests]:
-  """(plugin stage of a serve entry, test requests routed to its plugins)."""
-  requests = requests_for(problem, "test", users)
+  """(plugin stage of a serve entry, requests routed to its plugins)."""
+  requests = requests_for(problem, part, users)
   if serve[1] is None:
     return None, requests
   stage = method.stage(serve[1])
@@ -135,16 +184,16 @@ def _served(
 
 def _by_model(
   method: Method, seed: int, problem: Problem, trainer: Trainer,
-  users: np.ndarray,
+  users: np.ndarray, part: str = "test",
 ) -> Iterator[tuple[np.ndarray, tuple, tuple]]:
   """Yields (mask over users, a model's kind, what it is applied to)."""
   of_user = problem.segments[users]
   for entry in dict.fromkeys(method.serve):
     here = [s for s, other in enumerate(method.serve) if other == entry]
     chosen = np.isin(of_user, here)
-    stage, requests = _served(method, entry, problem, users[chosen])
+    stage, requests = _served(method, entry, problem, users[chosen], part)
     kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
-    weights = trainer.weights(seed, entry[0], stage)
+    weights = trainer.weights(seed, entry[0], stage, part == "validation")
     yield chosen, kind, (weights, trainer.sequences, requests)
 
 
@@ -259,7 +308,7 @@ def run(
   options = Options(console, command, other_versions, asked)
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  processes.together(lambda: settings.check(sizes.for_any_data(config)))
+  processes.together(lambda: build.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
   fitted, problem, networks = processes.together(lambda: _prepare(config))
@@ -282,7 +331,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
   """Reads the data and checks the config by them; writes nothing."""
   asked, (config, problem) = config, prepare(config)
   if sizes.told(asked, config):  # sizes that the data gave
-    settings.check(config)
+    build.check(config)
   networks = networks_of(config, problem)
   check(config, problem, networks)
   return config, problem, networks
@@ -322,7 +371,7 @@ def _compute(
       f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
       "give a verdict"
     )
-  rows, closeness, cost = _train_all(
+  rows, choice, closeness, cost = _train_all(
     config, problem, networks, directory, options
   )
   if not processes.is_first():
@@ -333,8 +382,9 @@ def _compute(
   if learnt:
     about["protocol"] += f"; {learnt}"
   summary = {
-    **about, "base": base, "other": other, "closeness": closeness,
-    "cost": cost, "command": options.command, "versions": workdir.provenance(),
+    **about, "base": base, "other": other, "choice": choice,
+    "closeness": closeness, "cost": cost, "command": options.command,
+    "versions": workdir.provenance(),
   }
   disk.write({
     directory / "summary.json": json.dumps(summary, indent=2) + "\n"
@@ -344,12 +394,19 @@ def _compute(
 def _train_all(
   config: ConfigDict, problem: Problem, networks: Networks,
   directory: epath.Path, options: Options,
-) -> tuple[pl.DataFrame, list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[pl.DataFrame, dict, list[dict[str, Any]], dict[str, Any]]:
+  """(rows, choice, closeness, cost) of all methods and seeds."""
   methods = selected(config)
+  found = {key: [] for key in methods}
+  asked = {"pin": {**config.pin}}
+  half = any(learns(METHODS[key], asked) == "half" for key in methods)
   stages = stages_of(methods)
-  total = sum(num_steps(config, s) for s in stages) * len(config.seeds)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
-  progress = logs.JobProgress(total, options.console)
+  to_come = [(stage.kind, num_steps(config, stage)) for stage in stages]
+  progress = logs.Progress(
+    to_come * len(config.seeds), config.validation.every,
+    config.evaluation.metrics[0], options.console,
+  )
   monitor = Monitor(log, progress, options.interrupted)
   about = {
     "config": of_results(config), "data": fingerprint(problem),
@@ -375,15 +432,18 @@ def _train_all(
         for key, method in methods.items():
           options.check()
           rows.append(method_rows(key, method, seed, problem, trainer))
-        if problem.world is not None and config.loss.name in settings.PROPER:
+          found[key].append(validated(key, seed, problem, trainer, half))
+        if problem.world is not None and config.loss.name in build.PROPER:
           closeness.append(_closeness(methods, seed, problem, trainer))
   finally:
+    progress.close()
     log.close()
   # Apart from the summary, for only this depends on interruptions.
   text = json.dumps(seconds, indent=2) + "\n"
   if processes.is_first():
     disk.write({directory / "cpu_seconds.json": text})
-  return pl.concat(rows), truth.average(closeness), cost
+  choice = _choice(found, config.evaluation.metrics[0])
+  return pl.concat(rows), choice, truth.average(closeness), cost
 
 
 def _closeness(

@@ -1,20 +1,29 @@
 """Logs of a job: JSON lines, TensorBoard event files, progress with ETA."""
 
+import collections
 import contextlib
 import json
 import math
 import time
+from collections.abc import Sequence
 from typing import IO, Any
 
+import jax
 import numpy as np
 import rich.console
 from etils import epath
+from rich.control import Control
+from rich.segment import ControlType
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 from pin_jax import disk
+from pin_jax.training import loop
 from pin_jax.training.steps import SKIPPED
+
+_CLEAR = Control(ControlType.CARRIAGE_RETURN, (ControlType.ERASE_IN_LINE, 2))
+_COSTS = {"backbone": 1.0, "plugin": 0.4, "classifier": 0.4}  # of a step, about
 
 
 class _Records(RecordWriter):
@@ -43,6 +52,16 @@ class RunLog:
     self._events: dict[str, _Records] = {}
     with disk.writing(self._path):
       self._file = self._path.open("a")
+
+  def take(self, run: str, event: tuple) -> None:
+    """Writes what an event of `loop.run` says of a run."""
+    match event:
+      case loop.Started(_, step):
+        self.rewind(run, step)
+      case loop.Steps(_, start, log):
+        self.steps(run, start, log)
+      case loop.Validation(_, step, values):
+        self.evaluation(run, step, values)
 
   def rewind(self, run: str, step: int) -> None:
     """Drops what `run` logged after its checkpoint of `step`; -1 = all."""
@@ -134,7 +153,7 @@ class NoLog:
   def _nothing(self, *_: Any) -> dict[str, int]:
     return {}
 
-  rewind = steps = evaluation = skipped = close = _nothing
+  take = skipped = close = _nothing
 
 
 def read_log(directory: epath.Path) -> list[dict[str, Any]]:
@@ -180,45 +199,137 @@ def _plain(value: Any) -> Any:
   return round(value, 7) if math.isfinite(value) else None
 
 
-class JobProgress:
-  """Says how far a job is and how long it takes: every ten seconds a line."""
+class _Compiling:
+  """The seconds that JAX has traced and compiled in this process."""
 
-  def __init__(self, total: int, console: rich.console.Console) -> None:
-    """Starts the clock; `total` counts the steps of all runs."""
-    self._console, self._total = console, total
-    self._done = self._skipped = 0
-    self._start = self._printed = time.monotonic()
-    self._begun, self._compiled = None, 0.0
+  seconds = 0.0
 
-  def begin(self, run: str) -> None:
-    """Says that a run's programs are compiled now, before its first steps."""
-    self._begun = time.monotonic()
-    self._console.print(f"{run}: compiling, once for all its steps")
+  def __call__(self, event: str, duration: float, **_: Any) -> None:
+    """Takes what `jax.monitoring` tells."""
+    if event.startswith("/jax/core/compile/"):
+      self.seconds += duration
 
-  def advance(self, run: str, steps: int) -> None:
-    """Counts steps that were trained."""
-    self._done += steps
-    now = time.monotonic()
-    if self._begun is not None:
-      waited, self._begun = now - self._begun, None
-      self._compiled += waited if self._compiled else now - self._start
-      self._console.print(
-        f"{run}: compiled, and trained the first {steps:,} steps, in "
-        f"{waited:.1f} s"
-      )
-    trained = self._done - self._skipped
-    soon = trained == steps or now - self._printed < 10
-    if soon and self._done < self._total:
-      return
-    self._printed = now
-    spent = now - self._start - self._compiled  # compiling tells nothing
-    left = (self._total - self._done) * spent / max(trained, 1)
-    self._console.print(
-      f"{run}: step {self._done:,} of {self._total:,} in all, "
-      f"{now - self._start:.0f} s gone, about {left:.0f} s left"
+
+_compiling = _Compiling()
+jax.monitoring.register_event_duration_secs_listener(_compiling)
+
+
+class Progress:
+  """Says how training goes: losses, validation, and the time that is left.
+
+  On a terminal the line of a run moves in place; elsewhere there is one every
+  ten seconds. The time left follows from the seconds that steps and validations
+  have taken; what compiling takes, as JAX measures it, is counted apart.
+  """
+
+  def __init__(
+    self, stages: Sequence[tuple[str, int]], every: int, metric: str,
+    console: rich.console.Console,
+  ) -> None:
+    """Starts the clock.
+
+    Args:
+      stages: (kind, steps) of all that are to come, those of each seed.
+      every: steps between validations.
+      metric: what validation gives of users.
+      console: where to print.
+    """
+    self._console, self._every, self._metric = console, every, metric
+    self._left = collections.Counter()  # steps, by kind
+    for kind, steps in stages:
+      self._left[kind] += steps
+    self._steps, self._seconds = collections.Counter(), collections.Counter()
+    self._to_compile, self._compiled = len(stages), 0
+    self._validating = 0.0  # seconds of the newest
+    self._since: dict[str, float] = {}  # when a run began
+    self._found: dict[str, str] = {}  # its newest validation
+    self._before = self._compiling = _compiling.seconds
+    self._now = self._shown = time.monotonic()
+
+  def take(self, name: str, kind: str, steps: int, event: tuple) -> None:
+    """Tells of an event of the run of a name, of its kind and steps."""
+    before, self._now = self._now, time.monotonic()
+    compiling, self._compiling = self._compiling, _compiling.seconds
+    seconds = self._now - before - (self._compiling - compiling)
+    match event:
+      case loop.Started(run, step):
+        self._since[name], self._found[name] = self._now, ""
+        self._left[kind] -= max(step, 0)
+        self._to_compile -= 1
+        if run == 0 and step < steps:
+          self._compiled += 1
+          begun = f"continued from step {step:,} of" * (step > 0)
+          begun = begun or "compiling, then"
+          self._say(f"{name}: {begun} {steps:,} steps")
+      case loop.Steps(_, start, log):
+        count = len(log["loss"])
+        self._left[kind] -= count
+        self._steps[kind] += count
+        self._seconds[kind] += max(seconds, 0.0)
+        losses = np.mean(log["loss"], 0).reshape(-1)
+        losses = losses if len(losses) < 3 else [losses.mean()]
+        self._pass(
+          f"{name} {start + count:,}/{steps:,}{self._time_left()}, loss "
+          f"{'/'.join(f'{x:.3g}' for x in losses)}{self._found[name]}"
+        )
+      case loop.Validation(_, _, values):
+        self._validating = max(seconds, 0.0)
+        named = [f"{key} {value:.4f}" for key, value in values.items()]
+        metric = [self._metric] * (kind != "classifier")
+        self._found[name] = f", {' '.join(metric + named)}"
+      case loop.Result(_, of_best, values, last):
+        self._left[kind] -= steps - last
+        best = " and ".join(
+          f"{value:.4f} at step {step:,}"
+          for value, step in zip(values, of_best, strict=True)
+        )
+        validated = f", best validation {best}" * bool(self._found[name])
+        self._say(
+          f"{name}: {last:,} steps in {_span(self._now - self._since[name])}"
+          f"{validated}{self._time_left()}"
+        )
+
+  def close(self) -> None:
+    """Leaves the terminal's line empty."""
+    self._console.control(_CLEAR)
+
+  def _time_left(self) -> str:
+    """', 2 min left'; '' where there is nothing yet to tell it from."""
+    costs = sum(_COSTS[kind] * n for kind, n in self._steps.items())
+    if not costs or not self._validating:
+      return ""
+    usual = sum(self._seconds.values()) / costs
+    seconds = self._to_compile * (
+      (self._compiling - self._before) / self._compiled
     )
+    for kind, steps in self._left.items():
+      pace = _COSTS[kind] * usual
+      if self._steps[kind]:
+        pace = self._seconds[kind] / self._steps[kind]
+      seconds += steps * (pace + self._validating / self._every)
+    return f", {_span(seconds)} left"
 
-  def skip(self, steps: int) -> None:
-    """Counts steps that need no training (resumed or stopped early)."""
-    self._done += steps
-    self._skipped += steps
+  def _say(self, line: str) -> None:
+    self.close()
+    self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+  def _pass(self, line: str) -> None:
+    """Shows a line in place, or every ten seconds one that stays."""
+    moves = self._console.is_terminal
+    if self._now - self._shown < (0.5 if moves else 10):
+      return
+    self._shown = self._now
+    if not moves:
+      self._say(line)
+      return
+    self.close()
+    line = line[: self._console.width - 1]
+    self._console.print(line, markup=False, highlight=False, end="")
+
+
+def _span(seconds: float) -> str:
+  """'40 s', '3 min' or '1.5 h'."""
+  for unit, size in (("h", 3600), ("min", 60)):
+    if seconds >= 1.7 * size:
+      return f"{seconds / size:.{1 - (unit == 'min')}f} {unit}"
+  return f"{seconds:.0f} s"

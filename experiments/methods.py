@@ -22,6 +22,8 @@ Users = Literal["all", "tail", "head"]
 # Whose validation targets are among the training targets; 'half': those of the
 # users that plugins learn from, where their draw is 'validation'.
 Learnt = Literal["none", "half", "all"]
+SEGMENTS = ("tail", "head")
+GATES = ("gate", "gates")  # of Stage.plugin
 LEARNT = {
   "none": "training targets",
   "half": "training targets and half of the users' validation targets",
@@ -40,10 +42,12 @@ class Stage:
     users: whom it learns from and is validated on.
     grouped: one gradient an activeness group (else one for all).
     exact: importance weights from this classifier stage.
-    sampling: config section with `draw` and `mean`.
+    sampling: config section with `draw` and `mean`; 'validation': from the
+      validation targets of half of the users.
     start: stage whose backbone it starts from (kind 'backbone') or freezes.
     plugin: what kind 'plugin' trains: a network for each segment ('own'), one
-      of as many parameters for all users ('shared'), or nothing
+      of as many parameters for all users ('shared'), both as `plugin` says; the
+      same of gates, whatever `plugin` says ('gates', 'gate'); or nothing
       ('memory_alone').
     assign: users' segments: by activeness, or drawn at random, as many users
       in each ('random').
@@ -62,9 +66,11 @@ class Stage:
   users: Users = "all"
   grouped: bool = False
   exact: str | None = None
-  sampling: Literal["joint", "groups", "uniform", "plugin"] = "joint"
+  sampling: Literal[
+    "joint", "groups", "uniform", "plugin", "validation"
+  ] = "joint"
   start: str | None = None
-  plugin: Literal["own", "shared", "memory_alone"] = "own"
+  plugin: Literal["own", "shared", "gates", "gate", "memory_alone"] = "own"
   assign: Literal["activeness", "random"] = "activeness"
   rule: str | None = None
   focal: bool = False
@@ -77,14 +83,12 @@ class Method:
   """A row of the tables.
 
   Attributes:
-    title: its name there.
     stages: in the order of training.
     serve: the stages whose weights serve tail and head users, each
       (backbone stage, plugin stage or None).
     swapped: tail users get the head users' plugin, and the other way round.
   """
 
-  title: str
   stages: tuple[Stage, ...]
   serve: tuple[tuple[str, str | None], tuple[str, str | None]]
   swapped: bool = False
@@ -94,20 +98,20 @@ class Method:
     return next(stage for stage in self.stages if stage.name == name)
 
 
-def _single(title: str, *stages: Stage) -> Method:
+def _single(*stages: Stage) -> Method:
   """Served by the last stage."""
-  return Method(title, stages, ((stages[-1].name, None),) * 2)
+  return Method(stages, ((stages[-1].name, None),) * 2)
 
 
-def _personalized(title: str, *stages: Stage) -> Method:
+def _personalized(*stages: Stage) -> Method:
   """Served by the last two stages, a backbone and its plugins."""
   backbone, plugin = stages[-2:]
-  return Method(title, stages, ((backbone.name, plugin.name),) * 2)
+  return Method(stages, ((backbone.name, plugin.name),) * 2)
 
 
-def _base(title: str, name: str, **options: Any) -> Method:
+def _base(name: str, **options: Any) -> Method:
   """One model for all users that takes the steps of both stages."""
-  return _single(title, Stage(name, "backbone", "both", **options))
+  return _single(Stage(name, "backbone", "both", **options))
 
 
 _BASE = Stage("base", "backbone", "both")
@@ -124,9 +128,12 @@ _EXACT = dataclasses.replace(
 
 
 def _plugins(name: str, start: Stage, **options: str) -> Stage:
-  return Stage(
-    name, "plugin", "plugin", sampling="plugin", start=start.name, **options
-  )
+  options = {"sampling": "plugin", **options}
+  return Stage(name, "plugin", "plugin", start=start.name, **options)
+
+
+def _gates(name: str, start: Stage, plugin: str) -> Stage:
+  return _plugins(name, start, plugin=plugin, sampling="validation")
 
 
 _PIN_PLUGINS = _plugins("pin/plugins", _PIN)
@@ -146,52 +153,45 @@ def _by_rule(rule: str) -> Method:
   """Stage 1 with another's rule, for as many steps as PIN takes in all."""
   name = rule.split(":")[0]
   return _base(
-    name.replace("_", " "), name.replace("_", "-"), grouped=True,
-    sampling="groups", rule=rule,
+    name.replace("_", "-"), grouped=True, sampling="groups", rule=rule
   )
 
 
 METHODS: dict[str, Method] = {
-  "base": _single("base", _BASE),
-  "base_validation": _base("base + validation", "base-validation",
-                           learns="half"),
-  "pin": _personalized("pin", _PIN, _PIN_PLUGINS),
-  "pin_backbone": _single("pin backbone", _PIN),
+  "base": _single(_BASE),
+  "base_validation": _base("base-validation", learns="half"),
+  "pin": _personalized(_PIN, _PIN_PLUGINS),
+  "pin_backbone": _single(_PIN),
   "pin_exact": _personalized(
-    "pin exact", _BASE, _CLASSIFIER, _EXACT,
-    _plugins("pin-exact/plugins", _EXACT),
+    _BASE, _CLASSIFIER, _EXACT, _plugins("pin-exact/plugins", _EXACT)
   ),
-  "pin_exact_backbone": _single(
-    "pin exact backbone", _BASE, _CLASSIFIER, _EXACT
+  "pin_exact_backbone": _single(_BASE, _CLASSIFIER, _EXACT),
+  "joint_plugins": _personalized(_JOINT, _plugins("joint/plugins", _JOINT)),
+  "joint_shared": _personalized(
+    _JOINT, _plugins("joint/shared", _JOINT, plugin="shared")
   ),
-  "joint_plugins": _personalized(
-    "joint + plugins", _JOINT, _plugins("joint/plugins", _JOINT)
+  "pin_shared": _personalized(
+    _PIN, _plugins("pin/shared", _PIN, plugin="shared")
   ),
-  "joint_shared": _personalized("joint + shared plugin", _JOINT, _plugins(
-    "joint/shared", _JOINT, plugin="shared"
-  )),
-  "pin_shared": _personalized("pin, shared plugin", _PIN, _plugins(
-    "pin/shared", _PIN, plugin="shared"
-  )),
-  "pin_random": _personalized("pin, random segments", _PIN, _plugins(
-    "pin/random", _PIN, assign="random"
-  )),
+  "pin_random": _personalized(
+    _PIN, _plugins("pin/random", _PIN, assign="random")
+  ),
   "pin_swapped": dataclasses.replace(
-    _personalized("pin, swapped plugins", _PIN, _PIN_PLUGINS), swapped=True
+    _personalized(_PIN, _PIN_PLUGINS), swapped=True
   ),
-  "memory_alone": _personalized("memory alone", _JOINT, _MEMORY_ALONE),
-  "user_uniform": _base("user-uniform", "user-uniform", sampling="uniform"),
-  "base_activeness": _base("base, reads activeness", "base-activeness",
-                           reads_activeness=True),
-  "focal": _base("focal loss", "focal", focal=True),
+  "memory_alone": _personalized(_JOINT, _MEMORY_ALONE),
+  "joint_gate": _personalized(_JOINT, _gates("joint/gate", _JOINT, "gate")),
+  "pin_gates": _personalized(_PIN, _gates("pin/gates", _PIN, "gates")),
+  "user_uniform": _base("user-uniform", sampling="uniform"),
+  "base_activeness": _base("base-activeness", reads_activeness=True),
+  "focal": _base("focal", focal=True),
   **{rule.split(":")[0]: _by_rule(rule) for rule in (
     "inverse_propensity", "group_dro", "streaming_dro", "cvar:alpha=0.4",
     "pcgrad", "upgrad", "consensus", "gradient_alignment",
   )},
-  "tail_only": _base("tail only", "tail-only", users="tail"),
-  "head_only": _base("head only", "head-only", users="head"),
+  "tail_only": _base("tail-only", users="tail"),
+  "head_only": _base("head-only", users="head"),
   "fine_tuned": Method(
-    "fine-tuned",
     (_JOINT, _fine_tuned("tail"), _fine_tuned("head")),
     (("fine-tuned/tail", None), ("fine-tuned/head", None)),
   ),
@@ -249,12 +249,13 @@ def learns(method: Method, config: Mapping[str, Any]) -> Learnt:
   """Whose validation targets a method learns from in a job of such a config."""
   if config.get("refit"):
     return "all"
-  found = {stage.learns for stage in method.stages}
-  if config.get("pin", {}).get("plugin_draw") == "validation" and any(
-    stage.kind == "plugin" and stage.phase != "none" for stage in method.stages
-  ):
-    found.add("half")
-  return "half" if "half" in found else "none"
+  draw = config.get("pin", {}).get("plugin_draw")
+  half = any(
+    stage.learns == "half" or stage.phase != "none" and "validation" in (
+      stage.sampling, draw if stage.sampling == "plugin" else None
+    ) for stage in method.stages
+  )
+  return "half" if half else "none"
 
 
 RULES = tuple(
@@ -269,16 +270,16 @@ def learnt_by(key: str, config: Mapping[str, Any]) -> str:
 
 def information(methods: Mapping[str, Method], config: ConfigDict) -> str:
   """What the rows have learnt from, in words; '' where it is training alone."""
-  titles: dict[str, list[str]] = {}
-  for method in methods.values():
-    titles.setdefault(learns(method, config), []).append(method.title)
-  if titles.keys() <= {"none"}:
+  by: dict[str, list[str]] = {}
+  for name, method in methods.items():
+    by.setdefault(learns(method, config), []).append(name)
+  if by.keys() <= {"none"}:
     return ""
-  if len(titles) == 1:
-    return f"all rows have learnt from {LEARNT[next(iter(titles))]}"
+  if len(by) == 1:
+    return f"all rows have learnt from {LEARNT[next(iter(by))]}"
   return "; ".join(
-    f"{', '.join(titles[which])} learnt from {LEARNT[which]}"
-    for which in titles
+    f"{', '.join(names)} learnt from {LEARNT[which]}"
+    for which, names in by.items()
   ) + "; compare a row only with those that learnt from the same"
 
 
@@ -289,3 +290,40 @@ def compared(names: Sequence[str]) -> tuple[str, str]:
   """
   tested = [name for name in names[1:] if name in ("pin", "pin_exact")]
   return names[0], [*names, *tested][-1]
+
+
+def choose(
+  validation: Mapping[str, Mapping[str, float]],
+) -> dict[str, str]:
+  """Segment -> key of the method that serves it best on validation.
+
+  The first of equals; never a control, whose segments are not users' own.
+
+  Args:
+    validation: key -> segment -> mean of the metric.
+  """
+  control = lambda method: method.swapped or any(
+    stage.assign == "random" for stage in method.stages
+  )
+  keys = [key for key in validation if not control(METHODS[key])] or [
+    *validation
+  ]
+  return {
+    segment: max(keys, key=lambda key: validation[key][segment])
+    for segment in SEGMENTS
+  }
+
+
+def chosen(
+  choice: Mapping[str, Any], methods: Mapping[str, Method] = METHODS
+) -> Method:
+  """The method that serves each segment by what was chosen for it.
+
+  Args:
+    choice: segment -> key, as of `choose`; what else it holds is not read.
+    methods: of the job, as of `selected`.
+  """
+  parts = [methods[choice[segment]] for segment in SEGMENTS]
+  stages = dict.fromkeys(stage for part in parts for stage in part.stages)
+  serve = tuple(part.serve[s] for s, part in enumerate(parts))
+  return Method(tuple(stages), serve)

@@ -8,15 +8,13 @@ from ml_collections import ConfigDict
 
 from experiments import schema, sizes
 from experiments.configs import base
-from experiments.methods import Learnt
+from experiments.methods import GATES, SEGMENTS, Learnt, selected, stages_of
 from pin_jax.aggregation import weightings
 from pin_jax.data import activeness, batches, files, simulator, splits, stored
 from pin_jax.data.interactions import Interactions
 from pin_jax.data.stored import Stored
 from pin_jax.models import memory
 from pin_jax.types import InputError, Requests
-
-SEGMENTS = ("tail", "head")
 
 
 def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
@@ -53,8 +51,7 @@ class Problem(NamedTuple):
     prior: [G], P(d).
     sequences: interactions, on the host.
     world: the simulator's exact model, or None.
-    repeats: `memory.holds_repeats`; looked up for the plugin 'gated' alone,
-      else False.
+    repeats: `memory.holds_repeats`; looked up for gates alone, else False.
   """
 
   split: splits.Split
@@ -117,9 +114,10 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
     )
     prior = weightings.tempered(prior, config.prior.exponent)
   sequences = batches.host_sequences(split)
-  asked = config.plugin.name == "gated" and not isinstance(
-    interactions, Stored
+  gates = config.plugin.name == "gated" or any(
+    stage.plugin in GATES for stage in stages_of(selected(config))
   )
+  asked = gates and not isinstance(interactions, Stored)
   return config, Problem(
     split, groups, segments, prior, sequences, world,
     asked and memory.holds_repeats(split),

@@ -16,18 +16,18 @@ writes a summary of a job that is small enough to commit, instead.
 
 import base64
 import functools
+import itertools
 import math
 import os
 import pathlib
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jinja2
 import matplotlib.figure
-import rich.box
 import rich.console
-import rich.table
 import rich.text
 from absl import flags
 from etils import epath
@@ -48,7 +48,6 @@ from experiments.results import (
   Results,
   Table,
   few_seeds,
-  title_of,
 )
 from pin_jax import disk
 from pin_jax.types import InputError
@@ -112,32 +111,28 @@ class Section(NamedTuple):
 
 def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
   """The report on one or more jobs: verdicts, then every job."""
-  out = [_overview(jobs)]
-  for number, job in enumerate(jobs, 1):
-    name = job.results.name
-    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    title = job.data + (f" ({name})" if name != job.data else "")
+  labels, several = results.labels_of(jobs), len(jobs) > 1
+  out = [_overview(jobs, labels)]
+  for number, (job, label) in enumerate(zip(jobs, labels, strict=True), 1):
+    plain = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     anchor = f"job-{number}-{plain}"
-    several = len(jobs) > 1
     out.append(
-      Section(anchor, title, _blocks(job, anchor, num_resamples, several))
+      Section(anchor, label, _blocks(job, anchor, num_resamples, several))
     )
   return out
 
 
-def _overview(jobs: Sequence[Analysis]) -> Section:
+def _overview(jobs: Sequence[Analysis], labels: Sequence[str]) -> Section:
   """Verdicts: of one job on every model, else on each job's tested one."""
   blocks: list[Block] = []
-  for job in jobs:
+  for job, label in zip(jobs, labels, strict=True):
     claims = [job.claim()] if len(jobs) > 1 else [
       claim for claim in job.claims[job.main]
       if claim.outcome not in (UNEQUAL, UNTESTED) or claim.model == job.other
     ]
     blocks += [
       Verdict(
-        claim.outcome, f"{job.data}: {title_of(claim.model)}"
-        + (f" ({job.results.name})" if len(jobs) > 1 else ""),
-        verdict(job, claim),
+        claim.outcome, f"{label}: {claim.model}", verdict(job, claim)
       )
       for claim in filter(None, claims)
     ]
@@ -146,15 +141,15 @@ def _overview(jobs: Sequence[Analysis]) -> Section:
       Text("Every job has one model: there is nothing to compare.")
     ])  # fmt: skip
   if any(block.outcome not in (UNTESTED, UNEQUAL) for block in blocks):
-    blocks.append(Text(_TESTS))
-  for title in dict.fromkeys(job.main for job in jobs):  # each by itself
+    blocks.append(Fold("How this is tested", [Text(_TESTS)]))
+  kind_of = lambda job: (job.metrics[0], job.main)
+  for metric, title in dict.fromkeys(map(kind_of, jobs)):  # each by itself
     own = {
-      job.results.name: job.claim() for job in jobs
-      if job.main == title and job.claim()
+      label: job.claim() for job, label in zip(jobs, labels, strict=True)
+      if kind_of(job) == (metric, title) and job.claim()
     }
     if len(own) > 1:
       margin = max(job.margin for job in jobs)
-      metric = " or ".join(dict.fromkeys(job.metrics[0] for job in jobs))
       blocks.append(Figure(f"jobs-{len(blocks)}", functools.partial(
         figures.forest, own, margin,
         f"The model under test of each job, {title}", metric,
@@ -176,9 +171,12 @@ def _blocks(
   )
   tables = lambda title: [*changes(title), results.level_table(job, title)]
   levels: list[Block] = [results.level_table(job, main)]
-  blocks: list[Block] = [Text(_facts(job)), *changes(main)]
+  blocks: list[Block] = [Text(_facts(job))]
+  if own.summary.get("command"):
+    blocks.append(Text(own.summary["command"], code=True))
+  blocks += changes(main)
   more: list[Block] = []
-  claims = {title_of(claim.model): claim for claim in job.claims[main]}
+  claims = {claim.model: claim for claim in job.claims[main]}
   if claims:
     models = dict.fromkeys(
       [job.base, job.other, *(claim.model for claim in claims.values())]
@@ -187,7 +185,7 @@ def _blocks(
     more.append(results.seed_table(job, main))
     blocks += [
       draw("forest", claims, job.margin,
-           f"Change against {title_of(job.base)}, {main}", metric),
+           f"Change against {job.base}, {main}", metric),
       draw("groups", rows, models, column, metric),
     ]  # fmt: skip
     sampled = "negative_scores" in rows.columns
@@ -203,8 +201,6 @@ def _blocks(
   if own.trials:
     blocks.append(results.trials_table(own))
   blocks.append(Text(f"Protocol: {own.protocol}."))
-  if own.summary.get("command"):
-    blocks.append(Text(own.summary["command"], code=True))
   blocks += [
     Fold(f"The same with the {title}", tables(title))
     for title in list(own.lists)[1:]
@@ -247,7 +243,7 @@ def _facts(job: Analysis) -> str:
     for interval in (level.overall, level.tail, level.head)
   )
   parts.append(
-    f"compared with {title_of(job.base)} ({job.metrics[0]} overall, tail, "
+    f"compared with {job.base} ({job.metrics[0]} overall, tail, "
     f"head: {', '.join(of_base)}), margin for head users {100 * job.margin:g} %"
   )
   return "; ".join(parts) + "."
@@ -274,7 +270,7 @@ def _settings(own: Results) -> list[Block]:
 
 def verdict(job: Analysis, claim: Claim) -> str:
   """One to three sentences that say what was shown and what was not."""
-  base, model = title_of(job.base), title_of(claim.model)
+  base, model = job.base, claim.model
   allowed = f"{100 * job.margin:g} %"
   tail, head = (cell_text(x, "change") for x in (claim.tail, claim.head))
   learnt = lambda key: learnt_by(key, job.results.config)
@@ -327,7 +323,7 @@ def _more_seeds(own: Results) -> str:
 def cell_text(cell: Cell, kind: str) -> str:
   """A table's cell, such as '.0514 [.0490, .0540]' or '+1.0 [−2.0, +3.0]'."""
   if isinstance(cell, str):
-    return title_of(cell) if kind == "model" else cell
+    return cell
   if isinstance(cell, tuple):
     estimate, low, high = (cell_text(x, kind) for x in cell[:3])
     return f"{estimate} [{low}, {high}]"
@@ -370,47 +366,105 @@ def _unfolded(blocks: Iterable[Block], inside: bool) -> Iterable[Block]:
 
 
 def to_console(report: Sequence[Section], to: rich.console.Console) -> None:
-  """Prints what is not folded away."""
-  say = functools.partial(to.print, markup=False, highlight=False)
+  """Prints what is not folded away; on a terminal broken between words."""
+  say = functools.partial(to.print, soft_wrap=not to.is_terminal)
   for section in report:
     say(rich.text.Text(f"\n{section.title}", "bold"))
     for block in _unfolded(section.blocks, inside=False):
       match block:
-        case Text(text):
-          say(text, soft_wrap=True)
+        case Text(text, code=code):
+          say(text, soft_wrap=code or not to.is_terminal)
         case Verdict(outcome, title, text):
-          say(f"{title}: {outcome}. {text}", soft_wrap=True)
+          say(f"{title}: {outcome}. {text}")
         case Table():
           print_table(block, to)
 
 
 def print_table(table: Table, to: rich.console.Console) -> None:
-  """Prints a table.
+  """Prints a table whole at any width: columns that do not fit go below.
 
-  What the verdicts say is left out, so that it fits a terminal: intervals of
-  levels, and outcomes.
+  What the verdicts say is left out: outcomes, and intervals of levels.
   """
-  out = rich.table.Table(
-    title=rich.text.Text(table.title), title_justify="left",
-    title_style="bold", box=rich.box.SIMPLE_HEAD, pad_edge=False,
-    padding=(0, 1, 0, 0),
-  )
+  left, lines, columns = words_of(table), cells(table), []
   shown = [i for i, c in enumerate(table.columns) if c.kind != "outcome"]
-  left = words_of(table)
+  labels = [*itertools.takewhile(left.__getitem__, shown)]
+  most = max(to.width // (2 * max(len(labels), 1)), 12)  # of a label
   for i in shown:
-    out.add_column(
-      rich.text.Text(table.columns[i].name), overflow="fold",
-      justify="left" if left[i] else "right",
-    )
-  for line in cells(table):
-    for i in shown:
-      kept = table.columns[i].kind == "change"
+    own = []
+    for line in lines:
       estimate, interval, rest = line[i].partition(" [")
-      line[i] = f"{estimate}\n[{rest}" if kept and interval else estimate
-    out.add_row(*(rich.text.Text(line[i]) for i in shown))
-  to.print(out, soft_wrap=False)
+      parts = [estimate] if interval else textwrap.wrap(line[i], most) or [""]
+      if interval and table.columns[i].kind == "change":
+        parts.append(f"[{rest}")
+      own.append(parts)
+    name = table.columns[i].name
+    width = max([len(x) for x in itertools.chain(*own, name.split())])
+    side = str.ljust if left[i] else str.rjust
+    columns.append([
+      [side(part, width) for part in parts]
+      for parts in (textwrap.wrap(name, width), *own)
+    ])
+  deep = max(len(column[0]) for column in columns)
+  for column in columns:  # headers stand on the line
+    gap = " " * len(column[0][0])
+    column[0] = [gap] * (deep - len(column[0])) + column[0]
+  rows = []
+  for some in _beside(columns, len(labels), to.width):
+    for number, line in enumerate(zip(*some, strict=True)):
+      blank = [" " * len(parts[0]) for parts in line]
+      for parts in itertools.zip_longest(*line):
+        rows.append("  ".join(
+          part or gap for part, gap in zip(parts, blank, strict=True)
+        ))  # fmt: skip
+      if not number:
+        rows.append("  ".join("─" * len(gap) for gap in blank))
+    rows.append("")
+  to.print(rich.text.Text(table.title, "bold"))
+  to.print("\n".join(row.rstrip() for row in rows[:-1]))
   if table.note:
-    to.print(table.note, markup=False, highlight=False, soft_wrap=True)
+    to.print(table.note, soft_wrap=not to.is_terminal)
+  to.print()
+
+
+def _beside(
+  columns: Sequence[Sequence], labels: int, most: int
+) -> list[list[Sequence]]:
+  """Columns that fit a width, the labels before each of them."""
+  found = [[*columns[:labels]]]
+  for column in columns[labels:]:
+    if len(found[-1]) > labels and (
+      sum(len(own[0][0]) + 2 for own in (*found[-1], column)) - 2 > most
+    ):
+      found.append([*columns[:labels]])
+    found[-1].append(column)
+  return found
+
+
+def to_tsv(table: Table) -> str:
+  """A table as tab-separated values, an interval's ends in columns of theirs.
+
+  Changes are in percent, as in the other forms; what is not there is empty.
+  """
+  def number(x: float, kind: str) -> str:
+    return f"{100 * x if kind == 'change' else x:.6g}" if x == x else ""
+
+  def texts(cell: Cell, kind: str) -> list[str]:
+    few = cell[:3] if isinstance(cell, tuple) else (cell, math.nan, math.nan)
+    few = few[: 3 if kind == "change" else 1]
+    return [
+      " ".join(x.split()) if isinstance(x, str) else number(x, kind)
+      for x in few
+    ]
+
+  names = [
+    f"{column.name}{end}" for column in table.columns
+    for end in ("", " low", " high")[: 3 if column.kind == "change" else 1]
+  ]
+  kinds = [column.kind for column in table.columns]
+  lines = [
+    [*itertools.chain(*map(texts, line, kinds))] for line in table.lines
+  ]
+  return "".join("\t".join(line) + "\n" for line in [names, *lines])
 
 
 def to_html(report: Sequence[Section]) -> str:
@@ -591,7 +645,7 @@ def write_report(
   to_console(report, console)
   disk.write(files)
   for path in ["written:", *files]:
-    console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+    console.print(str(path), soft_wrap=True)
   return list(files)
 
 

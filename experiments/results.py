@@ -21,7 +21,6 @@ users the more: 14 to 20, 5 to 8, 3 to 5 %). So no verdict is given below three.
 """
 
 import io
-import itertools
 import json
 import math
 import re
@@ -64,22 +63,20 @@ _FACTS = ["group", "segment", "activeness", "target", "candidates"]
 _COLUMNS = ["model", "seed", "user", "rank", *_FACTS]
 _FULL_COLUMNS = ["rank_unmasked", "candidates_unmasked"]
 _SAMPLED_COLUMNS = ["score", "negative_scores"]
-_GRADIENTS = (
-  "conflict_rate", "noise_conflict_rate", "noise_cosine", "weights",
-  "effective_groups",
-)
+_GRADIENTS = "conflict_rate", "weights", "effective_groups"
 REMEDY = "restore it from a copy, or make it again"
-_KEYS = {method.title: key for key, method in METHODS.items()}
+_FORMER = {  # what former versions called models, where it is not the key
+  "joint_shared_plugin": "joint_shared", "pin_shared_plugin": "pin_shared",
+  "pin_random_segments": "pin_random", "pin_swapped_plugins": "pin_swapped",
+  "base_reads_activeness": "base_activeness", "focal_loss": "focal",
+}
 
 
 def key_of(name: str) -> str:
-  """A model's key, from its key or title; another's name is its own key."""
-  return _KEYS.get(name, name)
-
-
-def title_of(key: str) -> str:
-  """What tables call a model."""
-  return METHODS[key].title if key in METHODS else key
+  """A model's key, also of its former name, such as 'joint + plugins'."""
+  plain = re.sub("[^a-z]+", "_", name)
+  key = _FORMER.get(plain, plain)
+  return key if key in METHODS else name
 
 
 def metrics_of(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -120,8 +117,6 @@ class Results(NamedTuple):
 def read(path: epath.PathLike) -> Results:
   """Reads the workdir of a finished job, or a summary as of `write_summary`.
 
-  Its command and configuration name files, but not where they lie.
-
   Raises:
     InputError: if there are no rows, or users or targets of the models differ,
       or a file is damaged.
@@ -134,11 +129,8 @@ def read(path: epath.PathLike) -> Results:
     same_users(rows, models_of(rows), on=["user"])
     records = read_log(path) if (path / "log.jsonl").exists() else []
     summary = _read_job_summary(path)
-    if "command" in summary:
-      summary["command"] = _without_folders(summary["command"])
     config = path / "config.json"
     config = read_json(config, config={})["config"] if config.exists() else {}
-    config = _names_alone(config)
     return Results(
       path.resolve().name, rows, lists_of(rows), protocol_line(rows, summary),
       summary, config, _gradient_means(records),
@@ -156,7 +148,8 @@ def read_rows(workdir: epath.Path) -> tuple[pl.DataFrame, str]:
     if path.exists():
       with disk.reading(path, REMEDY):
         rows = disk.read_parquet(path.read_bytes())
-        return rows.with_columns(pl.col("model").replace(_KEYS)), suffix
+        keys = {name: key_of(name) for name in rows["model"].unique()}
+        return rows.with_columns(pl.col("model").replace(keys)), suffix
   raise InputError(
     f"{workdir} has no rows.parquet; name the workdir of a finished run"
   )
@@ -188,8 +181,7 @@ def _with_keys(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _without_folders(command: str) -> str:
   """A command with names in place of absolute paths."""
-  folders = r"(--(?:workdir|beside)=)/(?:[^\s/]+/)*"
-  command = re.sub(folders, r"\1runs/", command)
+  command = re.sub(r"(--workdir=)/(?:[^\s/]+/)*", r"\1runs/", command)
   return re.sub(r"(?<=[=\"'])/(?:[^\s/,\"']+/)*", "", command)
 
 
@@ -206,19 +198,12 @@ def _names_alone(config: Mapping[str, Any]) -> dict[str, Any]:
 def _gradient_means(
   records: Iterable[Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
-  """Means of each stage's records with a whole Gramian of several groups.
-
-  Where some steps of a run tell what noise alone does, of these alone.
-  """
-  runs: dict[str, list[Mapping[str, Any]]] = {}
+  """Means of each stage's records with a whole Gramian of several groups."""
+  stages: dict[str, list[Mapping[str, Any]]] = {}
   for record in records:
     looked = record.get("conflict_rate") is not None
     if looked and len(record.get("norms", ())) > 1:
-      runs.setdefault(record["run"], []).append(record)
-  stages: dict[str, list[Mapping[str, Any]]] = {}
-  for run, own in runs.items():
-    noisy = [r for r in own if r.get("noise_conflict_rate") is not None]
-    stages.setdefault(without_seed(run), []).extend(noisy or own)
+      stages.setdefault(without_seed(record["run"]), []).append(record)
   found = {}
   for stage, own in stages.items():
     cosines = np.asarray([r["cosines"] for r in own], np.float64)
@@ -251,7 +236,7 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   candidates, and for every model, seed and list twice its rank, 0 beyond the
   largest cutoff of the job's metrics. `job.json` has all else. These metrics
   follow exactly as from the rows, intervals and tests up to the resampling's
-  error.
+  error. Command and configuration name files, but not where they lie.
 
   Args:
     results: as from `read`.
@@ -268,7 +253,12 @@ def write_summary(results: Results, output: epath.PathLike) -> None:
   )
   content = results._asdict()
   del content["rows"]
-  content["trials"] = {**results.trials}
+  content |= {
+    "trials": {**results.trials}, "config": _names_alone(results.config),
+    "summary": {**results.summary},
+  }
+  if "command" in results.summary:
+    content["summary"]["command"] = _without_folders(results.summary["command"])
   text = json.dumps(content, ensure_ascii=False)
   disk.write({
     output / "ranks.parquet": ranks.getvalue(), output / "job.json": text + "\n"
@@ -333,10 +323,6 @@ def _read_summary(path: epath.Path) -> Results:
       rows = rows.with_columns(pl.col(like).alias(name))
   fields = {key: content[key] for key in Results._fields if key in content}
   fields["summary"] = _with_keys(fields["summary"])
-  if any(isinstance(x, list) for x in fields["gradients"].values()):
-    # A former version kept records.
-    records = itertools.chain(*fields["gradients"].values())
-    fields["gradients"] = _gradient_means(records)
   for own in fields.get("trials", {}).get("models", []):
     own["model"] = key_of(own["model"])
   return Results(rows=rows, **fields)
@@ -573,13 +559,14 @@ def change_of(
   )
 
 
-def slices_of(rows: pl.DataFrame) -> dict[str, pl.Expr]:
-  """Which rows are of whom: overall, tail, head, then the groups."""
-  found = {"overall": pl.lit(True)}
-  found |= {name: pl.col("segment") == s for s, name in SEGMENTS.items()}
-  return found | {
-    f"group {g}": pl.col("group") == g for g in rows["group"].unique().sort()
-  }
+SLICES = {"overall": pl.lit(True)} | {
+  name: pl.col("segment") == s for s, name in SEGMENTS.items()
+}
+
+
+def groups_of(rows: pl.DataFrame) -> dict[int, pl.Expr]:
+  """Which rows are of each group that is there."""
+  return {g: pl.col("group") == g for g in rows["group"].unique().sort()}
 
 
 def _seeds(rows: pl.DataFrame) -> dict[str, frozenset]:
@@ -694,8 +681,8 @@ def _changes(
 ) -> Iterable[Claim]:
   """Of models that share their seeds; the first is compared with."""
   changes, of_seeds = {}, {}
-  for part in ("overall", "tail", "head"):
-    own = rows.filter(slices_of(rows)[part])
+  for part, keep in SLICES.items():
+    own = rows.filter(keep)
     values = values_of(own, models, metric=what[0], column=what[1])
     changes[part] = change_of(
       values, margin * (part == "head"), num_resamples
@@ -768,21 +755,20 @@ def levels(
   found = {}
   for seeds, models in together.items():
     own = rows.filter(pl.col("model").is_in(models))
-    parts = {
-      name: values_of(own.filter(keep), models, metric=metric, column=column)
-      for name, keep in slices_of(own).items()
-    }
-    groups = [name for name in parts if name.startswith("group ")]
-    lowest, worst = statistics.worst_group([parts[g] for g in groups], draw)
+    of = lambda keep, own=own, models=models: values_of(
+      own.filter(keep), models, metric=metric, column=column
+    )
+    parts, groups = {k: of(x) for k, x in SLICES.items()}, groups_of(own)
+    lowest, worst = statistics.worst_group([*map(of, groups.values())], draw)
     numbers = [
-      *(mean_of(parts[p], num_resamples) for p in ("overall", "tail", "head")),
+      *(mean_of(values, num_resamples) for values in parts.values()),
       statistics.gap(parts["head"], parts["tail"], draw), worst,
     ]
     for index, model in enumerate(models):
       found[model] = Level(
         model, len(seeds),
         *(Interval(*(float(x[index]) for x in n)) for n in numbers),
-        int(groups[lowest[index]].split()[1]),
+        [*groups][lowest[index]],
       )
   return [found[model] for model in models_of(rows)]
 
@@ -884,6 +870,12 @@ class Analysis(NamedTuple):
     return self.results.summary.get("data", self.results.name)
 
   @property
+  def settings(self) -> dict[str, str]:
+    """Dotted key -> value of the whole configuration, and the data's name."""
+    found = schema.flatten({**self.results.config, "data": {}})
+    return {"data": self.data, **{k: value_text(v) for k, v in found}}
+
+  @property
   def metrics(self) -> tuple[str, ...]:
     """Titles of the tables' metrics; claims and levels are of the first."""
     return tuple(map(str.upper, metrics_of(self.results.config)))
@@ -940,6 +932,38 @@ def analyse(
   )
 
 
+def value_text(value: Any) -> str:
+  """A setting's value as a flag takes it."""
+  return str(tuple(value) if isinstance(value, list) else value)
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Keys whose values are not the same in all."""
+  keys = dict.fromkeys(key for own in settings for key in own)
+  return [
+    key for key in keys if len({str(own.get(key)) for own in settings}) > 1
+  ]
+
+
+def labels_of(jobs: Sequence[Analysis]) -> list[str]:
+  """A name of each job, no two alike: its data, and what differs besides.
+
+  Where much does, or nothing, it is the name of the job's directory.
+  """
+  labels = []
+  for job in jobs:
+    like = [other.settings for other in jobs if other.data == job.data]
+    keys = [key for key in differing(like) if key != "methods"]
+    told = ", ".join(f"{key} {job.settings.get(key)}" for key in keys)
+    if len(like) > 1 and (not keys or len(keys) > 3 or len(told) > 60):
+      told = job.results.name
+    labels.append(f"{job.data} ({told})" if told else job.data)
+  return [
+    label + f" ({labels[: i + 1].count(label)})" * (labels.count(label) > 1)
+    for i, label in enumerate(labels)
+  ]
+
+
 class Column(NamedTuple):
   """A column of a table.
 
@@ -983,7 +1007,7 @@ def change_table(job: Analysis, title: str) -> Table:
   """Every model against the comparator, on a list of candidates."""
   claims = job.claims[title]
   return Table(
-    f"Change of {job.metrics[0]} against {title_of(job.base)}, {title}",
+    f"Change of {job.metrics[0]} against {job.base}, {title}",
     [Column("model", "model"), Column("tail change %", "change"),
      Column("p", "p"), Column("head change %", "change"), Column("p", "p"),
      Column("p of harm", "p"), Column("claim", "outcome"),
@@ -1016,27 +1040,27 @@ def level_table(job: Analysis, title: str) -> Table:
 def group_table(
   job: Analysis, title: str, metric: str, num_resamples: int
 ) -> Table:
-  """The model under test against the comparator: overall and by group."""
+  """The model under test against the comparator, by group."""
   models, rows = [job.base, job.other], job.results.rows
   column = job.results.lists[title]
   shared = [rows for rows, found in with_the_same_seeds(rows, job.base)
             if job.other in found][0]  # fmt: skip
   lines = []
-  for name, keep in slices_of(shared).items():
+  for group, keep in groups_of(shared).items():
     own = shared.filter(keep)
     values = values_of(own, models, metric=metric, column=column)
     change = change_of(values, num_resamples=num_resamples)
     spread = own["activeness"]
     lines.append((
-      name, number_range(spread.min() or 0, spread.max() or 0),
+      str(group), number_range(spread.min(), spread.max()),
       own["user"].n_unique(),
-      *(float(x.mean()) if x.size else math.nan for x in values),
+      *(float(x.mean()) for x in values),
       Change(*(float(x[0]) for x in change)),
     ))
   return Table(
     f"{metric} by activeness, {title}",
-    [Column("users"), Column("activeness"), Column("number", "count"),
-     *(Column(title_of(model), "level") for model in models),
+    [Column("group"), Column("activeness"), Column("users", "count"),
+     *(Column(model, "level") for model in models),
      Column("change %", "change")],
     lines,
   )  # fmt: skip
@@ -1059,19 +1083,15 @@ def metrics_table(job: Analysis, title: str) -> Table:
   """Means of all metrics."""
   rows, column = job.results.rows, job.results.lists[title]
   names = [*job.metrics, *(_OF_IMPRESSIONS if _is_sampled(rows) else ())]
-  lines = []
-  for model in models_of(rows):
-    parts = slices_of(rows)
-    for part in ("overall", "tail", "head"):
-      own = model_rows(rows, model).filter(parts[part])
-      lines.append(
-        (model, part, *(mean_metric(own, name, column) for name in names))
-      )
+  means = lambda own: (mean_metric(own, name, column) for name in names)
   return Table(
     f"Means over users and seeds, {title}",
     [Column("model", "model"), Column("users"),
      *(Column(name, "level") for name in names)],
-    lines,
+    [
+      (model, part, *means(model_rows(rows, model).filter(keep)))
+      for model in models_of(rows) for part, keep in SLICES.items()
+    ],
   )  # fmt: skip
 
 
@@ -1138,27 +1158,19 @@ def trials_table(results: Results) -> Table:
 
 
 def gradient_table(results: Results) -> Table:
-  """Conflicts, cosines and weights of each stage's group gradients.
-
-  Beside them those of groups of as many windows dealt at random, which is what
-  noise alone gives.
-  """
-  names = (
-    "records", "conflict_rate", "noise_conflict_rate", "cosine",
-    "noise_cosine", "weights", "effective_groups",
-  )
+  """Conflicts, cosines and weights of each stage's group gradients."""
+  names = "records", "conflict_rate", "cosine", "weights", "effective_groups"
   return Table(
     "Group gradients, means over logged steps and seeds",
     [Column("stage"), Column("records", "count"),
-     Column("share in conflict", "number"), Column("by noise", "number"),
-     Column("cosine", "number"), Column("by noise", "number"),
+     Column("share in conflict", "number"), Column("cosine", "number"),
      Column("weights", "number"), Column("effective groups", "number")],
     [
       (stage, *(own[name] for name in names))
       for stage, own in results.gradients.items()
     ],
-    "In conflict: pairs of groups with a negative cosine. By noise: the same "
-    "of as many windows dealt at random; n/a where it was not logged.",
+    "In conflict: pairs of groups with a negative cosine; gradients of batches "
+    "that share nothing are so half of the time.",
   )  # fmt: skip
 
 
@@ -1168,7 +1180,7 @@ def settings_table(config: Mapping[str, Any]) -> Table:
     "Settings that differ from the defaults",
     [Column("setting"), Column("value")],
     [
-      (key, json.dumps(value) if isinstance(value, list) else str(value))
+      (key, value_text(value))
       for key, value in changed_settings(config).items()
     ],
   )

@@ -1,21 +1,22 @@
 """Recommends with a trained model, or writes the model into one file.
 
-  python -m experiments.serve --workdir=DIR --method=pin --users=a,b,c
-  python -m experiments.serve --model=FILE --all_users --output=FILE.parquet
-  python -m experiments.serve --workdir=DIR --method=pin --export=FILE
+  python -m experiments.serve --workdir=DIR --users=a,b,c
+  python -m experiments.serve --workdir=DIR --history=new.csv --output=recs.csv
+  python -m experiments.serve --workdir=DIR --export=model.pin
+  python -m experiments.serve --model=model.pin --all_users --output=recs.csv
 
-The model is a method of a finished job, or a file that --export wrote. Whom to:
---users (original ids, or a text file of one a line), --all_users, or --history,
-a .parquet or .json file with a row a history: `items` (original ids, oldest
-first) and, where there is one, `user`. Writes a row an item to --output;
-without it prints the lists of a few users.
+Ids that the model does not know are named and left out. docs/serving.md says
+what the files hold.
 """
 
 import functools
 import io
+import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import jax
@@ -27,18 +28,31 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, workdir
+from experiments import build, commands, schema
 from experiments.build import networks_of
 from experiments.configs.base import default
 from experiments.job import of_results
-from experiments.methods import Method, exact_form, selected
+from experiments.methods import (
+  SEGMENTS,
+  Method,
+  chosen,
+  compared,
+  exact_form,
+  selected,
+)
 from experiments.problem import Problem, fingerprint, make_problem
 from experiments.stages import Trainer, routed, same_job
+from experiments.workdir import read_json, versions
 from pin_jax import disk, serving
+from pin_jax.data import files
 from pin_jax.training import checkpoints
 from pin_jax.types import InputError
 
 MOST_PRINTED = 20  # requests
+WRITERS = {
+  ".csv": pl.DataFrame.write_csv, ".jsonl": pl.DataFrame.write_ndjson,
+  ".json": pl.DataFrame.write_json, ".parquet": pl.DataFrame.write_parquet,
+}
 
 
 class Options(NamedTuple):
@@ -46,20 +60,22 @@ class Options(NamedTuple):
 
   workdir: Annotated[str | None, "directory of a finished job"] = None
   model: Annotated[str | None, "exported model, instead of --workdir"] = None
-  method: Annotated[str, "one of the job's methods"] = "pin"
-  seed: Annotated[int, "one of the job's seeds"] = 0
+  method: Annotated[
+    str | None, "one of the job's methods; default: what validation chose"
+  ] = None
+  seed: Annotated[int | None, "one of the job's seeds; default: first"] = None
   users: Annotated[str | None, "ids as a,b,c, or a file of one a line"] = None
-  history: Annotated[str | None, ".parquet or .json file of histories"] = None
+  history: Annotated[str | None, "file of anybody's interactions"] = None
   all_users: Annotated[bool, "all users of the training data"] = False
   prefix: Annotated[
-    str, "how much of a known user's history to read, one of "
-    f"{serving.PREFIXES}; 'validation' gives the test ranks of the job"
+    str, f"how much of a known user's history to read: {serving.PREFIXES}"
   ] = "all"
   k: Annotated[int, "items a list"] = 10
   allow: Annotated[str | None, "the only items; as --users"] = None
   deny: Annotated[str | None, "items to leave out; as --users"] = None
   mask_history: Annotated[bool, "leave out items of the history"] = True
-  output: Annotated[str | None, ".parquet or .json file"] = None
+  strict: Annotated[bool, "end where an id is unknown"] = False
+  output: Annotated[str | None, f"file: {', '.join(WRITERS)}"] = None
   export: Annotated[
     str | None, "file to write the model to; nothing is recommended"
   ] = None
@@ -107,51 +123,69 @@ def _export(options: Options, console: rich.console.Console) -> None:
   made = recommender(options.workdir, method=options.method, seed=options.seed)
   serving.save(made, path)
   console.out(
-    f"{options.method}, seed {options.seed}, of {options.workdir}: "
-    f"{len(made.users.ids):,} users, {len(made.item_ids):,} items, "
-    f"{path.stat().length:,} bytes in {path}", highlight=False,
+    f"{_origin(made)}: {len(made.users.ids):,} users, {len(made.item_ids):,} "
+    f"items, {path.stat().length:,} bytes in {path}", highlight=False,
   )
 
 
 def _recommend(options: Options, console: rich.console.Console) -> None:
-  if options.history is not None and options.prefix != "all":
+  of_file = options.history is not None
+  if of_file and options.prefix != "all":
     raise InputError(
       f"--prefix={options.prefix} cuts histories that are known and not those "
       "of --history; leave it out"
     )
+  path = of_file and disk.place("--history", options.history, here=True)
+  if of_file and not path.exists():
+    raise InputError(f"--history={path} does not exist; check the path")
   write = None if options.output is None else writer(options.output)
   allow, deny, users = (
     None if getattr(options, name) is None
     else read_ids(name, getattr(options, name))
     for name in ("allow", "deny", "users")
   )
-  of_file = options.history is not None
-  histories = read_histories(options.history) if of_file else ()
-  made = recommender(
-    options.workdir, method=options.method, seed=options.seed
-  ) if options.model is None else serving.load(options.model)
+  made, histories = None, None
+  if options.model is not None:
+    made = serving.load(options.model)
   if of_file:
-    requests = serving.of_histories(made, *histories)
-  else:
-    requests = serving.of_users(made, users, prefix=options.prefix)
-  count = len(requests.users)
+    config = made.origin.get("config", {}) if made else (
+      _config(disk.place("workdir", options.workdir))[0]
+    )
+    histories, users = read_histories(path, config.get("data", {}))
+  made = made or recommender(
+    options.workdir, method=options.method, seed=options.seed
+  )
+  asked = made.users.ids if users is None else users
+  count = len(histories if of_file else asked)
   if write is None and count > MOST_PRINTED:
     raise InputError(
       f"{count} lists are too many to print; name a file, as "
-      "--output=recs.parquet"
+      "--output=recs.csv"
     )
-  table = serving.recommend(
-    made, requests, k=options.k, mask_history=options.mask_history,
-    allow=allow, deny=deny,
-  )
+  with warnings.catch_warnings():
+    warnings.simplefilter(
+      "error" if options.strict else "always", serving.UnknownWarning
+    )
+    warnings.showwarning = lambda message, *_: print(
+      f"warning: {message}; left out", file=sys.stderr
+    )
+    table = made.recommend(
+      users, histories=histories, prefix=options.prefix, k=options.k,
+      mask_history=options.mask_history, allow=allow, deny=deny,
+    )
   if write is None:
     print_lists(table, console)
     return
   write(table)
   console.out(
-    f"{len(table):,} items for {count:,} requests written to {options.output}",
+    f"{len(table):,} items for {table['request'].n_unique():,} of {count:,} "
+    f"requests, by {_origin(made)}, written to {options.output}",
     highlight=False,
   )
+
+
+def _origin(made: serving.Recommender) -> str:
+  return f"{made.origin.get('method')}, seed {made.origin.get('seed')}"
 
 
 # What goes in and out.
@@ -170,16 +204,9 @@ def read_ids(name: str, text: str) -> list[str]:
   """
   path = os.path.expanduser(text)
   if os.path.isfile(path):  # False for ids that are no path at all
-    try:
-      with open(path, "rb") as file:
-        lines = file.read().decode("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-      raise InputError(
-        f"--{name}={text} cannot be read ({error}); give text, an id a line"
-      ) from error
-    if all(line.endswith("\r") for line in lines[:-1]):
-      lines = [line.removesuffix("\r") for line in lines]
-    ids = [line for line in lines if line]
+    with disk.reading(f"--{name}={text}", "give text, an id a line"):
+      lines = epath.Path(path).read_bytes().decode("utf-8-sig")
+    ids = [x for x in lines.replace("\r\n", "\n").split("\n") if x]
   elif text.endswith(".txt"):
     raise InputError(f"--{name}={text} does not exist; check the path")
   else:
@@ -190,36 +217,55 @@ def read_ids(name: str, text: str) -> list[str]:
   return ids
 
 
-def read_histories(name: str) -> tuple[list[list[Any]], list[Any] | None]:
-  """(items of each row, users of each row or None) of a file."""
-  path = disk.place("--history", name, here=True)
-  # By the standard library: polars goes by the first records' keys.
-  read = _by_suffix(
-    "history", path, lambda x: disk.read_parquet(x).to_dicts(), json.loads
-  )
-  if not path.is_file():
-    raise InputError(f"--history={path} does not exist; check the path")
+def read_histories(
+  path: epath.Path, data: Mapping[str, Any]
+) -> tuple[list[list[Any]], list[Any] | None]:
+  """(items of each row, users of each row or None) of a file.
+
+  Args:
+    path: of rows of `items`, or of interactions as `files.read` takes them.
+    data: of the job's config, which names the columns of interactions.
+  """
   with disk.reading(f"--history={path}", (
     "give lists of items as `items` in every row, an empty list for no "
-    "history, and, if there is one, `user`"
+    "history, and, if there is one, `user`; or interactions"
   )):
-    rows = read(path.read_bytes())
-    if not isinstance(rows, list):
-      raise ValueError("it is no list of rows")
-    for number, own in enumerate(rows, 1):
-      if not isinstance(own, dict) or not isinstance(own.get("items"), list):
-        raise ValueError(f"row {number} has no list of `items`")
-  named = any("user" in own for own in rows)
-  users = [own.get("user") for own in rows] if named else None
-  return [own["items"] for own in rows], users
+    # By the standard library: polars goes by the first records' keys.
+    rows = None
+    if path.suffix == ".json":
+      rows = json.loads(path.read_bytes())
+      if not isinstance(rows, list):
+        raise ValueError("it is no list of rows")
+    elif path.suffix == ".jsonl":
+      lines = filter(None, path.read_bytes().splitlines())
+      rows = [json.loads(line) for line in lines]
+    elif path.suffix == ".parquet":
+      rows = disk.read_parquet(path.read_bytes()).to_dicts()
+    if path.suffix == ".json" or any("items" in own for own in rows or ()):
+      for number, own in enumerate(rows, 1):
+        if not isinstance(own, dict) or not isinstance(own.get("items"), list):
+          raise ValueError(f"row {number} has no list of `items`")
+      named = any("user" in own for own in rows)
+      users = [own.get("user") for own in rows] if named else None
+      return [own["items"] for own in rows], users
+  columns = ("user", "item", "time", "separator")
+  found = files.read(path, **{
+    key: data[key] for key in columns if data.get(key) is not None
+  })
+  items = found.item_ids[found.items - 1].tolist()
+  bounds = found.offsets.tolist()
+  return [
+    items[start:end] for start, end in itertools.pairwise(bounds)
+  ], found.user_ids.tolist()
 
 
 def writer(name: str) -> Callable[[pl.DataFrame], None]:
   """Writes a table to a file; raises InputError where that cannot be."""
   path = disk.place("output", name)
-  put = _by_suffix(
-    "output", path, pl.DataFrame.write_parquet, pl.DataFrame.write_json
-  )
+  if path.suffix not in WRITERS:
+    raise InputError(
+      f"--output={path} has suffix {path.suffix!r}; use one of {[*WRITERS]}"
+    )
   if not path.parent.is_dir():
     raise InputError(
       f"--output={path}: {path.parent} is no directory; make it first"
@@ -227,22 +273,10 @@ def writer(name: str) -> Callable[[pl.DataFrame], None]:
 
   def write(table: pl.DataFrame) -> None:
     buffer = io.BytesIO()
-    put(table, buffer)
+    WRITERS[path.suffix](table, buffer)
     disk.write({path: buffer.getvalue()})
 
   return write
-
-
-def _by_suffix(
-  flag: str, path: epath.Path, parquet: Callable, json: Callable
-) -> Callable:
-  by_suffix = {".parquet": parquet, ".json": json}
-  if path.suffix not in by_suffix:
-    raise InputError(
-      f"--{flag}={path} has suffix {path.suffix!r}; use one of "
-      f"{list(by_suffix)}"
-    )
-  return by_suffix[path.suffix]
 
 
 def print_lists(table: pl.DataFrame, console: rich.console.Console) -> None:
@@ -268,16 +302,18 @@ def print_lists(table: pl.DataFrame, console: rich.console.Console) -> None:
 
 
 def recommender(
-  directory: epath.PathLike, *, method: str = "pin", seed: int = 0
+  directory: epath.PathLike, *, method: str | None = None,
+  seed: int | None = None,
 ) -> serving.Recommender:
-  """The recommender of a finished job's method and seed.
+  """The recommender of a finished job.
 
   The data are read again from where the job had them.
 
   Args:
     directory: the workdir; nothing is written there.
-    method: one of the job's.
-    seed: one of the job's.
+    method: one of the job's; None = for each segment what validation chose, or
+      in jobs of older versions the method under test.
+    seed: one of the job's; None = the first.
 
   Returns:
     The recommender, with the parameters that validation selected.
@@ -289,12 +325,19 @@ def recommender(
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
   config, data = _config(directory)
-  methods, name = selected(config), exact_form(method, config)
+  methods = selected(config)
+  choice = read_json(directory / "summary.json").get("choice")
+  if method is None and choice:
+    method = " and ".join(f"{choice[part]} for {part}" for part in SEGMENTS)
+    if choice["tail"] == choice["head"]:
+      method = choice["tail"]
+    methods[method] = chosen(choice, methods)
+  name = exact_form(method, config) if method else compared([*methods])[1]
+  seed = config.seeds[0] if seed is None else seed
   for what, wanted, there in (
-    ("method", method if name not in methods else None, list(methods)),
-    ("seed", seed if seed not in config.seeds else None, list(config.seeds)),
+    ("method", name, list(methods)), ("seed", seed, list(config.seeds))
   ):
-    if wanted is not None:
+    if wanted not in there:
       raise InputError(
         f"{what} {wanted!r} is not in workdir {directory}; use one of {there}"
       )
@@ -317,7 +360,7 @@ def recommender(
     trainer.read(stage)
   return _made(methods[name], seed, problem, trainer, {
     "method": name, "seed": seed, "data": data, "config": of_results(config),
-    "versions": workdir.versions(),
+    "versions": versions(),
   })
 
 
@@ -329,7 +372,7 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
       f"workdir {directory} holds no finished job; run it to its end with "
       "experiments.main, or check the path"
     )
-  stored = workdir.read_json(path, config={}, data="")
+  stored = read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
     kept, config = schema.canonical(stored["config"]), default()
     known = dict(schema.flatten(config.to_dict()))
@@ -338,7 +381,7 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
       config.update_from_flattened_dict({
         key: value for key, value in schema.flatten(kept) if key in known
       })
-    settings.check(config)
+    build.check(config)
   return config, stored["data"]
 
 
@@ -347,30 +390,31 @@ def _made(
   origin: dict[str, Any],
 ) -> serving.Recommender:
   """Lays a method's parameters out by slots, one a plugin."""
-  slots, of_new = [], []
+  slots, slot_models, of_new = [], [], []
   of_users = np.zeros(len(problem.segments), np.int32)
-  first = {}
+  first, models = {}, {}
   for segment, entry in enumerate(method.serve):
     stage = entry[1] and method.stage(entry[1])
     if stage is None:
       plugin_of, count = np.zeros_like(of_users), 1
     else:
       plugin_of, count = routed(problem, method, stage)
+    kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
     if entry not in first:
       first[entry] = len(slots)
       weights = trainer.weights(seed, entry[0], stage)
       for k in range(count):
         own = jax.tree.map(lambda x, k=k: x[k], weights.plugins)
         slots.append(weights._replace(plugins=own))
+        slot_models.append(models.setdefault(kind, len(models)))
     mine = problem.segments == segment
     of_users[mine] = first[entry] + plugin_of[mine]
     own = min(segment, count - 1)
     of_new.append(first[entry] + (count - 1 - own if method.swapped else own))
   return serving.make(
-    trainer.model(
-      stage and stage.plugin, method.stage(entry[0]).reads_activeness
-    ), serving.Routes(slots, problem.segments, of_users, of_new),
-    problem.split, length=trainer.length, origin=origin,
+    [trainer.model(*kind) for kind in models], serving.Routes(
+      slots, slot_models, problem.segments, of_users, of_new
+    ), problem.split, length=trainer.length, origin=origin,
     remembered=trainer.remembered.train_end,
   )
 

@@ -79,29 +79,18 @@ class Monitor(NamedTuple):
 
   Attributes:
     log: takes every step and validation.
-    progress: counts the steps.
+    progress: tells of them.
     interrupted: whether to save and end.
   """
 
   log: logs.RunLog | logs.NoLog
-  progress: logs.JobProgress
+  progress: logs.Progress
   interrupted: Callable[[], bool] = lambda: False
 
-  def take(self, name: str, event: tuple, num_steps: int) -> None:
-    """Logs and counts an event of the run of a name and of so many steps."""
-    match event:
-      case loop.Started(run, step):
-        self.log.rewind(name, step)
-        self.progress.skip(max(step, 0))
-        if run == 0 and step < num_steps:
-          self.progress.begin(name)
-      case loop.Steps(_, start, log):
-        self.log.steps(name, start, log)
-        self.progress.advance(name, len(log["loss"]))
-      case loop.Validation(_, step, values):
-        self.log.evaluation(name, step, values)
-      case loop.Result(last_step=step):
-        self.progress.skip(num_steps - step)
+  def take(self, name: str, kind: str, steps: int, event: tuple) -> None:
+    """Logs and tells of an event of a run; see `logs.Progress.take`."""
+    self.log.take(name, event)
+    self.progress.take(name, kind, steps, event)
 
 
 class Trainer:
@@ -180,14 +169,18 @@ class Trainer:
     return plugins.Model(backbone, chosen)
 
   def weights(
-    self, seed: int, backbone: str, plugin: Stage | None
+    self, seed: int, backbone: str, plugin: Stage | None,
+    validating: bool = False,
   ) -> plugins.Weights:
-    """The trained parameters of a seed's two stages."""
+    """The trained parameters of a seed's two stages, and what they read.
+
+    While `validating` that holds no validation target.
+    """
     if plugin is None:
       return plugins.Weights(self._best(backbone, seed), None)
     return plugins.Weights(
       self._best(backbone, seed), self._best(plugin.name, seed),
-      self._evidence(plugin, bool(self._config.refit)),
+      self._evidence(plugin, bool(self._config.refit) and not validating),
     )
 
   def _evidence(self, stage: Stage, refit: bool = False) -> Memory | None:
@@ -219,7 +212,7 @@ class Trainer:
   def train(self, stage: Stage, monitor: Monitor | None = None) -> None:
     """Trains a stage, or reads its finished checkpoint."""
     quiet = rich.console.Console(quiet=True)
-    monitor = monitor or Monitor(logs.NoLog(), logs.JobProgress(1, quiet))
+    monitor = monitor or Monitor(logs.NoLog(), logs.Progress((), 1, "", quiet))
     config, seeds, run = self._config, self._seeds, self.prepare(stage)
     plan = loop.Plan(
       num_steps(config, stage), config.validation.every, run.select,
@@ -237,7 +230,7 @@ class Trainer:
         stream=self._stream(stage, run) if self.streams else None,
       ):
         name = plan.names[event.run]
-        monitor.take(name, event, plan.num_steps)
+        monitor.take(name, stage.kind, plan.num_steps, event)
         if isinstance(event, loop.Result):
           self.trained[stage.name][seeds[event.run]] = event
           self.cost[name] = {
@@ -353,7 +346,7 @@ class Trainer:
       self._pool(split, groups, count), self._each(start),
       self._each(frozen) if stage.exact else lambda: None,
       self._evaluation(
-        stage, self._validation(stage.users, stage.learns == "half"),
+        stage, self.validation(stage.users, stage.learns == "half"),
         (*SEGMENTS, "all") if stage.users == "all" else (stage.users,),
       ),
       () if stage.learns == "all" else (stage.users,),
@@ -412,7 +405,7 @@ class Trainer:
       self._networks.backbone, plugin, optimizer, draw, loss=loss,
       layout=layout,
     )
-    requests = self._validation("all", draw.draw == "validation")
+    requests = self.validation("all", draw.draw == "validation")
     requests = requests._replace(
       segments=segments[requests.users].astype(np.int32)
     )
@@ -469,7 +462,7 @@ class Trainer:
 
   def _optimizer(self, stage: Stage) -> steps.Optimizer:
     return make_optimizer(
-      self._config, stage.kind, num_steps(self._config, stage),
+      self._config, stage, num_steps(self._config, stage),
       self._networks.backbone,
     )
 
@@ -480,6 +473,7 @@ class Trainer:
       "groups": (config.pin.draw, config.pin.mean),
       "uniform": ("users", "users"),
       "plugin": (config.pin.plugin_draw, "interactions"),
+      "validation": ("validation", "interactions"),
     }[stage.sampling])
 
   def _pool(
@@ -498,7 +492,7 @@ class Trainer:
       group_starts=sharding.put_replicated(pool.group_starts, self._layout)
     )
 
-  def _validation(self, users: str, half: bool) -> Requests:
+  def validation(self, users: str, half: bool) -> Requests:
     """Requests to rank the targets that select; not those learnt from."""
     problem = self._problem
     chosen = np.flatnonzero(
@@ -545,7 +539,7 @@ def same_job(
 def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
   """([U] segment whose plugin of a stage serves each user, how many there are).
   """
-  if stage.plugin != "own":
+  if stage.plugin not in ("own", "gates"):
     return np.zeros_like(problem.segments), 1
   if stage.assign == "random":
     rng = np.random.default_rng(0)

@@ -39,12 +39,13 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import commands, schema, settings, sizes
+from experiments import build, commands, schema, sizes
 from experiments.job import of_results
 from experiments.methods import METHODS
 from experiments.report import print_table
 from experiments.results import (
   MIN_SEEDS,
+  SLICES,
   Column,
   Results,
   Table,
@@ -56,7 +57,6 @@ from experiments.results import (
   models_of,
   read,
   same_users,
-  slices_of,
   write_summary,
 )
 from pin_jax import disk
@@ -143,7 +143,7 @@ def _resolved(
       raise TypeError("give a dictionary of dotted key -> value")
     config = get_config(*filter(None, [argument]))
     config.update_from_flattened_dict(chosen)
-    settings.check(sizes.for_any_data(config))
+    build.check(sizes.for_any_data(config))
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     reason = " ".join(str(error).strip("\"'").split())
     raise InputError(
@@ -492,7 +492,7 @@ def table(
         values = [*validation(own, model).values()]
       parts = [
         mean_metric(rows.filter(keep), metric, column)
-        for keep in [*slices_of(rows).values()][:3]
+        for keep in SLICES.values()
       ]
       claim = claims.get(model)
       lines.append((

@@ -7,13 +7,16 @@ every user of the tail. Without any history the most popular items of the
 training prefix are recommended.
 
 A `Recommender` comes from trained parameters (`make`) or from one portable file
-(`load`, written by `save`), and gives the same either way.
+(`load`, written by `save`), and gives the same either way. What it does not
+know of a request is left out, with an `UnknownWarning`; the rest is served.
 """
 
+import difflib
 import functools
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,12 +38,19 @@ from pin_jax.types import InputError, PluginContext, PyTree
 PREFIXES = ("all", "validation", "train")
 _REMEMBERED = "remembered"  # a prefix too; older files have "train" alone
 PLATFORMS = ("cpu", "cuda", "tpu")
-FORMAT, SCHEMA = "pin_jax recommender", 1  # of the portable file
-_OF_ITEMS = (  # fields of a Memory
-  "neighbours", "counts", "totals", "interactions", "popularity", "kernel"
-)
+FORMAT, SCHEMA = "pin_jax recommender", 2  # of the portable file
+_OF_USERS = ("activeness", "items", "starts", "place")  # of a Memory
 _MOST_SCORES = 2**24  # of a chunk of users
 _MOST_USERS = 256
+_MOST_NEAR = 10_000  # ids that are compared letter by letter
+_NAMED = 3  # unknown ids
+
+
+class UnknownWarning(InputError, UserWarning):
+  """Ids that a model does not know, and those nearest to them.
+
+  `warnings.simplefilter("error", UnknownWarning)` makes it an error.
+  """
 
 
 class Routes(NamedTuple):
@@ -49,15 +59,31 @@ class Routes(NamedTuple):
   Attributes:
     slots: parameters by slot: (backbone, one plugin's own, evidence: a Memory
       or None; in a Recommender what a Memory holds of items, as a dict).
+    models: the number of each slot's model.
     segments: [U] int32, by activeness; 1 = head.
     of_users: [U] int32, each user's slot.
     of_new: the slot of somebody new, by segment.
   """
 
   slots: tuple[plugins.Weights, ...]
+  models: tuple[int, ...]
   segments: np.ndarray
   of_users: np.ndarray
   of_new: tuple[int, ...]
+
+
+class Program(NamedTuple):
+  """The scores of a model.
+
+  Attributes:
+    scores: (*slot, inputs) -> [B, V+1], -inf for padding; see `_inputs`.
+    recent: H, what the plugin reads; 0 = nothing.
+    reads_activeness: whether the backbone does.
+  """
+
+  scores: Callable[..., jax.Array]
+  recent: int = 0
+  reads_activeness: bool = False
 
 
 class Users(NamedTuple):
@@ -81,32 +107,53 @@ class Recommender(NamedTuple):
   """What is needed to recommend.
 
   Attributes:
-    scores: (*slot, inputs) -> [B, V+1], -inf for padding; see `_inputs`.
+    programs: by number of the model.
     routes: parameters, and whom they serve.
     users: of the training data.
     item_ids: [V] original ids, ascending.
     counts: [V+1] float32, training interactions of each item.
     length: L, what the backbone reads.
-    recent: H, what the plugin reads; 0 = nothing.
     head_from: least activeness with which somebody new belongs to the head.
     origin: where it comes from: JSON.
-    reads_activeness: whether the backbone does.
   """
 
-  scores: Callable[..., jax.Array]
+  programs: tuple[Program, ...]
   routes: Routes
   users: Users
   item_ids: np.ndarray
   counts: np.ndarray
   length: int
-  recent: int
   head_from: int
   origin: dict[str, Any]
-  reads_activeness: bool = False
+
+  def recommend(
+    self,
+    users: Sequence[Any] | None = None,
+    *,
+    histories: Sequence[Sequence[Any]] | None = None,
+    prefix: str = "all",
+    **options: Any,
+  ) -> pl.DataFrame:
+    """Recommends to users of the training data, or by histories.
+
+    Args:
+      users: original ids; None = all users, or nobody's names.
+      histories: a list of items for each of the users; see `of_histories`.
+      prefix: without histories; see `of_users`.
+      **options: of `recommend`: `k`, `mask_history`, `allow`, `deny`.
+
+    Returns:
+      A row an item, see `recommend`.
+    """
+    if histories is None:
+      requests = of_users(self, users, prefix=prefix)
+    else:
+      requests = of_histories(self, histories, users)
+    return recommend(self, requests, **options)
 
 
 def make(
-  model: plugins.Model,
+  models: Sequence[plugins.Model],
   routes: Routes,
   split: Split,
   *,
@@ -120,8 +167,8 @@ def make(
   after another, so that its activations are those of one.
 
   Args:
-    model: backbone and plugin.
-    routes: the parameters, and whom they serve.
+    models: backbones and plugins.
+    routes: their parameters, and whom they serve.
     split: of the training data.
     length: L.
     origin: where the parameters come from, as JSON.
@@ -145,22 +192,24 @@ def make(
   tables = {id(s.evidence): _tables(s.evidence) for s in routes.slots}
   routes = Routes(
     tuple(s._replace(evidence=tables[id(s.evidence)]) for s in routes.slots),
-    np.asarray(routes.segments, np.int32),
+    tuple(routes.models), np.asarray(routes.segments, np.int32),
     np.asarray(routes.of_users, np.int32), tuple(routes.of_new),
   )
   return Recommender(
-    jax.jit(_scores(model, data.num_items, length)), routes, users,
-    data.item_ids, training_counts(split).astype(np.float32), length,
-    model.plugin.recent if model.plugin else 0,
-    head_from(split.activeness, routes.segments), dict(origin),
-    model.backbone.reads_activeness,
+    tuple(Program(
+      jax.jit(_scores(model, data.num_items, length)),
+      model.plugin.recent if model.plugin else 0,
+      model.backbone.reads_activeness,
+    ) for model in models),
+    routes, users, data.item_ids, training_counts(split).astype(np.float32),
+    length, head_from(split.activeness, routes.segments), dict(origin),
   )
 
 
 def _scores(
   model: plugins.Model, num_items: int, length: int
 ) -> Callable[..., jax.Array]:
-  """`Recommender.scores`, a pure function of trees of arrays."""
+  """`Program.scores`, a pure function of trees of arrays."""
   model = model._replace(backbone=model.backbone._replace(packed=0))
 
   def scores(
@@ -193,26 +242,22 @@ def _scores(
   return scores if model.backbone.tables else one_by_one
 
 
-def _tables(memory: Memory | None) -> dict[str, PyTree] | None:
+def _tables(memory: Memory | None) -> dict[str, jax.Array] | None:
   """What a plugin's memory holds of items, without that of users."""
   if memory is None:
     return None
-  relations = memory.related, memory.related_scores
-  return {x: getattr(memory, x) for x in _OF_ITEMS} | {"relations": relations}
+  return {k: x for k, x in memory._asdict().items() if k not in _OF_USERS}
 
 
 def _read(
-  tables: dict[str, PyTree] | None, inputs: dict[str, Any]
+  tables: dict[str, jax.Array] | None, inputs: dict[str, Any]
 ) -> tuple[Memory | None, PluginContext | None]:
   """The memory and context of the B users, who are numbered 0..B-1."""
   if tables is None:
     return None, None
-  related, scores = tables["relations"]
   memory = Memory(
-    **{name: tables[name] for name in _OF_ITEMS}, related=related,
-    related_scores=scores, activeness=inputs["activeness"],
-    items=inputs["own"], starts=inputs["starts"],
-    place=inputs["place"].reshape(-1),
+    **tables, activeness=inputs["activeness"], items=inputs["own"],
+    starts=inputs["starts"], place=inputs["place"].reshape(-1),
   )
   rows, recent = inputs["recent"].shape
   place = jnp.arange(rows * recent).reshape(rows, recent)
@@ -236,6 +281,7 @@ class Requests(NamedTuple):
   """Whom to recommend to.
 
   Attributes:
+    numbers: [n] the place of each among all that were asked for.
     names: [n] original ids, None where somebody new has none.
     users: [n] index of the user, -1 = new.
     items: flat histories.
@@ -243,6 +289,7 @@ class Requests(NamedTuple):
     ends: [n] where it ends.
   """
 
+  numbers: np.ndarray
   names: list[Any]
   users: np.ndarray
   items: np.ndarray
@@ -260,24 +307,25 @@ def of_users(
 
   Args:
     recommender: who knows them.
-    ids: original ids; None = all users.
+    ids: original ids; None = all users. Those unknown are left out.
     prefix: how much of their histories to read: 'all', 'validation' (what
       comes before the test target) or 'train'. The evaluation's test ranks are
       those of 'validation'.
 
   Raises:
-    InputError: for an unknown user or prefix.
+    InputError: for an unknown prefix, or where all users are unknown.
   """
   users = recommender.users
   if prefix not in PREFIXES:
     raise InputError(f"prefix={prefix!r} is unknown; use one of {PREFIXES}")
-  if ids is None:
-    index = np.arange(len(users.ids))
-  else:
-    index = _known(ids, users.ids, "user", "give its history")
+  index = np.arange(len(users.ids))
+  if ids is not None:
+    index = _known(ids, users.ids, "users", "check them or give histories")
+  numbers = np.flatnonzero(index >= 0)
+  index = index[numbers]
   starts = users.offsets[:-1][index]
   return Requests(
-    users.ids[index].tolist(), index, users.items, starts,
+    numbers, users.ids[index].tolist(), index, users.items, starts,
     starts + users.ends[prefix][index],
   )
 
@@ -291,13 +339,13 @@ def of_histories(
 
   Args:
     recommender: who knows the items.
-    histories: original ids of items; may be empty.
+    histories: original ids of items; may be empty. Unknown items are left out.
     ids: original ids of users or None, one a history. A user of the training
-      data is routed by its training interactions, all others by their
-      histories, whose names may be words where the known ids are integers.
+      data is routed by its training interactions, all others, whatever their
+      ids, by their histories.
 
   Raises:
-    InputError: for an unknown item.
+    InputError: where all items are unknown.
   """
   names = [None] * len(histories) if ids is None else list(ids)
   if len(names) != len(histories):
@@ -305,17 +353,16 @@ def of_histories(
       f"{len(names)} users have {len(histories)} histories; give one of each"
     )
   flat = [item for history in histories for item in history]
-  items = 1 + _known(flat, recommender.item_ids, "item", "leave it out")
-  ends = np.cumsum([len(history) for history in histories], dtype=np.int64)
-  starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(ends)]
-  index, known = np.full(len(names), -1), recommender.users.ids
-  text = known.dtype.kind == "O"
-  named = [
-    k for k, name in enumerate(names)
-    if name is not None and (text or not _is_word(name))
-  ]
-  index[named] = _find([names[k] for k in named], known, "user")
-  return Requests(names, index, items.astype(np.int32), starts, ends)
+  items = 1 + _known(
+    flat, recommender.item_ids, "items of histories",
+    "give items of the training data",
+  )
+  bounds = np.cumsum([0, *map(len, histories)])
+  kept = np.concatenate([[0], np.cumsum(items > 0)])[bounds]
+  return Requests(
+    np.arange(len(names)), names, _find(names, recommender.users.ids),
+    items[items > 0].astype(np.int32), kept[:-1], kept[1:],
+  )
 
 
 def _is_number(text: str) -> bool:
@@ -323,47 +370,73 @@ def _is_number(text: str) -> bool:
   return re.fullmatch("0|-?[1-9][0-9]{0,18}", text) is not None
 
 
-def _is_word(name: Any) -> bool:
-  """Whether a name has a letter and is no number in any spelling."""
-  try:
-    float(name)
-  except (TypeError, ValueError, OverflowError):
-    return isinstance(name, str) and any(x.isalpha() for x in name)
-  return False
-
-
-def _find(values: Sequence[Any], known: np.ndarray, what: str) -> np.ndarray:
+def _find(values: Sequence[Any], known: np.ndarray) -> np.ndarray:
   """Where ids are among the known ones, which ascend; -1 = nowhere.
 
   They are read in the type of the known ones, never spelled anew.
   """
   text = known.dtype.kind == "O"
-  ids = np.empty(len(values), object if text else np.int64)
+  ids = np.full(len(values), known[0], object if text else np.int64)
+  is_id = np.zeros(len(values), bool)
   for place, value in enumerate(values):
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     spelled = isinstance(value, str) and (text or _is_number(value))
-    if not (whole or spelled) or not (text or -(2**63) <= int(value) < 2**63):
-      raise InputError(
-        f"{what} {value!r} is no {'text' if text else 'integer'}, as the ids "
-        f"of the model's {what}s are; give one"
-      )
-    ids[place] = str(value) if text else int(value)
+    if (whole or spelled) and (text or -(2**63) <= int(value) < 2**63):
+      ids[place] = str(value) if text else int(value)
+      is_id[place] = True
   index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-  return np.where(known[index] == ids, index, -1)
+  return np.where(is_id & (known[index] == ids), index, -1)
 
 
 def _known(
   values: Sequence[Any], known: np.ndarray, what: str, remedy: str
 ) -> np.ndarray:
-  """`_find`; raises InputError for an id that is nowhere."""
-  index = _find(values, known, what)
-  missing = np.flatnonzero(index < 0)
-  if len(missing):
-    raise InputError(
-      f"{what} {values[missing[0]]!r} is unknown to the model (one of "
-      f"{len(missing)} such of {len(values)}); check it or {remedy}"
+  """`_find`; warns of unknown ids, or with a remedy refuses where all are."""
+  values = values.tolist() if isinstance(values, np.ndarray) else values
+  index = _find(values, known)
+  missing = [values[place] for place in np.flatnonzero(index < 0)]
+  if missing:
+    distinct = {repr(value): value for value in missing}
+    near = {x: nearest(v, known) for x, v in [*distinct.items()][:_NAMED]}
+    named = [
+      name + f" (near: {', '.join(map(repr, ids))})" * bool(ids)
+      for name, ids in near.items()
+    ] + ["…"] * (len(distinct) > _NAMED)
+    text = (
+      f"{len(missing):,} of {len(values):,} {what} "
+      f"{'is' if len(missing) == 1 else 'are'} unknown to the model: "
+      + ", ".join(named)
     )
+    if not any(near.values()):
+      text += f"; ids are such as {known[:1].tolist()[0]!r}"
+    if remedy and len(missing) == len(values):
+      raise InputError(f"{text}; {remedy}")
+    warnings.warn(UnknownWarning(text), stacklevel=4)
   return index
+
+
+def nearest(value: Any, known: np.ndarray) -> list[Any]:
+  """The known ids, up to three, that an unknown one may be a slip of.
+
+  Blanks around it and capitals do not count. One wrong letter, or two that are
+  swapped, leave the first or the second half of an id as it was: only ids with
+  the same half are compared letter by letter.
+
+  Args:
+    value: the unknown one, of any type.
+    known: [n] ids, ascending.
+  """
+  plain = pl.Series(known.tolist()).cast(pl.String)
+  plain = plain.str.strip_chars().str.to_lowercase()
+  text = str(value).strip().lower()
+  half = max(len(text) - 1, 0) // 2
+  alike = plain.str.starts_with(text[:half]) | plain.str.ends_with(
+    text[len(text) - half :]
+  )
+  lengths = plain.str.len_chars().cast(pl.Int64)
+  places = (alike & ((lengths - len(text)).abs() < 3)).arg_true()
+  of = {plain[x]: known[x : x + 1] for x in places.head(_MOST_NEAR).to_list()}
+  return [of[x].tolist()[0] for x in difflib.get_close_matches(text, of)]
 
 
 # Recommending.
@@ -387,7 +460,7 @@ def recommend(
     mask_history: whether items of the history are left out, all of them and
       not only those that the model reads.
     allow: original ids of the only items to recommend; None = all.
-    deny: original ids of items never to recommend.
+    deny: original ids of items never to recommend, which may be unknown.
 
   Returns:
     A row an item, the requests in order: `request` (its number), `user`
@@ -397,7 +470,7 @@ def recommend(
     where fewer items are left.
 
   Raises:
-    InputError: for a K out of range, unknown items, or no item that is allowed.
+    InputError: for a K out of range, or where no item is allowed.
   """
   num_items = len(recommender.item_ids)
   if not isinstance(k, int | np.integer) or not 1 <= k <= num_items:
@@ -436,14 +509,13 @@ def _allowed(
 ) -> np.ndarray:
   """[V+1] bool, items that may be recommended."""
   allowed = np.ones(len(item_ids) + 1, bool)
-  remedy = "leave it out of the list"
   if allow is not None:
     if not len(allow):
       raise InputError("allow is empty; name an item, or give no such list")
     allowed[:] = False
-    allowed[1 + _known(allow, item_ids, "item", remedy)] = True
+    allowed[1 + _known(allow, item_ids, "items to allow", "check them")] = True
   if deny is not None:
-    allowed[1 + _known(deny, item_ids, "item", remedy)] = False
+    allowed[1 + _known(deny, item_ids, "items to deny", "")] = False
   allowed[0] = False
   if not allowed.any():
     raise InputError(
@@ -466,15 +538,17 @@ def _scored(
         yield index, np.tile(recommender.counts, (rows, 1))
         continue
       filled = np.pad(index, (0, rows - len(index)), mode="edge")
-      inputs = _inputs(recommender, requests, filled)
       weights = recommender.routes.slots[slot]
-      yield index, np.array(recommender.scores(*weights, inputs))
+      program = recommender.programs[recommender.routes.models[slot]]
+      inputs = _inputs(recommender, program, requests, filled)
+      yield index, np.array(program.scores(*weights, inputs))
 
 
 def _inputs(
-  recommender: Recommender, requests: Requests, index: np.ndarray
+  recommender: Recommender, program: Program, requests: Requests,
+  index: np.ndarray,
 ) -> dict[str, np.ndarray]:
-  """What is read of B requests; all but the first where the model asks for it.
+  """What is read of B requests; all but the first where a model asks for it.
 
   history: [B, L] int32, right-aligned, 0 = padding.
   behaviours: [B] int32, activeness, for a backbone that reads it.
@@ -484,7 +558,6 @@ def _inputs(
   starts: [B+1] int32, where a user's begin.
   place: [B, H] int32, where a recent item lies in `own`; -1 = nowhere.
   """
-  recent = recommender.recent
   inputs = {"history": _last(requests, index, recommender.length)}
   users = recommender.users
   known = requests.users[index]
@@ -492,11 +565,11 @@ def _inputs(
   remembered = users.ends.get(_REMEMBERED, trained)
   lengths = (requests.ends - requests.starts)[index]
   behaviours = np.where(known >= 0, trained[known], lengths)
-  if recommender.reads_activeness:
+  if program.reads_activeness:
     inputs["behaviours"] = behaviours.astype(np.int32)
-  if not recent:
+  if not program.recent:
     return inputs
-  newest = _last(requests, index, recent)[:, ::-1]
+  newest = _last(requests, index, program.recent)[:, ::-1]
   own, place = [], np.full(newest.shape, -1, np.int32)
   starts = np.zeros(len(index) + 1, np.int32)
   for k, user in enumerate(known):
@@ -563,7 +636,7 @@ def _table(
   source = np.where(slots < 0, "popularity", "model")
   item_ids = recommender.item_ids[items[request, column] - 1]
   return pl.DataFrame({
-    "request": request.astype(np.int64),
+    "request": requests.numbers[request].astype(np.int64),
     "user": pl.Series(named, dtype=kind).gather(request),
     "rank": (column + 1).astype(np.int32),
     "item": pl.Series(item_ids.tolist()),
@@ -583,8 +656,8 @@ def save(
 ) -> None:
   """Writes all of a recommender into one file, see docs/serving.md.
 
-  The program is that of `jax.export`, for any number of users at a time and all
-  the platforms at once; nothing else of this library is needed to run it.
+  The programs are those of `jax.export`, for any number of users at a time and
+  all the platforms at once; nothing else of this library is needed to run them.
 
   Args:
     recommender: from `make`.
@@ -599,22 +672,12 @@ def save(
   arrays["histories/items"] = users.items
   arrays["histories/offsets"] = users.offsets
   ends = {f"end_{key}": value for key, value in users.ends.items()}
-  _write(path, {
-    "format": FORMAT, "schema": SCHEMA,
-    "platforms": list(platforms), "length": recommender.length,
-    "recent": recommender.recent, "head_from": recommender.head_from,
-    "newcomers": list(routes.of_new), "slots": slots,
-    "arrays": {
-      name: {"dtype": str(array.dtype), "shape": list(array.shape)}
-      for name, array in arrays.items()
-    },
-    "origin": recommender.origin,
-  }, {
-    "program.jax": _export(recommender, platforms),
-    **{
-      name: array.astype(array.dtype.newbyteorder("<")).tobytes()
-      for name, array in arrays.items()
-    },
+  members = {
+    _member(number): _export(recommender, number, platforms)
+    for number in range(len(recommender.programs))
+  } | {
+    name: array.tobytes() for name, array in arrays.items()
+  } | {
     "users.parquet": _parquet({
       "user": users.ids.tolist(), "segment": routes.segments,
       "slot": routes.of_users, **ends,
@@ -623,17 +686,27 @@ def save(
       "item": recommender.item_ids.tolist(),
       "interactions": recommender.counts[1:],
     }),
-  })
-
-
-def _write(
-  path: epath.PathLike, manifest: dict[str, Any], members: dict[str, bytes]
-) -> None:
-  """Writes an archive, of the same bytes for the same content."""
-  text = json.dumps({**manifest, "members": list(members)}, indent=1)
+  }
+  text = json.dumps({
+    "format": FORMAT, "schema": SCHEMA,
+    "platforms": list(platforms), "length": recommender.length,
+    "recent": [program.recent for program in recommender.programs],
+    "head_from": recommender.head_from, "newcomers": list(routes.of_new),
+    "models": list(routes.models), "slots": slots,
+    "arrays": {
+      name: {"dtype": str(array.dtype), "shape": list(array.shape)}
+      for name, array in arrays.items()
+    },
+    "origin": recommender.origin, "members": list(members),
+  }, indent=1)
   with disk.replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
     for name, data in {"manifest.json": text, **members}.items():
       archive.writestr(zipfile.ZipInfo(name), data)  # the same date always
+
+
+def _member(number: int) -> str:
+  """The file of a model's program."""
+  return f"program{number or ''}.jax"
 
 
 def _flat(
@@ -653,35 +726,29 @@ def _flat(
   return numbers, arrays
 
 
-def _inputs_like(recommender: Recommender) -> dict[str, jax.ShapeDtypeStruct]:
-  """`_inputs` of B users with T training items in all, both symbolic."""
+def _export(
+  recommender: Recommender, number: int, platforms: Sequence[str]
+) -> bytes:
+  """A model's program, for any B users with any T training items in all."""
+  program, routes = recommender.programs[number], recommender.routes
   rows, items = jax.export.symbolic_shape("b, t")
-  recent = recommender.recent
   whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   inputs = {"history": whole(rows, recommender.length)}
-  if recommender.reads_activeness:
+  if program.reads_activeness:
     inputs["behaviours"] = whole(rows)
-  if recent:
+  if recent := program.recent:
     inputs |= {
       "recent": whole(rows, recent), "place": whole(rows, recent),
       "activeness": jax.ShapeDtypeStruct((rows,), jnp.float32),
       "own": whole(items), "starts": whole(rows + 1),
     }
-  return inputs
-
-
-def _export(recommender: Recommender, platforms: Sequence[str]) -> bytes:
-  """The program, for any number of users and of their training items."""
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    tuple(recommender.routes.slots[0]),
-  )
-  export = jax.export.export(recommender.scores, platforms=platforms)
+  like = jax.eval_shape(tuple, routes.slots[routes.models.index(number)])
+  export = jax.export.export(program.scores, platforms=platforms)
   limit = "jax_traceback_in_locations_limit"
   before = jax.config.jax_traceback_in_locations_limit
   jax.config.update(limit, 0)  # the program names none of our files
   try:
-    return export(*like, _inputs_like(recommender)).serialize()
+    return export(*like, inputs).serialize()
   finally:
     jax.config.update(limit, before)
 
@@ -713,11 +780,14 @@ def load(path: epath.PathLike) -> Recommender:
     archive = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
     manifest = json.loads(archive.read("manifest.json"))
     kind = manifest["format"], manifest["schema"]
-    if kind != (FORMAT, SCHEMA):
+    if kind not in ((FORMAT, 1), (FORMAT, SCHEMA)):
       raise InputError(
         f"{path} is of format {kind[0]!r}, schema {kind[1]!r}, and not "
         f"{FORMAT!r}, {SCHEMA}; export the job again"
       )
+    if kind[1] == 1:  # of one model
+      manifest["recent"] = [manifest["recent"]]
+      manifest["models"] = [0] * len(manifest["slots"])
     here = jax.export.default_export_platform()
     if here not in manifest["platforms"]:
       raise InputError(
@@ -732,122 +802,64 @@ def _from_members(
   manifest: dict[str, Any], members: dict[str, bytes]
 ) -> Recommender:
   """Raises an exception of any kind where the members do not fit together."""
-  exported = jax.export.deserialize(bytearray(members["program.jax"]))
-  with disk.unheard():
-    exported.mlir_module()  # which raises where the program cannot be read
-  arrays = {}
-  for name, of in manifest["arrays"].items():
-    little = np.dtype(of["dtype"]).newbyteorder("<")
-    array = np.frombuffer(members[name], little).reshape(of["shape"])
-    arrays[name] = array.astype(of["dtype"], copy=False)
-  offsets = arrays["histories/offsets"]
-  num_items = exported.out_avals[0].shape[1] - 1
-  ends = {f"end_{key}": key for key in (*PREFIXES, _REMEMBERED)}
-  user_ids, users = _columns(
-    members["users.parquet"], len(offsets) - 1, "user", segment=pl.Int32,
-    slot=pl.Int32, **dict.fromkeys(ends, pl.Int64),
-  )
-  item_ids, items = _columns(
-    members["items.parquet"], num_items, "item", interactions=pl.Float32
-  )
-  args, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-  made = Recommender(
-    jax.jit(exported.call),
+  exported = [
+    jax.export.deserialize(bytearray(members[_member(number)]))
+    for number in range(len(manifest["recent"]))
+  ]
+  args = [jax.tree.unflatten(x.in_tree, x.in_avals)[0] for x in exported]
+  arrays = {
+    name: np.frombuffer(members[name], of["dtype"]).reshape(of["shape"])
+    for name, of in manifest["arrays"].items()
+  }
+  users = disk.read_parquet(members["users.parquet"])
+  items = disk.read_parquet(members["items.parquet"])
+  return Recommender(
+    tuple(
+      Program(jax.jit(x.call), recent, "behaviours" in own[3])
+      for x, recent, own in zip(
+        exported, manifest["recent"], args, strict=True
+      )
+    ),
     Routes(
-      _slots(manifest["slots"], arrays, args), users["segment"], users["slot"],
-      tuple(map(int, manifest["newcomers"])),
+      _slots(manifest, arrays, args), tuple(manifest["models"]),
+      users["segment"].to_numpy(), users["slot"].to_numpy(),
+      tuple(manifest["newcomers"]),
     ),
     Users(
-      user_ids, arrays["histories/items"], offsets,
-      {key: users[name] for name, key in ends.items() if name in users},
+      _ids(users["user"]), arrays["histories/items"],
+      arrays["histories/offsets"], {
+        key: users[f"end_{key}"].to_numpy()
+        for key in (*PREFIXES, _REMEMBERED) if f"end_{key}" in users.columns
+      },
     ),
-    item_ids, np.append(np.float32(0), items["interactions"]),
-    manifest["length"], manifest["recent"], int(manifest["head_from"]),
-    manifest["origin"], "behaviours" in args[3],
+    _ids(items["item"]), np.append(np.float32(0), items["interactions"]),
+    manifest["length"], manifest["head_from"], manifest["origin"],
   )
-  _check_contents(made, exported.out_avals, args[3])
-  return made
-
-
-def _check_contents(
-  made: Recommender, out: Sequence[Any], inputs: dict[str, Any]
-) -> None:
-  """Raises ValueError for the first thing in which two parts disagree."""
-  users, num_items = made.users, len(made.item_ids)
-  slots, segments, of_users, of_new = made.routes
-  lengths = np.diff(users.offsets)
-  tables = [slot.evidence for slot in slots if slot.evidence is not None]
-  related = [t["relations"][0] for t in tables if t["relations"] is not None]
-  within = lambda x, low, high: x.size and low <= x.min() and x.max() <= high
-  said = lambda tree: {k: f"{x.dtype} {x.shape}" for k, x in tree.items()}
-  for what, holds in {
-    "the program takes other inputs": said(inputs) == said(_inputs_like(made)),
-    "the program gives other scores": len(out) == 1
-    and out[0].shape[1:] == (num_items + 1,) and out[0].dtype == np.float32,
-    "offsets do not lay histories end to end": users.offsets.ndim == 1
-    and users.offsets.dtype == np.int64 and users.offsets[0] == 0
-    and lengths.min() >= 0 and users.offsets[-1] == len(users.items),
-    "a history has an unknown item": users.items.dtype == np.int32
-    and within(users.items, 1, num_items),
-    "a prefix ends outside of its history": all(
-      np.all((0 <= end) & (end <= lengths)) for end in users.ends.values()
-    ),
-    "a segment is unknown": within(segments, 0, 1),
-    "a slot is unknown": within(of_users, 0, len(slots) - 1)
-    and within(np.array(of_new), 0, len(slots) - 1)
-    and len(of_new) == 2,
-    "a neighbour is an unknown item": all(
-      within(x, 0, num_items)
-      for x in [*related, *(t["neighbours"] for t in tables)] if x.size
-    ),
-    "a number is not finite": all(
-      jnp.isfinite(x).all() for x in jax.tree.leaves((slots, made.counts))
-    ),
-  }.items():
-    if not holds:
-      raise ValueError(what)
 
 
 def _slots(
-  slots: list[list[int]], arrays: dict[str, np.ndarray], args: Sequence[Any]
+  manifest: dict[str, Any], arrays: dict[str, np.ndarray],
+  args: Sequence[Sequence[PyTree]],
 ) -> tuple[plugins.Weights, ...]:
-  """The trees of `_flat` again, in the shapes that the program takes."""
-  @functools.cache
-  def tree(field: str, number: int, like: int) -> PyTree:
-    start = f"{field}/{number}/"
-    names = [name for name in arrays if name.startswith(start)]
-    names.sort(key=lambda x: int(x[len(start) :].split(".")[0]))
-    leaves, structure = jax.tree.flatten(args[like])
-    for name, aval in zip(names, leaves, strict=True):
-      if arrays[name].shape != aval.shape or arrays[name].dtype != aval.dtype:
-        raise ValueError(f"{name} is {arrays[name].shape}, not {aval.shape}")
-    return structure.unflatten([jnp.asarray(arrays[name]) for name in names])
+  """The trees of `_flat` again, of the kinds that the programs take."""
+  trees, slots = {}, []
+  for numbers, model in zip(
+    manifest["slots"], manifest["models"], strict=True
+  ):
+    for field, number, like in zip(
+      plugins.Weights._fields, numbers, args[model][:3], strict=True
+    ):
+      if number not in trees:
+        start = f"{field}/{number}/"
+        names = [name for name in arrays if name.startswith(start)]
+        names.sort(key=lambda x: int(x.split("/")[2].split(".")[0]))
+        leaves = [jnp.asarray(arrays[name]) for name in names]
+        trees[number] = jax.tree.structure(like).unflatten(leaves)
+    slots.append(plugins.Weights(*(trees[number] for number in numbers)))
+  return tuple(slots)
 
-  fields = plugins.Weights._fields
-  return tuple(
-    plugins.Weights(*map(tree, fields, numbers, range(3))) for numbers in slots
-  )
 
-
-def _columns(
-  data: bytes, rows: int, ids: str, **kinds: Any
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """(original ids as `Interactions` has them, the other columns) of a table."""
-  # Parquet may expand without bound; no more is read than is needed.
-  table = disk.read_parquet(data, rows + 1)
-  kinds = {
-    name: kind for name, kind in kinds.items()
-    if name in table.columns or name != f"end_{_REMEMBERED}"
-  }
-  if len(table) != rows:
-    raise ValueError(f"a table has {len(table)} rows and not {rows}")
-  column = table[ids]
-  text = pl.String if column.dtype == pl.String else pl.Int64
-  for name, kind in {ids: text, **kinds}.items():
-    if table[name].dtype != kind or table[name].has_nulls():
-      raise ValueError(f"column {name} is {table[name].dtype}, or has gaps")
-  if not (column[1:] > column[:-1]).all():  # before any is copied
-    raise ValueError(f"column {ids} does not ascend")
-  found = np.empty(rows, object if text == pl.String else np.int64)
-  found[:] = column.to_list()
-  return found, {name: table[name].to_numpy() for name in kinds}
+def _ids(column: pl.Series) -> np.ndarray:
+  """Original ids as `Interactions` has them."""
+  kind = object if column.dtype == pl.String else np.int64
+  return np.array(column.to_list(), kind)

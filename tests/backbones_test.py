@@ -26,7 +26,7 @@ HISTORY = np.asarray(
 )
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 def _scorer(backbone):
@@ -206,7 +206,7 @@ def test_group_loss_and_its_gradient(name, model):
   backbone, params, _ = model
   batch = _batch()
   loss = objectives.group_losses(
-    BUILDERS[name](dropout=0.0), mean="users", chunk=4
+    BUILDERS[name](dropout=0.0), mean="users"
   ).group_loss
   group = objectives.GroupBatch(batch, None)
   run = jax.jit(jax.value_and_grad(loss))
@@ -246,7 +246,7 @@ def test_ranks_with_plugins_equal_brute_force(name, model):
   factors = np.asarray([1.0, -2.0], np.float32)
   items, starts, sequences, requests = _requests()
   rank = make_ranker(
-    Model(backbone, plugin), num_items=ITEMS, length=6, item_chunk=5
+    Model(backbone, plugin), num_items=ITEMS, length=6
   )
   got = rank(Weights(params, factors), sequences, requests)
   for i in range(3):
@@ -260,11 +260,11 @@ def test_ranks_with_plugins_equal_brute_force(name, model):
 
 def test_plugin_training_starts_at_the_backbones_loss(name, model):
   backbone, frozen, _ = model
-  batch, plugin = _batch(), bottleneck(WIDTH)
+  batch, plugin = _batch(), bottleneck(WIDTH, hidden=2)
   params = jax.jit(plugin.init)(jax.random.key(1))
   loss = objectives.next_item_loss(
     objectives.with_plugin_context(backbone),
-    objectives.plugin_head(backbone, plugin), chunk=4,
+    objectives.plugin_head(backbone, plugin),
   )
 
   @jax.jit

@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+import scipy.special
 from etils import epath
 from references import BUILDERS, ITEMS, LENGTH, WIDTH
-from toys import assert_trees_close, noisy
+from toys import noisy
 
 import tests.tiny
-from experiments import build, settings, stages
-from experiments.methods import METHODS, selected, stages_of
+from experiments import build, stages
+from experiments.methods import selected, stages_of
 from experiments.problem import make_problem
-from pin_jax import aggregation, serving
-from pin_jax.aggregation import weightings
+from pin_jax import serving
 from pin_jax.data import batches, splits, stored
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import ranking
@@ -105,56 +105,29 @@ def test_histories_without_activeness_are_refused(model):
     logits_of(backbone, params, HISTORY, None)
 
 
-def _groups():
+@pytest.mark.parametrize("packed", [0, 2])
+def test_the_loss_of_groups_reads_each_users_activeness(name, model, packed):
+  backbone, params = model
   cut = np.where(HISTORY[:, 1:] > 0, HISTORY[:, :-1], 0)
   history = np.pad(cut, [(0, 0), (1, 0)])
+  targets, users = np.where(history > 0, HISTORY, 0), np.arange(4)
   stack = lambda x: jnp.asarray(np.stack([x, x[::-1]]), jnp.int32)
-  targets = np.where(history > 0, HISTORY, 0)
-  users = np.arange(4)
-  return objectives.GroupBatch(
-    Batch(*map(stack, (users, history, targets, users, ACTIVENESS))), None
+  batch = Batch(*map(stack, (users, history, targets, users, ACTIVENESS)))
+  losses = objectives.group_losses(
+    backbone._replace(packed=packed), mean="interactions"
   )
-
-
-def test_every_path_has_the_gradient_of_the_sum_of_losses(name, model):
-  backbone, params = model
-  groups, keys = _groups(), jax.random.split(jax.random.key(0), 2)
-  weights, of = np.asarray([0.3, 0.7]), jax.tree.map(np.asarray, groups.batch)
-
-  def total(params):
-    value = 0
-    for g in range(2):
-      history, targets, told = of.history[g], of.targets[g], of.activeness[g]
-      rows, columns = np.argwhere(targets > 0).T
-      context = backbone.encode(params, given(backbone, history, told), None)
-      states = backbone.at(context, rows, columns)
-      represented = backbone.represent(params, states, None)
-      logits = backbone.score(params, represented, None)[:, 1:]
-      chosen = jax.nn.log_softmax(logits)[
-        np.arange(len(rows)), targets[rows, columns] - 1
-      ]
-      value -= weights[g] * chosen.mean()
-    return value
-
-  want = jax.jit(jax.grad(total))(params)
-  assert np.abs(want["activeness"]).max() > 1e-3
-  used = np.abs(want["activeness"]).max(1) > 0
+  args = objectives.GroupBatch(batch, None), jax.random.split(
+    jax.random.key(0), 2
+  ), jnp.asarray([0.3, 0.7])
+  run = jax.jit(jax.value_and_grad(losses.weighted_loss, has_aux=True))
+  (value, _), gradient = run(params, *args)
+  used = np.abs(gradient["activeness"]).max(1) > 0
   # The row of activeness 1 has no target.
   np.testing.assert_array_equal(np.flatnonzero(used), [2, 3, 15])
-  rule = weightings.preceded_by(weights, weightings.joint([1, 1]))
-  seeing = aggregation.informed(rule)
-  for path, packed, rules in (
-    ("weighted", 0, rule), ("weighted", 2, rule), ("stacked", 0, seeing),
-  ):
-    losses = objectives.group_losses(
-      backbone._replace(packed=packed), mean="interactions", chunk=4
-    )
-    step = aggregation.aggregate(
-      losses.group_loss, rules, path=path,
-      weighted_loss=losses.weighted_loss,
-    ).step
-    out = jax.jit(step)(params, groups, keys, ())
-    assert_trees_close(out.gradient, want, 1e-4)
+  logits = logits_of(backbone, params, history, ACTIVENESS)[..., 1:]
+  logs = scipy.special.log_softmax(logits, -1)[targets > 0]
+  own = logs[np.arange(len(logs)), targets[targets > 0] - 1]
+  np.testing.assert_allclose(value, -own.mean(), rtol=1e-5)
 
 
 USERS = 40
@@ -244,8 +217,8 @@ def test_serving_tells_training_interactions_or_those_given(
   backbone = conditioned(BUILDERS[name]())
   params = noisy(backbone.init)
   model = serving.make(
-    plugins.Model(backbone, None), serving.Routes(
-      [plugins.Weights(params, None)], *np.zeros((2, USERS), int), (0, 0)
+    [plugins.Model(backbone, None)], serving.Routes(
+      [plugins.Weights(params, None)], [0], *np.zeros((2, USERS), int), (0, 0)
     ), split, length=LENGTH, origin={},
   )
   if way == "loaded":
@@ -272,7 +245,7 @@ def tiny(**changes):
   made.backbone.update(name="gru4rec", blocks=2)
   made.backbone_steps, made.plugin_steps, made.dispatch = 10, 10, 10
   made.update_from_flattened_dict(changes)
-  settings.check(made)
+  build.check(made)
   return made
 
 
@@ -309,7 +282,6 @@ def test_the_switch_tells_every_backbone(tmp_path):
   found = trained(made, tmp_path)
   for name in ("base", "base-activeness", "pin/backbone"):
     assert np.abs(found[name]["activeness"]).max() > 1e-4
-  assert METHODS["base_activeness"].title == "base, reads activeness"
 
 
 def test_exact_adjustment_of_a_model_that_is_told_is_refused():

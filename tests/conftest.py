@@ -4,9 +4,12 @@ import ctypes
 import gc
 import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
+
+from pin_jax.training import objectives
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,6 +26,12 @@ def _compilation_cache(tmp_path_factory):
   ):
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory):
+  """What libraries forget, such as TFDS its folders, goes with pytest's own."""
+  tempfile.tempdir = os.environ["TMPDIR"] = str(tmp_path_factory.mktemp("tmp"))
 
 
 _MOST = 1e9  # bytes of a worker, beyond which it lets go of its programs
@@ -48,6 +57,14 @@ def compile_quickly():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def few_at_a_time():
+  """Chunks of positions that are small enough for several to be needed."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(objectives, "CHUNK", 4)
+    yield
 
 
 _DEFAULT = pathlib.Path(__file__).parents[2] / "shared" / "data"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-from toys import assert_trees_close
 
 from pin_jax.training.losses import (
   bayesian_personalized_ranking,
@@ -35,17 +34,6 @@ def test_cross_entropy_of_the_candidates_that_take_part_equals_scipy(share):
     kept = logits[i][where[i]].astype(np.float64)
     want = scipy.special.logsumexp(kept) - logits[i][target[i]]
     np.testing.assert_allclose(got[i], want, rtol=1e-6, atol=1e-6)
-
-
-def test_cross_entropy_gradient_is_softmax_minus_one_hot():
-  logits = jnp.asarray([[0.3, -1.2, 2.0, 0.0]])
-  where = jnp.asarray([[False, True, True, True]])
-  grad = jax.grad(
-    lambda x: softmax_cross_entropy(x, jnp.asarray([2]), where).sum()
-  )(logits)
-  softmax = scipy.special.softmax([-1.2, 2.0, 0.0])
-  want = [[0, *(softmax - [0, 1, 0])]]
-  np.testing.assert_allclose(grad, want, atol=1e-6)
 
 
 def test_cross_entropy_of_huge_logits_is_finite():
@@ -173,57 +161,6 @@ def test_sampled_losses_accumulate_bfloat16_in_float32(name):
   want = _by_hand(name, 0.5, np.asarray(negatives, float), np.zeros(4001))
   assert got.dtype == jnp.float32
   np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
-def test_sampled_softmax_over_all_others_is_the_softmax():
-  rng = np.random.default_rng(2)
-  logits = jnp.asarray(3 * rng.normal(size=(4, 9)), jnp.float32)
-  target = np.asarray([0, 8, 3, 3])
-  others = np.stack([np.delete(np.arange(9), t) for t in target])
-  rows = np.arange(4)[:, None]
-
-  def sampled(logits):
-    return sampled_softmax(
-      logits[rows[:, 0], target], logits[rows, others], jnp.zeros((4, 8))
-    ).sum()
-
-  full = lambda x: softmax_cross_entropy(x, jnp.asarray(target)).sum()
-  run = lambda f: jax.jit(jax.value_and_grad(f))(logits)
-  got, want = run(sampled), run(full)
-  assert_trees_close(got, want)
-
-
-def test_bias_of_the_sampled_softmax_halves_as_the_draws_double():
-  """Exact expectation over all draws of C items from q, target masked."""
-  logits = np.asarray([0.7, -0.4, 1.1, 0.0], np.float32)
-  q, target = np.asarray([0.4, 0.3, 0.1, 0.2]), 1
-  softmax = scipy.special.softmax(logits.astype(float))
-  full = softmax - np.eye(4)[target]
-
-  @jax.jit
-  @jax.vmap
-  def gradient(counts):
-    """Of one multiset of draws: an item drawn m times weighs m."""
-
-    def loss(x):
-      log_counts = jnp.log(counts.sum() * q) - jnp.log(jnp.maximum(counts, 1))
-      where = (counts > 0) & (jnp.arange(4) != target)
-      return sampled_softmax(x[target], x, log_counts, where)
-
-    return jax.grad(loss)(jnp.asarray(logits))
-
-  biases = []
-  for draws in (8, 16, 32, 64):
-    grid = np.indices([draws + 1] * 3).reshape(3, -1).T
-    grid = grid[grid.sum(1) <= draws]
-    counts = np.concatenate([grid, draws - grid.sum(1, keepdims=True)], 1)
-    chances = scipy.stats.multinomial.pmf(counts, draws, q)
-    grads = np.asarray(gradient(counts.astype(np.float32)), np.float64)
-    biases.append(chances @ grads - full)
-  sizes = np.abs(biases).max(1)
-  assert sizes[0] > 0.005
-  np.testing.assert_allclose(sizes[1:] / sizes[:-1], 0.5, atol=0.12)
-  np.testing.assert_allclose(sizes[-1] / sizes[-2], 0.5, atol=0.02)
 
 
 def test_gbce_power():

@@ -10,8 +10,15 @@ import pytest
 import rich.console
 from etils import epath
 
-from experiments import build, job, serve, settings, stages, workdir
-from experiments.methods import compared, information, learns, selected
+from experiments import build, job, serve, stages, workdir
+from experiments.methods import (
+  choose,
+  chosen,
+  compared,
+  information,
+  learns,
+  selected,
+)
 from experiments.problem import make_problem
 from pin_jax.data import batches, splits
 from tests import tiny
@@ -29,7 +36,7 @@ def _config(**changes):
   config.memory.update(recent=3, relations=("cosine",))
   config.backbone_steps, config.plugin_steps, config.refit = 10, 10, 10
   config.update_from_flattened_dict(changes)
-  settings.check(config)
+  build.check(config)
   return config
 
 
@@ -66,8 +73,8 @@ def test_the_table_says_what_its_rows_learnt_from():
     return information(selected(config), config)
 
   assert said(refit=0) == (
-    "base + validation, joint + plugins learnt from training targets and half "
-    "of the users' validation targets; base, memory alone learnt from training "
+    "base_validation, joint_plugins learnt from training targets and half "
+    "of the users' validation targets; base, memory_alone learnt from training "
     "targets; compare a row only with those that learnt from the same"
   )
   assert said() == (
@@ -148,11 +155,11 @@ def _fitted(num_users):
   return np.random.default_rng(0).permutation(num_users) < num_users // 2
 
 
-def _with_other_tests(problem):
-  """The problem with another item as everybody's test target."""
-  data, test = problem.split.interactions, problem.split.test
+def _with_other_targets(problem, part, users):
+  """The problem with another item as the target of some users."""
+  data, position = problem.split.interactions, getattr(problem.split, part)
   items = data.items.copy()
-  place = data.offsets[:-1] + test
+  place = (data.offsets[:-1] + position)[users]
   items[place] = items[place] % data.num_items + 1
   split = dataclasses.replace(
     problem.split, interactions=dataclasses.replace(data, items=items)
@@ -175,7 +182,7 @@ def refitted(tmp_path_factory, compile_quickly):
 def test_nothing_that_is_learnt_depends_on_a_test_target(refitted, tmp_path):
   config = _config()
   problem = make_problem(config)
-  other = _with_other_tests(problem)
+  other = _with_other_targets(problem, "test", problem.segments >= 0)
   changed = problem.sequences.items != other.sequences.items
   assert changed.sum() == len(problem.segments)
   learnt = []
@@ -238,3 +245,50 @@ def test_learning_is_the_most_of_any_stage():
     "base_validation": "half", "base": "none", "memory_alone": "none",
     "joint_plugins": "half",
   }
+
+
+def test_the_choice_is_the_best_on_validation_of_each_segment():
+  found = {
+    "base": {"tail": 0.2, "head": 0.5}, "pin": {"tail": 0.3, "head": 0.4},
+    "joint_gate": {"tail": 0.3, "head": 0.5},
+    "pin_swapped": {"tail": 0.9, "head": 0.9},  # controls
+    "pin_random": {"tail": 0.9, "head": 0.9},
+  }
+  assert choose(found) == {"tail": "pin", "head": "base"}
+  method = chosen({"tail": "pin", "head": "base", "users": {}})
+  assert method.serve == (("pin/backbone", "pin/plugins"), ("base", None))
+  assert [stage.name for stage in method.stages] == [
+    "pin/backbone", "pin/plugins", "base"
+  ]
+
+
+def test_the_choice_reads_targets_from_which_nobody_learnt(refitted, tmp_path):
+  config = _config()
+  problem = make_problem(config)
+  fitted = _fitted(len(problem.segments))
+  other = _with_other_targets(problem, "validation", fitted)
+  test = _with_other_targets(problem, "test", problem.segments >= 0)
+  made = _trainer(config, problem, refitted)
+  for stage in job.stages_of(selected(config)):
+    made.read(stage)
+  found = {}
+  for name, data in (("same", problem), ("others", other), ("test", test)):
+    read = _trainer(config, data, tmp_path)  # another problem's memory
+    read.trained = made.trained
+    read.weights = made.weights
+    found[name] = {
+      key: job.validated(key, 0, data, read, half=True) for key in GATED
+    }
+  for name in ("others", "test"):
+    jax.tree.map(np.testing.assert_array_equal, found[name], found["same"])
+  everybody = job.validated("base", 0, problem, made, half=False)
+  for part, ranks in everybody.items():
+    own = problem.segments == ("tail", "head").index(part)
+    assert len(ranks) == own.sum()
+    np.testing.assert_array_equal(
+      found["same"]["base"][part], ranks[~fitted[own]]
+    )
+  choice = workdir.read_json(epath.Path(refitted) / "summary.json")["choice"]
+  for key, own in found["same"].items():  # of the rows before the refit
+    ndcg = np.where(own["tail"] <= 10, 1 / np.log2(1 + own["tail"]), 0)
+    assert choice["validation"][key]["tail"] == pytest.approx(ndcg.mean())

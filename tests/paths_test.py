@@ -7,7 +7,7 @@ import pytest
 from toys import RULES, assert_trees_close
 
 from pin_jax import aggregation
-from pin_jax.aggregation import weightings
+from pin_jax.aggregation import aggregator, weightings
 from pin_jax.models import sasrec
 from pin_jax.training import objectives
 from pin_jax.types import Batch
@@ -19,7 +19,7 @@ def rule(name):
   return RULES[name](PRIOR)
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 # loss_g = ||A_g x - c_g||^2 / 2 with x = (a, b / c) flat.
@@ -223,9 +223,9 @@ def test_leaf_names():
   ("losses", True, "cpu", 100, "sequential"),
   ("gradients", True, "tpu", 9**12, "stacked"),
 ])
-def test_automatic_path(reads, fused, backend, size, want):
-  got = aggregation.choose_path(reads, size, fused=fused, backend=backend)
-  assert got == want
+def test_automatic_path(monkeypatch, reads, fused, backend, size, want):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  assert aggregator._automatic(reads, size, fused) == want
 
 
 def test_informed_rules_keep_their_weights_and_form_the_gramian():
@@ -266,7 +266,7 @@ def test_weighted_loss_equals_the_groups_one_by_one(mean):
   batch = Batch(jnp.zeros((SIZE, ROWS), jnp.int32), history, targets)
   groups = objectives.GroupBatch(batch, importance)
   keys = jax.random.split(jax.random.key(5), SIZE)
-  losses = objectives.group_losses(backbone, mean=mean, chunk=8)
+  losses = objectives.group_losses(backbone, mean=mean)
   one = jax.jit(jax.value_and_grad(losses.group_loss))
   of_group = lambda g: jax.tree.map(lambda x: x[g], (groups, keys))
   values, grads = zip(

@@ -39,7 +39,7 @@ STEPS = 80
 SUMS = ("exp", "log", "reduce_sum", "reduce_max", "rsqrt", "cumsum")
 
 
-pytestmark = pytest.mark.usefixtures("compile_quickly")
+pytestmark = pytest.mark.usefixtures("compile_quickly", "few_at_a_time")
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -58,7 +58,7 @@ def _group(rows=12):
 
 
 def _loss(backbone):
-  return objectives.group_losses(backbone, mean="users", chunk=16).group_loss
+  return objectives.group_losses(backbone, mean="users").group_loss
 
 
 def _start(backbone):

@@ -19,7 +19,7 @@ import scipy.stats
 from pin_jax import serving
 from pin_jax.data import files, splits, stored
 from pin_jax.data.interactions import from_columns
-from pin_jax.evaluation import metrics, statistics
+from pin_jax.evaluation import statistics
 from pin_jax.training import negatives
 from pin_jax.types import InputError
 
@@ -99,13 +99,13 @@ def test_ids_are_stored_and_found_as_they_are(ids, on_disk):
     assert data.user_ids.tolist() == data.item_ids.tolist() == want
     users = serving.Users(data.user_ids, *[np.arange(len(want) + 1)] * 2,
                           {"all": np.zeros(len(want), int)})
-    known = serving.Recommender(None, None, users, *[None] * 6)
+    known = serving.Recommender((), None, users, *[None] * 5)
     for form in (lambda x: x, str):
       found = serving.of_users(known, [form(x) for x in ids])
       assert found.names == ids
     spelled = [f" {ids[0]}", f"{ids[0]} ", f"+{ids[0]}", f"0{ids[0]}"]
     for other in set(spelled) - set(map(str, ids)):
-      with pytest.raises(InputError, match="unknown|no integer"):
+      with pytest.raises(InputError, match="unknown"):
         serving.of_users(known, [other])
 
 
@@ -245,31 +245,6 @@ def test_shares_of_items_are_those_of_their_counts(counts, exponent):
   assert ((widths > 0) == ((np.array(counts) > 0) | (exponent == 0))).all()
 
 
-# Metrics.
-
-
-@hypothesis.given(
-  st.lists(st.integers(-3, 3), min_size=1, max_size=9), st.data()
-)
-def test_average_rank_equals_scipy_on_any_scores(scores, data):
-  target = data.draw(st.integers(0, len(scores) - 1))
-  got = metrics.average_rank(np.float32(scores), target)
-  assert got == scipy.stats.rankdata(-np.array(scores))[target]
-
-
-@hypothesis.given(
-  st.lists(st.floats(1, 1e6), min_size=1, max_size=9), st.integers(1, 50)
-)
-def test_metrics_are_bounded_ordered_and_cut_off(ranks, k):
-  hits, gains, reciprocal = (
-    metrics.METRICS[name](ranks, k) for name in ("hr", "ndcg", "mrr")
-  )
-  np.testing.assert_array_equal(hits, np.array(ranks) <= k)
-  assert (0 <= reciprocal).all() and (reciprocal <= gains).all()
-  assert (gains <= hits).all()
-  assert ((gains > 0) == (hits > 0)).all()
-
-
 # Statistics.
 
 
@@ -287,13 +262,3 @@ def test_an_interval_holds_resampled_means_and_follows_its_unit(values, seed):
   assert min(values) - slack <= one.low <= one.high <= max(values) + slack
   two = statistics.mean_interval(4 * np.array(values), bootstrap)
   np.testing.assert_allclose([two.low, two.high], [4 * one.low, 4 * one.high])
-
-
-@hypothesis.given(VALUES, st.floats(0.25, 4))
-def test_a_constant_factor_is_a_certain_change(values, factor):
-  base = np.array(values)
-  got = statistics.relative_change(
-    base, factor * base, bootstrap=statistics.Bootstrap(num_resamples=50)
-  )
-  np.testing.assert_allclose(got[:3], factor - 1, rtol=1e-9, atol=1e-12)
-  assert (got.p_value < 0.05) == (factor > 1)

@@ -12,11 +12,10 @@ import xml.etree.ElementTree
 
 import numpy as np
 import pytest
-import rich.console
 from results_test import sampled_rows
 from toy_rows import job_of, make_rows, make_workdir
 
-from experiments import figures, report, results
+from experiments import commands, figures, report, results
 from pin_jax.types import InputError
 
 MODELS = ("base", "pin <b>&", "pin", "x_1")
@@ -32,7 +31,7 @@ def _no_warnings():
 
 
 def _console(width=80):
-  return rich.console.Console(file=io.StringIO(), width=width)
+  return commands.Console(file=io.StringIO(), width=width)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,7 @@ def test_the_page_names_every_model_and_its_verdict(pages):
 def test_the_page_says_where_the_numbers_come_from(pages):
   page, markdown, _ = pages[0]
   common = (
-    "python -m experiments.main --workdir=runs/toy", "toy.parquet",
+    "python -m experiments.main --workdir=/somewhere/else/toy", "toy.parquet",
     "leave-one-out; full ranking over 300 items", "data toy f00",
     "users crossed with seeds",
   )
@@ -122,7 +121,6 @@ def test_the_page_says_where_the_numbers_come_from(pages):
   ):
     for part in parts:
       assert part in text, part
-    assert "/somewhere" not in text
 
 
 def test_tables_hold_the_numbers_of_the_rows(pages):
@@ -201,13 +199,12 @@ def test_console_fits_80_columns_without_ansi_codes(tmp_path):
   lines = text.splitlines()
   tables = [
     line for i, line in enumerate(lines)
-    if any("───" in x for x in lines[max(i - 9, 0) : i + 1])
-    and line.startswith(" ")
+    if any("───" in x for x in lines[max(i - 6, 0) : i + 3]) and "  " in line
   ]
   assert len(tables) > 20 and max(map(len, tables)) <= 80
   for part in (
-    "Change of NDCG@10 against base, history masked", "pin backbone",
-    "group 4", "Protocol: leave-one-out; full ranking over 300 items",
+    "Change of NDCG@10 against base, history masked", "pin_backbone",
+    "activeness", "Protocol: leave-one-out; full ranking over 300 items",
     "The claim", str(path / "report.html"),
   ):
     assert part in text
@@ -226,7 +223,7 @@ def test_every_figure_is_drawn_in_a_file_of_its_own(pages, tmp_path):
   names = set(re.findall('alt="([^"]*)"', page))
   assert {path.stem for path in files} == names
   links = re.findall(r"\]\((\S+)\)", (tmp_path / "docs/all.md").read_text())
-  assert "../figures/job-1-w5-groups.svg" in links
+  assert "../figures/job-1-toy-backbone-length-5-groups.svg" in links
   assert all((tmp_path / "docs" / link).exists() for link in links)
 
 
@@ -263,7 +260,49 @@ def test_lists_of_candidates_are_never_in_one_figure():
     block.draw.args for block in report.sections(jobs, 50)[0].blocks
     if isinstance(block, report.Figure)
   ]
-  assert [[*claims] for claims, *_ in found] == [["0", "2"], ["1", "3"]]
+  names = [f"toy ({number})" for number in range(4)]
+  assert [[*claims] for claims, *_ in found] == [names[::2], names[1::2]]
+
+
+def test_jobs_are_named_by_what_differs():
+  def made(name, data="toy", **config):
+    job = job_of(make_rows(), config=config, data=data)
+    return job._replace(results=job.results._replace(name=name))
+
+  wide = lambda name, width, **more: made(
+    name, backbone={"width": width, "blocks": 2}, **more
+  )
+  for jobs, labels in (
+    ([wide("a", 8)], ["toy"]),
+    ([wide("a", 8), wide("b", 8, data="other")], ["toy", "other"]),
+    ([wide("a", 8), wide("b", 16), made("c", data="other")],
+     ["toy (backbone.width 8)", "toy (backbone.width 16)", "other"]),
+    ([wide("a", 8), wide("a", 8)], ["toy (a) (1)", "toy (a) (2)"]),
+    ([wide("a", 8), made("b", other={x: 1 for x in "uvw"})],
+     ["toy (a)", "toy (b)"]),
+  ):
+    assert results.labels_of(jobs) == labels
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_table_keeps_every_number_whole_at_any_width(width):
+  job = job_of(make_rows(["base", "pin_backbone", "pin"], range(3)))
+  console = commands.Console(file=io.StringIO(), width=width)
+  table = results.change_table(job, job.main)
+  report.print_table(table, console)
+  lines = console.file.getvalue().split(table.note)[0].splitlines()
+  assert max(map(len, lines[1:])) <= max(width, 34)
+  found = re.findall(r"\[.*?\]|\S+", " ".join(lines))
+  for line in table.lines:
+    for cell, column in zip(line, table.columns, strict=True):
+      if column.kind in ("change", "p"):
+        text = report.cell_text(cell, column.kind).split(" ", 1)
+        assert {*text} <= {*found}
+  places = [i for i, line in enumerate(lines) if "───" in line]
+  assert (len(places) == 1) == (width == 200)
+  values = [line.split("\t") for line in report.to_tsv(table).splitlines()]
+  assert {len(line) for line in values} == {len(values[0])}
+  assert float(values[1][2]) == pytest.approx(100 * table.lines[0][1].low)
 
 
 def test_rows_alone_are_enough(tmp_path):
@@ -284,8 +323,7 @@ def test_undefined_numbers_are_not_available(tmp_path):
 
 
 @pytest.mark.parametrize(("cell", "kind", "text"), [
-  ("pin_shared", "model", "pin, shared plugin"),
-  ("pin_shared", "word", "pin_shared"),
+  ("pin_shared", "model", "pin_shared"),
   (0.05141, "level", ".0514"), (-0.00321, "gap", "−.0032"),
   (1.0, "level", "1.0000"), (10.0, "level", "10.0000"),
   (results.Interval(0.01, -0.02, 0.034), "change", "+1.0 [−2.0, +3.4]"),

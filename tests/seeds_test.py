@@ -98,7 +98,8 @@ def stage_1(backbone, *, diagnose_every=4):
 
 def stage_2():
   """The same for plugins, on a backbone of each seed's own."""
-  backbone, plugin = bigram(NUM_ITEMS), plugins.bottleneck(NUM_ITEMS + 1)
+  backbone = bigram(NUM_ITEMS)
+  plugin = plugins.bottleneck(NUM_ITEMS + 1, hidden=3)
   sequences, pool = data_of(
     random_sequences([4, 6, 5, 7]), [0, 0, 1, 1], LENGTH
   )

@@ -60,7 +60,7 @@ def make_model(case):
   }[name]()
   params = noisy(backbone.init)
   made = {
-    "bottleneck": lambda: plugins.bottleneck(D),
+    "bottleneck": lambda: plugins.bottleneck(D, hidden=D),
     "memory": lambda: plugins.memory_mix(options),
     "lora": lambda: plugins.low_rank(params, rank=2),
     "gated": lambda: plugins.gated(D, options, hidden=3, own_repeats=True),
@@ -93,8 +93,8 @@ def made():
     )
     slots = [weights._replace(plugins=x) for x in own]
     out[case] = model, weights, serving.make(
-      model, serving.Routes(slots, SEGMENTS, SEGMENTS, (0, 1)), SPLIT,
-      length=L, origin={"case": case},
+      [model], serving.Routes(slots, (0, 0), SEGMENTS, SEGMENTS, (0, 1)),
+      SPLIT, length=L, origin={"method": case, "seed": 0},
     )
   return out
 
@@ -146,7 +146,9 @@ class Fixed:
     score = lambda b, p, t, inputs: jnp.tile(
       self.scores, (len(inputs["history"]), 1)
     )
-    self.recommender = made["sasrec bottleneck"][2]._replace(scores=score)
+    self.recommender = made["sasrec bottleneck"][2]._replace(
+      programs=(serving.Program(score),)
+    )
 
   def expected(self, k, left_out, allow=range(1, V + 1)):
     """[(item, score)] by sorting."""
@@ -190,8 +192,11 @@ def test_the_top_is_what_sorting_gives(made, k, mask):
 @pytest.mark.parametrize("case", ["sasrec bottleneck", "din gated"])
 def test_programs_do_not_grow_with_what_varies_from_call_to_call(made, case):
   """Lists of any length, of any number of users, of histories of any length."""
-  scores = jax.jit(made[case][2].scores.__wrapped__)
-  recommender = made[case][2]._replace(scores=scores)
+  program = made[case][2].programs[0]
+  scores = jax.jit(program.scores.__wrapped__)
+  recommender = made[case][2]._replace(
+    programs=(program._replace(scores=scores),)
+  )
   rng = np.random.default_rng(0)
   programs = serving._top, scores
   before = [program._cache_size() for program in programs]
@@ -374,7 +379,7 @@ def test_the_file_holds_what_the_documents_say(saved):
   assert str(program.out_avals[0].shape) == "(b, 24)"
   assert users["user"].to_list() == SPLIT.interactions.user_ids.tolist()
   assert users["segment"].to_list() == SEGMENTS.tolist()
-  assert manifest["origin"] == {"case": "din gated"}
+  assert manifest["origin"] == {"method": "din gated", "seed": 0}
 
 
 def test_two_exports_are_the_same_bytes_and_name_no_path(made, saved, tmp_path):
@@ -395,7 +400,7 @@ def refused(path):
 
 def same(one, two):
   """Whether two recommenders are equal in all but their programs' objects."""
-  one, two = (jax.tree.leaves(x._replace(scores=None)) for x in (one, two))
+  one, two = (jax.tree.leaves(x._replace(programs=())) for x in (one, two))
   return len(one) == len(two) and all(map(np.array_equal, one, two))
 
 
@@ -441,37 +446,6 @@ def in_manifest(**values):
   return change
 
 
-def in_member(name, change):
-  def harm(members):
-    members[name] = change(members[name])
-
-  return harm
-
-
-def values(dtype, index, value):
-  def change(data):
-    array = np.frombuffer(data, dtype).copy()
-    array[index] = value
-    return array.tobytes()
-
-  return change
-
-
-def columns(**of):
-  def change(data):
-    table, out = pl.read_parquet(io.BytesIO(data)), io.BytesIO()
-    table.with_columns(**{
-      name: pl.Series(make(table[name])) for name, make in of.items()
-    }).write_parquet(out)
-    return out.getvalue()
-
-  return change
-
-
-def first(value):
-  return lambda x: pl.Series([value, *x[1:]], dtype=x.dtype)
-
-
 CONTENTS = {
   "a member is missing": (lambda m: m.pop("items.parquet"), "items.parquet"),
   "no manifest": (lambda m: m.pop("manifest.json"), "manifest.json"),
@@ -479,54 +453,59 @@ CONTENTS = {
   "another platform": (in_manifest(platforms=["tpu"]), "runs on 'cpu'"),
   "no arrays": (in_manifest(arrays={}), "export the job again"),
   "no slots": (in_manifest(slots=[[0]]), "export the job again"),
-  "a history ends beyond all": (
-    in_member("histories/offsets", values("<i8", -1, 1 << 40)), "end to end"),
-  "offsets fall": (
-    in_member("histories/offsets", values("<i8", 3, 0)), "end to end"),
-  "offsets begin late": (
-    in_member("histories/offsets", values("<i8", 0, 1)), "end to end"),
-  "item 0": (
-    in_member("histories/items", values("<i4", 5, 0)), "unknown item"),
-  "item V+1": (
-    in_member("histories/items", values("<i4", 5, V + 1)), "unknown item"),
-  "a neighbour": (
-    in_member("evidence/2/3.neighbours", values("<i4", 7, -9)), "neighbour"),
-  "nan": (
-    in_member("histories/items", values("<f4", 0, np.nan)), "unknown item"),
-  "a slot": (in_member("users.parquet", columns(slot=first(2))), "slot"),
-  "a segment": (in_member("users.parquet", columns(segment=first(-1))), "segm"),
-  "a prefix": (
-    in_member("users.parquet", columns(end_all=first(99))), "prefix"),
-  "no end": (in_member("users.parquet", columns(end_all=first(None))), "gaps"),
-  "users twice": (
-    in_member("users.parquet", columns(user=lambda x: [7] * len(x))), "ascend"),
-  "a huge id": (
-    in_member("items.parquet", columns(item=lambda x: ["x" * 10**7] * len(x))),
-    "ascend"),
-  "ids of another type": (
-    in_member("users.parquet", columns(user=lambda x: [0.5] * len(x))),
-    "Float"),
-  "counts": (
-    in_member("items.parquet", columns(interactions=first(np.inf))), "finite"),
-  "program": (in_member("program.jax", lambda data: data[:-900]), "export the"),
-  "length": (in_manifest(length=10**9), "other inputs"),
-  "recent": (in_manifest(recent=10**9), "other inputs"),
-  "no recent": (in_manifest(recent=0), "other inputs"),
-  "head": (in_manifest(head_from="x"), "invalid literal"),
-  "newcomers": (in_manifest(newcomers=[0, 5]), "slot is unknown"),
-  "one newcomer": (in_manifest(newcomers=[0]), "slot is unknown"),
-  "shapes": (in_manifest(arrays={"histories/offsets": {
-    "dtype": "<i8", "shape": [1 << 50]}}), "export the"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CONTENTS)
-def test_contents_that_disagree_are_refused_before_they_serve(
+def test_what_is_no_such_file_is_refused(
   case, saved, tmp_path
 ):
   harm, words = CONTENTS[case]
   path = rewritten(saved / "gru4rec-memory.pin", tmp_path / "bad.pin", harm)
   assert words in refused(path)
+
+
+def test_a_file_of_the_former_version_is_read(made, saved, tmp_path):
+  """It has one model."""
+  def former(members):
+    manifest = json.loads(members["manifest.json"])
+    manifest |= {"schema": 1, "recent": manifest["recent"][0]}
+    del manifest["models"]
+    members["manifest.json"] = json.dumps(manifest).encode()
+
+  path = rewritten(saved / "din-gated.pin", tmp_path / "old.pin", former)
+  assert same(serving.load(path), made["din gated"][2])
+
+
+@pytest.fixture(scope="module")
+def mixed(made):
+  """Tail users are served by one model, head users by another."""
+  tail, head = made["gru4rec memory"][2], made["din gated"][2]
+  routes = serving.Routes(
+    (tail.routes.slots[0], head.routes.slots[1]), (0, 1), SEGMENTS, SEGMENTS,
+    (0, 1),
+  )
+  return tail._replace(
+    programs=tail.programs + head.programs, routes=routes, origin={}
+  )
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_segments_served_by_two_models(made, mixed, loaded, tmp_path):
+  if loaded:
+    serving.save(mixed, tmp_path / "m.pin", ["cpu"])
+    mixed = serving.load(tmp_path / "m.pin")
+  got = everything(mixed)
+  alone = [everything(made[case][2]) for case in (
+    "gru4rec memory", "din gated"
+  )]
+  expected = pl.concat(
+    table.filter(pl.col("segment") == segment)
+    for segment, table in enumerate(alone)
+  ).sort("request", "rank")
+  assert got.drop("score").equals(expected.drop("score"))
+  np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-4)
+  assert not alone[0].drop("score").equals(alone[1].drop("score"))
 
 
 def run(saved, **options):
@@ -540,14 +519,17 @@ def test_the_command_reads_and_writes_files(made, saved, tmp_path):
   recommender = made["din gated"][2]
   requests = serving.of_users(recommender, prefix="train")
   expected = serving.recommend(recommender, requests, k=4, deny=["item03"])
-  for name, read in (("a.parquet", pl.read_parquet), ("a.json", pl.read_json)):
+  for suffix, read in (
+    ("parquet", pl.read_parquet), ("json", pl.read_json), ("csv", pl.read_csv),
+    ("jsonl", pl.read_ndjson),
+  ):
     text = run(
       saved, all_users=True, prefix="train", k=4, deny="item03",
-      output=str(tmp_path / name),
+      output=str(tmp_path / f"a.{suffix}"),
     )
-    assert "148 items for 37 requests" in text
+    assert "148 items for 37 of 37 requests, by din gated, seed 0" in text
     columns = ["user", "rank", "item", "segment", "source"]
-    got = read(tmp_path / name)
+    got = read(tmp_path / f"a.{suffix}")
     assert got.select(columns).rows() == expected.select(columns).rows()
     np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-6)
   given = pl.DataFrame({
@@ -555,7 +537,8 @@ def test_the_command_reads_and_writes_files(made, saved, tmp_path):
   })
   given.write_parquet(tmp_path / "h.parquet")
   given.write_json(tmp_path / "h.json")
-  for name in ("h.parquet", "h.json"):
+  given.write_ndjson(tmp_path / "h.jsonl")
+  for name in ("h.parquet", "h.json", "h.jsonl"):
     _, *lines = run(saved, history=str(tmp_path / name), k=2).splitlines()
     users = [line.split()[0] for line in lines]
     assert users == ["103"] * 2 + ["(new)"] * 2 + ["999"] * 2
@@ -563,3 +546,37 @@ def test_the_command_reads_and_writes_files(made, saved, tmp_path):
   (tmp_path / "ids.txt").write_text("103\n\n106\n")
   of_file = run(saved, users=str(tmp_path / "ids.txt"))
   assert of_file == run(saved, users="103,106") and of_file.count("\n") == 21
+
+
+def test_the_command_serves_the_others_and_says_who_is_unknown(
+  saved, tmp_path, capsys
+):
+  lists = run(saved, users="103,160000,106", k=3, deny="item99,item01")
+  assert lists == run(saved, users="103,106", k=3, deny="item01")
+  assert capsys.readouterr().err.splitlines()[:2] == [
+    "warning: 1 of 3 users is unknown to the model: '160000'; ids are "
+    "such as 100; left out",
+    "warning: 1 of 2 items to deny is unknown to the model: 'item99' (near: "
+    "'item19', 'item09', 'item23'); left out",
+  ]
+  with pytest.raises(InputError, match="1 of 3 users .* '160000'"):
+    run(saved, users="103,160000,106", strict=True)
+  assert len(run(saved, users="103", k=3).splitlines()) == 4  # not from then on
+
+
+def test_new_users_come_as_interactions(saved, tmp_path):
+  """A file such as the job reads; histories are in the order of the times."""
+  path = tmp_path / "new.csv"
+  path.write_text(
+    "user,item,timestamp\nu7,item02,5\nu7,item01,4\n103,item03,1\n"
+  )
+  asked = serve.read_histories(path, {"user": "user", "separator": None})
+  assert asked == ([["item03"], ["item01", "item02"]], ["103", "u7"])
+  (tmp_path / "h.json").write_text(json.dumps([
+    {"user": user, "items": items}
+    for items, user in zip(*asked, strict=True)
+  ]))
+  lists = [run(saved, history=str(x), k=2) for x in (path, tmp_path / "h.json")]
+  assert lists[0] == lists[1] and "u7" in lists[0]
+  with pytest.raises(InputError, match="no column 'who'"):
+    serve.read_histories(path, {"user": "who"})

@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from toys import RULES
 
-from experiments import build, settings, stages
+from experiments import build, stages
 from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import make_problem, requests_for
@@ -55,7 +55,7 @@ def config(data=1, model=1, **changes):
 
 def trained(made, workdir, names=tuple(STAGES)):
   """The trainer of a config once it has trained the stages."""
-  settings.check(made)
+  build.check(made)
   problem = make_problem(made)
   networks = build.make_networks(made, ITEMS)
   out = stages.Trainer(made, problem, networks, epath.Path(workdir), (0,))
@@ -80,7 +80,7 @@ def params_of(out):
 
 def compute_training(workdir):
   """One device, eight, and the checkpoints of eight read on one and four."""
-  told = {"backbone.reads_activeness": True}
+  told = {"backbone.reads_activeness": True, "pin.weighting": "upgrad"}
   eight = trained(config(4, 2, **told), f"{workdir}/eight")
   table = eight.trained["pin/backbone"][0].best["items"]
   shards = {str(s.index): s.data.shape for s in table.addressable_shards}
@@ -290,7 +290,7 @@ def test_what_does_not_go_over_devices_is_named(key, value, mesh):
   elif key == "mesh.model":
     key = "section mesh: data=1, model"
   with pytest.raises(InputError, match=f"{key}={value}"):
-    settings.check(made)
+    build.check(made)
     build.make_networks(made, ITEMS)
 
 

@@ -81,8 +81,6 @@ def test_a_base_that_some_resamples_miss_has_no_interval():
 
 
 def test_bad_input_names_the_remedy():
-  with pytest.raises(InputError, match="same users and seeds under both"):
-    statistics.relative_change(np.ones(3), np.ones(4))
   with pytest.raises(InputError, match="one user id and one seed for each"):
     statistics.by_seed(np.ones(3), [1, 2], [0, 0])
   with pytest.raises(InputError, match="confidence is 95"):
@@ -137,21 +135,6 @@ def test_crossed_bootstrap_equals_a_numpy_loop():
   draws = _numpy_crossed(lambda i: base[i].mean(), 4, 60)
   low, high = np.percentile(draws, [2.5, 97.5])
   np.testing.assert_allclose(mean[1:], [low, high], atol=0.1 * (high - low))
-
-
-def test_paired_interval_equals_scipys_bootstrap():
-  base, other = _pair(120)
-  want = scipy.stats.bootstrap(
-    (base, other),
-    lambda x, y, axis: y.mean(axis) / x.mean(axis) - 1,
-    paired=True, vectorized=True, method="percentile", n_resamples=4000,
-    rng=np.random.default_rng(5),
-  ).confidence_interval
-  got = statistics.relative_change(
-    base, other, bootstrap=Bootstrap(num_resamples=4000)
-  )
-  width = want.high - want.low
-  np.testing.assert_allclose(got[1:3], want, atol=0.06 * width)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])
@@ -428,8 +411,6 @@ def test_bad_input_of_the_tests_names_the_remedy():
     statistics.by_seed(np.ones(3), [1, 2, 1], [0, 0, 1])
   with pytest.raises(InputError, match="numbers from 0 to 1"):
     statistics.holm([0.1, 1.5])
-  with pytest.raises(InputError, match="at least one group"):
-    statistics.worst_group([])
   with pytest.raises(InputError, match="power is 80; pass a share"):
     statistics.smallest_effect(0.1, power=80)
   options = {"spread": 1, "correlation": 0.5, "seed_spread": 0}

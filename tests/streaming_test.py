@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import build, settings, stages
+from experiments import build, stages
 from experiments.configs import base
 from experiments.methods import METHODS
 from experiments.problem import fingerprint, make_problem
@@ -232,7 +232,7 @@ def _config(path, stream):
 
 
 def _trained(config, workdir):
-  settings.check(config)
+  build.check(config)
   problem = make_problem(config)
   networks = build.make_networks(
     config, problem.split.interactions.num_items
@@ -267,9 +267,9 @@ def test_what_needs_all_interactions_is_refused(path, key, value):
   config.update_from_flattened_dict(changes)
   config.memory.recent = LENGTH
   with pytest.raises(InputError, match=f"{key}=.*data.stream=False"):
-    settings.check(config)
+    build.check(config)
   config.data.stream = False
-  settings.check(config)
+  build.check(config)
 
 
 def test_users_that_the_split_drops_are_not_stored(tmp_path):

@@ -12,11 +12,10 @@ import time
 import numpy as np
 import polars as pl
 import pytest
-import rich.console
 from etils import epath
 from toy_rows import make_rows, make_workdir
 
-from experiments import report, results, sweep
+from experiments import commands, report, results, sweep
 from pin_jax.types import InputError
 
 SETTINGS = """[
@@ -38,7 +37,7 @@ def _config(path, settings=SETTINGS):
 
 
 def _console():
-  return rich.console.Console(file=io.StringIO(), width=200)
+  return commands.Console(file=io.StringIO(), width=200)
 
 
 def _job(root, name, code):

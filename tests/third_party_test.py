@@ -69,7 +69,7 @@ def fake(tmp_path):
 @pytest.fixture
 def plan(tmp_path):
   options = {"count": str(tmp_path / "count.txt")}
-  return driver.Plan(sys.executable, "Popular", (0,), options, epochs=3)
+  return driver.Plan(sys.executable, "Popular", options, epochs=3)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_finished_seed_is_not_trained_again(tmp_path, fake, plan, quiet):
   # Killed while it trained: what is there of seed 1 is no result.
   (path / "peer" / "seed1").mkdir()
   (path / "peer" / "seed1" / "ranks.npz").write_bytes(b"half")
-  plan = plan._replace(seeds=(0, 1))
+  config.seeds = (0, 1)
   driver.run(config, fake, plan, path, console=quiet)
   length = config.backbone.length
   assert (tmp_path / "count.txt").read_text() == f"0 {length}\n1 {length}\n"
@@ -239,123 +239,90 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
     serve.recommender(path)
 
 
-class TestRefusals:
+@pytest.fixture
+def refused(tmp_path, fake, plan, quiet):
+  """What a run says that is refused, given what is other of it."""
 
-  def refused(self, tmp_path, fake, plan, quiet, config=None, **options):
+  def run(config=None, *, peer=None, beside=None, **changes):
     with pytest.raises(InputError) as caught:
       driver.run(
-        config or tiny.get_config(), fake, plan, tmp_path / "w",
-        console=quiet, **options,
+        config or tiny.get_config(), fake._replace(**peer or {}),
+        plan._replace(**changes), tmp_path / "w", beside=beside, console=quiet,
       )
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
-  def test_other_data(self, tmp_path, fake, plan, quiet, finished):
-    config = tiny.get_config()
-    config.data.seed = 1
-    text = self.refused(
-      tmp_path, fake, plan, quiet, config, beside=finished
-    )
-    assert f"--beside={finished} has fingerprint" in text
-    assert not (tmp_path / "w").exists()
+  return run
 
-  def test_other_split(self, tmp_path, fake, plan, quiet, finished):
-    summary = json.loads((finished / "summary.json").read_text())
-    (tmp_path / "job").mkdir()
-    rows = pl.read_parquet(finished / "rows.parquet")
-    rows.write_parquet(tmp_path / "job" / "rows.parquet")
+
+def test_results_of_other_data_seeds_or_models_are_refused(
+  tmp_path, fake, plan, quiet, refused, finished
+):
+  config = tiny.get_config()
+  config.data.seed = 1
+  text = refused(config, beside=finished)
+  assert f"--beside={finished} has fingerprint" in text
+  assert not (tmp_path / "w").exists()
+  config.data.seed, config.seeds = tiny.get_config().data.seed, (0, 1)
+  text = refused(config, beside=finished)
+  assert "has seeds [0] and here are [0, 1]" in text
+  assert "has no rows.parquet" in refused(beside=tmp_path / "no")
+  driver.run(tiny.get_config(), fake, plan, tmp_path / "done", console=quiet)
+  text = refused(beside=tmp_path / "done")
+  assert "has a model 'Fake Popular' already" in text
+
+
+@pytest.mark.parametrize(("harm", "text"), [
+  ("split", "has protocol 'another'"),
+  ("targets", "holds other users or targets"),
+])
+def test_results_of_other_targets_are_refused(
+  tmp_path, refused, finished, harm, text
+):
+  rows = pl.read_parquet(finished / "rows.parquet")
+  summary = json.loads((finished / "summary.json").read_text())
+  if harm == "split":
     summary["protocol"] = "another"
-    (tmp_path / "job" / "summary.json").write_text(json.dumps(summary))
-    options = {"beside": tmp_path / "job"}
-    text = self.refused(tmp_path, fake, plan, quiet, **options)
-    assert "has protocol 'another'" in text
-
-  def test_other_targets(self, tmp_path, fake, plan, quiet, finished):
-    (tmp_path / "job").mkdir()
-    rows = pl.read_parquet(finished / "rows.parquet")
+  else:
     rows = rows.with_columns(target=pl.col("target") % 30 + 1)
-    rows.write_parquet(tmp_path / "job" / "rows.parquet")
-    summary = (finished / "summary.json").read_text()
-    (tmp_path / "job" / "summary.json").write_text(summary)
-    options = {"beside": tmp_path / "job"}
-    text = self.refused(tmp_path, fake, plan, quiet, **options)
-    assert "holds other users or targets" in text
+  (tmp_path / "job").mkdir()
+  rows.write_parquet(tmp_path / "job" / "rows.parquet")
+  (tmp_path / "job" / "summary.json").write_text(json.dumps(summary))
+  assert text in refused(beside=tmp_path / "job")
 
-  def test_other_seeds(self, tmp_path, fake, plan, quiet, finished):
-    plan = plan._replace(seeds=(0, 1))
-    text = self.refused(tmp_path, fake, plan, quiet, beside=finished)
-    assert "has seeds [0] and here are [0, 1]" in text
 
-  def test_its_own_name(self, tmp_path, fake, plan, quiet):
-    done = tmp_path / "done"
-    driver.run(tiny.get_config(), fake, plan, done, console=quiet)
-    text = self.refused(tmp_path, fake, plan, quiet, beside=done)
-    assert "has a model 'Fake Popular' already" in text
+def test_workdirs_of_others_are_refused(tmp_path, fake, plan, quiet, refused):
+  config = tiny.get_config()
+  driver.run(config, fake, plan, tmp_path / "w", console=quiet)
+  assert "epochs is 3 there and 5 here" in refused(epochs=5)
+  (tmp_path / "w" / "peer.json").unlink()
+  (tmp_path / "w" / "config.json").write_text("{}")
+  assert "belongs to a job" in refused()
+  config.evaluation.protocol = "sampled"
+  assert "evaluation.protocol='sampled'" in refused(config)
 
-  def test_nothing_beside(self, tmp_path, fake, plan, quiet):
-    text = self.refused(tmp_path, fake, plan, quiet, beside=tmp_path / "no")
-    assert "has no rows.parquet" in text
 
-  def test_a_job_of_ours(self, tmp_path, fake, plan, quiet, finished):
-    (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "config.json").write_text("{}")
-    assert "belongs to a job" in self.refused(tmp_path, fake, plan, quiet)
+@pytest.mark.parametrize(("changes", "text"), [
+  ({"epochs": None}, "the budget is absent"),
+  ({"cpu_seconds": 3.0}, "the budget is {'cpu_seconds': 3.0, 'epochs': 3}"),
+  ({"epochs": 0}, "the budget is {'epochs': 0}"),
+  ({"validations": 0}, "validations=0"),
+  ({"python": "/no/python"}, "cannot be run (No such file or directory)"),
+  ({"python": "/bin/true"}, "it is no Python interpreter"),
+  ({"peer": {"version": "0.1"}},
+   f"has numpy {np.__version__} and 0.1 is needed"),
+  ({"peer": {"package": "no-such-package"}},
+   "has no-such-package not installed"),
+])
+def test_what_cannot_be_run_is_refused(refused, changes, text):
+  assert text in refused(**changes)
 
-  def test_another_run(self, tmp_path, fake, plan, quiet):
-    driver.run(tiny.get_config(), fake, plan, tmp_path / "w", console=quiet)
-    plan = plan._replace(epochs=5)
-    text = self.refused(tmp_path, fake, plan, quiet)
-    assert "epochs is 3 there and 5 here" in text
 
-  def test_sampled_ranking(self, tmp_path, fake, plan, quiet):
-    config = tiny.get_config()
-    config.evaluation.protocol = "sampled"
-    text = self.refused(tmp_path, fake, plan, quiet, config)
-    assert "evaluation.protocol='sampled'" in text
-
-  @pytest.mark.parametrize(("change", "text"), [
-    ({"epochs": None}, "the budget is absent"),
-    ({"cpu_seconds": 3.0}, "the budget is {'cpu_seconds': 3.0, 'epochs': 3}"),
-    ({"epochs": 0}, "the budget is {'epochs': 0}"),
-    ({"validations": 0}, "validations=0"),
-    ({"seeds": (1, 1)}, r"seeds=[1, 1]"),
-    ({"seeds": ()}, r"seeds=[]"),
-  ])
-  def test_plans(self, tmp_path, fake, plan, quiet, change, text):
-    plan = plan._replace(**change)
-    assert text in self.refused(tmp_path, fake, plan, quiet)
-
-  def test_no_interpreter(self, tmp_path, fake, plan, quiet):
-    plan = plan._replace(python=str(tmp_path / "bin" / "python"))
-    text = self.refused(tmp_path, fake, plan, quiet)
-    assert "bin/python cannot be run (No such file or directory)" in text
-    (tmp_path / "true").write_text("#!/bin/sh\n")
-    (tmp_path / "true").chmod(0o755)
-    plan = plan._replace(python=str(tmp_path / "true"))
-    text = self.refused(tmp_path, fake, plan, quiet)
-    assert "it is no Python interpreter" in text
-
-  def test_another_version(self, tmp_path, fake, plan, quiet):
-    own = fake._replace(version="0.1")
-    text = self.refused(tmp_path, own, plan, quiet)
-    assert f"has numpy {np.__version__} and 0.1 is needed" in text
-    own = fake._replace(package="no-such-package")
-    text = self.refused(tmp_path, own, plan, quiet)
-    assert "has no-such-package not installed" in text
-
-  def test_a_library_that_fails(self, tmp_path, fake, plan, quiet):
-    options = {**plan.options, "fail": "no such thing"}
-    plan = plan._replace(options=options)
-    text = self.refused(tmp_path, fake, plan, quiet)
-    assert "exit code 1 and said last: ValueError: no such thing" in text
-    log = tmp_path / "w" / "peer" / "seed0" / "log.txt"
-    assert str(log) in text and "chatter" in log.read_text()
-
-  @pytest.mark.parametrize("texts", [["a"], ["=3"], ["a=1", "a=2"]])
-  def test_options(self, texts):
-    with pytest.raises(InputError, match="give name=value"):
-      driver.options_of(texts)
+def test_a_library_that_fails_says_why(tmp_path, plan, refused):
+  text = refused(options={**plan.options, "fail": "no such thing"})
+  assert "exit code 1 and said last: ValueError: no such thing" in text
+  log = tmp_path / "w" / "peer" / "seed0" / "log.txt"
+  assert str(log) in text and "chatter" in log.read_text()
 
 
 def test_options_are_read_as_json_or_text():
@@ -363,6 +330,9 @@ def test_options_are_read_as_json_or_text():
   assert driver.options_of(texts) == {
     "a": 0.001, "b": "BPR", "c": {"d": None}, "e": "", "f": "x=y", "g": True
   }
+  for texts in (["a"], ["=3"], ["a=1", "a=2"]):
+    with pytest.raises(InputError, match="give name=value"):
+      driver.options_of(texts)
 
 
 def test_versions_match_by_whole_parts(fake, monkeypatch):
@@ -462,7 +432,6 @@ class TestWatch:
 @pytest.mark.parametrize(("flags", "text"), [
   (["--python=/nowhere"], "--python=/nowhere cannot be run"),
   (["--python=x", "--config.backbone.wdith=3"], "unknown config key"),
-  (["--python=x", "--seeds=0,a"], "--seeds=0,a; give whole numbers"),
   (["--python=x", "--option=a"], "--option=a; give name=value"),
   ([], "--python must have a value"),
 ])
@@ -648,7 +617,7 @@ def test_the_libraries_themselves(tmp_path, quiet, finished, adapter, model):
       f"no interpreter with {package}; make one as third_party/README.md says "
       f"and set {variable}"
     )
-  plan = driver.Plan(python, model, (0,), {}, epochs=3)
+  plan = driver.Plan(python, model, {}, epochs=3)
   path = tmp_path / "w"
   driver.run(
     tiny.get_config(), adapter.PEER, plan, path, beside=finished,

@@ -63,8 +63,6 @@ def make_log(run="pin/backbone", steps=60, num_groups=5):
         "conflict_rate": float((cosines < 0).mean()),
         "effective_groups": float(num_groups),
         "cosines": cosines.tolist(),
-        "noise_conflict_rate": 0.25,
-        "noise_cosine": 0.125,
       }
     )
     records.append({"run": run, "step": step, "validation": {"overall": 0.1}})

@@ -1,16 +1,16 @@
 """Runs a model of another library on our split, into a workdir of ours.
 
   python -m third_party.recbole --python=B/bin/python \
-    --config=experiments/configs/beauty.py --model=SASRec --cpu_seconds=500 \
-    --seeds=0,1,2 --workdir=runs/recbole --beside=runs/beauty
+    --config=experiments/configs/beauty.py --config.seeds="(0,1,2)" \
+    --model=SASRec --cpu_seconds=500 --workdir=runs/recbole --beside=runs/beauty
 
-The configuration says what the data are, how they are split, and the sizes of
-the model; --option=name=value sets the library's own settings. The library
-trains its own model with its own loaders and trainer, in a process under the
-interpreter of its own environment (README.md beside this file says how to make
-one), for so many CPU-seconds or --epochs. At marks it ranks our validation
-targets, which is timed apart; the best state by NDCG@10 (history masked) ranks
-our test targets once, among the whole catalogue.
+The configuration says what the data are, how they are split, the seeds and the
+sizes of the model; --option=name=value sets the library's own settings. The
+library trains its own model with its own loaders and trainer, in a process
+under the interpreter of its own environment (README.md beside this file says
+how to make one), for so many CPU-seconds or --epochs. At marks it ranks our
+validation targets, which is timed apart; the best state by NDCG@10 (history
+masked) ranks our test targets once, among the whole catalogue.
 
 The workdir then is that of a finished job for experiments.report. With
 --beside=DIR its rows hold the models of that job first, a job of ours or
@@ -89,12 +89,11 @@ class Peer(NamedTuple):
 
 
 class Plan(NamedTuple):
-  """What to run of a library.
+  """What to run of a library, with each of the configuration's seeds.
 
   Attributes:
     python: the interpreter of its environment.
     model: the library's name of it.
-    seeds: one run each.
     options: the library's own settings.
     cpu_seconds: of training, or None.
     epochs: of training, or None; one of the two.
@@ -104,7 +103,6 @@ class Plan(NamedTuple):
 
   python: str
   model: str
-  seeds: tuple[int, ...]
   options: Mapping[str, Any]
   cpu_seconds: float | None = None
   epochs: int | None = None
@@ -152,7 +150,7 @@ def run(
   title = f"{peer.name} {plan.model}"
   other = None
   if beside is not None:
-    other = _results_beside(epath.Path(beside), problem, plan, title)
+    other = _results_beside(epath.Path(beside), problem, config.seeds, title)
   directory = disk.place("workdir", directory)
   directory = epath.Path(os.path.abspath(os.fspath(directory)))
   about = {
@@ -160,8 +158,7 @@ def run(
     "sizes": {key: config.backbone[key] for key in SIZES},
     "data": fingerprint(problem),
   }
-  for key in ("seeds", "python"):
-    del about[key]
+  del about["python"]
   with workdir.held(directory):
     _claim(directory, about)
     file = directory / "peer" / "data.npz"
@@ -169,11 +166,11 @@ def run(
     protocol.write_data(os.fspath(file), data_of(problem.split))
     results = {
       seed: _train(peer, plan, directory, about["sizes"], seed, console)
-      for seed in plan.seeds
+      for seed in config.seeds
     }
     rows = [
       _rows(title, seed, problem, directory / "peer" / f"seed{seed}")
-      for seed in plan.seeds
+      for seed in config.seeds
     ]
     summary = {
       **job.about_data(problem), "base": title, "other": title,
@@ -208,10 +205,6 @@ def check_plan(config: ConfigDict, plan: Plan) -> None:
     raise InputError(
       f"validations={plan.validations}; give at least 1, for the best state "
       "is chosen by them"
-    )
-  if not plan.seeds or len(set(plan.seeds)) < len(plan.seeds):
-    raise InputError(
-      f"seeds={list(plan.seeds)}; give one or more, each once"
     )
 
 
@@ -301,8 +294,7 @@ def _train(
     **plan._asdict(), "data": os.fspath(folder.parent / "data.npz"),
     "folder": os.fspath(folder), "seed": seed, "sizes": dict(sizes),
   }
-  for key in ("seeds", "python"):
-    del asked[key]
+  del asked["python"]
   (folder / "settings.json").write_text(json.dumps(asked, indent=2) + "\n")
   code = _call(
     [_path_of(plan.python), os.fspath(peer.worker), "settings.json"], folder,
@@ -382,7 +374,7 @@ class _Beside(NamedTuple):
 
 
 def _results_beside(
-  path: epath.Path, problem: Problem, plan: Plan, title: str
+  path: epath.Path, problem: Problem, seeds: Sequence[int], title: str
 ) -> _Beside:
   """Reads finished results; raises InputError where they do not compare."""
   rows, suffix = read_rows(path)
@@ -403,20 +395,6 @@ def _results_beside(
         f"--beside={path} has {key} {summary.get(key)!r} and the "
         f"configuration's data have {mine!r}; use the configuration of that job"
       )
-  _check_rows(path, rows, summary, problem, plan, title)
-  read = lambda name: (
-    workdir.read_json(path / name) if (path / name).exists() else None
-  )
-  return _Beside(
-    rows, summary, read("cpu_seconds.json") or {}, read("config.json")
-  )
-
-
-def _check_rows(
-  path: epath.Path, rows: pl.DataFrame, summary: Mapping[str, Any],
-  problem: Problem, plan: Plan, title: str,
-) -> None:
-  """Raises InputError unless users, targets and seeds are those to come."""
   users = np.flatnonzero(problem.split.test >= 0)
   expected = job.result_rows(title, 0, problem, users, {})
   keys = ["user", "target"]
@@ -426,16 +404,22 @@ def _check_rows(
       f"--beside={path} holds other users or targets than the configuration's "
       "data; use the configuration of that job"
     )
-  own = rows.filter(model=key_of(summary["base"]))["seed"].unique()
-  if set(own) != set(plan.seeds):
+  own = set(rows.filter(model=key_of(summary["base"]))["seed"])
+  if own != set(seeds):
     raise InputError(
-      f"--beside={path} has seeds {sorted(own)} and here are "
-      f"{sorted(plan.seeds)}; pairs need the same --seeds"
+      f"--beside={path} has seeds {sorted(own)} and here are {sorted(seeds)}; "
+      "pairs need the same ones"
     )
   if title in rows["model"].unique():
     raise InputError(
       f"--beside={path} has a model {title!r} already; name a job without it"
     )
+  read = lambda name: (
+    workdir.read_json(path / name) if (path / name).exists() else None
+  )
+  return _Beside(
+    rows, summary, read("cpu_seconds.json") or {}, read("config.json")
+  )
 
 
 def _write(
@@ -485,15 +469,6 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
   return options
 
 
-def _seeds(texts: Sequence[str]) -> tuple[int, ...]:
-  try:
-    return tuple(int(text) for text in texts)
-  except ValueError as error:
-    raise InputError(
-      f"--seeds={','.join(texts)}; give whole numbers, such as 0,1,2"
-    ) from error
-
-
 def launch(peer: Peer) -> None:
   """Entry point of a library's adapter: defines the flags and runs."""
   config = config_flags.DEFINE_config_file(
@@ -505,7 +480,6 @@ def launch(peer: Peer) -> None:
   ):
     flags.DEFINE_string(name, None, text, required=True)
   flags.DEFINE_string("model", "SASRec", f"name of a model of {peer.name}")
-  flags.DEFINE_list("seeds", None, "one run each; the configuration's")
   flags.DEFINE_float("cpu_seconds", None, "of training, validation apart")
   flags.DEFINE_integer("epochs", None, "of training; instead of cpu_seconds")
   flags.DEFINE_integer(
@@ -520,19 +494,14 @@ def launch(peer: Peer) -> None:
   def main(_: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     values = flags.FLAGS
-    seeds = config.value.seeds
-    if values.seeds is not None:
-      seeds = _seeds(values.seeds)
     plan = Plan(
-      values.python, values.model, tuple(seeds), options_of(values.option),
+      values.python, values.model, options_of(values.option),
       values.cpu_seconds, values.epochs, values.validations,
     )
-    module = f"third_party.{peer.package}"
+    command = ["python", "-m", f"third_party.{peer.package}", *sys.argv[1:]]
     run(
       config.value, peer, plan, values.workdir, beside=values.beside,
-      command=shlex.join(
-        ["python", "-m", module, *sys.argv[1:]]
-      ),
+      command=shlex.join(command),
     )
 
   commands.launch(main, config)

@@ -19,7 +19,6 @@ from pin_jax.aggregation.aggregator import (
   Weighting,
   aggregate,
   backdoor,
-  choose_path,
   combine,
   conflict_rate,
   cosines,
@@ -28,12 +27,10 @@ from pin_jax.aggregation.aggregator import (
   informed,
   initial_state,
   leaf_names,
-  mean_cosine,
 )
 
 __all__ = [
   "Aggregate", "Blocks", "GroupLoss", "PATHS", "Rules", "WeightedLoss",
-  "Weighting", "aggregate", "backdoor", "choose_path", "combine",
-  "conflict_rate", "cosines", "effective_groups", "gramian", "informed",
-  "initial_state", "leaf_names", "mean_cosine",
+  "Weighting", "aggregate", "backdoor", "combine", "conflict_rate", "cosines",
+  "effective_groups", "gramian", "informed", "initial_state", "leaf_names",
 ]

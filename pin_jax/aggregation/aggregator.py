@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pin_jax.aggregation.solvers import divide
+
 PyTree = Any
 GroupLoss = Callable[[PyTree, PyTree, jax.Array], jax.Array]
 WeightedLoss = Callable[..., tuple[jax.Array, jax.Array]]
@@ -49,9 +51,9 @@ class Weighting(NamedTuple):
   Attributes:
     init: () -> state.
     update: (gramian [G, G], losses [G], state) -> (weights [G], state).
-    reads: the most that `update` reads beside its state: 'nothing', 'losses'
+    reads: the most that `update` reads besides its state: 'nothing', 'losses'
       or 'gradients'. What it does not read may be NaN; the less it reads, the
-      more paths are open to it.
+      more paths it may take.
   """
 
   init: Callable[[], PyTree]
@@ -190,7 +192,7 @@ def aggregate(
     chosen = path
     if path == "auto":
       size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-      chosen = choose_path(reads, len(keys) * size, fused=fused)
+      chosen = _automatic(reads, len(keys) * size, fused)
     if chosen in ("stacked", "sequential"):
       at_once = lambda f, groups: jax.vmap(f)(groups)
       over_groups = at_once if chosen == "stacked" else jax.lax.map
@@ -235,18 +237,9 @@ def _accumulated(
   return Aggregate(gradient, losses, weights, diagonal, state)
 
 
-def choose_path(
-  reads: str, gradient_bytes: int, *, fused: bool, backend: str | None = None
-) -> str:
-  """The path of 'auto'; see `aggregate`.
-
-  Args:
-    reads: what the rules read.
-    gradient_bytes: size of the gradients of all groups.
-    fused: whether one weighted loss serves all groups and blocks.
-    backend: 'cpu', 'gpu' or 'tpu'; by default the one in use.
-  """
-  on_cpu = (backend or jax.default_backend()) == "cpu"
+def _automatic(reads: str, gradient_bytes: int, fused: bool) -> str:
+  """The path of 'auto'; `fused`: one weighted loss serves all groups."""
+  on_cpu = jax.default_backend() == "cpu"
   if reads != "nothing":
     return "sequential" if on_cpu else "stacked"
   cached = on_cpu and gradient_bytes <= _CACHED_BYTES
@@ -393,8 +386,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def cosines(gramian: jax.Array) -> jax.Array:
   """Cosine matrix of the group gradients; 0 where a gradient is zero."""
-  norms = jnp.sqrt(jnp.diagonal(gramian))
-  scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+  scale = divide(1, jnp.sqrt(jnp.diagonal(gramian)))
   return gramian * scale[:, None] * scale[None, :]
 
 
@@ -403,22 +395,11 @@ def conflict_rate(cosines: jax.Array) -> jax.Array:
 
   NaN cosines (a path that does not form them) give NaN; one group gives 0.
   """
-  pairs = _pairs(cosines)
-  return jnp.where(jnp.isnan(pairs).any(), jnp.nan, jnp.mean(pairs < 0))
-
-
-def mean_cosine(cosines: jax.Array) -> jax.Array:
-  """Mean over the pairs of groups; one group gives 0."""
-  return _pairs(cosines).mean()
-
-
-def _pairs(cosines: jax.Array) -> jax.Array:
-  pairs = cosines[jnp.triu_indices(cosines.shape[0], 1)]
-  return pairs if pairs.size else jnp.zeros(1)
+  pairs = cosines[jnp.triu_indices(len(cosines), 1)]
+  share = jnp.sum(pairs < 0) / max(pairs.size, 1)
+  return jnp.where(jnp.isnan(pairs).any(), jnp.nan, share)
 
 
 def effective_groups(weights: jax.Array) -> jax.Array:
   """(sum |w|)^2 / sum w^2: G for equal weights, 1 for one group, 0 for none."""
-  squares = jnp.sum(weights**2)
-  total = jnp.sum(jnp.abs(weights)) ** 2
-  return jnp.where(squares > 0, total / jnp.where(squares > 0, squares, 1), 0)
+  return divide(jnp.sum(jnp.abs(weights)) ** 2, jnp.sum(weights**2))

@@ -77,14 +77,14 @@ def exact_backdoor(prior: Sequence[float]) -> Weighting:
 
 
 def annealed_backdoor(
-  start: Sequence[float], end: Sequence[float], steps: int, exponent: float = 1
+  start: Sequence[float], end: Sequence[float], steps: int
 ) -> Weighting:
   """Backdoor weights that move from one prior to another. Ours.
 
-  w(t) = (1 - f) start^a + f end^a, f = min(t / steps, 1) of two priors, both
-  `tempered` by the exponent a; steps >= 1. Simplex; linear. State: t.
+  w(t) = (1 - f) start + f end, f = min(t / steps, 1); steps >= 1. Simplex;
+  linear. State: t.
   """
-  start, end = tempered(start, exponent), tempered(end, exponent)
+  start, end = normalised(start), normalised(end)
   _require(
     len(start) == len(end),
     f"start has {len(start)} groups and end {len(end)}; give as many",
@@ -213,16 +213,13 @@ def cvar(prior: Sequence[float], alpha: float) -> Weighting:
   return _stateless(weights, "losses")
 
 
-def famo(
-  num_groups: int, step_size: float = 0.025, decay: float = 1e-3
-) -> Weighting:
+def famo(num_groups: int) -> Weighting:
   """Fast adaptive multitask optimization: equal rates of decrease.
 
-  w_g ~ z_g / L_g, z = softmax(xi); xi follows Adam (`step_size` >= 0; .9, .999)
-  on the gradient (diag(z) - z z^T) (log L(t-1) - log L(t)) + decay xi, decay >=
-  0. Simplex; linear; for losses > 0: a group whose loss is not
-  positive gets weight 0 (all equal if none is). State: xi, Adam's moments, the
-  number of updates, losses.
+  w_g ~ z_g / L_g, z = softmax(xi); xi follows Adam (.025; .9, .999) on the
+  gradient (diag(z) - z z^T) (log L(t-1) - log L(t)) + .001 xi. Simplex; linear;
+  for losses > 0: a group whose loss is not positive gets weight 0 (all equal if
+  none is). State: xi, Adam's moments, the number of updates, losses.
 
   Deviation: the paper evaluates a batch again after the update. Here log L(t-1)
   and log L(t) come from consecutive batches: no further forward pass, more
@@ -231,10 +228,7 @@ def famo(
   Reference: Liu et al., "FAMO: Fast adaptive multitask optimization",
     NeurIPS 2023.
   """
-  _require(num_groups >= 1, f"num_groups={num_groups} must be at least 1")
-  _require_step(step_size)
-  _require(0 <= decay < np.inf, f"decay={decay} must be finite and >= 0")
-  b1, b2 = 0.9, 0.999
+  step_size, b1, b2, decay = 0.025, 0.9, 0.999, 1e-3
 
   def update(gramian: Array, losses: Array, state: PyTree) -> Weighed:
     logits, first, second, count, before = state
@@ -302,7 +296,7 @@ def consensus() -> Weighting:
   return _stateless(weights)
 
 
-def pcgrad(seed: int = 0) -> Weighting:
+def pcgrad() -> Weighting:
   """Gradient surgery: projections of conflicting gradients, in random order.
 
   For each g, over the others h in random order: if <p_g, grad_h> < 0,
@@ -329,10 +323,10 @@ def pcgrad(seed: int = 0) -> Weighting:
     rows = jax.vmap(project)(jnp.arange(len(gramian)), orders)
     return _mean_of_rows(rows, gramian), state
 
-  return Weighting(lambda: jax.random.PRNGKey(seed), update)
+  return Weighting(lambda: jax.random.PRNGKey(0), update)
 
 
-def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
+def gradvac(num_groups: int, beta: float = 0.01) -> Weighting:
   """Gradient vaccine: gradients are turned towards their usual cosine.
 
   For each g, over the others h in random order, with c = cos(p_g, grad_h) and
@@ -345,7 +339,6 @@ def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
   Reference: Wang et al., "Gradient vaccine: investigating and improving
     multi-task optimization in massively multilingual models", ICLR 2021.
   """
-  _require(num_groups >= 1, f"num_groups={num_groups} must be at least 1")
   _require(0 <= beta <= 1, f"beta={beta} must be in [0, 1]")
   sine = lambda cosine: jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
 
@@ -372,10 +365,9 @@ def gradvac(num_groups: int, beta: float = 0.01, seed: int = 0) -> Weighting:
     rows, targets = jax.vmap(turn)(jnp.arange(num_groups), targets, orders)
     return _mean_of_rows(rows, gramian), (targets, key)
 
-  zeros = (num_groups, num_groups)
-  return Weighting(
-    lambda: (jnp.zeros(zeros), jax.random.PRNGKey(seed)), update
-  )
+  shape = num_groups, num_groups
+  init = lambda: (jnp.zeros(shape), jax.random.PRNGKey(0))
+  return Weighting(init, update)
 
 
 def mgda() -> Weighting:
@@ -551,20 +543,20 @@ def aligned_mtl() -> Weighting:
   return _stateless(weights)
 
 
-def gradient_alignment(heads: int = 1) -> Weighting:
+def gradient_alignment() -> Weighting:
   """Gradients turned until none opposes the tail's: from the head to the tail.
 
-    t   = mean of grad_h over the tail, h = 0 .. G-1-heads, but h = 0 always
+    t   = mean of grad_h over the tail, all groups but the last
     p_g = argmin_p ||p - grad_g|| over <t, p> >= 0
         = grad_g - min(<t, grad_g>, 0) / ||t||^2 t
     d   = mean_g p_g
 
   so w_g = 1 / G, and beside it -sum_h min(<t, grad_h>, 0) / (G T ||t||^2) for
-  each of the T groups of the tail. What head users teach passes unless it
-  raises the tail's mean loss, which falls at least as fast as its own share of
-  the mean gradient makes it: <t, d> >= T ||t||^2 / G. Homogeneous of degree 1
-  in the gradients, w_g >= 1 / G; not non-conflicting, and the order of the
-  groups matters.
+  each of the T = G - 1 groups of the tail. What head users teach passes unless
+  it raises the tail's mean loss, which falls at least as fast as its own share
+  of the mean gradient makes it: <t, d> >= T ||t||^2 / G. Homogeneous of degree
+  1 in the gradients, w_g >= 1 / G; not non-conflicting, and the order of the
+  groups matters. One group is all tail.
 
   After Grad-Transfer. *Published*, in its abstract: a gradient alignment
   optimizer and an adversarial training scheme, for transfer from head to tail
@@ -580,15 +572,11 @@ def gradient_alignment(heads: int = 1) -> Weighting:
     half-space: Chaudhry et al., "Efficient lifelong learning with A-GEM",
     ICLR 2019, equation 11.
   """
-  _require(
-    heads >= 1 and int(heads) == heads,
-    f"heads={heads} must be a whole number of at least 1",
-  )
 
   def weights(gramian: Array, losses: Array) -> Array:
     norms, _, cosine = _unit(gramian)
     size = len(norms)
-    in_tail = jnp.arange(size) < max(size - heads, 1)
+    in_tail = jnp.arange(size) < max(size - 1, 1)
     tail = divide(norms, norms.max()) * in_tail  # t, of unit gradients
     square = tail @ cosine @ tail
     real = square > _RIDGE * tail.sum() ** 2

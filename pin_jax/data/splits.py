@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from pin_jax.data.interactions import Interactions
 from pin_jax.types import InputError
@@ -189,18 +188,7 @@ def is_training(split: Split, *, skip: int = 0) -> np.ndarray:
   return (positions >= skip) & (positions < ends)
 
 
-def training_counts(
-  split: Split, weights: ArrayLike | None = None, *, skip: int = 0
-) -> np.ndarray:
-  """[V+1] float64, how often each item occurs in the training interactions.
-
-  Args:
-    split: its validation and test parts are not counted.
-    weights: [U], what an interaction of each user counts; default 1.
-    skip: leaves out a user's first interactions.
-  """
+def training_counts(split: Split) -> np.ndarray:
+  """[V+1] float64, how often each item occurs in the training interactions."""
   data = split.interactions
-  counted = is_training(split, skip=skip).astype(np.float64)
-  if weights is not None:
-    counted *= np.repeat(weights, data.lengths)
-  return np.bincount(data.items, counted, data.num_items + 1)
+  return np.bincount(data.items, is_training(split), data.num_items + 1)

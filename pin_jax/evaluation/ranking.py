@@ -83,10 +83,12 @@ class Chunk(NamedTuple):
   Attributes:
     users: histories.
     items: candidates; at least V + 1 where the catalogue is small.
+    kept: items whose scores are kept at once.
   """
 
   users: int
   items: int
+  kept: int = 65_536
 
 
 def chunk_of(num_items: int, layout: Layout = LOCAL) -> Chunk:
@@ -318,21 +320,16 @@ RankFn = Callable[[Weights, Sequences, Requests], Ranks]
 
 
 def rank_program(
-  model: Model,
-  *,
-  num_items: int,
-  length: int,
-  item_chunk: int = 65_536,
-  layout: Layout = LOCAL,
+  model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> Program:
   """The program of `make_ranker`."""
-  at_least(1, num_items=num_items, length=length, item_chunk=item_chunk)
+  at_least(1, num_items=num_items, length=length)
   shape = chunk_of(num_items, layout)
   if layout.tables:
     chunks, scored = _split(model, num_items, shape.items, layout)
   else:
     layout = LOCAL
-    chunks, scored = _whole(model, num_items, shape.items, item_chunk)
+    chunks, scored = _whole(model, num_items, shape.items, shape.kept)
 
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
@@ -378,12 +375,7 @@ def rank_program(
 
 
 def make_ranker(
-  model: Model,
-  *,
-  num_items: int,
-  length: int,
-  item_chunk: int = 65_536,
-  layout: Layout = LOCAL,
+  model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> RankFn:
   """Builds the full ranking of users' targets.
 
@@ -398,7 +390,6 @@ def make_ranker(
     model: what is evaluated.
     num_items: V.
     length: L, what the model reads of a history.
-    item_chunk: items whose scores one device keeps at once.
     layout: of the mesh; where it splits no tables, one device ranks.
 
   Returns:
@@ -408,8 +399,7 @@ def make_ranker(
     InputError: for a number below 1.
   """
   program = rank_program(
-    model, num_items=num_items, length=length, item_chunk=item_chunk,
-    layout=layout,
+    model, num_items=num_items, length=length, layout=layout
   )
   return functools.partial(_evaluate, model, program, masked=True)
 

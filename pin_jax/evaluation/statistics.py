@@ -237,21 +237,16 @@ def relative_change(
     95 %.
 
   Raises:
-    InputError: if shapes differ or an option is out of range.
+    InputError: if an option is out of range.
 
   Reference:
     Piaggio et al., JAMA 2012 (non-inferiority by the interval's lower end).
   """
   if not 0 <= margin < 1:
     raise InputError(f"margin is {margin}; pass a share from 0 to below 1")
-  base, other = np.atleast_2d(base), np.atleast_2d(other)
-  if base.shape != other.shape:
-    raise InputError(
-      f"base has shape {base.shape} but other {other.shape}; "
-      "pass the same users and seeds under both models"
-    )
   change, draws = _resample(
-    [np.stack([base, other])], lambda means: _ratio(*means[0]), bootstrap
+    [np.stack([np.atleast_2d(base), np.atleast_2d(other)])],
+    lambda means: _ratio(*means[0]), bootstrap,
   )
   border, unknown = round(-margin, 12), np.isnan(draws[..., -1])
   p_values = (
@@ -296,12 +291,7 @@ def worst_group(
   Returns:
     Index of the group, [...], and its mean with a percentile interval, each
     [...]; the interval is NaN for a group of fewer than two users.
-
-  Raises:
-    InputError: if there is no group.
   """
-  if not len(groups):
-    raise InputError("groups is empty; pass the values of at least one group")
   means = [_mean(np.asarray(group)) for group in groups]
   smallest = lambda drawn: drawn.min(0)
   return np.argmin(means, 0), _resample(groups, smallest, bootstrap)[0]

@@ -129,10 +129,10 @@ def conditioned(backbone: Backbone) -> Backbone:
     x_t = E[item_t] + A[min(floor(log2 n), 15)], A = 0 at the start
 
   with E the scaled item embedding that the model reads at position t and n the
-  user's training interactions (of somebody new, those given). The params get A
+  user's training interactions (a new user's: those given). The params get A
   [16, D] as `activeness`; at the start the model is the plain one. A control:
-  does a method gain because it adjusts for activeness, or would a base gain as
-  much that is simply told of it?
+  does a method gain because it adjusts for activeness, or would a base that is
+  simply told of it gain as much?
 
   Args:
     backbone: one with params `items` [V+1, D].

@@ -55,8 +55,8 @@ class Options(NamedTuple):
       very next item alone).
     window: W, places that count as a transition.
     decay: weight of each further place.
-    neighbours: N, the largest entries of a row (of the first channel's, then
-      the others') that are kept; of each relation's likewise.
+    neighbours: N, how many items of a row are kept: those with the largest sum
+      over channels, each divided by its largest entry. Of a relation likewise.
     recent: H, items of the history that are looked up.
     history_decay: weight of each older one.
     shrink: added to row sums and norms.

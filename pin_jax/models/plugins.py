@@ -34,7 +34,7 @@ _MATRICES = "Block|_Unit|inputs|recurrent"  # that LoRA adapts, by name
 
 
 class Model(NamedTuple):
-  """The functions of what is scored; `plugin` is None without plugins."""
+  """The functions of a model; `plugin` is None where there is none."""
 
   backbone: Backbone
   plugin: Plugin | None
@@ -63,7 +63,7 @@ class _Bottleneck(nn.Module):
     return x + nn.Dense(x.shape[-1], kernel_init=nn.initializers.zeros)(h)
 
 
-def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
+def bottleneck(width: int, *, hidden: int) -> Plugin:
   """Residual bottleneck network, y = x + W2 gelu(W1 x + b1) + b2.
 
   The bottleneck of half the width is inferred from the first author's later
@@ -72,12 +72,11 @@ def bottleneck(width: int, *, hidden: int | None = None) -> Plugin:
 
   Args:
     width: D.
-    hidden: width of the bottleneck; default D / 2.
+    hidden: width of the bottleneck.
 
   Raises:
     InputError: if `hidden` is smaller than 1.
   """
-  hidden = max(width // 2, 1) if hidden is None else hidden
   at_least(1, hidden=hidden)
   module = _Bottleneck(hidden)
   init = lambda key: module.init(key, jnp.zeros((1, width)))["params"]
@@ -103,7 +102,7 @@ def low_rank(like: PyTree, *, rank: int) -> Plugin:
     rank: columns of A.
 
   Raises:
-    InputError: if `rank` is smaller than 1, or nothing matches.
+    InputError: if `rank` is smaller than 1, or no matrix matches.
 
   Reference:
     Hu et al., ICLR 2022, arXiv 2106.09685. Deviation: no scaling alpha / r.
@@ -331,8 +330,8 @@ def logits(
     states: [M, ...].
     context: of the M positions; None where the plugin reads none.
     candidates: [C], [M, C] or None, as in `types.Backbone`.
-    items: [C], which items `candidates=None` are where the backbone's tables
-      hold some of the catalogue alone.
+    items: [C], the items that `candidates=None` stands for where the backbone's
+      tables hold a part of the catalogue.
   """
   backbone, plugin = model
   represented = backbone.represent(weights.backbone, states, candidates)

@@ -1,4 +1,4 @@
-"""Batches and histories from disk, for interactions that no device holds.
+"""Batches and histories from disk, for interactions that fit no device.
 
 Which windows a batch has follows from (seed, t), as on the device, and is drawn
 on the host by the same function; only what they hold is read, ahead of the

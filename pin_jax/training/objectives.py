@@ -18,6 +18,7 @@ from pin_jax.training.negatives import Negatives
 from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 MEANS = ("interactions", "users")
+CHUNK = 128  # positions whose logits are alive at a time, on each device
 Head = Callable[[PyTree, PyTree, PyTree, jax.Array | None], jax.Array]
 WindowsLoss = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -107,7 +108,7 @@ def _row_loss(spec: LossSpec, head: Head) -> RowLoss:
 
 
 def next_item_loss(
-  backbone: Backbone, head: Head, *, loss: LossSpec = SOFTMAX, chunk: int = 128,
+  backbone: Backbone, head: Head, *, loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> WindowsLoss:
   """The loss at every real position.
@@ -117,7 +118,6 @@ def next_item_loss(
     head: (params, shared, states [M], candidates) -> logits [M, C]; no
       candidates are the whole catalogue 0..V.
     loss: what is minimised.
-    chunk: positions whose logits are alive at a time, on each device.
     layout: how the windows are split over devices.
 
   Returns:
@@ -125,7 +125,7 @@ def next_item_loss(
     scale [B, L] or None, negatives that `loss` draws, by default None) ->
     (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(_row_loss(loss, head), chunk, sharding.shards_axis(layout))
+  total = chunked(_row_loss(loss, head), CHUNK, sharding.shards_axis(layout))
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
@@ -191,7 +191,7 @@ def group_negatives(
 
 
 def group_losses(
-  backbone: Backbone, *, mean: str, loss: LossSpec = SOFTMAX, chunk: int = 128,
+  backbone: Backbone, *, mean: str, loss: LossSpec = SOFTMAX,
   layout: Layout = LOCAL,
 ) -> GroupLosses:
   """The mean next-item loss of a group, and of many at once.
@@ -199,10 +199,10 @@ def group_losses(
   Args:
     backbone: the model.
     mean: see `position_weights`.
-    loss, chunk, layout: see `next_item_loss`.
+    loss, layout: see `next_item_loss`.
   """
   total = windows_loss(next_item_loss(
-    backbone, backbone_head(backbone), loss=loss, chunk=chunk, layout=layout
+    backbone, backbone_head(backbone), loss=loss, layout=layout
   ), backbone, layout)
 
   def group_loss(

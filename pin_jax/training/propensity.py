@@ -23,16 +23,15 @@ from pin_jax.training.optimizers import Optimizer
 from pin_jax.training.steps import Importance, Operands, Step, TrainState
 from pin_jax.types import Backbone, Batch, PyTree
 
+_HIDDEN = 64
 
-def init_classifier(
-  key: jax.Array, width: int, num_groups: int, *, hidden: int = 64
-) -> PyTree:
-  """Parameters of a two-layer network D -> hidden -> G."""
-  scale = width**-0.5
+
+def init_classifier(key: jax.Array, width: int, num_groups: int) -> PyTree:
+  """Parameters of a two-layer network, D -> 64 -> G."""
   return {
-    "w1": jax.random.normal(key, (width, hidden)) * scale,
-    "b1": jnp.zeros(hidden),
-    "w2": jnp.zeros((hidden, num_groups)),
+    "w1": jax.random.normal(key, (width, _HIDDEN)) * width**-0.5,
+    "b1": jnp.zeros(_HIDDEN),
+    "w2": jnp.zeros((_HIDDEN, num_groups)),
     "b2": jnp.zeros(num_groups),
   }
 

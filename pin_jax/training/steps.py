@@ -27,7 +27,6 @@ from pin_jax.training.objectives import (
   GroupBatch,
   GroupLosses,
   group_losses,
-  group_negatives,
   next_item_loss,
   plugin_head,
   position_weights,
@@ -38,7 +37,6 @@ from pin_jax.types import Backbone, Batch, Plugin, PyTree
 
 SKIPPED = "skipped"
 _NEGATIVES = 2**32 - 1  # stage 2's stream of negatives; no step counts so far
-_NOISE = "noise_conflict_rate", "noise_cosine"  # of groups dealt at random
 
 
 class TrainState(NamedTuple):
@@ -86,8 +84,8 @@ class Adjustment(NamedTuple):
     rules: weighting of the groups, or one for each block of parameters.
     blocks: see `aggregation.aggregate`.
     path: see `aggregation.aggregate`.
-    diagnose_every: every so many steps the log has the whole Gramian and, next
-      to it, that of `dealt_anew`; 0 = what the path forms anyway.
+    diagnose_every: every so many steps the log has the whole Gramian; 0 = what
+      the path forms anyway.
   """
 
   rules: aggregation.Rules
@@ -125,7 +123,7 @@ def backbone_step(
     layout: how batch and state are split over devices.
   """
   losses = group_losses(backbone, mean=draw.mean, loss=loss, layout=layout)
-  aggregate = _aggregator(losses, adjustment, loss)
+  aggregate = _aggregator(losses, adjustment)
 
   def step(
     state: TrainState, operands: Operands, t: jax.Array
@@ -144,7 +142,7 @@ def backbone_step(
         layout=layout,
       )
       params, groups, rows = view.params, view.groups, {"rows": view.rows}
-    out, noise = aggregate(t, params, groups, keys, state.weighting)
+    out = aggregate(t, params, groups, keys, state.weighting)
     updates, opt_state = optimizer.transformation.update(
       out.gradient, state.optimizer, params, **rows
     )
@@ -154,7 +152,7 @@ def backbone_step(
       )
     else:
       params = optax.apply_updates(params, updates)
-    log = gradient_log(out) | noise | {"learning_rate": optimizer.schedule(t)}
+    log = gradient_log(out) | {"learning_rate": optimizer.schedule(t)}
     if importances is not None:
       log["effective_share"] = effective_share(importances, batch.targets > 0)
     average = state.average
@@ -180,10 +178,9 @@ def _next_batch(
 
 
 def _aggregator(
-  losses: GroupLosses, adjustment: Adjustment, loss: LossSpec
-) -> Callable[..., tuple[aggregation.Aggregate, Log]]:
-  """(t, params, groups, keys, state) -> (what one aggregation yields, noise).
-  """
+  losses: GroupLosses, adjustment: Adjustment
+) -> Callable[..., aggregation.Aggregate]:
+  """(t, params, groups, keys, state) -> what one aggregation yields."""
   rules, blocks, path, every = adjustment
 
   def aggregator(rules: aggregation.Rules, path: str) -> Callable:
@@ -195,53 +192,9 @@ def _aggregator(
   cheap = aggregator(rules, path)
   whole = aggregator(aggregation.informed(rules), "auto")
 
-  def diagnosed(
-    params: PyTree, groups: GroupBatch, keys: jax.Array, state: PyTree
-  ) -> tuple[aggregation.Aggregate, Log]:
-    out = whole(params, groups, keys, state)
-    if groups.negatives is None:  # those of the groups, not of what is dealt
-      groups = groups._replace(
-        negatives=group_negatives(loss, keys, groups.batch)
-      )
-    key = jax.random.fold_in(keys[0], _NEGATIVES)
-    dealt = whole(params, dealt_anew(key, groups), keys, state)
-    cosines = aggregation.cosines(dealt.gramian)
-    noise = aggregation.conflict_rate(cosines), aggregation.mean_cosine(cosines)
-    return out, dict(zip(_NOISE, noise, strict=True))
-
-  def aggregate(
-    t: jax.Array, *args: PyTree
-  ) -> tuple[aggregation.Aggregate, Log]:
-    if not every:
-      return cheap(*args), {}
-    unknown = dict.fromkeys(_NOISE, jnp.float32(jnp.nan))
-    return jax.lax.cond(
-      t % every == 0, diagnosed, lambda *args: (cheap(*args), unknown), *args
-    )
-
-  return aggregate
-
-
-def dealt_anew(key: jax.Array, groups: GroupBatch) -> GroupBatch:
-  """The windows of G groups dealt to G groups at random: what noise alone does.
-
-  The b-th windows of all groups go to groups in an order that is drawn for each
-  b. Where the groups have one distribution of windows, hence one true gradient,
-  the new groups' gradients are distributed as the old ones'; where not, their
-  true gradients are one, the groups' mean, with the noise of as many windows.
-  Conflicts and cosines of the old groups beyond those of the new ones are the
-  groups' own. Windows have their importance along; negatives stay.
-
-  Args:
-    key: PRNG key.
-    groups: leaves [G, B, ...].
-  """
-  order = jax.random.uniform(key, groups.batch.targets.shape[:2]).argsort(0)
-  deal = lambda x: jnp.take_along_axis(
-    x, order.reshape(order.shape + (1,) * (x.ndim - 2)), 0
-  )
-  batch, importance = jax.tree.map(deal, (groups.batch, groups.importance))
-  return groups._replace(batch=batch, importance=importance)
+  if not every:
+    return lambda t, *args: cheap(*args)
+  return lambda t, *args: jax.lax.cond(t % every == 0, whole, cheap, *args)
 
 
 def backbone_keys(key: jax.Array, t: jax.Array) -> jax.Array:
