@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import re
 import select
 import signal
@@ -22,6 +23,7 @@ from experiments import processes
 from pin_jax.types import InputError, Interrupted, TrainingError
 
 SAVED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+_CONFIGS = "experiments/configs"
 GRACE = 8.0  # seconds from a signal to the exit, saved or not
 CODES = {
   InputError: 2, TrainingError: 3, OSError: 3, MemoryError: 3,
@@ -204,8 +206,14 @@ def parse_with(
   """
   for argument in argv[1:]:
     _check_argument(argument)
+  argv = list(argv)
   if default and not any(re.match("--?config(=|$)", x) for x in argv):
-    argv = [argv[0], f"--config={default}", *argv[1:]]
+    argv.insert(1, f"--config={default}")
+  for place in range(1, len(argv)):
+    flag = re.match("--?config=", argv[place])
+    if flag or re.fullmatch("--?config", argv[place - 1]):
+      start = flag.end() if flag else 0
+      argv[place] = argv[place][:start] + config_file(argv[place][start:])
   try:
     rest = flags.FLAGS(argv)
     if config is not None:
@@ -219,6 +227,31 @@ def parse_with(
     if isinstance(error, AttributeError | KeyError):
       kind, text = "unknown config key", text.strip("\"'")
     raise InputError(f"{kind} {_in_one_line(text)}") from error
+
+
+def config_file(text: str) -> str:
+  """A configuration's file and argument, of a path or of a shipped one's name.
+
+  Args:
+    text: such as mine.py, quickstart, or files:path=my.csv; a shipped file is
+      found from any folder, as experiments/configs/files.py too.
+
+  Raises:
+    InputError: if it is neither.
+  """
+  name, colon, argument = text.partition(":")
+  path, folder = pathlib.Path(name), pathlib.Path(__file__).parent / "configs"
+  if path.is_file():
+    return text
+  shipped = {file.stem: file for file in sorted(folder.glob("[a-z]*.py"))}
+  del shipped["base"]  # what they share
+  file = shipped.get(path.name.removesuffix(".py"))
+  if file is None or os.fspath(path.parent) not in (".", _CONFIGS):
+    raise InputError(
+      f"--config={name} is no file here and not shipped; give a path or one of "
+      f"{[*shipped]}"
+    )
+  return f"{file}{colon}{argument}"
 
 
 def _check_argument(argument: str) -> None:

@@ -21,6 +21,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -35,9 +36,11 @@ from etils import epath
 from experiments import commands, figures, results
 from experiments.methods import learnt_by
 from experiments.results import (
+  GAIN_ONLY,
   HOLDS,
   LEVEL,
   MIN_SEEDS,
+  NO_LOSS_ONLY,
   NUM_RESAMPLES,
   REFUTED,
   UNEQUAL,
@@ -120,6 +123,68 @@ def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
       Section(anchor, label, _blocks(job, anchor, num_resamples, several))
     )
   return out
+
+
+def _answer(
+  job: Analysis, workdir: str, num_resamples: int
+) -> list[Section]:
+  """The question, what the job answers, and how to serve it, if it chose."""
+  found = results.answer(job, num_resamples)
+  if found is None:
+    return []
+  base, models = job.base, dict.fromkeys(found.choice.values())
+  cost, of_base = reversed(found.cost)
+  users = shlex.quote(",".join(map(str, found.examples)))
+  return [Section("answer", "What to serve", [
+    Text(
+      "Are users with few behaviours (tail) served better, and active users "
+      f"(head) no worse, than by {base}?"
+    ),
+    Text(_answered(job, found)), results.answer_table(job, found),
+    *([Text(
+      f"It costs {cost:,.0f} CPU-seconds of training a seed, {base} alone "
+      f"{of_base:,.0f}; {len(models)} model{'s' * (len(models) > 1)} to serve."
+    )] if cost == cost else []),
+    Text(
+      f"python -m experiments.serve --workdir={shlex.quote(workdir)} "
+      f"--users={users}", code=True
+    ),
+  ])]  # fmt: skip
+
+
+def _answered(job: Analysis, found: results.Answer) -> str:
+  """The answer to the question, in a sentence or two."""
+  claim, base = found.claim, job.base
+  margin, seeds = f"{100 * job.margin:g} %", claim.seeds
+  if {*found.choice.values()} == {job.base}:
+    return f"No: on validation no model serves either better than {base} does."
+  shown = ", ".join(
+    f"{part} users {cell_text(getattr(claim, part), 'change')} %"
+    if key != job.base else f"{part} users keep {base}"
+    for part, key in found.choice.items()
+  )
+  if claim.outcome == UNEQUAL:
+    return (
+      f"That cannot be said: {shown}, but the models have learnt from other "
+      "interactions, and the difference is that of the information too."
+    )
+  if claim.outcome == UNTESTED:
+    hoped = claim.tail.estimate > 0 and claim.head.estimate >= -job.margin
+    return (
+      f"{'Perhaps' if hoped else 'Probably not'}: {shown}, but "
+      f"{few_seeds(seeds)}. For a verdict take three seeds or more: "
+      f"{_more_seeds(job.results)}"
+    )
+  said = {
+    HOLDS: "Yes",
+    REFUTED: f"No, tail users or, by more than {margin}, head users are served "
+    "worse",
+    GAIN_ONLY: "Tail users are; that head users lose no more than "
+    f"{margin} is not shown",
+    NO_LOSS_ONLY: f"Head users lose no more than {margin}; that tail users "
+    "are served better is not shown",
+  }
+  return f"{said.get(claim.outcome, 'Neither is shown')}: {shown}."
 
 
 def _overview(jobs: Sequence[Analysis], labels: Sequence[str]) -> Section:
@@ -618,9 +683,11 @@ def write_report(
     )
   read = [results.read(path) for path in workdirs]
   with disk.reading(", ".join(map(str, workdirs)), results.REMEDY):
-    report = sections(
-      [results.analyse(own, base, num_resamples) for own in read], num_resamples
-    )
+    jobs = [results.analyse(own, base, num_resamples) for own in read]
+    report, last = sections(jobs, num_resamples), []
+    if len(jobs) == 1:
+      report[:0] = _answer(jobs[0], f"runs/{read[0].name}", num_resamples)
+      last = _answer(jobs[0], os.fspath(workdirs[0]), num_resamples)
     place = workdirs[0] if output is None else output
     stem = disk.place("output", place) / "report"
     path, link, files = stem.with_suffix(".md"), None, {}
@@ -642,10 +709,13 @@ def write_report(
       }
     files[path] = to_markdown(report, link)
   console = console or commands.Console()
-  to_console(report, console)
+  to_console([*report[len(last):], *last], console)
   disk.write(files)
-  for path in ["written:", *files]:
-    console.print(str(path), soft_wrap=True)
+  names = sorted(os.path.relpath(file, path.parent) for file in files)
+  console.print(
+    f"{', '.join(names)} in {path.parent}" if names[1:] else str(path),
+    soft_wrap=True,
+  )
   return list(files)
 
 

@@ -35,7 +35,7 @@ from etils import epath
 from experiments import schema
 from experiments.configs.base import default
 from experiments.logs import read_log
-from experiments.methods import METHODS, learnt_by
+from experiments.methods import METHODS, Stage, chosen, learnt_by, selected
 from experiments.workdir import read_json
 from pin_jax import disk
 from pin_jax.evaluation import metrics, statistics
@@ -932,6 +932,74 @@ def analyse(
   )
 
 
+class Answer(NamedTuple):
+  """What to serve, as validation chose it, and what that gives on the test.
+
+  Attributes:
+    choice: 'tail' and 'head' -> key of the model.
+    chosen_on: how many users' validation targets chose.
+    claim: that of the chosen models together against the comparator.
+    levels: 'tail' and 'head' -> of the comparator and of the chosen model.
+    cost: CPU-seconds of a seed's training, of the comparator and of all that
+      the chosen models need; NaN where they are not known.
+    examples: ids of a tail and a head user.
+  """
+
+  choice: dict[str, str]
+  chosen_on: int
+  claim: Claim
+  levels: dict[str, tuple[float, float]]
+  cost: tuple[float, float]
+  examples: tuple[Any, ...]
+
+
+def answer(job: Analysis, num_resamples: int = NUM_RESAMPLES) -> Answer | None:
+  """What to serve to whom; None where the job made no choice."""
+  own, found = job.results, job.results.summary.get("choice")
+  rows, column = own.rows, own.lists[job.main]
+  methods = selected(own.config) if found else {}
+  if job.base not in methods:
+    return None
+  choice = {part: found[part] for part in SEGMENTS.values()}
+  served = pl.concat([rows.filter(pl.col("model") == job.base), *(
+    rows.filter(pl.col("model") == choice[part], pl.col("segment") == segment)
+    .with_columns(pl.lit("chosen").alias("model"))
+    for segment, part in SEGMENTS.items()
+  )])
+  learnt = {learnt_by(key, own.config) for key in choice.values()}
+  [claim] = check_claims(
+    served, base=job.base, margin=job.margin, metric=job.metrics[0],
+    column=column, num_resamples=num_resamples, learnt={
+      job.base: learnt_by(job.base, own.config), "chosen": "; ".join(learnt)
+    },
+  )
+  level = lambda model, segment: mean_metric(
+    served.filter(pl.col("model") == model, pl.col("segment") == segment),
+    job.metrics[0], column,
+  )
+  first = rows.group_by("segment").agg(pl.col("user").first()).sort("segment")
+  return Answer(
+    choice, sum(found["users"].values()), claim,
+    {
+      part: (level(job.base, segment), level("chosen", segment))
+      for segment, part in SEGMENTS.items()
+    },
+    tuple(
+      _cpu_seconds(own, method.stages)
+      for method in (methods[job.base], chosen(choice, methods))
+    ), tuple(first["user"]),
+  )
+
+
+def _cpu_seconds(own: Results, stages: Sequence[Stage]) -> float:
+  """Of the training of some stages, a seed."""
+  names, seeds = {s.name for s in stages}, own.rows["seed"].n_unique()
+  return sum(
+    cost["cpu_seconds"] for run, cost in own.summary["cost"].items()
+    if without_seed(run) in names
+  ) / seeds
+
+
 def value_text(value: Any) -> str:
   """A setting's value as a flag takes it."""
   return str(tuple(value) if isinstance(value, list) else value)
@@ -1001,6 +1069,23 @@ _NO_P = (
   " Models with fewer than three seeds have no p and no verdict: their figures "
   "prove nothing."
 )
+
+
+def answer_table(job: Analysis, found: Answer) -> Table:
+  """The model that each segment is served with, beside the comparator."""
+  return Table(
+    "Chosen on validation, scored on the test",
+    [Column("users"), Column("model", "model"),
+     Column(f"{job.metrics[0]} with it", "level"),
+     Column(f"with {job.base}", "level"),
+     Column("change %", "change")],
+    [
+      (part, key, *reversed(found.levels[part]), getattr(found.claim, part))
+      for part, key in found.choice.items()
+    ],
+    f"The validation targets that chose are of {found.chosen_on:,} users, and "
+    "no model had learnt from them.",
+  )  # fmt: skip
 
 
 def change_table(job: Analysis, title: str) -> Table:

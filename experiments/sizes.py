@@ -7,7 +7,7 @@ job reads in any case. A size that is given stands, and the others heed it.
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from experiments import schema
 from experiments.configs.base import default
@@ -16,21 +16,13 @@ from pin_jax.types import InputError
 
 EPOCHS = 40
 POSITIONS = 4000  # real ones in a batch, about
+LINEAR_ITEMS = 15_000  # whose 'linear' relation takes a minute
 KEYS = (
   "groups.num_groups", "groups.rule", "groups.head_share", "backbone.length",
-  "backbone.dropout", "backbone.pack_rows", "memory.recent", "batch_size",
-  "backbone_steps", "plugin_steps", "validation.every", "loss.name",
-  "loss.negatives",
+  "backbone.dropout", "backbone.pack_rows", "memory.recent",
+  "memory.relations", "batch_size", "backbone_steps", "plugin_steps", "refit",
+  "validation.every", "loss.name", "loss.negatives",
 )
-
-
-def leave_to_data(config: ConfigDict) -> None:
-  """Makes all of KEYS None; they keep their types."""
-  known = schema.keys_of(None)
-  for key in KEYS:
-    section, _, name = key.rpartition(".")
-    own = config[section] if section else config
-    own[name] = config_dict.placeholder(known[key].kind)
 
 
 def fitted(
@@ -40,9 +32,10 @@ def fitted(
 
   The window holds the whole history of nine users out of ten (8 to 200 items);
   a batch about 4,000 targets; training 40 passes over the data, 500 to 5,000
-  steps, a fifth of them in stage 2. Histories that fill less than half of
-  their windows are packed; from 20,000 items on the softmax is sampled. Groups
-  and segments: see `_fit_groups`.
+  steps, a fifth of them in stage 2, and half as many more with all validation
+  targets (`refit`). Histories that fill less than half of their windows are
+  packed; from 20,000 items on the softmax is sampled. Groups and segments: see
+  `_fit_groups`.
 
   Args:
     config: the whole configuration.
@@ -110,6 +103,8 @@ def _sizes(
   devices = out["mesh.data"]
   size("backbone.pack_rows", 8 if read < length / 2 and devices == 1 else 0)
   size("memory.recent", min(known["memory.recent"], length))
+  dense = num_items <= LINEAR_ITEMS
+  size("memory.relations", ("cosine", "two_step", *["linear"] * dense))
   step = 1 if devices == 1 else 2 * devices
   groups = out["groups.num_groups"]
   per_group = int(np.clip(POSITIONS / read / groups, 10, 100))
@@ -118,6 +113,7 @@ def _sizes(
   steps = int(np.clip(EPOCHS * windows / batch, 500, 5000))
   plugin_steps = size("plugin_steps", steps // 500 * 100)
   size("backbone_steps", max(steps // 100 * 100 - plugin_steps, 100))
+  size("refit", max(plugin_steps // 2, 1))
   every, dispatch = max(100, steps // 1500 * 100), out["dispatch"]
   size("validation.every", -(-every // dispatch) * dispatch)
   large = num_items >= 20_000

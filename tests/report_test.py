@@ -205,7 +205,7 @@ def test_console_fits_80_columns_without_ansi_codes(tmp_path):
   for part in (
     "Change of NDCG@10 against base, history masked", "pin_backbone",
     "activeness", "Protocol: leave-one-out; full ranking over 300 items",
-    "The claim", str(path / "report.html"),
+    "The claim", f"report.html, report.md, report.tex in {path}",
   ):
     assert part in text
 
@@ -408,3 +408,71 @@ def test_the_figure_by_group_shows_the_means_of_the_rows():
   changes = 100 * (np.divide(means[1], means[0]) - 1)
   got = bottom.containers[0].lines[0].get_ydata()
   np.testing.assert_allclose(got, changes)
+
+
+def _screen(path, choice, rows=None):
+  """What is printed last of a job that chose so, and the numbers."""
+  folder = make_workdir(path, rows)
+  config = json.loads((folder / "config.json").read_text())
+  config["config"]["methods"] = ["base", "memory_alone", "pin"]
+  (folder / "config.json").write_text(json.dumps(config))
+  summary = json.loads((folder / "summary.json").read_text())
+  summary["choice"] = {**choice, "users": {"tail": 50, "head": 9}}
+  summary["cost"] = {
+    f"seed{seed}/{run}": {
+      "steps": 1, "best_steps": [1], "validation": [0.1], "cpu_seconds": cost,
+    } for seed in (0, 1)
+    for run, cost in (("base", 3), ("pin/backbone", 5), ("pin/plugins", 7))
+  }
+  (folder / "summary.json").write_text(json.dumps(summary))
+  console = _console(200)
+  report.write_report([folder], console=console, **FAST)
+  text = console.file.getvalue()
+  job = results.analyse(results.read(folder), **FAST)
+  return text[text.index("What to serve"):], results.answer(job, **FAST)
+
+
+def test_the_last_screen_answers_with_what_validation_chose(tmp_path):
+  rows = make_rows(("base", "memory_alone", "pin"), (0, 1), names=True)
+  choice = {"tail": "pin", "head": "base"}
+  screen, found = _screen(tmp_path / "w", choice, rows)
+  assert screen.startswith("What to serve\nAre users with few behaviours")
+  assert "head users keep base, but two seeds: nothing proven" in screen
+  assert "costs 15 CPU-seconds of training a seed, base alone 3; 2 m" in screen
+  assert f"experiments.serve --workdir={tmp_path / 'w'} --users=u" in screen
+  assert screen.rstrip().splitlines()[-1].startswith("report.html, report.md")
+  for part, segment in (("tail", 0), ("head", 1)):
+    base, served = (
+      np.mean([
+        1 / np.log2(1 + rank) if rank <= 10 else 0
+        for rank in rows.filter(model=key, segment=segment)["rank"]
+      ]) for key in ("base", choice[part])
+    )
+    assert found.levels[part] == pytest.approx((base, served))
+    change = getattr(found.claim, part)
+    assert change.estimate == pytest.approx(served / base - 1)
+  page = (tmp_path / "w" / "report.html").read_text()
+  assert page.index("What to serve") < page.index("Verdict")
+
+
+def test_nothing_better_than_the_comparator_is_a_no(tmp_path):
+  rows = make_rows(("base", "memory_alone", "pin"), range(3), names=True)
+  screen, _ = _screen(tmp_path / "w", dict.fromkeys(("tail", "head"), "base"),
+                      rows)
+  assert "No: on validation no model serves either better than base" in screen
+
+
+@pytest.mark.parametrize(("gain", "loss", "said"), [
+  (1.2, 1.0, "Yes: tail users +20.0 ["), (0.8, 1.0, "No, tail users or, by"),
+  (1.2, 0.98, "Tail users are; that head users lose no more than 2 % is not"),
+  (1.0, 1.0, "Head users lose no more than 2 %; that tail users are served"),
+])
+def test_three_seeds_answer_in_words(tmp_path, monkeypatch, gain, loss, said):
+  """Values made of ranks, so that the changes are as wanted."""
+  rows = make_rows(("base", "pin"), range(3), names=True)
+  values = lambda frame, *_: np.where(
+    frame["model"] == "base", 1, np.where(frame["segment"] == 1, loss, gain)
+  ) * (1 + np.arange(len(frame)) % 7 / 100)
+  monkeypatch.setattr(results, "_metric", values)
+  choice = dict.fromkeys(("tail", "head"), "pin")
+  assert said in _screen(tmp_path / "w", choice, rows)[0]

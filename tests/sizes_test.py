@@ -33,7 +33,8 @@ WANT = {
   "memory.recent": 8, "batch_size": 500, "backbone_steps": 400,
   "plugin_steps": 100, "validation.every": 100, "loss.name": "softmax",
   "loss.negatives": 256, "groups.num_groups": 5, "groups.rule": "users",
-  "groups.head_share": 0.2,
+  "groups.head_share": 0.2, "refit": 50,
+  "memory.relations": ("cosine", "two_step", "linear"),
 }
 
 
@@ -58,7 +59,7 @@ def _by_flags(path):
 def test_sizes_follow_from_the_data(path, make):
   asked = make(path)
   config, _ = problem.prepare(asked)
-  flat = dict(schema.flatten(job.of_results(config)))
+  flat = dict(schema.flatten(config.to_dict()))
   assert {key: flat[key] for key in sizes.KEYS} == WANT
   line = sizes.told(asked, config)
   assert all(f"{key}={value!r}" in line for key, value in WANT.items())

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -15,11 +16,11 @@ _S3REC = "https://github.com/aHuiWang/CIKM2020-S3Rec/blob/master/data"
 _PUBLIC = {
   "ml-100k.inter": (
     f"{_GROUPLENS}/ml-100k.zip",
-    "--config=experiments/configs/ml100k.py:path=ml-100k.zip",
+    "--config=ml100k:path=ml-100k.zip",
   ),
   "ml-1m.parquet": (
     f"{_GROUPLENS}/ml-1m.zip",
-    "--config=experiments/configs/ml1m.py:path=ml-1m.zip",
+    "--config=ml1m:path=ml-1m.zip",
   ),
   "amazon_beauty_s3rec.parquet": (
     f"{_S3REC}/Beauty.txt",
@@ -98,8 +99,49 @@ def data_section(source: str, **given: Any) -> ConfigDict:
   return ConfigDict(section)
 
 
-def gated(config: ConfigDict) -> None:
-  """Sets a gate over what other users did as plugin, and its ablation."""
+def leave_to_data(config: ConfigDict, keys: Iterable[str]) -> None:
+  """Makes sizes None, so that they are fitted to the data; types stay."""
+  known = schema.keys_of(None)
+  for key in keys:
+    section, _, name = key.rpartition(".")
+    own = config[section] if section else config
+    own[name] = config_dict.placeholder(known[key].kind)
+
+
+RECIPES = "answer", "published", "gated"
+
+
+def recipe(
+  config: ConfigDict, name: str, weights: Mapping[str, Any] | None = None
+) -> None:
+  """Sets which methods a job compares, and what PIN's plugins are.
+
+  'answer': what is worth serving, namely the joint base, item neighbours, one
+  gate on the joint backbone, PIN as published and PIN with gates; in the end
+  all of them have learnt from all validation targets. 'published': the base,
+  PIN as published and its backbone. 'gated': PIN whose plugins are gates over
+  what other users did, its ablations, and a base that has learnt from as much.
+
+  Args:
+    config: everything else.
+    name: one of RECIPES.
+    weights: settings of 'gated' besides, such as those of P(d).
+
+  Raises:
+    InputError: for an unknown name.
+  """
+  if name == "answer":
+    config.methods = "base", "memory_alone", "joint_gate", "pin", "pin_gates"
+    leave_to_data(config, ("refit", "memory.relations", "memory.recent"))
+    return
+  if name not in RECIPES:
+    raise InputError(
+      f"config argument recipe={name!r} is unknown; use one of {[*RECIPES]}"
+    )
+  config.refit = 0
+  if name == "published":
+    config.memory.relations = ()
+    return
   # The gate's few parameters learn from the validation targets of half of the
   # users: on training targets the backbone knows the answers.
   config.plugin.update(name="gated", hidden=16, reads_state=False)
@@ -110,28 +152,39 @@ def gated(config: ConfigDict) -> None:
     "base_validation", "base", "memory_alone", "joint_shared", "joint_plugins",
     "pin_backbone", "pin",
   )
+  config.update_from_flattened_dict(weights or {})
 
 
-def amazon(argument: str | None, file: str) -> ConfigDict:
-  """What the sparse review data sets share."""
+def amazon(
+  argument: str | None, file: str, weights: Mapping[str, Any] | None = None
+) -> ConfigDict:
+  """What the sparse review data sets share; `weights` as `recipe` has them."""
   config = default()
-  values = parse(argument, path=data_path(file))
+  values = parse(argument, path=data_path(file), recipe="gated")
   config.data = data_section("files", path=values["path"])
   config.backbone.update(length=32, width=128, dropout=0.5, pack_rows=8)
   config.loss.update(name="sampled_softmax", negatives=2048)
   config.optimizer.learning_rate = 3e-3
   config.batch_size, config.validation.every = 460, 250
   config.backbone_steps, config.plugin_steps = 1250, 250
-  gated(config)
+  if values["recipe"] == "published":  # as it was before these were searched
+    config.backbone.width, config.loss.name = 64, "softmax"
+    config.optimizer.learning_rate, config.batch_size = 2e-3, 255
+    config.backbone_steps, config.plugin_steps = 2000, 500
+  recipe(config, values["recipe"], weights)
   return config
 
 
-def movielens(argument: str | None, file: str, name: str) -> ConfigDict:
-  """What the MovieLens data sets share."""
+def movielens(
+  argument: str | None, file: str, name: str, usual: str = "published"
+) -> tuple[ConfigDict, str]:
+  """(what the MovieLens data sets share, the recipe; `usual` unless given)."""
   config = default()
-  values = parse(argument, path=data_path(file), source="files")
+  values = parse(
+    argument, path=data_path(file), source="files", recipe=usual
+  )
   if values["source"] == "tfds":
     config.data = data_section("tfds", name=name)
   else:
     config.data = data_section("files", path=values["path"])
-  return config
+  return config, values["recipe"]

@@ -26,11 +26,10 @@ from experiments.configs import base
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-  """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
-  config = base.amazon(argument, "amazon_beauty_s3rec.parquet")
+  """Returns the configuration; argument: path=FILE, recipe=… of `base`."""
   # From the joint gradient's weights to P(d), over the whole of stage 1.
-  config.pin.weighting = "annealed_backdoor:steps=1250"
-  return config
+  weights = {"pin.weighting": "annealed_backdoor:steps=1250"}
+  return base.amazon(argument, "amazon_beauty_s3rec.parquet", weights)
 
 
 def sweep() -> list[dict[str, Any]]:

@@ -3,10 +3,12 @@
   python -m experiments.main \
     --config=experiments/configs/files.py:path=my.csv --workdir=runs/mine
 
-Arguments besides path: user, item, time (columns by name or number, guessed
-where absent) and separator. Anything else as --config.data.k_core=5 and the
-like. Sizes follow from the data and are printed, see `experiments.sizes`; set
-any of them as --config.backbone.length=50.
+Compares what is worth serving, and says what to serve to whom. Arguments
+besides path: recipe=published or recipe=gated, for other rows (`base.recipe`);
+user, item, time (columns by name or number, guessed where absent) and
+separator. Anything else as --config.data.k_core=5 and the like. Sizes follow
+from the data and are printed, see `experiments.sizes`; set any of them as
+--config.backbone.length=50.
 """
 
 from ml_collections import ConfigDict
@@ -17,9 +19,9 @@ from pin_jax.types import InputError
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-  """Returns the configuration; argument: path=FILE[,user=…,item=…,time=…]."""
+  """Returns the configuration; argument: path=FILE[,recipe=…,user=…,…]."""
   values = base.parse(
-    argument, path="", user="", item="", time="", separator=""
+    argument, path="", user="", item="", time="", separator="", recipe="answer"
   )
   if not values["path"]:
     raise InputError(
@@ -28,5 +30,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     )
   config = base.default()
   config.data = base.data_section("files", **values)
-  sizes.leave_to_data(config)
+  base.leave_to_data(config, sizes.KEYS)
+  base.recipe(config, values["recipe"])
   return config

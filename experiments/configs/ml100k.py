@@ -14,10 +14,11 @@ from experiments.configs import base
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-  """Returns the configuration; argument: path=FILE, or source=tfds."""
-  config = base.movielens(argument, "ml-100k.inter", "movielens/100k")
+  """Returns the configuration; argument: path=FILE, source=tfds, recipe=…"""
+  config, recipe = base.movielens(argument, "ml-100k.inter", "movielens/100k")
   config.backbone.update(length=50, dropout=0.5)
   config.batch_size = 60
   config.optimizer.learning_rate = 1.5e-3
   config.backbone_steps, config.plugin_steps = 900, 200
+  base.recipe(config, recipe)
   return config

@@ -25,16 +25,17 @@ from experiments.configs import base
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-  """Returns the configuration; argument: path=FILE, or source=tfds."""
-  config = base.movielens(argument, "ml-1m.parquet", "movielens/1m")
+  """Returns the configuration; argument: path=FILE, source=tfds, recipe=…"""
+  config, recipe = base.movielens(
+    argument, "ml-1m.parquet", "movielens/1m", "gated"
+  )
   config.backbone.update(length=50, dropout=0.2, pack_rows=8)
   config.batch_size = 65
   config.joint.draw = "users"
   config.backbone_steps, config.plugin_steps = 3000, 300
   config.optimizer.learning_rate = 1.5e-3
   config.validation.every = 500
-  base.gated(config)
-  config.memory.relations = ()
+  base.recipe(config, recipe, {"memory.relations": ()})
   return config
 
 

@@ -16,7 +16,6 @@ from experiments.configs import base
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-  """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
-  config = base.amazon(argument, "amazon_toys_s3rec.parquet")
-  config.prior.update(kind="interactions", exponent=0.5)
-  return config
+  """Returns the configuration; argument: path=FILE, recipe=… of `base`."""
+  weights = {"prior.kind": "interactions", "prior.exponent": 0.5}
+  return base.amazon(argument, "amazon_toys_s3rec.parquet", weights)

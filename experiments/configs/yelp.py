@@ -19,9 +19,9 @@ from experiments.configs import base
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
-  """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
-  config = base.amazon(argument, "yelp_llmesr.parquet")
+  """Returns the configuration; argument: path=FILE, recipe=… of `base`."""
+  weights = {"prior.kind": "interactions", "prior.exponent": 0.5}
+  config = base.amazon(argument, "yelp_llmesr.parquet", weights)
   config.batch_size = 255
-  config.prior.update(kind="interactions", exponent=0.5)
   config.groups.update(rule="thresholds", thresholds=(3, 5, 9, 20))
   return config
