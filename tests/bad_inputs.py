@@ -572,12 +572,8 @@ def _serving(name, *words, users=("ann",), histories=None, **options):
   """A recommendation to users or for histories."""
 
   def action(folder):
-    made = _recommender()
-    if histories is None:
-      requests = serving.of_users(made, users)
-    else:
-      requests = serving.of_histories(made, histories)
-    serving.recommend(made, requests, **{"k": 3, **options})
+    whom = {"users": users} if histories is None else {"histories": histories}
+    _recommender().recommend(**whom, **{"k": 3, **options})
 
   ROWS[f"serving: {name}"] = (action, words)
 
