@@ -42,7 +42,6 @@ from pin_jax.data import (
 )
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import metrics, ranking
-from pin_jax.evaluation import statistics as intervals
 from pin_jax.models import plugins
 from pin_jax.models.sasrec import sasrec
 from pin_jax.training import loop
@@ -315,9 +314,6 @@ for _name, *_words, _action in (
    lambda folder: metrics.ndcg([0.0], 10)),
   ("metric: cutoff", "cutoff k is 0", "at least 1",
    lambda folder: metrics.reciprocal_rank([1.0], 0)),
-  ("statistics: confidence", "confidence",
-   lambda folder: intervals.mean_interval(
-     np.ones(4), intervals.Bootstrap(confidence=2.0))),
   ("backbone: heads", "width=10", "heads=3",
    lambda folder: sasrec(10, length=4, width=10, heads=3)),
   ("optimizer: steps", "num_steps=0", "at least 1",

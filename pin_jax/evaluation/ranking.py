@@ -34,13 +34,7 @@ from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
-from pin_jax.types import (
-  InputError,
-  PluginContext,
-  PyTree,
-  Requests,
-  at_least,
-)
+from pin_jax.types import InputError, PluginContext, PyTree, Requests
 
 
 class Ranks(NamedTuple):
@@ -323,7 +317,6 @@ def rank_program(
   model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> Program:
   """The program of `make_ranker`."""
-  at_least(1, num_items=num_items, length=length)
   shape = chunk_of(num_items, layout)
   if layout.tables:
     chunks, scored = _split(model, num_items, shape.items, layout)
@@ -394,9 +387,6 @@ def make_ranker(
 
   Returns:
     (weights, sequences, requests) -> Ranks.
-
-  Raises:
-    InputError: for a number below 1.
   """
   program = rank_program(
     model, num_items=num_items, length=length, layout=layout

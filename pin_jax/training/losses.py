@@ -159,7 +159,7 @@ def gbce_power(rate: float, calibration: float) -> float:
   Args:
     rate: alpha = k / (V - 1) in (0, 1], the share of the negatives that are
       sampled; else InputError.
-    calibration: t in [0, 1]; else InputError.
+    calibration: t in [0, 1].
 
   Reference: Petrov & Macdonald, RecSys 2023, arXiv 2308.07192.
   """
@@ -167,10 +167,6 @@ def gbce_power(rate: float, calibration: float) -> float:
     raise InputError(
       f"rate={rate:g} is outside (0, 1]; sample at most as many negatives as "
       "there are items, less one"
-    )
-  if not 0 <= calibration <= 1:
-    raise InputError(
-      f"calibration={calibration} is outside [0, 1]; give t such as 0.75"
     )
   return rate * (calibration * (1 - 1 / rate) + 1 / rate)
 
