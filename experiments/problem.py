@@ -104,7 +104,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
   with schema.section("groups"):
     groups = activeness.assign_groups(
       *users, num_groups=rule.num_groups, rule=rule.rule,
-      thresholds=tuple(rule.thresholds) or None, head_share=rule.head_share,
+      thresholds=tuple(rule.thresholds) or None,
     )
     segments = activeness.assign_segments(*users, head_share=rule.head_share)
   with schema.section("prior"):

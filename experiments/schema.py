@@ -177,9 +177,8 @@ KEYS = {
   "groups": {
     "num_groups": _size(5, "G, number of activeness groups"),
     "rule": _text(
-      "users", "groups of as many users each, as many interactions each, by "
-      "thresholds, or tail and head", "users", "interactions", "thresholds",
-      "head_share",
+      "users", "groups of as many users each, as many interactions each, or by "
+      "thresholds", "users", "interactions", "thresholds",
     ),
     "thresholds": _several((), "smallest activeness of each group but the "
                            "first", _whole(NEEDED, least=0)),
