@@ -627,7 +627,7 @@ _serve("absent histories", "does not exist", "check the path",
        model="FOLDER/m.pin", history="FOLDER/n.json")
 _serve("histories without items", "give lists of items", model="FOLDER/m.pin",
        history="FOLDER/h.json")
-_serve("suffix of histories", "h.xls", "suffix", model="FOLDER/m.pin",
+_serve("no table of histories", "h.xls", "no user column", model="FOLDER/m.pin",
        history="FOLDER/h.xls")
 _serve("prefix of histories", "--prefix=train", "leave it out", model="m.pin",
        history="h.json", prefix="train")

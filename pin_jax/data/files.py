@@ -381,8 +381,8 @@ def _guarded(where: epath.Path | str) -> Iterator[None]:
   try:
     yield
   except (
-    pl.exceptions.PolarsError, OSError, EOFError, RuntimeError, csv.Error,
-    zipfile.BadZipFile, zlib.error,
+    pl.exceptions.PolarsError, OSError, EOFError, RuntimeError, UnicodeError,
+    csv.Error, zipfile.BadZipFile, zlib.error,
   ) as error:
     reason = str(error).strip().split("\n")[0]
     raise InputError(
