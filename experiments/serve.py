@@ -37,7 +37,6 @@ from experiments.methods import (
   Method,
   chosen,
   compared,
-  exact_form,
   selected,
 )
 from experiments.problem import Problem, fingerprint, make_problem
@@ -332,7 +331,7 @@ def recommender(
     if choice["tail"] == choice["head"]:
       method = choice["tail"]
     methods[method] = chosen(choice, methods)
-  name = exact_form(method, config) if method else compared([*methods])[1]
+  name = method or compared([*methods])[1]
   seed = config.seeds[0] if seed is None else seed
   for what, wanted, there in (
     ("method", name, list(methods)), ("seed", seed, list(config.seeds))

@@ -432,17 +432,6 @@ def test_prior_exponent():
   )
 
 
-def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
-  config = _config()
-  config.methods = ("base", "pin_backbone")
-  config.pin.weighting = "exact_backdoor"
-  _run(config, tmp_path)
-  rows = pl.read_parquet(tmp_path / "rows.parquet")
-  assert set(rows["model"]) == {"base", "pin_exact_backbone"}
-  runs = {r["run"] for r in read_log(epath.Path(tmp_path))}
-  assert {"classifier", "pin-exact/backbone"} <= runs
-
-
 @pytest.mark.slow
 def test_another_weighting_runs(tmp_path):
   config = _config()

@@ -174,12 +174,11 @@ def compute_weightings(workdir):
 
 
 def _battery():
-  """Rules (but that of another method) by softmax, two by sampled softmax."""
+  """Rules by softmax, two by sampled softmax."""
   specs = {
     "annealed_backdoor": "annealed_backdoor:steps=20", "cvar": "cvar:alpha=0.4",
   }
-  rules = [name for name in RULES if name != "exact_backdoor"]
-  return [(specs.get(rule, rule), "softmax") for rule in rules] + [
+  return [(specs.get(rule, rule), "softmax") for rule in RULES] + [
     ("backdoor", "sampled_softmax"), ("upgrad", "sampled_softmax"),
   ]
 
