@@ -211,7 +211,6 @@ KEYS = {
     ),
     "compute": _text("float32", "type of the products' operands; params, "
                      "optimizer and sums are float32", "float32", "bfloat16"),
-    "reads_activeness": _flag(False, "adds activeness as an embedding"),
   },
   "plugin": {
     "name": _text("bottleneck", "what serves a segment; keys not its own stay "
@@ -400,6 +399,7 @@ RETIRED = {
   "claims.assumed_seed_spread": ANY,
   "evaluation.user_chunk": ANY,
   "evaluation.item_chunk": ANY,
+  "backbone.reads_activeness": False,
   "optimizer.b2": 0.98,
   "optimizer.classifier_learning_rate": 2e-3,
   "optimizer.final": 0.01,

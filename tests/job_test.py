@@ -596,9 +596,7 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {
-    "name", "pack_rows", "compute", "reads_activeness"
-  }
+  assert taken == set(section) - {"name", "pack_rows", "compute"}
 
 
 @pytest.mark.slow
