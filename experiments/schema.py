@@ -2,14 +2,13 @@
 
   python -m experiments.schema > docs/keys.md
 
-writes the page of all keys. `configs.base.default`, the checks at launch and
-`python -m experiments.main --help` follow from the same table.
+writes the page of all keys. `configs.base.default` and the checks at launch
+follow from the same table.
 """
 
 import contextlib
 import difflib
 import math
-import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -559,17 +558,6 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
     takes = key.takes.replace("a whole number from", "int,")
     takes = takes.replace("a number from", "float,")
     yield name, default, key.meaning, takes
-
-
-def listing() -> str:
-  """All keys, each in a line or two, for --help."""
-  return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
-    f"  {name} = {default}\n" + textwrap.fill(
-      f"{meaning}; {takes}", 80, initial_indent="    ",
-      subsequent_indent="    ",
-    )
-    for name, default, meaning, takes in _rows()
-  )
 
 
 def page() -> str:
