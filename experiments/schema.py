@@ -485,14 +485,11 @@ def check_keys(config: ConfigDict) -> None:
       raise bad(name, value, f"{unknown}; {nearest(name, keys)}")
   for name, key in keys.items():
     value, needed = given.get(name), key.default is NEEDED
-    if name not in given or (needed and value is None):
-      if needed or not name.startswith("data."):
-        raise InputError(
-          f"config key {name} is missing; source {source!r} needs it" if needed
-          else f"config key {name} is missing; its default is {key.default!r}"
-        )
-    elif not key.accepts(value):
-      raise bad(name, value, key.remedy)
+    if value is not None or (name in given and not needed):
+      if not key.accepts(value):
+        raise bad(name, value, key.remedy)
+    elif needed or not name.startswith("data."):
+      raise InputError(f"config key {name} is missing; give {key.takes}")
 
 
 @contextlib.contextmanager

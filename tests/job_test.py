@@ -66,7 +66,7 @@ def finished(tmp_path_factory, compile_quickly):
   config = _config()
   left_out = {  # trained elsewhere, or like one that stays
     "base", "base_validation", "base_activeness", "user_uniform", "focal",
-    "head_only", "pin_shared", *RULES,
+    "head_only", "pin_shared", "joint_gate", "pin_gates", *RULES,
   }
   config.methods = ("base", *(name for name in METHODS if name not in left_out))
   text = _run(config, workdir)
@@ -162,6 +162,26 @@ def test_what_is_served_is_what_was_evaluated(finished, method):
   rows, found = positions(workdir, method, mask_history=False)
   assert len(found) == len(rows)
   assert found["position"].to_list() == found["rank_unmasked"].to_list()
+
+
+def test_what_validation_chose_serves_each_segment(finished, monkeypatch):
+  """By default; here by models of two kinds."""
+  _, workdir, _ = finished
+  choice, read = {"tail": "pin", "head": "memory_alone"}, serve.read_json
+  assert read(workdir / "summary.json")["choice"].keys() >= choice.keys()
+  monkeypatch.setattr(
+    serve, "read_json", lambda *args, **x: read(*args, **x) | {"choice": choice}
+  )
+  got, *alone = (
+    serve.recommender(workdir, method=method).recommend(k=30)
+    for method in (None, *choice.values())
+  )
+  expected = pl.concat(
+    table.filter(segment=segment) for segment, table in enumerate(alone)
+  ).sort("request", "rank")
+  assert got.drop("score").equals(expected.drop("score"))
+  np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-4)
+  assert not alone[0].drop("score").equals(alone[1].drop("score"))
 
 
 def test_serving_refuses_a_checkpoint_that_is_damaged(finished, tmp_path):
