@@ -265,7 +265,7 @@ for number, name in enumerate(("tail", "head")):
 print("one seed: nothing proven")
 
 # %% [markdown]
-# `python -m experiments.main --config=experiments/configs/files.py:path=my.csv
+# `python -m experiments.main --config=files:path=my.csv
 # --workdir=runs/mine` does the same with checkpoints, logs, tables and plots;
 # docs/protocols.md says what such a comparison shows and what it does not.
 

@@ -20,7 +20,6 @@ from pin_jax.data import splits
 from pin_jax.data.batches import Draw
 from pin_jax.evaluation import metrics, ranking
 from pin_jax.models import memory, plugins
-from pin_jax.models.backbones import conditioned
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
@@ -148,8 +147,6 @@ def make_networks(
     backbone = BACKBONES[config.backbone.name](num_items, **options)
     backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
-  if config.backbone.reads_activeness:
-    backbone = conditioned(backbone)
   with schema.section("mesh"):
     layout = sharding.make_layout(
       backbone, num_items, devices=devices, **config.mesh
@@ -416,7 +413,7 @@ def make_ranker(
 # What keys must be to each other: checked at launch, before any long work.
 
 _OF_ANY = {  # of any backbone or plugin; configs set `hidden` for all plugins
-  "backbone": {"name", "pack_rows", "compute", "reads_activeness"},
+  "backbone": {"name", "pack_rows", "compute"},
   "plugin": {"name", "hidden"},
 }
 # What these minimise makes the softmax of the logits an estimate of P(y|x).
@@ -479,9 +476,6 @@ def _of_methods(config: ConfigDict) -> Rules:
      f"give at most backbone.length={backbone.length}, what the model reads"),
     (len(config.seeds) % config.num_seeds > 0, "num_seeds",
      f"the number of seeds, {len(config.seeds)}, must be a multiple of it"),
-    (backbone.reads_activeness and _exact(config), "backbone.reads_activeness",
-     "exact adjustment estimates P(d|x) from states that must not hold d; "
-     "set False or leave 'pin_exact' out"),
     (loss.name == "gbce" and _not_uniform(config), "loss.proposal",
      "loss.name='gbce' is made for 'uniform' negatives"),
     ("focal" in config.methods and loss.name not in PROPER, "loss.name",

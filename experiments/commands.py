@@ -1,11 +1,14 @@
 """Launching programs: flags, exit codes, signals."""
 
+import ast
 import contextlib
 import os
+import pathlib
 import re
 import select
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -22,6 +25,7 @@ from experiments import processes
 from pin_jax.types import InputError, Interrupted, TrainingError
 
 SAVED = 75  # EX_TEMPFAIL of sysexits.h: the same command continues
+_CONFIGS = "experiments/configs"
 GRACE = 8.0  # seconds from a signal to the exit, saved or not
 CODES = {
   InputError: 2, TrainingError: 3, OSError: 3, MemoryError: 3,
@@ -60,10 +64,29 @@ class _OrNone(flags.ArgumentParser):
     return self._parser.flag_type()
 
 
+class _Several(config_flags.tuple_parser.TupleParser):
+  """Reads (0, 1) and ('base', 'pin'), and base,pin without quotes too."""
+
+  def parse(self, argument: Any) -> tuple:
+    """The tuple."""
+    if isinstance(argument, str) and not set(argument) & set("()[]{}'\""):
+      words = filter(None, map(str.strip, argument.split(",")))
+      return tuple(map(_literal, words))
+    return super().parse(argument)
+
+
+def _literal(word: str) -> Any:
+  """The number that a word is, else the word."""
+  try:
+    return ast.literal_eval(word)
+  except (SyntaxError, ValueError):
+    return word
+
+
 for _kind, _parser in (
   (int, flags.IntegerParser()), (float, flags.FloatParser()),
   (str, flags.ArgumentParser()), (bool, flags.BooleanParser()),
-  (tuple, config_flags.tuple_parser.TupleParser()),
+  (tuple, _Several()),
 ):
   config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
 
@@ -93,6 +116,10 @@ def launch(
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   if hasattr(sys.stdout, "reconfigure"):  # a name may be beyond its encoding
     sys.stdout.reconfigure(errors="backslashreplace")
+  if {x.strip("-") for x in sys.argv[1:] if x.startswith("-")} & {"h", "help"}:
+    print(_help())
+    sys.exit(0)
+  keep_programs()
   try:
     code = exit_code(lambda: app.run(checked, flags_parser=parse))
     if code == processes.LOST:  # the runtime would wait for the others
@@ -101,6 +128,45 @@ def launch(
   except KeyboardInterrupt:
     print("interrupted; the same command starts it again", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)  # as shells count
+
+
+def _help() -> str:
+  """What the program says of itself, and its flags."""
+  known = [
+    flag for module, own in flags.FLAGS.flags_by_module_dict().items()
+    for flag in own
+    if module.startswith((sys.argv[0], "third_party")) or flag.name == "config"
+  ]
+  lines = [sys.modules["__main__"].__doc__.strip(), "", "Flags:"]
+  for flag in sorted(known, key=lambda flag: flag.name):
+    text = f"--{flag.name}  {flag.help.strip()}"
+    if flag.default not in (None, False) and "default" not in text:
+      text = f"{text.removesuffix('.')} (default {flag.default})"
+    lines.append(textwrap.fill(
+      text, 80, initial_indent="  ", subsequent_indent="    "
+    ))
+  return "\n".join([*lines, "", "docs/keys.md lists the settings of a job."])
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs on disk for the next launch, up to 2 GB.
+
+  They go to `pin_jax` in the user's cache directory, by the number of usable
+  cores, which their results depend on. What JAX's own variables say holds
+  instead: JAX_COMPILATION_CACHE_DIR names another directory, and
+  JAX_ENABLE_COMPILATION_CACHE=False switches this off.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = pathlib.Path(root, "pin_jax", f"{processes.usable_cores()}_cores")
+  for name, value in (
+    ("jax_compilation_cache_dir", os.fspath(folder)),
+    ("jax_compilation_cache_max_size", 2**31),
+    ("jax_persistent_cache_min_compile_time_secs", 0.1),
+  ):
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 @contextlib.contextmanager
@@ -204,8 +270,14 @@ def parse_with(
   """
   for argument in argv[1:]:
     _check_argument(argument)
+  argv = list(argv)
   if default and not any(re.match("--?config(=|$)", x) for x in argv):
-    argv = [argv[0], f"--config={default}", *argv[1:]]
+    argv.insert(1, f"--config={default}")
+  for place in range(1, len(argv)):
+    flag = re.match("--?config=", argv[place])
+    if flag or re.fullmatch("--?config", argv[place - 1]):
+      start = flag.end() if flag else 0
+      argv[place] = argv[place][:start] + config_file(argv[place][start:])
   try:
     rest = flags.FLAGS(argv)
     if config is not None:
@@ -217,8 +289,34 @@ def parse_with(
   ) as error:
     kind, text = "flags:", str(error)
     if isinstance(error, AttributeError | KeyError):
-      kind, text = "unknown config key", text.strip("\"'")
+      why = error.args[0]  # or what it was raised for
+      kind, text = "unknown config key", str(getattr(why, "args", [why])[0])
     raise InputError(f"{kind} {_in_one_line(text)}") from error
+
+
+def config_file(text: str) -> str:
+  """A configuration's file and argument, of a path or of a shipped one's name.
+
+  Args:
+    text: such as mine.py, quickstart, or files:path=my.csv; a shipped file is
+      found from any folder, as experiments/configs/files.py too.
+
+  Raises:
+    InputError: if it is neither.
+  """
+  name, colon, argument = text.partition(":")
+  path, folder = pathlib.Path(name), pathlib.Path(__file__).parent / "configs"
+  if path.is_file():
+    return text
+  shipped = {file.stem: file for file in sorted(folder.glob("[a-z]*.py"))}
+  del shipped["base"]  # what they share
+  file = shipped.get(path.name.removesuffix(".py"))
+  if file is None or os.fspath(path.parent) not in (".", _CONFIGS):
+    raise InputError(
+      f"--config={name} is no file here and not shipped; give a path or one of "
+      f"{[*shipped]}"
+    )
+  return f"{file}{colon}{argument}"
 
 
 def _check_argument(argument: str) -> None:

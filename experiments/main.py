@@ -1,18 +1,16 @@
 """Trains the joint base and PIN on the same data and compares them.
 
-  python -m experiments.main --config=experiments/configs/quickstart.py \
-    --workdir=runs/quickstart
+  python -m experiments.main --config=files:path=my.csv --workdir=runs/mine
 
-Any setting: --config.backbone.width=128, see the keys below; arguments of a
-config: --config=experiments/configs/files.py:path=my.csv. Relaunching the same
+A configuration is named by its path or, where it is shipped, by its name, with
+its arguments after a colon. Any setting: --config.backbone.width=128. The same
 command continues an interrupted job and reprints a finished one.
 
 On several hosts, the same on each, with a mesh over all their devices and a
 workdir that all of them see: --distributed where SLURM, Open MPI, Kubernetes or
 a TPU pod says who they are, else
 
-  … --config.mesh.data=16 --coordinator=10.0.0.1:1234 --num_processes=2 \
-    --process_id=0
+  --config.mesh.data=16 --coordinator=HOST:1234 --num_processes=2 --process_id=0
 
 Exit codes: 0 finished, 2 bad input, 3 training or writing failed, or memory was
 full, 4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving.
@@ -20,6 +18,7 @@ After the last two the same command continues.
 """
 
 import contextlib
+import functools
 import shlex
 import sys
 
@@ -28,10 +27,10 @@ from ml_collections import config_flags
 
 from experiments import commands, processes
 
-DEFAULT = "experiments/configs/quickstart.py"
+DEFAULT = "quickstart"
 CONFIG = config_flags.DEFINE_config_file(
   "config", None,
-  f"Configuration file, with arguments after a colon (default {DEFAULT}).",
+  f"Configuration, with arguments after a colon (default {DEFAULT}).",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
@@ -76,16 +75,14 @@ def main(_: list[str]) -> None:
     if _DISTRIBUTED.value or place.coordinator:
       stack.enter_context(processes.joined(place))
     interrupted = stack.enter_context(commands.noticed())
-    from experiments import job  # after the flags, for it takes seconds
+    from experiments import api, job  # after the flags, for they take seconds
 
-    job.run(
-      CONFIG.value, _WORKDIR.value, command=shlex.join(command),
-      other_versions=_OTHER_VERSIONS.value, interrupted=interrupted,
+    run = functools.partial(
+      job.run, command=shlex.join(command), interrupted=interrupted,
+      other_versions=_OTHER_VERSIONS.value,
     )
+    api.compare(CONFIG.value, _WORKDIR.value, run=run)
 
 
 if __name__ == "__main__":
-  from experiments import schema
-
-  __doc__ += f"\n{schema.listing()}"
   commands.launch(main, CONFIG, default=DEFAULT)

@@ -53,8 +53,7 @@ class Stage:
       in each ('random').
     rule: weighting that combines the groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
-    reads_activeness: whether its backbone is `conditioned`, whatever
-      `backbone.reads_activeness` says.
+    reads_activeness: whether its backbone is `backbones.conditioned`.
     learns: whose validation targets its backbone learns from besides. With
       'half' it is selected on the others', with 'all' not at all: it keeps its
       last step.

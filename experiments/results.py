@@ -1278,6 +1278,8 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   known = schema.canonical(default().to_dict())
   return {
     key: mine
-    for key, mine, theirs in schema.differences(config, known, known)
+    for key, mine, theirs in schema.differences(
+      schema.canonical(config), known, known
+    )
     if mine != theirs and mine is not None
   }

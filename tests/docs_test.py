@@ -13,8 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import schema
+from experiments import commands, schema
 from pin_jax.aggregation import aggregator
+from pin_jax.types import InputError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted([
@@ -133,9 +134,11 @@ def _wrong(page, text):
                          r"third_party)\.[\w.]*\w)", text):
     if not _module_exists(name):
       yield name
-  for path in re.findall(r"--config=([\w/]+\.py)", text):
-    if not (ROOT / path).exists():
-      yield path
+  for name in re.findall(r"--config=([\w/.]*\w)", text):
+    try:
+      commands.config_file(name)
+    except InputError:
+      yield name
   for key in re.findall(r"--config\.([a-z][\w.]*\w)", text):
     if key not in KEYS and not any(x.startswith(f"{key}.") for x in KEYS):
       yield key
@@ -178,11 +181,11 @@ def test_the_checks_see_what_is_wrong():
   wrong = (
     "[a](no.md) [b](README.md) `pin_jax/typos.py` `pin_jax/types.py` "
     "python -m experiments.mian python -m experiments.main "
-    "--config=experiments/configs/no.py --config=experiments/configs/toys.py "
+    "--config=no --config=toys:path=x.csv --config=experiments/configs/no.py "
     "--config.backbone.with=1 --config.backbone.width=1 --config.backbone"
   )
   assert list(_wrong(ROOT / "README.md", wrong)) == [
-    "no.md", "pin_jax/typos.py", "experiments.mian",
+    "no.md", "pin_jax/typos.py", "experiments.mian", "no",
     "experiments/configs/no.py", "backbone.with",
   ]
   assert "assign_groups" in NAMES["activeness"]

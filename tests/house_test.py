@@ -13,7 +13,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module imports from lower levels, or from its own without cycles.
 LEVELS = {
-  "pin_jax": 0,
   "pin_jax.types": 0,
   "pin_jax.disk": 0,
   "pin_jax.aggregation": 0,
@@ -24,6 +23,7 @@ LEVELS = {
   "pin_jax.evaluation": 2,
   "pin_jax.serving": 3,
   "experiments": 4,
+  "pin_jax": 5,  # the front door, which nothing of the package imports
   "third_party": 5,
   "benchmarks": 5,
 }
@@ -133,7 +133,7 @@ def test_the_idea_imports_nothing_of_the_package():
 
 def test_the_package_imports_no_adapter_and_no_experiment():
   for module in SOURCES:
-    if not _within(module, "pin_jax"):
+    if not _within(module, "pin_jax") or module == "pin_jax":
       continue
     for other in IMPORTS[module]:
       for outside in ("third_party", "experiments", "benchmarks", "tests"):

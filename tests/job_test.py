@@ -24,6 +24,7 @@ from experiments import (
   report,
   results,
   serve,
+  sizes,
   stages,
 )
 from experiments.configs import base, files, ml1m, paper_era, quickstart
@@ -66,7 +67,7 @@ def finished(tmp_path_factory, compile_quickly):
   config = _config()
   left_out = {  # trained elsewhere, or like one that stays
     "base", "base_validation", "base_activeness", "user_uniform", "focal",
-    "head_only", "pin_shared", *RULES,
+    "head_only", "pin_shared", "joint_gate", "pin_gates", *RULES,
   }
   config.methods = ("base", *(name for name in METHODS if name not in left_out))
   text = _run(config, workdir)
@@ -134,8 +135,7 @@ def test_a_metric_of_ones_own_selects_and_is_shown(tmp_path, monkeypatch):
 def positions(workdir, method, **options):
   """(rows, position of each user's target in its list; nan where masked)."""
   recommender = serve.recommender(workdir, method=method)
-  requests = serving.of_users(recommender, prefix="validation")
-  table = serving.recommend(recommender, requests, k=30, **options)
+  table = recommender.recommend(prefix="validation", k=30, **options)
   rows = pl.read_parquet(workdir / "rows.parquet").filter(
     model=method
   )
@@ -163,6 +163,26 @@ def test_what_is_served_is_what_was_evaluated(finished, method):
   rows, found = positions(workdir, method, mask_history=False)
   assert len(found) == len(rows)
   assert found["position"].to_list() == found["rank_unmasked"].to_list()
+
+
+def test_what_validation_chose_serves_each_segment(finished, monkeypatch):
+  """By default; here by models of two kinds."""
+  _, workdir, _ = finished
+  choice, read = {"tail": "pin", "head": "memory_alone"}, serve.read_json
+  assert read(workdir / "summary.json")["choice"].keys() >= choice.keys()
+  monkeypatch.setattr(
+    serve, "read_json", lambda *args, **x: read(*args, **x) | {"choice": choice}
+  )
+  got, *alone = (
+    serve.recommender(workdir, method=method).recommend(k=30)
+    for method in (None, *choice.values())
+  )
+  expected = pl.concat(
+    table.filter(segment=segment) for segment, table in enumerate(alone)
+  ).sort("request", "rank")
+  assert got.drop("score").equals(expected.drop("score"))
+  np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-4)
+  assert not alone[0].drop("score").equals(alone[1].drop("score"))
 
 
 def test_serving_refuses_a_checkpoint_that_is_damaged(finished, tmp_path):
@@ -586,9 +606,7 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {
-    "name", "pack_rows", "compute", "reads_activeness"
-  }
+  assert taken == set(section) - {"name", "pack_rows", "compute"}
 
 
 @pytest.mark.slow
@@ -612,7 +630,7 @@ def test_every_backbone_and_plugin_is_served(tmp_path, backbone, plugin):
   serving.save(made, tmp_path / "model.pin")
   loaded = serving.load(tmp_path / "model.pin")
   lists = [
-    serving.recommend(x, serving.of_users(x), k=5) for x in (made, loaded)
+    x.recommend(k=5) for x in (made, loaded)
   ]
   assert lists[0].drop("score").equals(lists[1].drop("score"))
 
@@ -633,7 +651,7 @@ def test_a_command_line_error_is_one_line(tmp_path):
   *(ml1m.get_config(f"source={source}") for source in ("files", "tfds")),
 ])
 def test_shipped_configs_pass_the_check(config):
-  build.check(config)
+  build.check(sizes.for_any_data(config))
 
 
 def test_temporal_split_ranks_only_users_with_a_later_target(tmp_path):
