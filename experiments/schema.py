@@ -2,14 +2,13 @@
 
   python -m experiments.schema > docs/keys.md
 
-writes the page of all keys. `configs.base.default`, the checks at launch and
-`python -m experiments.main --help` follow from the same table.
+writes the page of all keys. `configs.base.default` and the checks at launch
+follow from the same table.
 """
 
 import contextlib
 import difflib
 import math
-import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -177,9 +176,8 @@ KEYS = {
   "groups": {
     "num_groups": _size(5, "G, number of activeness groups"),
     "rule": _text(
-      "users", "groups of as many users each, as many interactions each, by "
-      "thresholds, or tail and head", "users", "interactions", "thresholds",
-      "head_share",
+      "users", "groups of as many users each, as many interactions each, or by "
+      "thresholds", "users", "interactions", "thresholds",
     ),
     "thresholds": _several((), "smallest activeness of each group but the "
                            "first", _whole(NEEDED, least=0)),
@@ -211,7 +209,6 @@ KEYS = {
     ),
     "compute": _text("float32", "type of the products' operands; params, "
                      "optimizer and sums are float32", "float32", "bfloat16"),
-    "reads_activeness": _flag(False, "adds activeness as an embedding"),
   },
   "plugin": {
     "name": _text("bottleneck", "what serves a segment; keys not its own stay "
@@ -372,11 +369,11 @@ SOURCES = {
     ),
   },
   "files": {
-    "path": _text(NEEDED, "CSV, TSV, Parquet or .inter file"),
+    "path": _text(NEEDED, "CSV, TSV, JSON lines, Parquet, .inter, …"),
     "user": _optional(str, "column of users; None = by its usual names"),
     "item": _optional(str, "column of items; likewise"),
     "time": _optional(str, "column of times; likewise"),
-    "separator": _optional(str, "one character; None = by the suffix"),
+    "separator": _optional(str, "of text; None = by the first lines"),
     **_FILTERS,
   },
   "stored": {
@@ -400,6 +397,7 @@ RETIRED = {
   "claims.assumed_seed_spread": ANY,
   "evaluation.user_chunk": ANY,
   "evaluation.item_chunk": ANY,
+  "backbone.reads_activeness": False,
   "optimizer.b2": 0.98,
   "optimizer.classifier_learning_rate": 2e-3,
   "optimizer.final": 0.01,
@@ -486,14 +484,11 @@ def check_keys(config: ConfigDict) -> None:
       raise bad(name, value, f"{unknown}; {nearest(name, keys)}")
   for name, key in keys.items():
     value, needed = given.get(name), key.default is NEEDED
-    if name not in given or (needed and value is None):
-      if needed or not name.startswith("data."):
-        raise InputError(
-          f"config key {name} is missing; source {source!r} needs it" if needed
-          else f"config key {name} is missing; its default is {key.default!r}"
-        )
-    elif not key.accepts(value):
-      raise bad(name, value, key.remedy)
+    if value is not None or (name in given and not needed):
+      if not key.accepts(value):
+        raise bad(name, value, key.remedy)
+    elif needed or not name.startswith("data."):
+      raise InputError(f"config key {name} is missing; give {key.takes}")
 
 
 @contextlib.contextmanager
@@ -559,17 +554,6 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
     takes = key.takes.replace("a whole number from", "int,")
     takes = takes.replace("a number from", "float,")
     yield name, default, key.meaning, takes
-
-
-def listing() -> str:
-  """All keys, each in a line or two, for --help."""
-  return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
-    f"  {name} = {default}\n" + textwrap.fill(
-      f"{meaning}; {takes}", 80, initial_indent="    ",
-      subsequent_indent="    ",
-    )
-    for name, default, meaning, takes in _rows()
-  )
 
 
 def page() -> str:
