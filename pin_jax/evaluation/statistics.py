@@ -261,27 +261,6 @@ def gap(
   return _resample([head, tail], difference, bootstrap)[0]
 
 
-def worst_group(
-  groups: Sequence[ArrayLike], bootstrap: Bootstrap = _DEFAULT
-) -> tuple[np.ndarray, Interval]:
-  """The smallest of the groups' means, min_g mean(values of g).
-
-  Every group's users are resampled apart, the seeds together, and each resample
-  picks its own smallest mean, so the interval leans downwards.
-
-  Args:
-    groups: G arrays [..., S, U_g], see `by_seed`.
-    bootstrap: how they are resampled.
-
-  Returns:
-    Index of the group, [...], and its mean with a percentile interval, each
-    [...]; the interval is NaN for a group of fewer than two users.
-  """
-  means = [_mean(np.asarray(group)) for group in groups]
-  smallest = lambda drawn: drawn.min(0)
-  return np.argmin(means, 0), _resample(groups, smallest, bootstrap)[0]
-
-
 def holm(p_values: ArrayLike) -> np.ndarray:
   """Holm's adjusted p-values: below alpha with family-wise error alpha.
 
