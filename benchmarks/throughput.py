@@ -41,6 +41,7 @@ time.
 """
 
 import argparse
+import inspect
 import json
 import os
 import pathlib
@@ -56,6 +57,7 @@ from experiments.configs import beauty
 from experiments.methods import METHODS
 from experiments.problem import make_problem
 from experiments.stages import num_steps
+from pin_jax.training import optimizers
 from third_party import driver
 from third_party.peers import protocol
 
@@ -144,9 +146,15 @@ def write_inputs(path: str, folder: str, args: argparse.Namespace) -> dict:
     "eval_users": args.eval_users,
     "batch_size": config.batch_size,
     "num_steps": num_steps(config, METHODS["base"].stages[0]),
-    "optimizer": config.optimizer.to_dict(),
+    "optimizer": {**_defaults(), **config.optimizer.to_dict()},
     **sizes,
   }
+
+
+def _defaults() -> dict[str, Any]:
+  """What the optimizer takes besides the config's section."""
+  taken = inspect.signature(optimizers.make_optimizer).parameters
+  return {name: taken[name].default for name in ("b2", "final")}
 
 
 def time_pair(

@@ -1,17 +1,21 @@
-"""Runs every job that a config file's `sweep()` lists.
+"""Runs a job for each of several settings, of any config.
 
-  python -m experiments.sweep --config=experiments/configs/ml1m.py \
-    --workdir=runs/windows --parallel=2
+  python -m experiments.sweep --config=files:path=my.csv \
+    --workdir=runs/widths --sweep.backbone.width=32,64,128 --parallel=2
 
-`sweep()` returns a list of settings, dictionaries of dotted key -> value, such
-as {"backbone.length": 5, "seeds": (0, 1, 2)}. A job's directory is the hash
-of the whole configuration, so that another one never finds its results; a file
-`done` marks it as finished on the data that it names. A
-killed sweep continues where it was, the jobs too. On a cluster every task runs
-one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints the commands, --table
-only the table of what is finished, from the result files alone. It compares
-models with each job's base, or with --base=MODEL; where a job has none, with
-that of the job at --beside=WORKDIR.
+Each --sweep.KEY=VALUE,VALUE multiplies the jobs; --config.KEY=VALUE holds for
+all. --sweep=FILE reads settings from JSON: a list of dictionaries of dotted
+key -> value, or one of key -> list of values, to be multiplied. Without either
+the config's own `sweep()` lists them.
+
+A job's directory is named after its settings and a hash of its whole
+configuration, so that another one never finds its results; a file `done` marks
+it as finished on the data that it names. Stages that are the same in several
+jobs are trained once. A killed sweep continues where it was, the jobs too. On a
+cluster every task runs one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints
+the commands, --table only the table of what is finished, from the result files
+alone; into a pipe it goes as tab-separated values. It compares models with each
+job's base, or with --base=MODEL.
 
   python -m experiments.sweep --workdir=runs/rules --output=docs/results/rules
 
@@ -20,16 +24,20 @@ writes a summary of these for experiments.report; --more_seeds=1,2 trains the
 chosen ones with more seeds.
 """
 
+import ast
 import functools
 import hashlib
+import itertools
 import json
 import math
+import re
 import runpy
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +48,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from experiments import build, commands, schema, sizes
+from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import METHODS
-from experiments.report import print_table
+from experiments.report import print_table, to_tsv
 from experiments.results import (
   MIN_SEEDS,
   SLICES,
@@ -50,6 +59,7 @@ from experiments.results import (
   Results,
   Table,
   check_claims,
+  differing,
   key_of,
   mean_metric,
   metrics_of,
@@ -57,11 +67,13 @@ from experiments.results import (
   models_of,
   read,
   same_users,
+  value_text,
   write_summary,
 )
 from pin_jax import disk
 from pin_jax.types import InputError
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 _FREE = "seeds", "methods"  # keys in which jobs of one setting may differ
 _POLL = 0.2  # seconds between looks at whether jobs have ended
 
@@ -88,8 +100,77 @@ class Job(NamedTuple):
     return path.exists() and self.data in path.read_text()
 
 
+def split_arguments(
+  arguments: Sequence[str],
+) -> tuple[list[str], dict[str, Any], dict[str, list[Any]]]:
+  """Takes settings out of a command line.
+
+  Returns:
+    The other arguments, key -> value of `--config.KEY=VALUE`, and key -> values
+    of `--sweep.KEY=VALUE,VALUE`.
+  """
+  rest, fixed, swept = [], {}, {}
+  for argument in arguments:
+    found = re.fullmatch(r"--?(config|sweep)\.([\w.]+)=(.+)", argument)
+    if not found:
+      rest.append(argument)
+      continue
+    section, key, text = found.groups()
+    try:
+      values = list(ast.literal_eval(f"[{text}]"))
+    except (SyntaxError, ValueError):
+      values = text.split(",")
+    known = schema.keys_of(None).get(key)
+    several = known is not None and known.kind is tuple
+    if section == "sweep":
+      swept[key] = [
+        (x,) if several and not isinstance(x, tuple) else x for x in values
+      ]
+    elif several and not isinstance(values[0], tuple):
+      fixed[key] = tuple(values)
+    else:
+      fixed[key] = values[0] if len(values) == 1 else text
+  return rest, fixed, swept
+
+
+def multiplied(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+  """Every combination of keys' values."""
+  return [
+    dict(zip(values, some, strict=True))
+    for some in itertools.product(*values.values())
+  ]
+
+
+def read_settings(path: epath.PathLike) -> list[Any]:
+  """The settings that a JSON file lists, or whose values it multiplies."""
+  with disk.reading(path, "give a list of settings, or key -> values"):
+    found = json.loads(
+      epath.Path(path).read_text(), object_hook=lambda x: {
+        k: tuple(v) if isinstance(v, list) else v for k, v in x.items()
+      }
+    )
+    return multiplied(found) if isinstance(found, dict) else [*found]
+
+
+def _module(config: str) -> dict[str, Any]:
+  """What a config file defines."""
+  path = config.partition(":")[0]
+  try:
+    module = runpy.run_path(path)
+  except (OSError, SyntaxError) as error:
+    raise InputError(
+      f"config file {path} cannot be read ({error}); see --help"
+    ) from error
+  if "get_config" not in module:
+    raise InputError(
+      f"config file {path} has no get_config(); define it there"
+    )
+  return module
+
+
 def make_jobs(
-  config: str, root: epath.PathLike, listed: Sequence[Any] | None = None
+  config: str, root: epath.PathLike,
+  listed: Sequence[Any] | None = None, fixed: Mapping[str, Any] = _NONE,
 ) -> list[Job]:
   """The jobs of a config file, each checked as far as its settings go.
 
@@ -97,27 +178,25 @@ def make_jobs(
     config: path of the config file, with arguments after a colon.
     root: directory of the sweep.
     listed: settings of the jobs; None = those that its `sweep()` lists.
+    fixed: settings of all jobs besides.
 
   Raises:
     InputError: if the file or `sweep()` is missing, or a setting is wrong.
   """
-  path, _, argument = config.partition(":")
-  try:
-    module = runpy.run_path(path)
-  except (OSError, SyntaxError) as error:
-    raise InputError(
-      f"config file {path} cannot be read ({error}); see --help"
-    ) from error
-  for name in ("get_config", "sweep"):
-    if name not in module:
-      raise InputError(f"config file {path} has no {name}(); define it there")
-  listed = module["sweep"]() if listed is None else listed
+  module, (path, _, argument) = _module(config), config.partition(":")
+  if listed is None:
+    if "sweep" not in module:
+      raise InputError(
+        f"config file {path} has no sweep(); give --sweep.KEY=VALUE,VALUE"
+      )
+    listed = module["sweep"]()
   if not isinstance(listed, list | tuple) or not listed:
     raise InputError(
-      f"sweep() of {path} returns {listed!r}; return a list of dictionaries"
+      f"the sweep of {path} lists {listed!r}; give a list of dictionaries"
     )
   jobs: dict[str, Job] = {}
-  for number, chosen in enumerate(listed):
+  for number, own in enumerate(listed):
+    chosen = {**fixed, **own} if isinstance(own, dict) else own
     whole = _resolved(module["get_config"], argument, chosen, number)
     name = job_name(whole)
     if name in jobs:
@@ -125,11 +204,13 @@ def make_jobs(
         f"settings {number} of the sweep repeat settings {[*jobs].index(name)}:"
         f" {chosen}; list each once"
       )
-    place = disk.place("workdir", root) / name
+    root = disk.place("workdir", root)
+    called = "-".join((*map(_slug, sorted(own.items())), name))
+    place = next(iter(root.glob(f"*{name}")), root / called)
     jobs[name] = Job(place, chosen, [
       sys.executable, "-m", "experiments.main", f"--config={config}",
       f"--workdir={place}",
-      *(f"--config.{key}={_written(value)}" for key, value in chosen.items()),
+      *(f"--config.{key}={value_text(value)}" for key, value in chosen.items()),
     ], _data_files(whole.data))  # fmt: skip
   return [*jobs.values()]
 
@@ -153,13 +234,14 @@ def _resolved(
 
 
 def more_jobs(
-  config: str, root: epath.PathLike, seeds: Sequence[int]
+  config: str, root: epath.PathLike, jobs: Sequence[Job], seeds: Sequence[int]
 ) -> list[Job]:
   """Jobs that give the models at their chosen settings more seeds.
 
   Args:
     config: path of the config file, with arguments after a colon.
     root: directory of the sweep.
+    jobs: of the sweep.
     seeds: that no job has had.
 
   Returns:
@@ -168,7 +250,6 @@ def more_jobs(
   Raises:
     InputError: if a job of the sweep is not done, or has one of the seeds.
   """
-  jobs = make_jobs(config, root)
   for job in jobs:
     if not job.done:
       raise InputError(
@@ -193,9 +274,18 @@ def more_jobs(
 
 
 def job_name(config: ConfigDict) -> str:
-  """Hash of all of a configuration on which results depend."""
-  text = json.dumps(of_results(config), sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  """Hash of all of a configuration that is not the default."""
+  known = of_results(default())
+  text = json.dumps([
+    found[:2] for found in schema.differences(of_results(config), known, known)
+  ])
+  return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _slug(setting: tuple[str, Any]) -> str:
+  """A setting as a part of a directory's name."""
+  value = re.sub(r"[^\w.]+", "-", str(setting[1])).strip("-")
+  return f"{setting[0].rpartition('.')[2]}={value[:24]}"
 
 
 def _data_files(data: ConfigDict) -> str:
@@ -206,13 +296,6 @@ def _data_files(data: ConfigDict) -> str:
   files = sorted(path.iterdir()) if path.is_dir() else [path]
   stats = [(x.name, x.stat()) for x in files if x.exists()]
   return repr([(name, stat.length, stat.mtime) for name, stat in stats])
-
-
-def _written(value: Any) -> str:
-  """A value as a flag takes it."""
-  if isinstance(value, list | tuple):
-    return repr(tuple(value))
-  return str(value)
 
 
 def printed(job: Job) -> str:
@@ -327,20 +410,17 @@ def by_setting(found: Sequence[Results]) -> Sweep:
     name = json.dumps(chosen, sort_keys=True)
     together.setdefault(name, []).append(own)
     flat[name] = chosen
-  keys = _differing(flat.values())
+  keys = differing([*flat.values()])
   chosen = {name: {k: own.get(k) for k in keys} for name, own in flat.items()}
-  order = sorted(flat, key=lambda name: [
-    ("", x) if isinstance(x, int | float) else (str(x), 0)
-    for x in chosen[name].values()
-  ])
+  order = sorted(flat, key=lambda name: _order(chosen[name]))
   return Sweep([chosen[name] for name in order], [together[n] for n in order])
 
 
-def _differing(flat: Iterable[Mapping[str, Any]]) -> list[str]:
-  """Dotted keys whose values are not the same in all."""
-  keys = dict.fromkeys(key for own in flat for key in own)
+def _order(chosen: Mapping[str, Any]) -> list[tuple]:
+  """What sorts settings by their values, numbers first."""
   return [
-    key for key in keys if len({json.dumps(own.get(key)) for own in flat}) > 1
+    ("", x) if isinstance(x, int | float) else (str(x), 0)
+    for x in chosen.values()
   ]
 
 
@@ -447,131 +527,112 @@ def best(
   )
 
 
-def table(
-  found: Sequence[Results], *, base: str | None = None,
-  beside: epath.PathLike | None = None,
-) -> Table:
+def table(found: Sequence[Results], *, base: str | None = None) -> Table:
   """One line a job and model: settings, validation, test, changes.
 
   Settings are to be chosen by validation, a mean over seeds.
 
   Args:
     found: as from `finished`.
-    base: model to compare with; None takes that of the job at `beside`, or
-      each job's own.
-    beside: workdir of a finished job, whose base is compared with where a job
-      has none of that name.
+    base: model to compare with; None takes each job's own.
 
   Raises:
-    InputError: if the base is nowhere, or the jobs to be compared with `beside`
-      have other users, targets, segments or groups.
+    InputError: if no job has the base.
   """
   flat = [
     {"data": own.summary["data"], **dict(schema.flatten(own.config))}
     for own in found
   ]
-  keys = [key for key in _differing(flat) if key != "methods"]
-  other, metric = None, metrics_of(found[0].config)[0]
-  if beside is not None:
-    base, other = _rows_beside(beside, base)
-  lines = []
-  for own, chosen in zip(found, flat, strict=True):
-    rows, column = own.rows, next(iter(own.lists.values()))
+  keys = [key for key in differing(flat) if key != "methods"]
+  metric, lines = metrics_of(found[0].config)[0], []
+  chosen_of = lambda pair: {key: pair[1].get(key) for key in keys}
+  for own, chosen in sorted(
+    zip(found, flat, strict=True), key=lambda pair: _order(chosen_of(pair))
+  ):
+    column, models = next(iter(own.lists.values())), models_of(own.rows)
     against = key_of(base or own.summary.get("base", "base"))
-    if other is not None and against not in models_of(rows):
-      rows = pl.concat([other, rows])
-    claims = {} if against not in models_of(rows) else {
-      claim.model: claim
-      for claim in check_claims(
-        rows, base=against, margin=0, metric=metric, column=column
+    claims = {} if against not in models else {
+      claim.model: claim for claim in check_claims(
+        own.rows, base=against, margin=0, metric=metric, column=column
       )
     }
-    for model in models_of(own.rows):
+    for model in models:
       rows, values = model_rows(own.rows, model), [math.nan]
       if model in METHODS and own.summary.get("cost"):
         values = [*validation(own, model).values()]
-      parts = [
-        mean_metric(rows.filter(keep), metric, column)
-        for keep in SLICES.values()
-      ]
       claim = claims.get(model)
       lines.append((
-        own.name, *(_written(chosen.get(key)) for key in keys), model,
-        rows["seed"].n_unique(), float(np.mean(values)), *parts,
-        *((claim.tail, claim.head) if claim else ("", "")),
+        *(value_text(chosen.get(key)) for key in keys), model,
+        rows["seed"].n_unique(), float(np.mean(values)),
+        *(mean_metric(rows.filter(x), metric, column) for x in SLICES.values()),
+        *((claim.tail, claim.head) if claim else ("", "")), own.name,
       ))
-  if base is not None and not any(line[-1] for line in lines):
+  if base is not None and not any(line[-2] for line in lines):
     raise InputError(f"--base={base}: no job has that model")
-  few = any(line[len(keys) + 2] < MIN_SEEDS for line in lines)
+  few = any(line[len(keys) + 1] < MIN_SEEDS for line in lines)
   return Table(
     f"{metric.upper()} of finished jobs",
-    [Column("job"), *map(Column, keys), Column("model", "model"),
-     Column("seeds", "count"), Column("validation", "level"),
-     *(Column(name, "level") for name in ("overall", "tail", "head")),
-     Column("tail change %", "change"), Column("head change %", "change")],
+    [*map(Column, keys), Column("model", "model"), Column("seeds", "count"),
+     Column("validation", "level"),
+     *(Column(name, "level") for name in SLICES),
+     Column("tail change %", "change"), Column("head change %", "change"),
+     Column("job")],
     lines, "Fewer than three seeds prove nothing: see --more_seeds." * few,
   )  # fmt: skip
 
 
-def _rows_beside(
-  beside: epath.PathLike, base: str | None
-) -> tuple[str, pl.DataFrame]:
-  """The model of another job that jobs without it are compared with."""
-  if not (epath.Path(beside) / "summary.json").exists():
-    raise InputError(
-      f"--beside={beside} is no workdir of a finished job (a summary of one "
-      "does not say which user is which); name one"
-    )
-  other = read(beside)
-  base = key_of(base or other.summary.get("base", "base"))
-  if base not in models_of(other.rows):
-    raise InputError(
-      f"--beside={beside} has no model {base!r}; name one of "
-      f"{models_of(other.rows)} by --base"
-    )
-  return base, other.rows.filter(model=base)
-
-
-def _main(_: Sequence[str]) -> int:
+def _main(
+  fixed: Mapping[str, Any], swept: Mapping[str, list[Any]]
+) -> int:
   values = flags.FLAGS
-  console = commands.Console()
+  console, listed, jobs = commands.Console(), None, None
   if values.config is None and not (values.table or values.output):
-    raise InputError("--config is missing; name a config file with a sweep()")
-  listed = values.config and make_jobs(values.config, values.workdir)
-  show = lambda: print_table(
-    table(
-      finished(values.workdir, listed), base=values.base, beside=values.beside
-    ), console,
-  )
+    raise InputError("--config is missing; name a config file")
+  if values.sweep is not None or swept:
+    listed = [
+      {**own, **some} if isinstance(own, dict) else own
+      for own in (read_settings(values.sweep) if values.sweep else [{}])
+      for some in multiplied(swept)
+    ]
+  if values.config is not None:
+    jobs = make_jobs(values.config, values.workdir, listed, fixed)
+
+  def show() -> None:
+    found = table(finished(values.workdir, jobs), base=values.base)
+    if console.is_terminal:
+      print_table(found, console)
+    else:
+      console.file.write(to_tsv(found))
+
   if values.output is not None:
-    sweep = by_setting(finished(values.workdir, listed))
-    trials = choose(sweep)
+    sweep = by_setting(finished(values.workdir, jobs))
     output = disk.place("output", values.output)
-    write_summary(best(output.name, sweep, trials), output)
+    write_summary(best(output.name, sweep, choose(sweep)), output)
     console.print(f"{output}: every model at the setting best on validation")
     return 0
   if values.table:
     show()
     return 0
+  some = jobs
   if values.more_seeds:
     wrong = [seed for seed in values.more_seeds if not seed.isdecimal()]
     if wrong:
       raise InputError(f"--more_seeds has {wrong[0]!r}; give whole numbers")
     seeds = [int(seed) for seed in values.more_seeds]
-    jobs = more_jobs(values.config, values.workdir, seeds)
-    listed = [*listed, *jobs]
-  else:
-    jobs = listed
+    some = more_jobs(values.config, values.workdir, jobs, seeds)
+    jobs = [*jobs, *some]
   if values.index is not None:
-    if not 0 <= values.index < len(jobs):
-      raise InputError(f"--index={values.index}: give 0 to {len(jobs) - 1}")
-    jobs = [jobs[values.index]]
+    if not 0 <= values.index < len(some):
+      raise InputError(f"--index={values.index}: give 0 to {len(some) - 1}")
+    some = [some[values.index]]
   if values.dry_run:
-    for job in jobs:
+    for job in some:
       print(printed(job) + ("  # done" if job.done else ""))
     return 0
-  failed = run(jobs, parallel=values.parallel, console=console)
-  if any(job.done for job in jobs):
+  failed = run(
+    some, parallel=values.parallel, console=commands.Console(stderr=True)
+  )
+  if any(job.done for job in some):
     show()
   if failed:
     names = ", ".join(job.workdir.name for job in failed)
@@ -581,7 +642,9 @@ def _main(_: Sequence[str]) -> int:
 
 def launch() -> None:
   """Entry point: exit code 2 for bad input, 1 where a job fails."""
-  flags.DEFINE_string("config", None, "config file with a sweep()")
+  sys.argv[1:], fixed, swept = split_arguments(sys.argv[1:])
+  flags.DEFINE_string("config", None, "config file")
+  flags.DEFINE_string("sweep", None, "JSON file of settings")
   flags.DEFINE_string("workdir", None, "directory of the sweep", required=True)
   flags.DEFINE_integer("parallel", 1, "jobs at a time", lower_bound=1)
   flags.DEFINE_integer("index", None, "run this job alone, from 0")
@@ -594,11 +657,7 @@ def launch() -> None:
     "output", None, "directory for a summary of each model at its best setting"
   )
   flags.DEFINE_string("base", None, "model that the table compares with")
-  flags.DEFINE_string(
-    "beside", None, "workdir of a finished job that has the base, for jobs "
-    "without",
-  )
-  commands.launch(_main)
+  commands.launch(lambda _: _main(fixed, swept))
 
 
 if __name__ == "__main__":

@@ -132,24 +132,56 @@ class Recommender(NamedTuple):
     *,
     histories: Sequence[Sequence[Any]] | None = None,
     prefix: str = "all",
-    **options: Any,
+    k: int = 10,
+    mask_history: bool = True,
+    allow: Sequence[Any] | None = None,
+    deny: Sequence[Any] | None = None,
   ) -> pl.DataFrame:
-    """Recommends to users of the training data, or by histories.
+    """The K best items of each request, exactly; ties go to the lower item.
 
     Args:
-      users: original ids; None = all users, or nobody's names.
-      histories: a list of items for each of the users; see `of_histories`.
-      prefix: without histories; see `of_users`.
-      **options: of `recommend`: `k`, `mask_history`, `allow`, `deny`.
+      users: original ids; without histories those of the training data, None =
+        all of them; else None or names of those who bring a history.
+      histories: of items, oldest first, one for each user; see `of_histories`.
+      prefix: without histories, how much of the known ones; see `of_users`.
+      k: K, 1..V.
+      mask_history: whether items of the history are left out, all of them and
+        not only those that the model reads.
+      allow: original ids of the only items to recommend; None = all.
+      deny: original ids of items never to recommend, which may be unknown.
 
     Returns:
-      A row an item, see `recommend`.
+      A row an item, the requests in order: `request` (its place among those
+      asked for), `user` (original id, or null), `rank` from 1, `item` (original
+      id), `score` (logit; of a popular item its training interactions),
+      `segment` (0 tail, 1 head) and `source` ('model' or 'popularity'). A
+      request has fewer than K rows where fewer items are left.
+
+    Raises:
+      InputError: for a K out of range, or where every user, every item of the
+        histories or of `allow` is unknown, or no item is allowed.
     """
+    num_items = len(self.item_ids)
+    if not isinstance(k, int | np.integer) or not 1 <= k <= num_items:
+      raise InputError(
+        f"k={k!r} is out of range; give 1..{num_items}, the number of items"
+      )
     if histories is None:
       requests = of_users(self, users, prefix=prefix)
     else:
       requests = of_histories(self, histories, users)
-    return recommend(self, requests, **options)
+    allowed = _allowed(self.item_ids, allow, deny)
+    segments, slots = route(self, requests)
+    count = len(requests.users)
+    items = np.zeros((count, k), np.int32)
+    scores = np.full((count, k), -np.inf, np.float32)
+    for index, found in _scored(self, requests, slots):
+      found[:, ~allowed] = -np.inf
+      if mask_history:
+        found[_seen(requests, index)] = -np.inf
+      best = jax.device_get(_top(found, min(_rounded(k), num_items)))
+      scores[index], items[index] = (x[: len(index), :k] for x in best)
+    return _table(self, requests, segments, slots, items, scores)
 
 
 def make(
@@ -309,11 +341,7 @@ def of_users(
     recommender: who knows them.
     ids: original ids; None = all users. Those unknown are left out.
     prefix: how much of their histories to read: 'all', 'validation' (what
-      comes before the test target) or 'train'. The evaluation's test ranks are
-      those of 'validation'.
-
-  Raises:
-    InputError: for an unknown prefix, or where all users are unknown.
+      comes before the test target; the evaluation's test ranks) or 'train'.
   """
   users = recommender.users
   if prefix not in PREFIXES:
@@ -340,12 +368,8 @@ def of_histories(
   Args:
     recommender: who knows the items.
     histories: original ids of items; may be empty. Unknown items are left out.
-    ids: original ids of users or None, one a history. A user of the training
-      data is routed by its training interactions, all others, whatever their
-      ids, by their histories.
-
-  Raises:
-    InputError: where all items are unknown.
+    ids: of users, or None, one a history. A user of the training data is routed
+      by its training interactions, all others by their histories.
   """
   names = [None] * len(histories) if ids is None else list(ids)
   if len(names) != len(histories):
@@ -365,9 +389,17 @@ def of_histories(
   )
 
 
-def _is_number(text: str) -> bool:
-  """Whether a text is an int64's own spelling."""
-  return re.fullmatch("0|-?[1-9][0-9]{0,18}", text) is not None
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> int | None:
+  """The int64 that an integer or its one spelling is, else None."""
+  spelled = isinstance(value, str) and re.fullmatch("0|-?[1-9][0-9]*", value)
+  if (_is_int(value) or spelled) and len(str(value)) < 21:
+    number = int(value)
+    return number if -(2**63) <= number < 2**63 else None
+  return None
 
 
 def _find(values: Sequence[Any], known: np.ndarray) -> np.ndarray:
@@ -375,17 +407,16 @@ def _find(values: Sequence[Any], known: np.ndarray) -> np.ndarray:
 
   They are read in the type of the known ones, never spelled anew.
   """
-  text = known.dtype.kind == "O"
-  ids = np.full(len(values), known[0], object if text else np.int64)
-  is_id = np.zeros(len(values), bool)
+  found = np.full(len(values), -1)
   for place, value in enumerate(values):
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    spelled = isinstance(value, str) and (text or _is_number(value))
-    if (whole or spelled) and (text or -(2**63) <= int(value) < 2**63):
-      ids[place] = str(value) if text else int(value)
-      is_id[place] = True
-  index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-  return np.where(is_id & (known[index] == ids), index, -1)
+    if known.dtype.kind == "O":
+      value = str(value) if _is_int(value) or isinstance(value, str) else None
+    else:
+      value = _whole(value)
+    if value is not None:
+      at = min(np.searchsorted(known, value), len(known) - 1)
+      found[place] = at if known[at] == value else -1
+  return found
 
 
 def _known(
@@ -440,55 +471,6 @@ def nearest(value: Any, known: np.ndarray) -> list[Any]:
 
 
 # Recommending.
-
-
-def recommend(
-  recommender: Recommender,
-  requests: Requests,
-  *,
-  k: int = 10,
-  mask_history: bool = True,
-  allow: Sequence[Any] | None = None,
-  deny: Sequence[Any] | None = None,
-) -> pl.DataFrame:
-  """The K best items of each request, exactly; ties go to the lower item.
-
-  Args:
-    recommender: what recommends.
-    requests: of `of_users` or `of_histories`.
-    k: K, 1..V.
-    mask_history: whether items of the history are left out, all of them and
-      not only those that the model reads.
-    allow: original ids of the only items to recommend; None = all.
-    deny: original ids of items never to recommend, which may be unknown.
-
-  Returns:
-    A row an item, the requests in order: `request` (its number), `user`
-    (original id, or null), `rank` from 1, `item` (original id), `score` (logit;
-    of a popular item its training interactions), `segment` (0 tail, 1 head)
-    and `source` ('model' or 'popularity'). A request has fewer than K rows
-    where fewer items are left.
-
-  Raises:
-    InputError: for a K out of range, or where no item is allowed.
-  """
-  num_items = len(recommender.item_ids)
-  if not isinstance(k, int | np.integer) or not 1 <= k <= num_items:
-    raise InputError(
-      f"k={k!r} is out of range; give 1..{num_items}, the number of items"
-    )
-  allowed = _allowed(recommender.item_ids, allow, deny)
-  segments, slots = route(recommender, requests)
-  count = len(requests.users)
-  items = np.zeros((count, k), np.int32)
-  scores = np.full((count, k), -np.inf, np.float32)
-  for index, found in _scored(recommender, requests, slots):
-    found[:, ~allowed] = -np.inf
-    if mask_history:
-      found[_seen(requests, index)] = -np.inf
-    best = jax.device_get(_top(found, min(_rounded(k), num_items)))
-    scores[index], items[index] = (x[: len(index), :k] for x in best)
-  return _table(recommender, requests, segments, slots, items, scores)
 
 
 def route(
@@ -628,16 +610,16 @@ def _table(
   slots: np.ndarray, items: np.ndarray, scores: np.ndarray,
 ) -> pl.DataFrame:
   request, column = np.nonzero(scores > -np.inf)
-  names, kind = requests.names, pl.String
-  spelled = [str(x) for x in names if x is not None]
-  if recommender.users.ids.dtype.kind != "O" and all(map(_is_number, spelled)):
-    kind = pl.Int64
-  named = [x if x is None else kind.to_python()(x) for x in names]
+  names, kind = [*map(_whole, requests.names)], pl.Int64
+  lost = names.count(None) > requests.names.count(None)
+  if lost or recommender.users.ids.dtype.kind == "O":
+    names = [x if x is None else str(x) for x in requests.names]
+    kind = pl.String
   source = np.where(slots < 0, "popularity", "model")
   item_ids = recommender.item_ids[items[request, column] - 1]
   return pl.DataFrame({
     "request": requests.numbers[request].astype(np.int64),
-    "user": pl.Series(named, dtype=kind).gather(request),
+    "user": pl.Series(names, dtype=kind).gather(request),
     "rank": (column + 1).astype(np.int32),
     "item": pl.Series(item_ids.tolist()),
     "score": scores[request, column],

@@ -163,10 +163,6 @@ def test_candidates_give_columns_of_the_full_scores(model, logits, form):
   ("sasrec", {"width": 6, "heads": 4}, "width=6.*heads=4"),
   ("hstu", {"width": 6, "heads": 4}, "width=6.*heads=4"),
   ("sasrec", {"width": 8, "heads": 0}, "heads=0"),
-  ("din", {"attention_hidden": 0}, "attention_hidden=0"),
-  ("din", {"hidden": 0}, "hidden=0"),
-  *((name, {"dropout": rate}, f"dropout={rate}")
-    for name in BUILDERS for rate in (1.0, -0.1)),
 ])
 def test_bad_options_are_named_in_one_line(name, options, message):
   with pytest.raises(InputError, match=message) as error:

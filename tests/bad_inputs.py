@@ -42,7 +42,6 @@ from pin_jax.data import (
 )
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import metrics, ranking
-from pin_jax.evaluation import statistics as intervals
 from pin_jax.models import plugins
 from pin_jax.models.sasrec import sasrec
 from pin_jax.training import loop
@@ -315,9 +314,6 @@ for _name, *_words, _action in (
    lambda folder: metrics.ndcg([0.0], 10)),
   ("metric: cutoff", "cutoff k is 0", "at least 1",
    lambda folder: metrics.reciprocal_rank([1.0], 0)),
-  ("statistics: confidence", "confidence",
-   lambda folder: intervals.mean_interval(
-     np.ones(4), intervals.Bootstrap(confidence=2.0))),
   ("backbone: heads", "width=10", "heads=3",
    lambda folder: sasrec(10, length=4, width=10, heads=3)),
   ("optimizer: steps", "num_steps=0", "at least 1",
@@ -572,12 +568,8 @@ def _serving(name, *words, users=("ann",), histories=None, **options):
   """A recommendation to users or for histories."""
 
   def action(folder):
-    made = _recommender()
-    if histories is None:
-      requests = serving.of_users(made, users)
-    else:
-      requests = serving.of_histories(made, histories)
-    serving.recommend(made, requests, **{"k": 3, **options})
+    whom = {"users": users} if histories is None else {"histories": histories}
+    _recommender().recommend(**whom, **{"k": 3, **options})
 
   ROWS[f"serving: {name}"] = (action, words)
 

@@ -229,11 +229,11 @@ def test_serving_tells_training_interactions_or_those_given(
   cases = (  # (id, indices of the history, activeness)
     (None, own[:9], 9), (None, own[:2], 2), (3, own[:2], len(own) - 2),
   )
-  requests = serving.of_histories(
-    model, [data.item_ids[np.asarray(h) - 1].tolist() for _, h, _ in cases],
+  table = model.recommend(
     [user for user, _, _ in cases],
+    histories=[data.item_ids[np.asarray(h) - 1].tolist() for _, h, _ in cases],
+    k=ITEMS, mask_history=False,
   )
-  table = serving.recommend(model, requests, k=ITEMS, mask_history=False)
   for k, (_, history, told) in enumerate(cases):
     want = getattr(references, name)(params, history[-LENGTH:], told=told)[1:]
     part = table.filter(table["request"] == k).sort("item")

@@ -134,8 +134,7 @@ def test_a_metric_of_ones_own_selects_and_is_shown(tmp_path, monkeypatch):
 def positions(workdir, method, **options):
   """(rows, position of each user's target in its list; nan where masked)."""
   recommender = serve.recommender(workdir, method=method)
-  requests = serving.of_users(recommender, prefix="validation")
-  table = serving.recommend(recommender, requests, k=30, **options)
+  table = recommender.recommend(prefix="validation", k=30, **options)
   rows = pl.read_parquet(workdir / "rows.parquet").filter(
     model=method
   )
@@ -623,7 +622,7 @@ def test_every_backbone_and_plugin_is_served(tmp_path, backbone, plugin):
   serving.save(made, tmp_path / "model.pin")
   loaded = serving.load(tmp_path / "model.pin")
   lists = [
-    serving.recommend(x, serving.of_users(x), k=5) for x in (made, loaded)
+    x.recommend(k=5) for x in (made, loaded)
   ]
   assert lists[0].drop("score").equals(lists[1].drop("score"))
 

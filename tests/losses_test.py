@@ -189,10 +189,6 @@ def test_gbce_in_the_limit_recovers_the_sampled_out_odds():
   np.testing.assert_allclose(slope, 0, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-  ("rate", "calibration", "message"),
-  [(1.2, 0.5, "rate=1.2"), (0.0, 0.5, "rate=0 "), (0.5, -1, "=-1")],
-)
-def test_gbce_refuses_bad_numbers(rate, calibration, message):
-  with pytest.raises(InputError, match=message):
-    gbce_power(rate, calibration)
+def test_gbce_refuses_more_negatives_than_there_are():
+  with pytest.raises(InputError, match="rate=1.2"):
+    gbce_power(1.2, 0.5)

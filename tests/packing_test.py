@@ -200,7 +200,9 @@ def test_dropout_follows_the_key_and_differs_between_chunks():
   batch = _batch([LENGTH] * 4)
   same = jax.tree.map(lambda x: jnp.stack([x[0]] * 4), batch)
   losses_of = objectives.windows_loss(
-    objectives.next_item_loss(backbone, objectives.backbone_head(backbone)),
+    objectives.next_item_loss(backbone, lambda p, _, states, items: (
+      backbone.score(p, backbone.represent(p, states, items), items)
+    )),
     backbone._replace(packed=1),
   )
   weights = jnp.ones((1, 4, LENGTH))

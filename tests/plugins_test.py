@@ -136,12 +136,8 @@ def test_an_adapter_follows_its_blocks_mlp():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-  (lambda like: bottleneck(WIDTH, hidden=0), "hidden=0"),
-  (lambda like: low_rank(like, rank=0), "rank=0"),
   (lambda like: low_rank({"items": jnp.ones((2, 2))}, rank=1), "LoRA"),
-  (lambda like: adapter(like, width=WIDTH, hidden=0), "hidden=0"),
   (lambda like: adapter({"items": 0}, width=WIDTH, hidden=1), "adapter"),
-  (lambda like: gated(WIDTH, memory.Options(), hidden=-3), "hidden=-3"),
 ])
 def test_plugins_refuse_what_does_not_suit_them(make, message):
   with pytest.raises(InputError, match=message):

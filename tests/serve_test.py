@@ -91,7 +91,8 @@ def test_histories_are_read_whatever_record_first_has_a_key(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-  "u3", "07", "7.0", " 7", "", 7.0, True, 2**70, uuid.UUID(int=7), None,
+  "u3", "07", "7.0", " 7", "", 7.0, True, 2**70, str(2**63), None,
+  uuid.UUID(int=7),
 ])
 def test_somebody_new_may_have_any_name(name):
   """Only a known user's own spelling is the known user."""

@@ -121,8 +121,7 @@ def test_positions_in_the_list_are_the_ranks_of_the_evaluation(made, case):
     Requests(users, SPLIT.test, SEGMENTS),
   )
   targets = data.item_ids[data.items[data.offsets[:-1] + SPLIT.test] - 1]
-  requests = serving.of_users(recommender, prefix="validation")
-  table = serving.recommend(recommender, requests, k=V)
+  table = recommender.recommend(prefix="validation", k=V)
   got = ranks_of(table, targets)
   new = ~np.isnan(got)  # the list leaves out a target that is a repeat
   repeats = [
@@ -132,7 +131,7 @@ def test_positions_in_the_list_are_the_ranks_of_the_evaluation(made, case):
   np.testing.assert_array_equal(new, ~np.array(repeats))
   assert 10 < new.sum() < len(new)
   np.testing.assert_array_equal(got[new], ranks.rank[new])
-  whole = serving.recommend(recommender, requests, k=V, mask_history=False)
+  whole = recommender.recommend(prefix="validation", k=V, mask_history=False)
   np.testing.assert_array_equal(ranks_of(whole, targets), ranks.rank_unmasked)
 
 
@@ -156,8 +155,8 @@ class Fixed:
     best = sorted(items, key=lambda v: (-self.scores[v], v))[:k]
     return [(f"item{v:02}", self.scores[v]) for v in best]
 
-  def lists(self, requests, **options):
-    table = serving.recommend(self.recommender, requests, **options)
+  def lists(self, count, **options):
+    table = self.recommender.recommend(**options)
     assert (
       table["rank"] == table.select(
         pl.int_range(1, pl.len() + 1).over("request")
@@ -166,7 +165,7 @@ class Fixed:
     parts = table.partition_by("request", as_dict=True)
     return [
       list(parts[k,].select("item", "score").iter_rows()) if (k,) in parts
-      else [] for k in range(len(requests.users))
+      else [] for k in range(count)
     ]
 
 
@@ -176,9 +175,8 @@ def test_the_top_is_what_sorting_gives(made, k, mask):
   fixed = Fixed(made)
   ids = [100, 103, 208, 103]
   data = SPLIT.interactions
-  requests = serving.of_users(fixed.recommender, ids, prefix="train")
   lists = fixed.lists(
-    requests, k=k, mask_history=mask, deny=["item05"],
+    4, users=ids, prefix="train", k=k, mask_history=mask, deny=["item05"],
     allow=[f"item{v:02}" for v in range(3, V)],
   )
   for user, got in zip(ids, lists, strict=True):
@@ -203,11 +201,8 @@ def test_programs_do_not_grow_with_what_varies_from_call_to_call(made, case):
   for k in range(1, V + 1):
     users, length = 1 + k % 7, rng.integers(1, 40)
     history = recommender.item_ids[rng.integers(0, V, length)].tolist()
-    for requests in (
-      serving.of_histories(recommender, [history] * users),
-      serving.of_users(recommender, SPLIT.interactions.user_ids[:users]),
-    ):
-      serving.recommend(recommender, requests, k=k)
+    recommender.recommend(histories=[history] * users, k=k)
+    recommender.recommend(SPLIT.interactions.user_ids[:users], k=k)
   grown = [p._cache_size() - b for p, b in zip(programs, before, strict=True)]
   # 1, 4 or 16 rows; lists of 1, 4, 16 or V; 1 .. 256 items.
   assert grown[0] <= 3 * 4
@@ -217,13 +212,11 @@ def test_programs_do_not_grow_with_what_varies_from_call_to_call(made, case):
 def test_lists_of_given_histories(made):
   fixed = Fixed(made)
   histories = [["item03"] * 9, [], ["item01", "item02"]]
-  requests = serving.of_histories(fixed.recommender, histories)
-  lists = fixed.lists(requests, k=V)
+  lists = fixed.lists(3, histories=histories, k=V)
   assert lists[0] == fixed.expected(V, {3})
   assert lists[2] == fixed.expected(V, {1, 2})
   every = [f"item{v:02}" for v in range(1, V + 1)]
-  requests = serving.of_histories(fixed.recommender, [every])
-  assert fixed.lists(requests, k=V) == [[]]
+  assert fixed.lists(1, histories=[every], k=V) == [[]]
 
 
 def test_no_history_gives_what_is_most_popular_in_training(made):
@@ -234,13 +227,23 @@ def test_no_history_gives_what_is_most_popular_in_training(made):
     for item in data.items[start : start + end]:
       counts[item] += 1
   best = sorted(range(1, V + 1), key=lambda v: (-counts[v], v))[:7]
-  requests = serving.of_histories(recommender, [[], []], [None, 106])
-  table = serving.recommend(recommender, requests, k=7)
+  table = recommender.recommend([None, 106], histories=[[], []], k=7)
   for part in table.partition_by("request"):
     assert part["item"].to_list() == [f"item{v:02}" for v in best]
     assert part["score"].to_list() == counts[best].tolist()
   assert set(table["source"]) == {"popularity"}
   assert table["user"].to_list() == [None] * 7 + [106] * 7
+
+
+def test_names_of_new_users_come_back_as_they_are(made):
+  recommender = made["din gated"][2]
+  for names in ([106, "7", None], [2**63, 1.5, None], ["", " 7", "9" * 19]):
+    table = recommender.recommend(names, histories=[["item01"]] * 3, k=1)
+    whole = table["user"].dtype == pl.Int64
+    assert table["user"].to_list() == [
+      x if x is None else int(x) if whole else str(x) for x in names
+    ]
+    assert whole == (names[0] == 106)
 
 
 def test_newcomers_come_last_among_equals():
@@ -296,9 +299,8 @@ def test_somebody_new_is_scored_as_a_user_that_was_never_counted(made, case):
     weights._replace(evidence=evidence), batches.make_sequences(split),
     Requests(np.array([37]), np.array([5]), np.array([0])),
   )
-  table = serving.recommend(
-    recommender, serving.of_histories(recommender, [history]), k=V,
-    mask_history=False,
+  table = recommender.recommend(
+    histories=[history], k=V, mask_history=False
   ).sort("item")
   assert table["segment"][0] == 0
   got = jax.nn.log_softmax(table["score"].to_numpy())
@@ -314,10 +316,9 @@ def everything(recommender):
     for start, end in zip(users.starts, users.ends, strict=True)
   ]
   histories += [["item03", "item01"], [], ["item07"] * 30]
-  requests = serving.of_histories(
-    recommender, histories, [*users.names, None, None, 1]
+  return recommender.recommend(
+    [*users.names, None, None, 1], histories=histories, k=V
   )
-  return serving.recommend(recommender, requests, k=V)
 
 
 READER = """
@@ -517,8 +518,7 @@ def run(saved, **options):
 
 def test_the_command_reads_and_writes_files(made, saved, tmp_path):
   recommender = made["din gated"][2]
-  requests = serving.of_users(recommender, prefix="train")
-  expected = serving.recommend(recommender, requests, k=4, deny=["item03"])
+  expected = recommender.recommend(prefix="train", k=4, deny=["item03"])
   for suffix, read in (
     ("parquet", pl.read_parquet), ("json", pl.read_json), ("csv", pl.read_csv),
     ("jsonl", pl.read_ndjson),

@@ -59,6 +59,46 @@ def test_jobs_carry_their_settings(tmp_path):
   assert printed == ["python", *second.command[1:]]
 
 
+def test_settings_come_from_the_command_line():
+  rest, fixed, swept = sweep.split_arguments([
+    "--config=c.py", "--sweep=x.json", "--sweep.backbone.width=32,64",
+    "--sweep.backbone.name=sasrec,gru4rec", "--sweep.seeds=0,(1,2)",
+    "--config.seeds=(0,1)", "--config.methods=base,pin",
+    "--config.loss.proposal=in_batch:0.5,uniform:0.5", "-config.mesh.data=2",
+    "--sweep.memory.relations=(),('linear',)", "--sweep.x=1e-3",
+  ])
+  assert rest == ["--config=c.py", "--sweep=x.json"]
+  assert fixed == {
+    "seeds": (0, 1), "methods": ("base", "pin"), "mesh.data": 2,
+    "loss.proposal": "in_batch:0.5,uniform:0.5",
+  }
+  assert swept == {
+    "backbone.width": [32, 64], "backbone.name": ["sasrec", "gru4rec"],
+    "seeds": [(0,), (1, 2)], "memory.relations": [(), ("linear",)],
+    "x": [1e-3],
+  }
+
+
+@pytest.mark.parametrize("text", [
+  '{"backbone.width": [8, 16], "seeds": [[0, 1]]}',
+  '[{"backbone.width": 8, "seeds": [0, 1]}, '
+  '{"backbone.width": 16, "seeds": [0, 1]}]',
+])  # fmt: skip
+def test_settings_come_from_a_file(tmp_path, text):
+  (tmp_path / "s.json").write_text(text)
+  listed = sweep.read_settings(tmp_path / "s.json")
+  jobs = sweep.make_jobs("tests/tiny.py", tmp_path, listed, {"dispatch": 10})
+  assert [job.settings["backbone.width"] for job in jobs] == [8, 16]
+  assert jobs[1].command[5:] == [
+    "--config.dispatch=10", "--config.backbone.width=16",
+    "--config.seeds=(0, 1)",
+  ]
+  assert jobs[0].workdir.name.startswith("width=8-seeds=0-1-")
+  (tmp_path / "s.json").write_text('{"backbone.width": 8}')
+  with pytest.raises(InputError, match="s.json is damaged.*give a list of"):
+    sweep.read_settings(tmp_path / "s.json")
+
+
 def test_the_directory_is_the_hash_of_the_settings(tmp_path):
   one = _config(tmp_path / "c.py")
   jobs = sweep.make_jobs(one, tmp_path / "a")
@@ -116,7 +156,7 @@ def sweep():
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-  ("[]", r"returns \[\]; return a list of dictionaries"),
+  ("[]", r"lists \[\]; give a list of dictionaries"),
   ("[3]", "settings 0 of the sweep, 3: give a dictionary"),
   ("[{}, {'widht': 3}]", "settings 1 of the sweep, .*widht=3: unknown key"),
   ("[{'batch_size': 'x'}]", "settings 0 .*batch_size"),
@@ -144,7 +184,7 @@ def test_bad_files_are_named(tmp_path):
   with pytest.raises(InputError, match="settings 0 .*invalid literal.*'many"):
     sweep.make_jobs(f"{config}:many", tmp_path)
   (tmp_path / "c.py").write_text("def get_config():\n  return None\n")
-  with pytest.raises(InputError, match=r"has no sweep\(\)"):
+  with pytest.raises(InputError, match=r"has no sweep\(\); give --sweep.KEY"):
     sweep.make_jobs(str(tmp_path / "c.py"), tmp_path)
 
 
@@ -195,57 +235,29 @@ def _table(root, **options):
   return [dict(zip(names, line, strict=True)) for line in table.lines]
 
 
-def test_table_compares_with_a_base_of_the_job_or_of_one_beside(tmp_path):
-  for name, models in (
-    ("beside", ["base", "joint"]), ("runs/a", ["x", "y", "pin"]),
-    ("runs/b", ["x", "base", "y", "z", "pin"]),
-  ):
-    rows = make_rows(models)
-    if name == "runs/b":  # the order of rows does not matter
-      rows = rows.sample(fraction=1, shuffle=True, seed=1)
-    path = make_workdir(tmp_path / name, rows)
+def test_table_compares_with_a_base_of_the_job(tmp_path):
+  for name, models in (("a", ["x", "y"]), ("b", ["x", "base", "y", "pin"])):
+    path = make_workdir(tmp_path / "runs" / name, make_rows(models))
     (path / "done").touch()
     summary = json.loads((path / "summary.json").read_text())
     del summary["cost"]
     (path / "summary.json").write_text(json.dumps(summary))
-  read = lambda name, model: pl.read_parquet(
-    tmp_path / name / "rows.parquet"
-  ).filter(model=model)
-  for base, origin in (
-    ("base", {"runs/a": "beside", "runs/b": "runs/b"}),
-    ("joint", {"runs/a": "beside", "runs/b": "beside"}),
-  ):
-    lines = _table(tmp_path / "runs", base=base, beside=tmp_path / "beside")
-    for name, place in origin.items():
-      line, = (
-        x for x in lines if x["job"] == name[-1] and x["model"] == "pin"
-      )
+  for base, jobs in ((None, "b"), ("y", "ab")):
+    for line in _table(tmp_path / "runs", base=base):
       for segment, part in ((0, "tail"), (1, "head")):
-        first, other = (
-          _ndcg(rows.filter(segment=segment))
-          for rows in (read(place, base), read(name, "pin"))
-        )
         change = line[f"{part} change %"]
+        if line["model"] == (base or "base") or line["job"] not in jobs:
+          assert change == ""
+          continue
+        rows = pl.read_parquet(tmp_path / "runs" / line["job"] / "rows.parquet")
+        first, other = (
+          _ndcg(rows.filter(segment=segment, model=model))
+          for model in (base or "base", line["model"])
+        )
         assert change.estimate == pytest.approx(other / first - 1)
         assert change.low < change.estimate < change.high
-
-
-def test_table_refuses_bases_that_do_not_compare(tmp_path):
-  rows = make_rows(["x"])
-  (make_workdir(tmp_path / "runs/a", rows) / "done").touch()
-  assert not _table(tmp_path / "runs")[0]["tail change %"]
-  with pytest.raises(InputError, match="--base=y: no job has that model"):
-    _table(tmp_path / "runs", base="y")
-  beside = make_workdir(tmp_path / "beside", make_rows(["base"]))
-  with pytest.raises(InputError, match="no model 'y'; name one of .'base'"):
-    _table(tmp_path / "runs", base="y", beside=beside)
-  results.write_summary(results.read(beside), tmp_path / "summary")
-  with pytest.raises(InputError, match="is no workdir of a finished job"):
-    _table(tmp_path / "runs", beside=tmp_path / "summary")
-  rows = make_rows(["base"]).filter(pl.col("user") > 70)
-  beside = make_workdir(tmp_path / "others", rows)
-  with pytest.raises(InputError, match="'base', 'x' differ in user"):
-    _table(tmp_path / "runs", beside=beside)
+  with pytest.raises(InputError, match="--base=z: no job has that model"):
+    _table(tmp_path / "runs", base="z")
 
 
 # Stage -> validation by rate: base is best at .001, the plugins at .002 for all
@@ -292,8 +304,8 @@ def root(tmp_path):
 def test_table_from_the_result_files(root):
   make_workdir(root / "unfinished")
   lines = _table(root)
-  assert [*lines[0]][:6] == [
-    "job", "optimizer.learning_rate", "model", "seeds", "validation", "overall"
+  assert [*lines[0]][:5] == [
+    "optimizer.learning_rate", "model", "seeds", "validation", "overall"
   ]
   assert len(lines) == 6
   for line in lines:
@@ -314,6 +326,12 @@ def test_table_from_the_result_files(root):
   report.print_table(sweep.table(sweep.finished(root)), console)
   text = console.file.getvalue()
   assert ".4000" in text and "seeds prove nothing" in text
+  done = _command(f"--workdir={root}", "--table")  # into a pipe
+  piped = pl.read_csv(io.StringIO(done.stdout), separator="\t")
+  want = [line["validation"] for line in lines]
+  assert piped["validation"].to_list() == pytest.approx(want)
+  low = lines[1]["tail change %"].low
+  assert piped["tail change % low"][1] == pytest.approx(100 * low, rel=1e-5)
 
 
 def _read(root):
@@ -386,9 +404,9 @@ def test_a_sweep_gives_more_seeds_to_what_was_chosen(tmp_path):
   jobs = sweep.make_jobs(config, tmp_path / "runs")
   for job, rate in zip(jobs, BASE, strict=True):
     with pytest.raises(InputError, match="is not done, and more seeds are for"):
-      sweep.more_jobs(config, tmp_path / "runs", [1, 2])
+      sweep.more_jobs(config, tmp_path / "runs", jobs, [1, 2])
     _trial(tmp_path / "runs", rate, name=job.workdir.name)
-  more = sweep.more_jobs(config, tmp_path / "runs", [1, 2])
+  more = sweep.more_jobs(config, tmp_path / "runs", jobs, [1, 2])
   assert [job.settings for job in more] == [
     {
       "optimizer.learning_rate": rate, "seeds": (1, 2), "methods": (method,)
@@ -397,7 +415,7 @@ def test_a_sweep_gives_more_seeds_to_what_was_chosen(tmp_path):
   ]
   assert not {job.workdir for job in more} & {job.workdir for job in jobs}
   with pytest.raises(InputError, match="seed 0 is in the sweep already"):
-    sweep.more_jobs(config, tmp_path / "runs", [0, 1])
+    sweep.more_jobs(config, tmp_path / "runs", jobs, [0, 1])
 
 
 def _command(*arguments, **options):
@@ -455,7 +473,7 @@ def test_a_killed_sweep_continues(tmp_path):
   done = _command(*arguments, "--parallel=2")
   assert done.returncode == 0, done.stderr
   assert len(list(root.glob("*/done"))) == 2
-  assert "2 of 2 jobs, " in done.stdout and "validation" in done.stdout
+  assert "2 of 2 jobs, " in done.stderr and "validation" in done.stdout
   log = next(root.glob("*/log.jsonl")).read_text().splitlines()
   assert len(log) == len(set(log))
 

@@ -2,11 +2,9 @@
 
   python -m experiments.sweep --config=experiments/configs/linear.py \
     --workdir=runs/linear
-  python -m experiments.sweep --workdir=runs/linear --table --beside=runs/toys
 
 On Toys. Each is the row 'memory alone': the transition memory and, by the
-settings, relations of items. The table shows them beside the trained base of a
-finished job with the same seeds.
+settings, relations of items, beside the trained base, which the jobs share.
 """
 
 from typing import Any
@@ -19,9 +17,7 @@ from experiments.configs import toys
 def get_config(argument: str | None = None) -> ConfigDict:
   """Returns the configuration; argument: path=FILE (Parquet, CSV, .inter)."""
   config = toys.get_config(argument)
-  config.methods, config.seeds = ("memory_alone",), (0, 1, 2)
-  # They have no use for the backbone that stage 2 is handed.
-  config.backbone_steps = config.plugin_steps = 1
+  config.methods, config.seeds = ("base", "memory_alone"), (0, 1, 2)
   return config
 
 

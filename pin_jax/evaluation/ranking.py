@@ -34,13 +34,7 @@ from pin_jax.models.backbones import given
 from pin_jax.models.plugins import Model, Weights
 from pin_jax.scale import sharding
 from pin_jax.scale.sharding import DATA, LOCAL, MODEL, Layout
-from pin_jax.types import (
-  InputError,
-  PluginContext,
-  PyTree,
-  Requests,
-  at_least,
-)
+from pin_jax.types import InputError, PluginContext, PyTree, Requests
 
 
 class Ranks(NamedTuple):
@@ -104,17 +98,29 @@ def _score_in_chunks(
   model: Model, rows: States, width: int, num_items: int,
   candidates: jax.Array | None,
 ) -> jax.Array:
-  """Logits of [C] or, if None, 0..V; `width` at a time, mixed once."""
+  """Logits of [C] or, if None, 0..V, by chunks, [C / width, M, width].
+
+  The last chunk is filled up with the padding item. What a plugin mixes, it
+  mixes once: one chunk then holds all, [1, M, C].
+  """
   index = jnp.arange(num_items + 1) if candidates is None else candidates
-  chunks = -(-len(index) // width)
-  columns = jnp.pad(index, (0, chunks * width - len(index)))
-  plain = Model(
-    model.backbone, model.plugin and model.plugin._replace(mix=None)
+  columns = jnp.pad(index, (0, -len(index) % width)).reshape(-1, width)
+  mixes = model.plugin is not None and model.plugin.mix is not None
+  plain = model
+  if mixes:
+    plain = Model(model.backbone, model.plugin._replace(mix=None))
+  logits = jax.lax.map(
+    lambda items: plugins.logits(plain, *rows, items), columns
   )
-  some = lambda items: plugins.logits(plain, *rows, items)
-  logits = jax.lax.map(some, columns.reshape(chunks, width))
-  logits = jnp.moveaxis(logits, 0, 1).reshape(-1, chunks * width)
-  return plugins.mixed(model, *rows, logits[:, : len(index)], candidates)
+  if not mixes:
+    return logits
+  flat = _joined(logits)[:, : len(index)]
+  return plugins.mixed(model, *rows, flat, candidates)[None]
+
+
+def _joined(logits: jax.Array) -> jax.Array:
+  """The chunks side by side; [K, M, C] -> [M, K C]."""
+  return jnp.moveaxis(logits, 0, 1).reshape(logits.shape[1], -1)
 
 
 def _states_before(
@@ -214,35 +220,40 @@ def _chunk_index(model: Model, requests: Requests, users: int) -> np.ndarray:
 
 
 class _Scored(NamedTuple):
-  """A chunk of the catalogue."""
+  """Some of the catalogue, in K chunks of C columns."""
 
-  logits: jax.Array  # [M, C]
-  items: jax.Array  # [C] int32, which items they are of
-  fresh: jax.Array  # [C] bool, items 1..V that no chunk before has held
-  column: Callable[[jax.Array], jax.Array]  # items -> where, C = nowhere
+  logits: jax.Array  # [K, M, C]
+  items: jax.Array  # [K, C] int32, which items they are of
+  fresh: jax.Array  # [K, C] bool, items 1..V that no column before has held
+  column: Callable[[jax.Array], jax.Array]  # items -> where in K C, or beyond
 
 
-# (number of chunks, function of states and a chunk's index)
+# (number of steps, function of states and a step's index)
 _Catalogue = tuple[int, Callable[[States, jax.Array], _Scored]]
 
 
 def _whole(model: Model, num_items: int, width: int, most: int) -> _Catalogue:
   """The catalogue by `most` items, which are scored `width` at a time."""
-  chunks = -(-(num_items + 1) // most)
-  size = num_items + 1 if chunks == 1 else most
+  steps = -(-(num_items + 1) // most)
+  size = num_items + 1 if steps == 1 else most
 
   def scored(states: States, index: jax.Array) -> _Scored:
-    items = index * size + jnp.arange(size)
-    candidates = None if chunks == 1 else jnp.minimum(items, num_items)
+    candidates = None
+    if steps > 1:
+      candidates = jnp.minimum(index * size + jnp.arange(size), num_items)
     logits = _score_in_chunks(model, states, width, num_items, candidates)
+    chunks, _, columns = logits.shape
+    place = jnp.arange(chunks * columns).reshape(chunks, columns)
+    items = index * size + place
+    fresh = (items > 0) & (items <= num_items) & (place < size)
 
     def column(of: jax.Array) -> jax.Array:
       at = of - index * size
-      return jnp.where((at >= 0) & (at < size), at, size)
+      return jnp.where((at >= 0) & (at < size), at, chunks * columns)
 
-    return _Scored(logits, items, (items > 0) & (items <= num_items), column)
+    return _Scored(logits, items, fresh, column)
 
-  return chunks, scored
+  return steps, scored
 
 
 def _split(
@@ -281,10 +292,9 @@ def _split(
       inside = (of >= 0) & (row >= 0) & (row < width)
       return jnp.where(inside, of // own * width + row, shards * width)
 
-    return _Scored(
-      sharding.lay(logits, layout, DATA, MODEL), items,
-      fresh & (items > 0) & (items <= num_items), column,
-    )
+    fresh &= (items > 0) & (items <= num_items)
+    logits = sharding.lay(logits, layout, DATA, MODEL)
+    return _Scored(logits[None], items[None], fresh[None], column)
 
   return -(-part // width), scored
 
@@ -292,28 +302,23 @@ def _split(
 def _seen_items(
   sequences: Sequences, requests: Requests, size: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(row, item) of all history items, [size]; rows past the end are out."""
+  """(row, item) of every history's items, each once, [size]; else row M."""
   users, positions, _ = requests
   ends = jnp.cumsum(positions)
   slot = jnp.arange(size)
   row = jnp.searchsorted(ends, slot, side="right")
-  real = row < users.shape[0]
-  safe = jnp.minimum(row, users.shape[0] - 1)
-  inner = slot - (ends[safe] - positions[safe])
-  flat = sequences.starts[users[safe]] + jnp.where(real, inner, 0)
-  return row, jnp.where(real, sequences.items[flat], -1)
+  safe = jnp.minimum(row, len(users) - 1)
+  inner = jnp.where(row == safe, slot - (ends[safe] - positions[safe]), 0)
+  item = sequences.items[sequences.starts[users[safe]] + inner]
+  row, item = jax.lax.sort((row, item), num_keys=2)
+  again = (row[1:] == row[:-1]) & (item[1:] == item[:-1])
+  return jnp.where(jnp.append(False, again), len(users), row), item
 
 
-def _count(
-  found: _Scored, total: jax.Array, target: jax.Array, masked: jax.Array
-) -> jax.Array:
-  """How many are above (NaN too), tied, there; unmasked, then all; [6, M]."""
-  total = total[:, None]
-  other = found.fresh & (found.items != target)
-  above = other & ~(found.logits <= total)
-  terms = (above, other & (found.logits == total), other)
-  terms = (*(x & ~masked for x in terms), *terms)
-  return jnp.stack([x.sum(-1, dtype=jnp.int32) for x in terms])
+def _points(logits: jax.Array, total: jax.Array) -> jax.Array:
+  """2 for what is above the target (NaN too), 1 for what is tied, 0 below."""
+  not_below = ~(logits < total)
+  return not_below.astype(jnp.int32) + ~(logits <= total)
 
 
 RankFn = Callable[[Weights, Sequences, Requests], Ranks]
@@ -323,13 +328,12 @@ def rank_program(
   model: Model, *, num_items: int, length: int, layout: Layout = LOCAL
 ) -> Program:
   """The program of `make_ranker`."""
-  at_least(1, num_items=num_items, length=length)
   shape = chunk_of(num_items, layout)
   if layout.tables:
-    chunks, scored = _split(model, num_items, shape.items, layout)
+    steps, scored = _split(model, num_items, shape.items, layout)
   else:
     layout = LOCAL
-    chunks, scored = _whole(model, num_items, shape.items, shape.kept)
+    steps, scored = _whole(model, num_items, shape.items, shape.kept)
 
   def of_chunk(
     weights: Weights, sequences: Sequences, requests: Requests, size: int
@@ -337,37 +341,50 @@ def rank_program(
     requests = sharding.lay(requests, layout, DATA)
     states = _states_before(model, weights, sequences, requests, length)
     users, positions, _ = requests
-    target = sequences.items[sequences.starts[users] + positions][:, None]
+    target = sequences.items[sequences.starts[users] + positions]
     row, seen = _seen_items(sequences, requests, size)
+    # A user's target takes part, though the history may hold it.
+    row = jnp.where(seen == target[row], len(users), row)
+
+    def at(found: _Scored, row: jax.Array, item: jax.Array) -> jax.Array:
+      """Logits of items in rows; NaN where they are of other steps."""
+      chunk, column = jnp.divmod(found.column(item), found.items.shape[-1])
+      return found.logits.at[chunk, row, column].get(
+        mode="fill", fill_value=jnp.nan
+      )
 
     def score(found: _Scored) -> jax.Array:
-      if layout.mesh is None:
-        at = jnp.arange(len(users)), found.column(target[:, 0])
-        return found.logits.at[at].get(mode="fill", fill_value=0)
-      own = found.fresh & (found.items == target)  # every device its columns
-      return jnp.where(own, found.logits, 0).sum(-1)
+      own = found.column(target) < found.items.size
+      return jnp.where(own, at(found, jnp.arange(len(users)), target), 0)
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
-      masked = jnp.zeros(found.logits.shape, bool)
-      masked = sharding.lay(masked, layout, DATA, MODEL)
-      masked = masked.at[row, found.column(seen)].set(True, mode="drop")
-      return _count(found, total, target, masked)
+      """Points of all items, and of those in the history; [2, M]."""
+      other = found.fresh[:, None] & (found.items[:, None] != target[:, None])
+      whole = jnp.where(other, _points(found.logits, total[:, None]), 0)
+      here = found.column(seen) < found.items.size
+      known = jnp.where(here, _points(at(found, row, seen), total[row]), 0)
+      zero = jnp.zeros(len(users), jnp.int32)
+      return jnp.stack([
+        whole.sum((0, 2)), zero.at[row].add(known, mode="drop")
+      ])
 
-    if chunks == 1:
+    if steps == 1:
       found = scored(states, jnp.int32(0))
       counts = count(found, score(found))
     else:
       zero = jnp.zeros(len(users))
-      by_chunk = functools.partial(jax.lax.fori_loop, 0, chunks)
-      total = by_chunk(lambda i, x: x + score(scored(states, i)), zero)
-      counts = by_chunk(
+      by_step = functools.partial(jax.lax.fori_loop, 0, steps)
+      total = by_step(lambda i, x: x + score(scored(states, i)), zero)
+      counts = by_step(
         lambda i, x: x + count(scored(states, i), total),
-        jnp.zeros((6, len(users)), jnp.int32),
+        jnp.zeros((2, len(users)), jnp.int32),
       )
-    above, tied, others, above_all, tied_all, others_all = counts
+    points, known = counts
+    seen_items = jnp.zeros_like(points).at[row].add(1, mode="drop")
+    rank = lambda points: 1 + points // 2 + 0.5 * (points % 2)
     return Ranks(
-      1 + above + 0.5 * tied, others + 1,
-      1 + above_all + 0.5 * tied_all, others_all + 1,
+      rank(points - known), num_items - seen_items,
+      rank(points), jnp.full_like(points, num_items),
     )
 
   nothing = Ranks(*(np.zeros(0) for _ in Ranks._fields))
@@ -394,9 +411,6 @@ def make_ranker(
 
   Returns:
     (weights, sequences, requests) -> Ranks.
-
-  Raises:
-    InputError: for a number below 1.
   """
   program = rank_program(
     model, num_items=num_items, length=length, layout=layout
@@ -527,7 +541,8 @@ def make_log_probabilities(
   ) -> jax.Array:
     states = _states_before(model, weights, sequences, requests, length)
     logits = _score_in_chunks(model, states, shape.items, num_items, None)
-    return jax.nn.log_softmax(logits[:, 1:], axis=-1)
+    whole = _joined(logits)[:, 1 : num_items + 1]
+    return jax.nn.log_softmax(whole, axis=-1)
 
   program = _compiled(of_chunk, shape.users, np.zeros((0, num_items)))
   return functools.partial(_evaluate, model, program)

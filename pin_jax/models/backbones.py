@@ -20,15 +20,11 @@ ACTIVENESS = "activeness"  # the params that `conditioned` adds
 _BUCKETS = 16
 
 
-def check(*, width: int = 1, heads: int = 1, dropout: float) -> None:
-  """Raises InputError unless `heads` divide `width` and `dropout` < 1."""
+def check_heads(width: int, heads: int) -> None:
+  """Raises InputError unless `heads` divide `width`."""
   if heads < 1 or width % heads:
     raise InputError(
       f"width={width} is no multiple of heads={heads}; change one of them"
-    )
-  if not 0 <= dropout < 1:
-    raise InputError(
-      f"dropout={dropout} is outside [0, 1); give a share such as 0.2"
     )
 
 

@@ -15,15 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from pin_jax.models.backbones import (
-  ACTIVENESS,
-  as_rows,
-  check,
-  embed_activeness,
-)
+from pin_jax.models.backbones import ACTIVENESS, as_rows, embed_activeness
 from pin_jax.models.layers import dropout as drop
 from pin_jax.models.layers import lookup
-from pin_jax.types import Backbone, PyTree, Rows, at_least
+from pin_jax.types import Backbone, PyTree, Rows
 
 _MAX_ELEMENTS = 2**24  # activations of the unit that are alive at a time
 
@@ -95,12 +90,7 @@ def din(
     attention_hidden: width of the activation unit.
     hidden: width of the last network; its second layer has half of it.
     dropout: rate in [0, 1) at which history items are left out, rescaled.
-
-  Raises:
-    InputError: if a width is smaller than 1, or `dropout` is outside [0, 1).
   """
-  check(dropout=dropout)
-  at_least(1, attention_hidden=attention_hidden, hidden=hidden)
   unit, predictor = _ActivationUnit(attention_hidden), _Predictor(hidden)
   indices = lambda x: jnp.arange(num_items + 1) if x is None else x
 

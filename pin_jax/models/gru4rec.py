@@ -11,7 +11,7 @@ to the caller.
 import flax.linen as nn
 import jax
 
-from pin_jax.models.backbones import check, from_encoder, item_inputs
+from pin_jax.models.backbones import from_encoder, item_inputs
 from pin_jax.models.layers import GRU, Dropout
 from pin_jax.types import Backbone, Rows
 
@@ -49,9 +49,5 @@ def gru4rec(
     width: D, of the embeddings and of every layer.
     layers: recurrent layers.
     dropout: rate in [0, 1) on embeddings and on the output of every layer.
-
-  Raises:
-    InputError: if `dropout` is outside [0, 1).
   """
-  check(dropout=dropout)
   return from_encoder(_Encoder(num_items, width, layers, dropout), length)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pin_jax.models.backbones import check, from_encoder, item_inputs
+from pin_jax.models.backbones import check_heads, from_encoder, item_inputs
 from pin_jax.models.layers import Dropout, product, reads
 from pin_jax.types import Backbone, Rows
 
@@ -91,9 +91,8 @@ def hstu(
     dropout: rate in [0, 1) on embeddings and ahead of W_2.
 
   Raises:
-    InputError: if `width` is no multiple of `heads`, or `dropout` is outside
-      [0, 1).
+    InputError: if `width` is no multiple of `heads`.
   """
-  check(width=width, heads=heads, dropout=dropout)
+  check_heads(width, heads)
   encoder = _Encoder(num_items, length, width, blocks, heads, dropout)
   return from_encoder(encoder, length)

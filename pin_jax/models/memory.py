@@ -25,7 +25,6 @@ from which nothing is taken out.
 """
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ import scipy.sparse
 from pin_jax.data.splits import Split, is_training, training_counts
 from pin_jax.models import relations
 from pin_jax.models.relations import Table
-from pin_jax.types import InputError, PluginContext, at_least
+from pin_jax.types import InputError, PluginContext
 
 # 'two_step' is the random walk, 'linear' EASE, 'next' SLIT.
 RELATIONS = ("cosine", "two_step", "linear", "next")
@@ -145,13 +144,6 @@ def check(options: Options, num_items: int) -> None:
       raise InputError(
         f"{key}={names} is invalid; give some of {list(known)}, each once"
       )
-  at_least(1, window=options.window, neighbours=options.neighbours)
-  for key in ("decay", "ridge", "next_ridge"):
-    value, most = getattr(options, key), 1 if key == "decay" else math.inf
-    if not 0 < value <= most:
-      raise InputError(
-        f"{key}={value} is invalid; give a number above 0, at most {most}"
-      )
   dense = [name for name in options.relations if name in ("linear", "next")]
   if dense and num_items > MOST_ITEMS:
     raise InputError(
@@ -172,8 +164,8 @@ def build(
     activeness: [U] of the users, by default that of the split.
 
   Raises:
-    InputError: for an unknown name, an option out of range, or a catalogue of
-      more than MOST_ITEMS for a relation that solves a dense system.
+    InputError: for an unknown name, or a catalogue of more than MOST_ITEMS for
+      a relation that solves a dense system.
   """
   num_items = split.interactions.num_items
   check(options, num_items)

@@ -27,7 +27,6 @@ from pin_jax.types import (
   Plugin,
   PluginContext,
   PyTree,
-  at_least,
 )
 
 _MATRICES = "Block|_Unit|inputs|recurrent"  # that LoRA adapts, by name
@@ -73,11 +72,7 @@ def bottleneck(width: int, *, hidden: int) -> Plugin:
   Args:
     width: D.
     hidden: width of the bottleneck.
-
-  Raises:
-    InputError: if `hidden` is smaller than 1.
   """
-  at_least(1, hidden=hidden)
   module = _Bottleneck(hidden)
   init = lambda key: module.init(key, jnp.zeros((1, width)))["params"]
   return Plugin(init, lambda params, x: module.apply({"params": params}, x))
@@ -102,12 +97,11 @@ def low_rank(like: PyTree, *, rank: int) -> Plugin:
     rank: columns of A.
 
   Raises:
-    InputError: if `rank` is smaller than 1, or no matrix matches.
+    InputError: if no matrix matches.
 
   Reference:
     Hu et al., ICLR 2022, arXiv 2106.09685. Deviation: no scaling alpha / r.
   """
-  at_least(1, rank=rank)
   named = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
   chosen = {
     named(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(like)
@@ -152,13 +146,12 @@ def adapter(like: PyTree, *, width: int, hidden: int) -> Plugin:
     hidden: width of the bottlenecks.
 
   Raises:
-    InputError: if `hidden` is smaller than 1, or the backbone has no `Block`.
+    InputError: if the backbone has no `Block`.
 
   Reference:
     Houlsby et al., ICML 2019, arXiv 1902.00751. Deviation: one adapter a
     block, after the second residual, on frozen norms.
   """
-  at_least(1, hidden=hidden)
   blocks = [name for name in like if name.startswith("Block")]
   if not blocks:
     raise InputError(
@@ -270,11 +263,7 @@ def gated(
     reads_state: whether f holds the representation.
     own_repeats: whether the user's own repeats are an expert; for data that
       have any, see `memory.holds_repeats`.
-
-  Raises:
-    InputError: if `hidden` is smaller than 1.
   """
-  at_least(1, hidden=hidden)
   gate = _Gate(hidden, options.num_channels + 2 + own_repeats)
   size = 2 + options.num_channels + (width if reads_state else 0)
 

@@ -9,7 +9,7 @@ newest item always has the same position.
 import flax.linen as nn
 import jax
 
-from pin_jax.models.backbones import check, from_encoder, item_inputs
+from pin_jax.models.backbones import check_heads, from_encoder, item_inputs
 from pin_jax.models.layers import Block, Dropout, lookup
 from pin_jax.types import Backbone, Rows
 
@@ -62,10 +62,9 @@ def sasrec(
     expansion: width of the MLP as a multiple of D.
 
   Raises:
-    InputError: if `width` is no multiple of `heads`, or `dropout` is outside
-      [0, 1).
+    InputError: if `width` is no multiple of `heads`.
   """
-  check(width=width, heads=heads, dropout=dropout)
+  check_heads(width, heads)
   encoder = _Encoder(
     num_items, length, width, blocks, heads, dropout, expansion
   )

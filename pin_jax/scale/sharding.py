@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pin_jax.types import Backbone, InputError, PyTree
 
 DATA, MODEL = "data", "model"
-_SHARDS = "shards"  # the vmapped axis of `over_shards`
+SHARDS = "shards"  # the vmapped axis of `over_shards`
 
 
 class Layout(NamedTuple):
@@ -277,13 +277,8 @@ def over_shards(loss: Callable[..., tuple], layout: Layout) -> Callable:
     if own:
       negatives = jax.tree.map(cut, negatives)
     value, losses = jax.vmap(
-      loss, (None, None, 0, 0, 0, 0, 0 if own else None), axis_name=_SHARDS
+      loss, (None, None, 0, 0, 0, 0, 0 if own else None), axis_name=SHARDS
     )(params, shared, *rows, negatives)
     return value.sum(), losses.reshape(targets.shape)
 
   return run
-
-
-def shards_axis(layout: Layout) -> str | None:
-  """The axis that `over_shards` maps over; None where it does not."""
-  return _SHARDS if layout.data > 1 else None

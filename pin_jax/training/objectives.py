@@ -41,19 +41,6 @@ def position_weights(
   return real if importance is None else real * importance
 
 
-def backbone_head(backbone: Backbone) -> Head:
-  """The head of stage 1; nothing is shared."""
-
-  def head(
-    params: PyTree, shared: PyTree, states: PyTree, candidates: jax.Array | None
-  ) -> jax.Array:
-    del shared
-    representations = backbone.represent(params, states, candidates)
-    return backbone.score(params, representations, candidates)
-
-  return head
-
-
 def plugin_head(backbone: Backbone, plugin: Plugin) -> Head:
   """The head of stage 2; its states are those of `with_plugin_context`.
 
@@ -125,7 +112,8 @@ def next_item_loss(
     scale [B, L] or None, negatives that `loss` draws, by default None) ->
     (sum of scale * weights * loss, weights * loss [B, L]).
   """
-  total = chunked(_row_loss(loss, head), CHUNK, sharding.shards_axis(layout))
+  axis = sharding.SHARDS if layout.data > 1 else None
+  total = chunked(_row_loss(loss, head), CHUNK, axis)
 
   def run(
     params: PyTree, shared: PyTree, context: PyTree, targets: jax.Array,
@@ -201,9 +189,12 @@ def group_losses(
     mean: see `position_weights`.
     loss, layout: see `next_item_loss`.
   """
-  total = windows_loss(next_item_loss(
-    backbone, backbone_head(backbone), loss=loss, layout=layout
-  ), backbone, layout)
+  head = lambda params, shared, states, candidates: backbone.score(
+    params, backbone.represent(params, states, candidates), candidates
+  )
+  total = windows_loss(
+    next_item_loss(backbone, head, loss=loss, layout=layout), backbone, layout
+  )
 
   def group_loss(
     params: PyTree, group: GroupBatch, key: jax.Array
