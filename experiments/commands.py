@@ -1,5 +1,6 @@
 """Launching programs: flags, exit codes, signals."""
 
+import ast
 import contextlib
 import os
 import pathlib
@@ -7,6 +8,7 @@ import re
 import select
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -62,10 +64,29 @@ class _OrNone(flags.ArgumentParser):
     return self._parser.flag_type()
 
 
+class _Several(config_flags.tuple_parser.TupleParser):
+  """Reads (0, 1) and ('base', 'pin'), and base,pin without quotes too."""
+
+  def parse(self, argument: Any) -> tuple:
+    """The tuple."""
+    if isinstance(argument, str) and not set(argument) & set("()[]{}'\""):
+      words = filter(None, map(str.strip, argument.split(",")))
+      return tuple(map(_literal, words))
+    return super().parse(argument)
+
+
+def _literal(word: str) -> Any:
+  """The number that a word is, else the word."""
+  try:
+    return ast.literal_eval(word)
+  except (SyntaxError, ValueError):
+    return word
+
+
 for _kind, _parser in (
   (int, flags.IntegerParser()), (float, flags.FloatParser()),
   (str, flags.ArgumentParser()), (bool, flags.BooleanParser()),
-  (tuple, config_flags.tuple_parser.TupleParser()),
+  (tuple, _Several()),
 ):
   config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
 
@@ -95,6 +116,10 @@ def launch(
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   if hasattr(sys.stdout, "reconfigure"):  # a name may be beyond its encoding
     sys.stdout.reconfigure(errors="backslashreplace")
+  if {x.strip("-") for x in sys.argv[1:] if x.startswith("-")} & {"h", "help"}:
+    print(_help())
+    sys.exit(0)
+  keep_programs()
   try:
     code = exit_code(lambda: app.run(checked, flags_parser=parse))
     if code == processes.LOST:  # the runtime would wait for the others
@@ -103,6 +128,45 @@ def launch(
   except KeyboardInterrupt:
     print("interrupted; the same command starts it again", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)  # as shells count
+
+
+def _help() -> str:
+  """What the program says of itself, and its flags."""
+  known = [
+    flag for module, own in flags.FLAGS.flags_by_module_dict().items()
+    for flag in own
+    if module.startswith((sys.argv[0], "third_party")) or flag.name == "config"
+  ]
+  lines = [sys.modules["__main__"].__doc__.strip(), "", "Flags:"]
+  for flag in sorted(known, key=lambda flag: flag.name):
+    text = f"--{flag.name}  {flag.help.strip()}"
+    if flag.default not in (None, False) and "default" not in text:
+      text = f"{text.removesuffix('.')} (default {flag.default})"
+    lines.append(textwrap.fill(
+      text, 80, initial_indent="  ", subsequent_indent="    "
+    ))
+  return "\n".join([*lines, "", "docs/keys.md lists the settings of a job."])
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs on disk for the next launch, up to 2 GB.
+
+  They go to `pin_jax` in the user's cache directory, by the number of usable
+  cores, which their results depend on. What JAX's own variables say holds
+  instead: JAX_COMPILATION_CACHE_DIR names another directory, and
+  JAX_ENABLE_COMPILATION_CACHE=False switches this off.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = pathlib.Path(root, "pin_jax", f"{processes.usable_cores()}_cores")
+  for name, value in (
+    ("jax_compilation_cache_dir", os.fspath(folder)),
+    ("jax_compilation_cache_max_size", 2**31),
+    ("jax_persistent_cache_min_compile_time_secs", 0.1),
+  ):
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 @contextlib.contextmanager
@@ -225,7 +289,8 @@ def parse_with(
   ) as error:
     kind, text = "flags:", str(error)
     if isinstance(error, AttributeError | KeyError):
-      kind, text = "unknown config key", text.strip("\"'")
+      why = error.args[0]  # or what it was raised for
+      kind, text = "unknown config key", str(getattr(why, "args", [why])[0])
     raise InputError(f"{kind} {_in_one_line(text)}") from error
 
 

@@ -3,16 +3,14 @@
   python -m experiments.main --config=files:path=my.csv --workdir=runs/mine
 
 A configuration is named by its path or, where it is shipped, by its name, with
-its arguments after a colon. Any setting: --config.backbone.width=128, see the
-keys below. Relaunching the same command continues an interrupted job and
-reprints a finished one.
+its arguments after a colon. Any setting: --config.backbone.width=128. The same
+command continues an interrupted job and reprints a finished one.
 
 On several hosts, the same on each, with a mesh over all their devices and a
 workdir that all of them see: --distributed where SLURM, Open MPI, Kubernetes or
 a TPU pod says who they are, else
 
-  … --config.mesh.data=16 --coordinator=10.0.0.1:1234 --num_processes=2 \
-    --process_id=0
+  --config.mesh.data=16 --coordinator=HOST:1234 --num_processes=2 --process_id=0
 
 Exit codes: 0 finished, 2 bad input, 3 training or writing failed, or memory was
 full, 4 another process lost, 75 interrupted by SIGTERM or Ctrl-C after saving.
@@ -87,7 +85,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  from experiments import schema
-
-  __doc__ += f"\n{schema.listing()}"
   commands.launch(main, CONFIG, default=DEFAULT)

@@ -6,6 +6,7 @@ the same command, given to all, continues the job.
 """
 
 import contextlib
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -101,6 +102,12 @@ def joined(place: Place) -> Iterator[None]:
       f"another process of the job is lost ({reason}); start all of them again "
       "by the same commands: they continue from the last whole checkpoint"
     ) from error
+
+
+def usable_cores() -> int:
+  """How many cores this process may use."""
+  usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+  return len(usable(0))
 
 
 def is_first() -> bool:

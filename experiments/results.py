@@ -35,7 +35,7 @@ from etils import epath
 from experiments import schema
 from experiments.configs.base import default
 from experiments.logs import read_log
-from experiments.methods import METHODS, Stage, chosen, learnt_by, selected
+from experiments.methods import METHODS, Method, learnt_by, selected
 from experiments.workdir import read_json
 from pin_jax import disk
 from pin_jax.evaluation import metrics, statistics
@@ -985,15 +985,17 @@ def answer(job: Analysis, num_resamples: int = NUM_RESAMPLES) -> Answer | None:
       for segment, part in SEGMENTS.items()
     },
     tuple(
-      _cpu_seconds(own, method.stages)
-      for method in (methods[job.base], chosen(choice, methods))
+      _cpu_seconds(own, [methods[key] for key in keys])
+      for keys in ([job.base], choice.values())
     ), tuple(first["user"]),
   )
 
 
-def _cpu_seconds(own: Results, stages: Sequence[Stage]) -> float:
-  """Of the training of some stages, a seed."""
-  names, seeds = {s.name for s in stages}, own.rows["seed"].n_unique()
+def _cpu_seconds(own: Results, methods: Sequence[Method]) -> float:
+  """Of the training that some methods need, a seed; the memory needs none."""
+  alone = lambda m: {s for s in m.stages if s.plugin == "memory_alone"}
+  names = {s.name for m in methods for s in alone(m) or m.stages}
+  seeds = own.rows["seed"].n_unique()
   return sum(
     cost["cpu_seconds"] for run, cost in own.summary["cost"].items()
     if without_seed(run) in names
@@ -1276,6 +1278,8 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   known = schema.canonical(default().to_dict())
   return {
     key: mine
-    for key, mine, theirs in schema.differences(config, known, known)
+    for key, mine, theirs in schema.differences(
+      schema.canonical(config), known, known
+    )
     if mine != theirs and mine is not None
   }

@@ -2,14 +2,13 @@
 
   python -m experiments.schema > docs/keys.md
 
-writes the page of all keys. `configs.base.default`, the checks at launch and
-`python -m experiments.main --help` follow from the same table.
+writes the page of all keys. `configs.base.default` and the checks at launch
+follow from the same table.
 """
 
 import contextlib
 import difflib
 import math
-import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -211,7 +210,6 @@ KEYS = {
     ),
     "compute": _text("float32", "type of the products' operands; params, "
                      "optimizer and sums are float32", "float32", "bfloat16"),
-    "reads_activeness": _flag(False, "adds activeness as an embedding"),
   },
   "plugin": {
     "name": _text("bottleneck", "what serves a segment; keys not its own stay "
@@ -400,6 +398,7 @@ RETIRED = {
   "claims.assumed_seed_spread": ANY,
   "evaluation.user_chunk": ANY,
   "evaluation.item_chunk": ANY,
+  "backbone.reads_activeness": False,
   "optimizer.b2": 0.98,
   "optimizer.classifier_learning_rate": 2e-3,
   "optimizer.final": 0.01,
@@ -486,14 +485,11 @@ def check_keys(config: ConfigDict) -> None:
       raise bad(name, value, f"{unknown}; {nearest(name, keys)}")
   for name, key in keys.items():
     value, needed = given.get(name), key.default is NEEDED
-    if name not in given or (needed and value is None):
-      if needed or not name.startswith("data."):
-        raise InputError(
-          f"config key {name} is missing; source {source!r} needs it" if needed
-          else f"config key {name} is missing; its default is {key.default!r}"
-        )
-    elif not key.accepts(value):
-      raise bad(name, value, key.remedy)
+    if value is not None or (name in given and not needed):
+      if not key.accepts(value):
+        raise bad(name, value, key.remedy)
+    elif needed or not name.startswith("data."):
+      raise InputError(f"config key {name} is missing; give {key.takes}")
 
 
 @contextlib.contextmanager
@@ -559,17 +555,6 @@ def _rows() -> Iterator[tuple[str, str, str, str]]:
     takes = key.takes.replace("a whole number from", "int,")
     takes = takes.replace("a number from", "float,")
     yield name, default, key.meaning, takes
-
-
-def listing() -> str:
-  """All keys, each in a line or two, for --help."""
-  return "Keys, as --config.KEY=VALUE:\n\n" + "\n".join(
-    f"  {name} = {default}\n" + textwrap.fill(
-      f"{meaning}; {takes}", 80, initial_indent="    ",
-      subsequent_indent="    ",
-    )
-    for name, default, meaning, takes in _rows()
-  )
 
 
 def page() -> str:

@@ -37,7 +37,6 @@ from experiments.methods import (
   Method,
   chosen,
   compared,
-  exact_form,
   selected,
 )
 from experiments.problem import Problem, fingerprint, make_problem
@@ -285,17 +284,16 @@ def print_lists(table: pl.DataFrame, console: rich.console.Console) -> None:
   lines = [columns, *(
     [
       "(new)" if user is None else str(user), ("tail", "head")[segment],
-      source, str(rank), str(item), f"{score:.4f}",
+      source, str(rank), str(item), f"{score: .4f}",
     ] for user, segment, source, rank, item, score
     in table.select(columns).iter_rows()
   )]
   sizes = [max(map(rich.cells.cell_len, x)) for x in zip(*lines, strict=True)]
   for line in lines:
-    cells = []
-    for name, size, cell in zip(columns, sizes, line, strict=True):
-      gap = " " * (size - rich.cells.cell_len(cell))
-      cells.append(gap + cell if name in ("rank", "score") else cell + gap)
-    console.out("  ".join(cells), highlight=False)
+    console.out("  ".join(
+      cell + " " * (size - rich.cells.cell_len(cell))
+      for size, cell in zip(sizes, line, strict=True)
+    ).rstrip(), highlight=False)
 
 
 # Loading a job.
@@ -332,7 +330,7 @@ def recommender(
     if choice["tail"] == choice["head"]:
       method = choice["tail"]
     methods[method] = chosen(choice, methods)
-  name = exact_form(method, config) if method else compared([*methods])[1]
+  name = method or compared([*methods])[1]
   seed = config.seeds[0] if seed is None else seed
   for what, wanted, there in (
     ("method", name, list(methods)), ("seed", seed, list(config.seeds))

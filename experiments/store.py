@@ -4,7 +4,7 @@
 
 or of as many drawn users as wanted, chunk by chunk:
 
-  python -m experiments.store --users=10_000_000 --items=1_000_000 \
+  python -m experiments.store --users=10_000_000 --items=1_000_000 \\
     --interactions=300_000_000 --output=DIR
 
 --input is a file or a directory of Parquet files; its columns are found as by

@@ -19,6 +19,7 @@ import polars as pl
 import scipy
 from etils import epath
 
+from experiments import processes
 from pin_jax import disk
 
 # What may change the last bits of a result.
@@ -32,8 +33,7 @@ def versions() -> dict[str, str]:
   number.
   """
   device = jax.devices()[0]
-  usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-  cores = {"cores": str(len(usable(0)))}
+  cores = {"cores": str(processes.usable_cores())}
   return {
     "python": platform.python_version(),
     "device": device.device_kind,

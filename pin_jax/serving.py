@@ -178,7 +178,9 @@ class Recommender(NamedTuple):
     for index, found in _scored(self, requests, slots):
       found[:, ~allowed] = -np.inf
       if mask_history:
-        found[_seen(requests, index)] = -np.inf
+        seen = [requests.histories[request] for request in index]
+        rows = np.repeat(np.arange(len(index)), [*map(len, seen)])
+        found[rows, np.concatenate(seen)] = -np.inf
       best = jax.device_get(_top(found, min(_rounded(k), num_items)))
       scores[index], items[index] = (x[: len(index), :k] for x in best)
     return _table(self, requests, segments, slots, items, scores)
@@ -316,17 +318,13 @@ class Requests(NamedTuple):
     numbers: [n] the place of each among all that were asked for.
     names: [n] original ids, None where somebody new has none.
     users: [n] index of the user, -1 = new.
-    items: flat histories.
-    starts: [n] where each begins in `items`.
-    ends: [n] where it ends.
+    histories: [n], int32 items of each, oldest first.
   """
 
   numbers: np.ndarray
   names: list[Any]
   users: np.ndarray
-  items: np.ndarray
-  starts: np.ndarray
-  ends: np.ndarray
+  histories: list[np.ndarray]
 
 
 def of_users(
@@ -352,10 +350,10 @@ def of_users(
   numbers = np.flatnonzero(index >= 0)
   index = index[numbers]
   starts = users.offsets[:-1][index]
-  return Requests(
-    numbers, users.ids[index].tolist(), index, users.items, starts,
-    starts + users.ends[prefix][index],
-  )
+  ends = starts + users.ends[prefix][index]
+  return Requests(numbers, users.ids[index].tolist(), index, [
+    users.items[start:end] for start, end in zip(starts, ends, strict=True)
+  ])
 
 
 def of_histories(
@@ -381,11 +379,10 @@ def of_histories(
     flat, recommender.item_ids, "items of histories",
     "give items of the training data",
   )
-  bounds = np.cumsum([0, *map(len, histories)])
-  kept = np.concatenate([[0], np.cumsum(items > 0)])[bounds]
+  parts = np.split(items.astype(np.int32), np.cumsum([*map(len, histories)]))
   return Requests(
     np.arange(len(names)), names, _find(names, recommender.users.ids),
-    items[items > 0].astype(np.int32), kept[:-1], kept[1:],
+    [part[part > 0] for part in parts[:-1]],
   )
 
 
@@ -477,7 +474,7 @@ def route(
   recommender: Recommender, requests: Requests
 ) -> tuple[np.ndarray, np.ndarray]:
   """(segment [n], slot [n]) that serves each request; slot -1 = popularity."""
-  users, lengths = requests.users, requests.ends - requests.starts
+  users, lengths = requests.users, np.array([*map(len, requests.histories)])
   head = (lengths >= recommender.head_from).astype(np.int32)
   of_new = np.asarray(recommender.routes.of_new)[head]
   known = users >= 0
@@ -545,7 +542,7 @@ def _inputs(
   known = requests.users[index]
   trained = users.ends["train"]
   remembered = users.ends.get(_REMEMBERED, trained)
-  lengths = (requests.ends - requests.starts)[index]
+  lengths = [len(requests.histories[request]) for request in index]
   behaviours = np.where(known >= 0, trained[known], lengths)
   if program.reads_activeness:
     inputs["behaviours"] = behaviours.astype(np.int32)
@@ -574,20 +571,12 @@ def _inputs(
 
 
 def _last(requests: Requests, index: np.ndarray, count: int) -> np.ndarray:
-  """The last items of histories, right-aligned, 0 = none; [n, count]."""
-  at = requests.ends[index, None] - np.arange(count, 0, -1)
-  inside = at >= requests.starts[index, None]
-  return np.where(inside, requests.items[np.maximum(at, 0)], 0).astype(np.int32)
-
-
-def _seen(
-  requests: Requests, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """(row, item) of everything in some histories."""
-  lengths = (requests.ends - requests.starts)[index]
-  row = np.repeat(np.arange(len(index)), lengths)
-  first = (requests.starts[index] - np.cumsum(lengths) + lengths)[row]
-  return row, requests.items[first + np.arange(len(row))]
+  """The last items of histories, right-aligned, 0 = none; [n, count] int32."""
+  out = np.zeros((len(index), count), np.int32)
+  for row, request in enumerate(index):
+    newest = requests.histories[request][-count:]
+    out[row, count - len(newest) :] = newest
+  return out
 
 
 def _rounded(size: int) -> int:

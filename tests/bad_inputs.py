@@ -399,7 +399,7 @@ for _row in (
   ("backbone.name", "bert", "'bert'", "one of"),
   ("backbone.name", "gru4rec", "blocks=1", "'gru4rec' does not take it"),
   ("backbone.layers", 2, "layers=2", "'sasrec' does not take it"),
-  ("backbone.reads_activeness", 1, "reads_activeness=1", "True or False"),
+  ("plugin.reads_state", 1, "reads_state=1", "True or False"),
   ("memory.neighbours", 2**63, "memory.neighbours=9223", "to 65536"),
   ("memory.shrink", NAN, "memory.shrink=nan", "number from 0"),
   ("memory.decay", INF, "memory.decay=inf", "number from 1e-09 to 1"),

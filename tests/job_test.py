@@ -24,6 +24,7 @@ from experiments import (
   report,
   results,
   serve,
+  sizes,
   stages,
 )
 from experiments.configs import base, files, ml1m, paper_era, quickstart
@@ -66,7 +67,7 @@ def finished(tmp_path_factory, compile_quickly):
   config = _config()
   left_out = {  # trained elsewhere, or like one that stays
     "base", "base_validation", "base_activeness", "user_uniform", "focal",
-    "head_only", "pin_shared", *RULES,
+    "head_only", "pin_shared", "joint_gate", "pin_gates", *RULES,
   }
   config.methods = ("base", *(name for name in METHODS if name not in left_out))
   text = _run(config, workdir)
@@ -162,6 +163,26 @@ def test_what_is_served_is_what_was_evaluated(finished, method):
   rows, found = positions(workdir, method, mask_history=False)
   assert len(found) == len(rows)
   assert found["position"].to_list() == found["rank_unmasked"].to_list()
+
+
+def test_what_validation_chose_serves_each_segment(finished, monkeypatch):
+  """By default; here by models of two kinds."""
+  _, workdir, _ = finished
+  choice, read = {"tail": "pin", "head": "memory_alone"}, serve.read_json
+  assert read(workdir / "summary.json")["choice"].keys() >= choice.keys()
+  monkeypatch.setattr(
+    serve, "read_json", lambda *args, **x: read(*args, **x) | {"choice": choice}
+  )
+  got, *alone = (
+    serve.recommender(workdir, method=method).recommend(k=30)
+    for method in (None, *choice.values())
+  )
+  expected = pl.concat(
+    table.filter(segment=segment) for segment, table in enumerate(alone)
+  ).sort("request", "rank")
+  assert got.drop("score").equals(expected.drop("score"))
+  np.testing.assert_allclose(got["score"], expected["score"], rtol=1e-4)
+  assert not alone[0].drop("score").equals(alone[1].drop("score"))
 
 
 def test_serving_refuses_a_checkpoint_that_is_damaged(finished, tmp_path):
@@ -431,17 +452,6 @@ def test_prior_exponent():
   )
 
 
-def test_exact_backdoor_trains_pin_in_its_exact_form(tmp_path):
-  config = _config()
-  config.methods = ("base", "pin_backbone")
-  config.pin.weighting = "exact_backdoor"
-  _run(config, tmp_path)
-  rows = pl.read_parquet(tmp_path / "rows.parquet")
-  assert set(rows["model"]) == {"base", "pin_exact_backbone"}
-  runs = {r["run"] for r in read_log(epath.Path(tmp_path))}
-  assert {"classifier", "pin-exact/backbone"} <= runs
-
-
 @pytest.mark.slow
 def test_another_weighting_runs(tmp_path):
   config = _config()
@@ -596,9 +606,7 @@ def test_every_key_of_a_backbone_is_taken_and_none_has_two_defaults():
       if key in section:
         assert parameter.default == section[key]
         taken.add(key)
-  assert taken == set(section) - {
-    "name", "pack_rows", "compute", "reads_activeness"
-  }
+  assert taken == set(section) - {"name", "pack_rows", "compute"}
 
 
 @pytest.mark.slow
@@ -643,7 +651,7 @@ def test_a_command_line_error_is_one_line(tmp_path):
   *(ml1m.get_config(f"source={source}") for source in ("files", "tfds")),
 ])
 def test_shipped_configs_pass_the_check(config):
-  build.check(config)
+  build.check(sizes.for_any_data(config))
 
 
 def test_temporal_split_ranks_only_users_with_a_later_target(tmp_path):

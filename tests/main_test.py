@@ -2,8 +2,10 @@
 
 import io
 import os
+import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,3 +156,42 @@ def test_a_workdir_of_before_a_key_is_still_the_jobs(tmp_path):
   config.non_finite = "skip"
   with pytest.raises(InputError, match="non_finite is 'stop' there"):
     job.claim_workdir(folder, config, "data")
+
+
+@pytest.mark.parametrize("program", [
+  "main", "serve", "report", "sweep", "store",
+])
+def test_help_fits_a_screen(program):
+  done = subprocess.run(
+    [sys.executable, "-m", f"experiments.{program}", "--help"],
+    capture_output=True, text=True, check=True, timeout=300,
+  )
+  lines = done.stdout.splitlines()
+  assert len(lines) <= 40 and max(map(len, lines)) <= 80
+  assert "docs/keys.md" in lines[-1] and "--" in done.stdout
+
+
+@pytest.mark.parametrize(("text", "value"), [
+  ("base,pin", ("base", "pin")), ("('base', 'pin')", ("base", "pin")),
+  ("0,1", (0, 1)), ("(0,1)", (0, 1)), ("3", (3,)), ("()", ()),
+  ("items|bias=joint,", ("items|bias=joint",)), ("None", None),
+])
+def test_tuples_need_no_quotes(text, value):
+  assert commands._OrNone(commands._Several()).parse(text) == value
+
+
+def test_programs_are_kept_unless_jax_is_told_otherwise(monkeypatch, tmp_path):
+  kept = {}
+  config = types.SimpleNamespace(
+    jax_compilation_cache_dir=None, update=kept.__setitem__
+  )
+  monkeypatch.setattr(commands.jax, "config", config)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  commands.keep_programs()
+  folder = pathlib.Path(kept["jax_compilation_cache_dir"])
+  assert folder.parent == tmp_path / "pin_jax"
+  kept.clear()
+  config.jax_compilation_cache_dir = "elsewhere"
+  commands.keep_programs()
+  assert not kept

@@ -93,7 +93,7 @@ WAYS = {  # strategy of a value, keys that take it
   ("memory.relations",): st.lists(
     st.sampled_from(memory.RELATIONS), unique=True
   ),
-  ("backbone.reads_activeness",): st.booleans(),
+  ("plugin.reads_state",): st.booleans(),
   ("pin.weighting", "loss.name"): st.sampled_from(["joint", "bpr", "None."]),
 }
 _ONE = st.one_of([

@@ -83,7 +83,8 @@ def test_histories_are_read_whatever_record_first_has_a_key(tmp_path):
   items, users = serve.read_histories(path, {})
   assert items == [[]] * 300 + [[3, 4], [4]] and users == [None] * 301 + [7]
   found = serving.of_histories(_knowing([3, 4, 7]), items, users)
-  assert found.items.tolist() == [1, 2, 2] and found.users[-1] == 2
+  assert [x.tolist() for x in found.histories] == [[]] * 300 + [[1, 2], [2]]
+  assert found.users.tolist() == [-1] * 301 + [2]
   table = pl.DataFrame(rows, infer_schema_length=None)
   table.write_parquet(path.with_suffix(".parquet"))
   same = serve.read_histories(path.with_suffix(".parquet"), {})
@@ -112,8 +113,7 @@ def test_what_is_no_known_item_is_left_out_of_a_history(tmp_path, item):
   items, _ = serve.read_histories(path, {})
   with pytest.warns(serving.UnknownWarning, match="2 of 4 items") as caught:
     found = serving.of_histories(_knowing([3, 4]), items)
-  assert found.items.tolist() == [1, 2]
-  assert [*found.starts, *found.ends] == [0, 1, 1, 2]
+  assert [x.tolist() for x in found.histories] == [[1], [2]]
   assert "\n" not in str(caught[0].message)
   with pytest.raises(InputError, match="2 of 2 items .* are unknown"):
     serving.of_histories(_knowing(["x"]), [[item, item]])

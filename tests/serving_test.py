@@ -310,10 +310,8 @@ def test_somebody_new_is_scored_as_a_user_that_was_never_counted(made, case):
 def everything(recommender):
   """Lists of all users and of some who are new."""
   users = serving.of_users(recommender)
-  data = SPLIT.interactions
   histories = [
-    [data.item_ids[v - 1] for v in users.items[start:end]]
-    for start, end in zip(users.starts, users.ends, strict=True)
+    recommender.item_ids[history - 1].tolist() for history in users.histories
   ]
   histories += [["item03", "item01"], [], ["item07"] * 30]
   return recommender.recommend(

@@ -17,7 +17,6 @@ RULES = {
 } | {
   "backdoor": aggregation.backdoor,
   "joint": weightings.joint,
-  "exact_backdoor": weightings.exact_backdoor,
   "annealed_backdoor": lambda p: weightings.annealed_backdoor(
     p, np.ones(len(p)), 3
   ),

@@ -29,7 +29,7 @@ LOSSES = np.array([1.0, 3.0, 2.0])
 PRIOR = np.array([0.5, 0.3, 0.2])
 
 KNOWN = (  # before any loss
-  "backdoor", "joint", "exact_backdoor", "inverse_propensity",
+  "backdoor", "joint", "inverse_propensity",
   "annealed_backdoor",
 )
 BY_LOSS = ("group_dro", "streaming_dro", "cvar", "famo")

@@ -346,27 +346,34 @@ def rank_program(
     # A user's target takes part, though the history may hold it.
     row = jnp.where(seen == target[row], len(users), row)
 
-    def at(found: _Scored, row: jax.Array, item: jax.Array) -> jax.Array:
-      """Logits of items in rows; NaN where they are of other steps."""
+    def place(found: _Scored, row: jax.Array, item: jax.Array) -> tuple:
+      """Where the logits of items in rows are; beyond, if not here."""
       chunk, column = jnp.divmod(found.column(item), found.items.shape[-1])
-      return found.logits.at[chunk, row, column].get(
-        mode="fill", fill_value=jnp.nan
-      )
+      return chunk, row, column
 
     def score(found: _Scored) -> jax.Array:
-      own = found.column(target) < found.items.size
-      return jnp.where(own, at(found, jnp.arange(len(users)), target), 0)
+      if layout.mesh is None:
+        at = place(found, jnp.arange(len(users)), target)
+        return found.logits.at[at].get(mode="fill", fill_value=0)
+      own = found.items[:, None] == target[:, None]  # each device its columns
+      return jnp.where(found.fresh[:, None] & own, found.logits, 0).sum((0, 2))
 
     def count(found: _Scored, total: jax.Array) -> jax.Array:
       """Points of all items, and of those in the history; [2, M]."""
       other = found.fresh[:, None] & (found.items[:, None] != target[:, None])
-      whole = jnp.where(other, _points(found.logits, total[:, None]), 0)
-      here = found.column(seen) < found.items.size
-      known = jnp.where(here, _points(at(found, row, seen), total[row]), 0)
-      zero = jnp.zeros(len(users), jnp.int32)
-      return jnp.stack([
-        whole.sum((0, 2)), zero.at[row].add(known, mode="drop")
-      ])
+      points = jnp.where(other, _points(found.logits, total[:, None]), 0)
+      at = place(found, row, seen)
+      if layout.mesh is None:
+        known = found.logits.at[at].get(mode="fill", fill_value=0)
+        known = _points(known, total[row])
+        known = jnp.where(at[0] < len(found.items), known, 0)
+        known = jnp.zeros_like(users).at[row].add(known, mode="drop")
+      else:
+        held = jnp.zeros(points.shape, bool)
+        held = sharding.lay(held, layout, None, DATA, MODEL)
+        held = held.at[at].set(True, mode="drop")
+        known = jnp.where(held, points, 0).sum((0, 2))
+      return jnp.stack([points.sum((0, 2)), known])
 
     if steps == 1:
       found = scored(states, jnp.int32(0))
