@@ -472,8 +472,12 @@ def _describe(problem: Problem, say: Callable[[str], None]) -> None:
     f"{fingerprint(problem)}"
   )
   for title, notes in (("read", data.notes), ("split", problem.split.notes)):
-    facts = ", ".join(f"{key} {value}" for key, value in notes.items())
+    loud = {k: v for k, v in notes.items() if k in ("assumed", "warnings")}
+    facts = ", ".join(f"{k} {v}" for k, v in notes.items() if k not in loud)
     say(f"{title}: {facts}")
+    for key, texts in loud.items():
+      for text in texts.split("; "):
+        say(f"{key.removesuffix('s').upper()}: {text}")
   found = _distribution(problem)
   say(
     f"activeness: median {found['median']:g}, mean {found['mean']:.1f}, "

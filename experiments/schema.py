@@ -176,9 +176,8 @@ KEYS = {
   "groups": {
     "num_groups": _size(5, "G, number of activeness groups"),
     "rule": _text(
-      "users", "groups of as many users each, as many interactions each, by "
-      "thresholds, or tail and head", "users", "interactions", "thresholds",
-      "head_share",
+      "users", "groups of as many users each, as many interactions each, or by "
+      "thresholds", "users", "interactions", "thresholds",
     ),
     "thresholds": _several((), "smallest activeness of each group but the "
                            "first", _whole(NEEDED, least=0)),
@@ -370,11 +369,11 @@ SOURCES = {
     ),
   },
   "files": {
-    "path": _text(NEEDED, "CSV, TSV, Parquet or .inter file"),
+    "path": _text(NEEDED, "CSV, TSV, JSON lines, Parquet, .inter, …"),
     "user": _optional(str, "column of users; None = by its usual names"),
     "item": _optional(str, "column of items; likewise"),
     "time": _optional(str, "column of times; likewise"),
-    "separator": _optional(str, "one character; None = by the suffix"),
+    "separator": _optional(str, "of text; None = by the first lines"),
     **_FILTERS,
   },
   "stored": {
