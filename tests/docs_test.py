@@ -92,7 +92,9 @@ def test_plain_examples(page):
 def test_the_ten_lines_of_python(tmp_path, monkeypatch, capsys):
   """With fewer methods and steps."""
   monkeypatch.chdir(tmp_path)
-  rows = (f"{u},{(u * i) % 31},{i}" for u in range(40) for i in range(4 + u % 9))
+  rows = (
+    f"{u},{(u * i) % 31},{i}" for u in range(40) for i in range(4 + u % 9)
+  )
   (tmp_path / "sales.csv").write_text("\n".join(["user,item,time", *rows]))
   [text] = [x for x in _blocks(ROOT / "README.md") if "import pin_jax" in x]
   assert len(text.splitlines()) <= 10
