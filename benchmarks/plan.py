@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, config_flags
 
 from experiments import build, commands, sizes
+from experiments.methods import METHODS
 from pin_jax.data import batches
 from pin_jax.evaluation import ranking
 from pin_jax.models import plugins
@@ -100,7 +101,7 @@ def _train_program(
   shares = np.full(groups, 1 / groups)
   adjustment = build.make_adjustment(config.pin, shares, shares)
   optimizer = build.make_optimizer(
-    config, "backbone", config.backbone_steps, networks.backbone
+    config, METHODS["pin"].stages[0], config.backbone_steps, networks.backbone
   )
   draw = batches.Draw(
     build.windows_of_step(config, grouped=True), config.backbone.length,

@@ -20,7 +20,6 @@ from pin_jax.data import splits
 from pin_jax.data.batches import Draw
 from pin_jax.evaluation import metrics, ranking
 from pin_jax.models import memory, plugins
-from pin_jax.models.backbones import conditioned
 from pin_jax.models.din import din
 from pin_jax.models.gru4rec import gru4rec
 from pin_jax.models.hstu import hstu
@@ -55,7 +54,7 @@ PLUGINS: dict[str, tuple[set[str], Callable[..., Plugin]]] = {
 }
 MIXING = ("memory", "gated")  # plugins that read the memory
 # Of the methods that have gates whatever `plugin` says.
-GATE = {"hidden": 16, "reads_state": False}
+GATE = {"name": "gated", "hidden": 16, "reads_state": False}
 _GATE_LEARNING_RATE = 2e-2
 PROPOSALS = ("uniform", "popularity", "in_batch")
 OTHERS = "others"  # the block of the parameters that no pattern matches
@@ -67,33 +66,34 @@ def backbone_options(backbone: ConfigDict) -> dict[str, Any]:
   return {key: value for key, value in backbone.items() if key in taken}
 
 
-def memory_options(config: ConfigDict) -> memory.Options:
-  """The `memory` section."""
-  return memory.Options(**config.memory)
-
-
 def make_plugin(
-  config: ConfigDict, like: PyTree, *, widen: int = 1, repeats: bool = False
+  config: ConfigDict, kind: str, like: PyTree, *, repeats: bool = False
 ) -> Plugin:
-  """Builds the plugin that the config names, for params or shapes `like`.
+  """Builds the plugin of a stage, for params or shapes `like`.
 
   Args:
     config: the whole configuration.
+    kind: `Stage.plugin`. One for all users has as many parameters as those of
+      the segments together.
     like: the backbone's.
-    widen: factor of `hidden` and `rank`, where several segments share it.
-    repeats: `Problem.repeats`, for 'gated'.
+    repeats: `Problem.repeats`, for gates.
 
   Raises:
     InputError: if the backbone does not suit it.
   """
-  taken, build = PLUGINS[config.plugin.name]
-  options = {key: config.plugin[key] for key in sorted(taken)}
-  for key in taken & {"hidden", "rank"}:
-    options[key] *= widen
-  if config.plugin.name == "gated":
+  recalled = memory.Options(**config.memory)
+  if kind == "memory_alone":
+    return plugins.memory_alone(recalled)
+  own = {**config.plugin, **(GATE if kind in GATES else {})}
+  taken, build = PLUGINS[own["name"]]
+  options = {key: own[key] for key in sorted(taken)}
+  if kind in ("shared", "gate"):
+    for key in taken & {"hidden", "rank"}:
+      options[key] *= len(SEGMENTS)
+  if own["name"] == "gated":
     options["own_repeats"] = repeats
   with schema.section("plugin"):
-    return build(like, config.backbone.width, memory_options(config), options)
+    return build(like, config.backbone.width, recalled, options)
 
 
 def proposal_shares(spec: str) -> dict[str, float]:
@@ -147,8 +147,6 @@ def make_networks(
     backbone = BACKBONES[config.backbone.name](num_items, **options)
     backbone = computed_in(backbone, config.backbone.compute)
   backbone = backbone._replace(packed=config.backbone.pack_rows)
-  if config.backbone.reads_activeness:
-    backbone = conditioned(backbone)
   with schema.section("mesh"):
     layout = sharding.make_layout(
       backbone, num_items, devices=devices, **config.mesh
@@ -156,17 +154,8 @@ def make_networks(
   backbone = sharding.pad_catalogue(backbone, num_items, layout)
   like = jax.eval_shape(backbone.init, jax.random.key(0))
   made = {
-    "own": make_plugin(config, like, repeats=repeats),
-    "shared": make_plugin(
-      config, like, widen=len(SEGMENTS), repeats=repeats
-    ),
-    **{
-      name: gated(
-        config.backbone.width, memory_options(config), own_repeats=repeats,
-        **{**GATE, "hidden": widen * GATE["hidden"]},
-      ) for name, widen in (("gates", 1), ("gate", len(SEGMENTS)))
-    },
-    "memory_alone": plugins.memory_alone(memory_options(config)),
+    kind: make_plugin(config, kind, like, repeats=repeats)
+    for kind in ("own", "shared", *GATES, "memory_alone")
   }
   return Networks(backbone, made, layout)
 
@@ -178,7 +167,7 @@ def networks_of(config: ConfigDict, problem: Problem) -> Networks:
     InputError: for more items than a relation takes.
   """
   num_items = problem.split.interactions.num_items
-  options = memory_options(config)
+  options = memory.Options(**config.memory)
   with schema.section("memory"):
     memory.check(options, num_items)
   made = make_networks(config, num_items, repeats=problem.repeats)
@@ -394,6 +383,30 @@ def make_optimizer(
   )
 
 
+def num_steps(config: ConfigDict, stage: Stage) -> int:
+  """Steps of a stage."""
+  first, second = config.backbone_steps, config.plugin_steps
+  return {
+    "backbone": first,
+    "plugin": second,
+    "both": first + second,
+    "none": 0,
+    "refit": config.refit,
+    "classifier": config.classifier_steps,
+  }[stage.phase]
+
+
+def sampling(config: ConfigDict, stage: Stage) -> tuple[str, str]:
+  """How a stage's windows are drawn, and what its means are over."""
+  return {
+    "joint": (config.joint.draw, config.joint.mean),
+    "groups": (config.pin.draw, config.pin.mean),
+    "uniform": ("users", "users"),
+    "plugin": (config.pin.plugin_draw, "interactions"),
+    "validation": ("validation", "interactions"),
+  }[stage.sampling]
+
+
 def windows_of_step(config: ConfigDict, *, grouped: bool) -> int:
   """Windows that a step of stage 1 reads: of a group, or of everybody."""
   rows = config.batch_size // config.groups.num_groups
@@ -424,7 +437,7 @@ def make_ranker(
 # What keys must be to each other: checked at launch, before any long work.
 
 _OF_ANY = {  # of any backbone or plugin; configs set `hidden` for all plugins
-  "backbone": {"name", "pack_rows", "compute", "reads_activeness"},
+  "backbone": {"name", "pack_rows", "compute"},
   "plugin": {"name", "hidden"},
 }
 # What these minimise makes the softmax of the logits an estimate of P(y|x).
@@ -474,7 +487,9 @@ def _of_methods(config: ConfigDict) -> Rules:
   backbone, loss, memory = config.backbone, config.loss, config.memory
   mixes = config.plugin.name in MIXING
   windows = max(config.batch_size, config.joint.batch_size)
+  known = ("softmax", *losses.SAMPLED_LOSSES)
   yield from (
+    (loss.name not in known, "loss.name", f"use one of {[*known]}"),
     ("heads" in backbone_options(backbone)
      and backbone.width % backbone.heads > 0, "backbone.width",
      f"give a multiple of backbone.heads={backbone.heads}"),
@@ -487,9 +502,6 @@ def _of_methods(config: ConfigDict) -> Rules:
      f"give at most backbone.length={backbone.length}, what the model reads"),
     (len(config.seeds) % config.num_seeds > 0, "num_seeds",
      f"the number of seeds, {len(config.seeds)}, must be a multiple of it"),
-    (backbone.reads_activeness and _exact(config), "backbone.reads_activeness",
-     "exact adjustment estimates P(d|x) from states that must not hold d; "
-     "set False or leave 'pin_exact' out"),
     (loss.name == "gbce" and _not_uniform(config), "loss.proposal",
      "loss.name='gbce' is made for 'uniform' negatives"),
     ("focal" in config.methods and loss.name not in PROPER, "loss.name",

@@ -53,8 +53,7 @@ class Stage:
       in each ('random').
     rule: weighting that combines the groups; None = `pin.weighting`.
     focal: whether the loss is `losses.focal`, as `loss.focusing` says.
-    reads_activeness: whether its backbone is `conditioned`, whatever
-      `backbone.reads_activeness` says.
+    reads_activeness: whether its backbone is `backbones.conditioned`.
     learns: whose validation targets its backbone learns from besides. With
       'half' it is selected on the others', with 'all' not at all: it keeps its
       last step.
@@ -204,22 +203,13 @@ def stages_of(methods: Mapping[str, Method]) -> tuple[Stage, ...]:
   return tuple(dict.fromkeys(stages))
 
 
-_EXACT_FORM = {"pin": "pin_exact", "pin_backbone": "pin_exact_backbone"}
-
-
-def exact_form(name: str, config: Mapping[str, Any]) -> str:
-  """The method that is meant: with 'exact_backdoor', PIN in its exact form."""
-  exact = config["pin"]["weighting"].split(":")[0] == "exact_backdoor"
-  return _EXACT_FORM.get(name, name) if exact else name
-
-
 def selected(config: Mapping[str, Any]) -> dict[str, Method]:
   """The methods that a job trains, by name; the first is compared with.
 
   Where a method learns from validation targets and the first of `methods` does
   not, 'base_validation' comes first, asked for or not; not so with `refit`.
   """
-  names = [exact_form(name, config) for name in config["methods"]]
+  names = [*config["methods"]]
   learnt = {name: learns(METHODS[name], config) for name in names}
   others = {learnt[name] for name in names if name != "base_validation"}
   if others - {learnt[names[0]]} == {"half"}:

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import schema, sizes
+from experiments.configs import base
 from experiments.methods import GATES, SEGMENTS, Learnt, selected, stages_of
 from pin_jax.aggregation import weightings
 from pin_jax.data import activeness, batches, files, simulator, splits, stored
@@ -30,7 +31,9 @@ def load_data(data: ConfigDict) -> tuple[Interactions, Any]:
       world = simulator.make_world(simulator.WorldSpec(**options), seed=seed)
       return simulator.simulate(world, num_users=users, seed=seed + 1)[0], world
     if source == "files":
-      return files.read(**options), None
+      path = options.pop("path")
+      base.check_public(path)
+      return files.read(path, **options), None
     if source == "stored":
       return stored.read(**{"stream": False, **options}), None
     from pin_jax.data import tfds  # slow to import, seldom used
@@ -101,7 +104,7 @@ def prepare(config: ConfigDict) -> tuple[ConfigDict, Problem]:
   with schema.section("groups"):
     groups = activeness.assign_groups(
       *users, num_groups=rule.num_groups, rule=rule.rule,
-      thresholds=tuple(rule.thresholds) or None, head_share=rule.head_share,
+      thresholds=tuple(rule.thresholds) or None,
     )
     segments = activeness.assign_segments(*users, head_share=rule.head_share)
   with schema.section("prior"):

@@ -35,7 +35,7 @@ from etils import epath
 from experiments import schema
 from experiments.configs.base import default
 from experiments.logs import read_log
-from experiments.methods import METHODS, Stage, chosen, learnt_by, selected
+from experiments.methods import METHODS, Method, learnt_by, selected
 from experiments.workdir import read_json
 from pin_jax import disk
 from pin_jax.evaluation import metrics, statistics
@@ -409,8 +409,7 @@ def protocol_line(
 
   Args:
     rows: result rows.
-    summary: content of summary.json. Without its `num_items`, the number of
-      candidates without masking is taken to be that of all items.
+    summary: content of summary.json.
   """
   seeds = sorted(rows["seed"].unique().to_list())
   plural, spread = "seeds", "users crossed with seeds"
@@ -419,7 +418,7 @@ def protocol_line(
   warning = few_seeds(len(seeds))
   ranking = (
     _sampled_ranking(rows) if _is_sampled(rows)
-    else _full_ranking(rows, summary.get("num_items"))
+    else _full_ranking(rows)
   )
   line = (
     f"{summary.get('protocol', 'split not recorded').rstrip('.')}; {ranking}; "
@@ -432,15 +431,10 @@ def protocol_line(
   return line
 
 
-def _full_ranking(rows: pl.DataFrame, num_items: int | None) -> str:
-  candidates = rows["candidates_unmasked"]
-  low, high = candidates.min(), candidates.max()
-  ranking = f"full ranking over {high:,} items"
-  if low != high or num_items not in (None, high):
-    whole = "" if num_items is None else f" of {num_items:,}"
-    ranking = f"ranking over {number_range(low, high)}{whole} items"
+def _full_ranking(rows: pl.DataFrame) -> str:
   return (
-    f"{ranking}; ties at their average rank; "
+    f"full ranking over {rows['candidates_unmasked'].max():,} items; ties at "
+    "their average rank; "
     "'history masked' removes the items of the user's history (except the "
     "target) from the candidates"
   )
@@ -722,8 +716,6 @@ class Level(NamedTuple):
     tail: of tail users.
     head: of head users.
     gap: head - tail, positive where tail users are worse off.
-    worst: of the group that is served worst.
-    worst_group: its number.
   """
 
   model: str
@@ -732,8 +724,6 @@ class Level(NamedTuple):
   tail: Interval
   head: Interval
   gap: Interval
-  worst: Interval
-  worst_group: int
 
 
 def levels(
@@ -755,20 +745,18 @@ def levels(
   found = {}
   for seeds, models in together.items():
     own = rows.filter(pl.col("model").is_in(models))
-    of = lambda keep, own=own, models=models: values_of(
-      own.filter(keep), models, metric=metric, column=column
-    )
-    parts, groups = {k: of(x) for k, x in SLICES.items()}, groups_of(own)
-    lowest, worst = statistics.worst_group([*map(of, groups.values())], draw)
+    parts = {
+      part: values_of(own.filter(keep), models, metric=metric, column=column)
+      for part, keep in SLICES.items()
+    }
     numbers = [
       *(mean_of(values, num_resamples) for values in parts.values()),
-      statistics.gap(parts["head"], parts["tail"], draw), worst,
+      statistics.gap(parts["head"], parts["tail"], draw),
     ]
     for index, model in enumerate(models):
       found[model] = Level(
         model, len(seeds),
         *(Interval(*(float(x[index]) for x in n)) for n in numbers),
-        [*groups][lowest[index]],
       )
   return [found[model] for model in models_of(rows)]
 
@@ -985,15 +973,17 @@ def answer(job: Analysis, num_resamples: int = NUM_RESAMPLES) -> Answer | None:
       for segment, part in SEGMENTS.items()
     },
     tuple(
-      _cpu_seconds(own, method.stages)
-      for method in (methods[job.base], chosen(choice, methods))
+      _cpu_seconds(own, [methods[key] for key in keys])
+      for keys in ([job.base], choice.values())
     ), tuple(first["user"]),
   )
 
 
-def _cpu_seconds(own: Results, stages: Sequence[Stage]) -> float:
-  """Of the training of some stages, a seed."""
-  names, seeds = {s.name for s in stages}, own.rows["seed"].n_unique()
+def _cpu_seconds(own: Results, methods: Sequence[Method]) -> float:
+  """Of the training that some methods need, a seed; the memory needs none."""
+  alone = lambda m: {s for s in m.stages if s.plugin == "memory_alone"}
+  names = {s.name for m in methods for s in alone(m) or m.stages}
+  seeds = own.rows["seed"].n_unique()
   return sum(
     cost["cpu_seconds"] for run, cost in own.summary["cost"].items()
     if without_seed(run) in names
@@ -1115,8 +1105,7 @@ def level_table(job: Analysis, title: str) -> Table:
     f"{job.metrics[0]}, {title}",
     [Column("model", "model"), Column("seeds", "count"),
      *(Column(name, "level") for name in ("overall", "tail", "head")),
-     Column("gap, head − tail", "gap"), Column("worst group", "level"),
-     Column("which", "count")],
+     Column("gap, head − tail", "gap")],
     [tuple(level) for level in job.levels[title]],
     "A positive gap: tail users are served worse." + _NO_P * few,
   )  # fmt: skip
@@ -1276,6 +1265,8 @@ def changed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
   known = schema.canonical(default().to_dict())
   return {
     key: mine
-    for key, mine, theirs in schema.differences(config, known, known)
+    for key, mine, theirs in schema.differences(
+      schema.canonical(config), known, known
+    )
     if mine != theirs and mine is not None
   }

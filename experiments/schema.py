@@ -176,9 +176,8 @@ KEYS = {
   "groups": {
     "num_groups": _size(5, "G, number of activeness groups"),
     "rule": _text(
-      "users", "groups of as many users each, as many interactions each, by "
-      "thresholds, or tail and head", "users", "interactions", "thresholds",
-      "head_share",
+      "users", "groups of as many users each, as many interactions each, or by "
+      "thresholds", "users", "interactions", "thresholds",
     ),
     "thresholds": _several((), "smallest activeness of each group but the "
                            "first", _whole(NEEDED, least=0)),
@@ -210,7 +209,6 @@ KEYS = {
     ),
     "compute": _text("float32", "type of the products' operands; params, "
                      "optimizer and sums are float32", "float32", "bfloat16"),
-    "reads_activeness": _flag(False, "adds activeness as an embedding"),
   },
   "plugin": {
     "name": _text("bottleneck", "what serves a segment; keys not its own stay "
@@ -276,9 +274,9 @@ KEYS = {
   },
   "loss": {
     "name": _text(
-      "softmax", "softmax over the whole catalogue, or a loss of sampled "
-      "negatives ('sampled_softmax' is logQ-corrected)", "softmax",
-      "sampled_softmax", "gbce", "bce", "bpr",
+      "softmax", "'softmax' over the whole catalogue, or a loss of sampled "
+      "negatives: 'sampled_softmax' (logQ-corrected), 'gbce', 'bce', 'bpr', or "
+      "one's own, a name of `losses.SAMPLED_LOSSES`",
     ),
     "negatives": _whole(256, "sampled a step or a position", most=2**20),
     "candidates": _text("shared", "negatives are shared by a batch's "
@@ -371,11 +369,11 @@ SOURCES = {
     ),
   },
   "files": {
-    "path": _text(NEEDED, "CSV, TSV, Parquet or .inter file"),
+    "path": _text(NEEDED, "CSV, TSV, JSON lines, Parquet, .inter, …"),
     "user": _optional(str, "column of users; None = by its usual names"),
     "item": _optional(str, "column of items; likewise"),
     "time": _optional(str, "column of times; likewise"),
-    "separator": _optional(str, "one character; None = by the suffix"),
+    "separator": _optional(str, "of text; None = by the first lines"),
     **_FILTERS,
   },
   "stored": {
@@ -399,6 +397,7 @@ RETIRED = {
   "claims.assumed_seed_spread": ANY,
   "evaluation.user_chunk": ANY,
   "evaluation.item_chunk": ANY,
+  "backbone.reads_activeness": False,
   "optimizer.b2": 0.98,
   "optimizer.classifier_learning_rate": 2e-3,
   "optimizer.final": 0.01,
@@ -464,6 +463,21 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
   return of(config, "")
+
+
+def completed(config: dict[str, Any]) -> ConfigDict:
+  """The whole of a configuration that a job of any version has written.
+
+  What it lacks has its default, and is not what a result depends on.
+  """
+  kept, whole = canonical(config), ConfigDict(defaults())
+  known = dict(flatten(whole.to_dict()))
+  with whole.ignore_type(), whole.unlocked():
+    whole.data = ConfigDict(kept.pop("data"))
+    whole.update_from_flattened_dict({
+      key: value for key, value in flatten(kept) if key in known
+    })
+  return whole
 
 
 def check_keys(config: ConfigDict) -> None:

@@ -132,8 +132,8 @@ def _fit_groups(out: dict[str, Any], active: np.ndarray) -> None:
   """
   known = default().groups
   rule, number = out["groups.rule"], out["groups.num_groups"]
-  fixed = {"head_share": 2, "thresholds": len(out["groups.thresholds"]) + 1}
-  most = fixed.get(rule, known.num_groups)
+  borders = len(out["groups.thresholds"])
+  most = borders + 1 if rule == "thresholds" else known.num_groups
   tried = [
     (count, which)
     for count in ([number] if number else range(most, 0, -1))
@@ -149,7 +149,7 @@ def _fit_groups(out: dict[str, Any], active: np.ndarray) -> None:
 
 def _all_learn(active: np.ndarray, num_groups: int, rule: str) -> bool:
   """Whether every group has a training target; `active` ascends."""
-  if rule in ("thresholds", "head_share"):
+  if rule == "thresholds":
     return True
   try:
     found = activeness.assign_groups(active, num_groups=num_groups, rule=rule)

@@ -1,28 +1,24 @@
 """Runs a job for each of several settings, of any config.
 
-  python -m experiments.sweep --config=files:path=my.csv \
-    --workdir=runs/widths --sweep.backbone.width=32,64,128 --parallel=2
+  python -m experiments.sweep --workdir=runs/widths --parallel=2
+    --config=files:path=my.csv --sweep.backbone.width=32,64,128
 
 Each --sweep.KEY=VALUE,VALUE multiplies the jobs; --config.KEY=VALUE holds for
-all. --sweep=FILE reads settings from JSON: a list of dictionaries of dotted
-key -> value, or one of key -> list of values, to be multiplied. Without either
-the config's own `sweep()` lists them.
+all. --sweep=FILE reads JSON: a list of settings (dotted key -> value), or key
+-> list of values, to be multiplied. Without either, the config's own `sweep()`
+lists them. A killed sweep continues by the same command, its jobs too. On a
+cluster every task runs one job: --index=$SLURM_ARRAY_TASK_ID.
 
-A job's directory is named after its settings and a hash of its whole
-configuration, so that another one never finds its results; a file `done` marks
-it as finished on the data that it names. Stages that are the same in several
-jobs are trained once. A killed sweep continues where it was, the jobs too. On a
-cluster every task runs one job: --index=$SLURM_ARRAY_TASK_ID. --dry_run prints
-the commands, --table only the table of what is finished, from the result files
-alone; into a pipe it goes as tab-separated values. It compares models with each
-job's base, or with --base=MODEL.
-
-  python -m experiments.sweep --workdir=runs/rules --output=docs/results/rules
-
-chooses for every model the setting that it does best with on validation, and
-writes a summary of these for experiments.report; --more_seeds=1,2 trains the
-chosen ones with more seeds.
+--table prints what is finished, from the result files alone; into a pipe it
+goes as tab-separated values. --output=DIR chooses for every model the setting
+that it does best with on validation, and writes a summary of these for
+experiments.report; --more_seeds=1,2 trains them with more seeds.
 """
+
+# A job's directory is named after its settings and a hash of its whole
+# configuration, so that another one never finds its results; a file `done`
+# marks it as finished on the data that it names. Stages that are the same in
+# several jobs are trained once.
 
 import ast
 import functools

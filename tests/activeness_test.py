@@ -56,21 +56,11 @@ class TestAssignGroups:
     )
     assert groups.tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
 
-  def test_head_share_equals_the_segments(self):
-    values = shuffled(1)
-    groups = activeness.assign_groups(
-      values, num_groups=2, rule="head_share", head_share=0.3
-    )
-    np.testing.assert_array_equal(
-      groups, activeness.assign_segments(values, head_share=0.3)
-    )
-
   @pytest.mark.parametrize("options, message", [
     ({"num_groups": 11}, "num_groups=11 does not suit 10 users"),
     ({"num_groups": 0}, "num_groups=0"),
     ({"rule": "quantiles"}, "'quantiles' is unknown"),
     ({"rule": "interactions"}, r"groups \[.*\] of num_groups=5 empty"),
-    ({"rule": "head_share"}, r"groups \[2, 3, 4\] of num_groups=5 empty"),
     ({"rule": "thresholds"}, "thresholds=None"),
     ({"thresholds": [1, 2, 3, 4]}, "only then"),
     ({"rule": "thresholds", "thresholds": [1]}, "give 4 borders"),
@@ -241,9 +231,6 @@ class TestDescribe:
     assert summary["head_interactions"] == 0.74
     assert summary["groups"][1] == {
       "group": 1, "users": 2, "interactions": 4, "min": 2, "max": 2
-    }
-    assert summary["segments"][1] == {
-      "segment": 1, "users": 2, "interactions": 74, "min": 20, "max": 54
     }
 
   def test_gini_is_half_the_relative_mean_difference(self):

@@ -22,7 +22,7 @@ from pin_jax.models import packing, plugins
 from pin_jax.models.backbones import conditioned, given
 from pin_jax.scale import sharding, streaming
 from pin_jax.training import objectives
-from pin_jax.types import Batch, InputError, Requests
+from pin_jax.types import Batch, Requests
 
 HISTORY = np.asarray([
   [0, 0, 0, 5, 2, 9, 4, 1],
@@ -270,23 +270,3 @@ def test_the_row_trains_the_table_and_leaves_the_base_alone(tmp_path):
   alone = tiny(methods=("base",), **changes)
   alone = trained(alone, tmp_path / "alone")["base"]
   jax.tree.map(np.testing.assert_array_equal, alone, found["base"])
-
-
-@pytest.mark.slow
-def test_the_switch_tells_every_backbone(tmp_path):
-  made = tiny(**{
-    "methods": ("base_activeness", "base", "pin"),
-    "backbone.reads_activeness": True, "backbone.pack_rows": 4,
-    "plugin.name": "gated", "memory.recent": 5,
-  })
-  found = trained(made, tmp_path)
-  for name in ("base", "base-activeness", "pin/backbone"):
-    assert np.abs(found[name]["activeness"]).max() > 1e-4
-
-
-def test_exact_adjustment_of_a_model_that_is_told_is_refused():
-  with pytest.raises(InputError, match=r"reads_activeness=True: .*'pin_exact'"):
-    tiny(**{
-      "methods": ("base", "pin_exact"), "backbone.reads_activeness": True
-    })
-  tiny(methods=("base_activeness", "pin_exact"))

@@ -179,7 +179,7 @@ class Flags:
   ({"output": "/proc/x"}, "/proc/x cannot be written"),
   ({"output": "W", "users": None}, "--input is missing; give a file to read"),
   ({"input": "s3://b/a.csv", "output": "W"}, "not on this machine"),
-  ({"input": "", "output": "W"}, "path='' is no path"),
+  ({"input": "", "output": "W"}, "source='' is no path"),
   ({"input": "A", "output": "A"}, "exists; delete it"),
   ({"input": "A", "output": "/proc/x"}, "/proc/x cannot be written"),
 ])

@@ -57,6 +57,8 @@ def _trainer(config, problem, directory):
   ({"methods": ("base", "memory_alone"), "pin.plugin_draw": "validation"},
    ["base", "memory_alone"]),
   ({"methods": ("base", "pin"), "pin.plugin_draw": "users"}, ["base", "pin"]),
+  ({"methods": ("base", "pin_gates"), "pin.plugin_draw": "users"},
+   ["base_validation", "base", "pin_gates"]),
   ({"methods": ("base", "pin"), "pin.plugin_draw": "validation", "refit": 5},
    ["base", "pin"]),
 ])
@@ -124,11 +126,13 @@ def _read_targets(made, stage):
 
 
 def test_every_stage_reads_the_targets_that_it_says_and_no_other(tmp_path):
-  config = _config(methods=(*GATED, "tail_only"), seeds=(0,))
+  gates = "joint_gate", "pin_gates"
+  config = _config(methods=(*GATED, "tail_only", *gates), seeds=(0,))
   problem = make_problem(config)
   made = _trainer(config, problem, tmp_path)
   made.trained = {  # nothing is trained here
-    name: {0: None} for name in ("base", "base-validation", "joint")
+    name: {0: None}
+    for name in ("base", "base-validation", "joint", "pin/backbone")
   }
   split = problem.split
   fitted = _fitted(len(split.train_end))

@@ -163,7 +163,9 @@ def test_order_of_datetimes_is_kept(ticks, unit, power):
   ]
 
 
-@hypothesis.given(st.binary(max_size=80), st.sampled_from(files.SUFFIXES))
+@hypothesis.given(
+  st.binary(max_size=80), st.sampled_from([".csv", ".inter", ".json", ""])
+)
 def test_any_bytes_are_read_or_refused(data, suffix):
   with tempfile.NamedTemporaryFile(suffix=suffix) as file:
     file.write(data)

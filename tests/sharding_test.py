@@ -1,5 +1,6 @@
 """Training and evaluation over eight devices, in a process of its own."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,6 +22,7 @@ from experiments.problem import make_problem, requests_for
 from pin_jax import aggregation
 from pin_jax.evaluation import ranking
 from pin_jax.models import memory, plugins
+from pin_jax.models.backbones import conditioned
 from pin_jax.models.sasrec import sasrec
 from pin_jax.scale import sharding
 from pin_jax.types import InputError
@@ -31,7 +33,10 @@ CASES = {  # data, model
   "quick": ((4, 2),), "slow": ((8, 1), (1, 4)),
 }
 CHUNK = ranking.Chunk(8, 12)  # one device takes four, two take two each
-STAGES = {stage.name: stage for stage in METHODS["pin"].stages}
+STAGES = {
+  stage.name: dataclasses.replace(stage, reads_activeness=True)
+  for stage in METHODS["pin"].stages
+}
 
 
 def config(data=1, model=1, **changes):
@@ -80,27 +85,28 @@ def params_of(out):
 
 def compute_training(workdir):
   """One device, eight, and the checkpoints of eight read on one and four."""
-  told = {"backbone.reads_activeness": True, "pin.weighting": "upgrad"}
-  eight = trained(config(4, 2, **told), f"{workdir}/eight")
+  rule = {"pin.weighting": "upgrad"}
+  eight = trained(config(4, 2, **rule), f"{workdir}/eight")
   table = eight.trained["pin/backbone"][0].best["items"]
   shards = {str(s.index): s.data.shape for s in table.addressable_shards}
   return {
-    "one": params_of(trained(config(**told), f"{workdir}/one")),
+    "one": params_of(trained(config(**rule), f"{workdir}/one")),
     "eight": params_of(eight),
-    "read_on_one": params_of(trained(config(**told), f"{workdir}/eight")),
+    "read_on_one": params_of(trained(config(**rule), f"{workdir}/eight")),
     "read_on_four": params_of(
-      trained(config(1, 4, **told), f"{workdir}/eight")
+      trained(config(1, 4, **rule), f"{workdir}/eight")
     ),
     "shards": list(shards.values()),
   }
 
 
-def compute_ranks(cases, nearly=False, **changes):
+def compute_ranks(cases, nearly=False, told=False, **changes):
   """Ranks over meshes, and the same by one device.
 
   Args:
     cases: meshes.
     nearly: whether the items' rows differ by no more than their last bits.
+    told: whether the backbone reads activeness.
     **changes: of the config.
   """
   ranking.chunk_of = lambda *_: CHUNK
@@ -108,10 +114,12 @@ def compute_ranks(cases, nearly=False, **changes):
   problem = make_problem(made)
   networks = build.make_networks(made, ITEMS)
   backbone, plugin = networks.backbone, networks.plugins["own"]
+  if told:
+    backbone = conditioned(backbone)
   params = backbone.init(jax.random.key(0))
   half = params["items"][1 : 1 + ITEMS // 2]
   params["items"] = jnp.concatenate([half[:1], half, half])  # ties
-  if "activeness" in params:
+  if told:
     params["activeness"] = jax.random.normal(
       jax.random.key(3), params["activeness"].shape
     )
@@ -174,12 +182,11 @@ def compute_weightings(workdir):
 
 
 def _battery():
-  """Rules (but that of another method) by softmax, two by sampled softmax."""
+  """Rules by softmax, two by sampled softmax."""
   specs = {
     "annealed_backdoor": "annealed_backdoor:steps=20", "cvar": "cvar:alpha=0.4",
   }
-  rules = [name for name in RULES if name != "exact_backdoor"]
-  return [(specs.get(rule, rule), "softmax") for rule in rules] + [
+  return [(specs.get(rule, rule), "softmax") for rule in RULES] + [
     ("backdoor", "sampled_softmax"), ("upgrad", "sampled_softmax"),
   ]
 
@@ -300,11 +307,10 @@ if __name__ == "__main__":
   mixed = {
     "plugin.name": "gated", "memory.channels": ("after",), "memory.recent": 5,
     "memory.relations": ("cosine",), "pin.plugin_draw": "validation",
-    "backbone.reads_activeness": True,
   }
   print(json.dumps({
     "ranks": compute_ranks(CASES[what]),
-    "mixed": compute_ranks(((4, 1),), **mixed),
+    "mixed": compute_ranks(((4, 1),), told=True, **mixed),
     "nearly": compute_ranks(CASES[what], nearly=True),
     "training": train(where),
   }))

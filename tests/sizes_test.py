@@ -88,8 +88,8 @@ def test_what_is_given_stands_and_the_others_heed_it(path):
 
 
 def test_a_failed_look_is_that_error_and_nothing_is_left(path, tmp_path):
-  config = files.get_config(f"path={path}")  # the separator is not given
-  with pytest.raises(InputError, match="give separator=<character>"):
+  config = files.get_config(f"path={path}")  # the columns are not given
+  with pytest.raises(InputError, match="give user=<column>"):
     job.run(config, tmp_path / "w")
   config = _by_argument(path)
   config.data.k_core = 99

@@ -294,37 +294,10 @@ def test_gap_equals_a_numpy_loop():
   np.testing.assert_allclose(statistics.gap(tail, head).estimate, -got.estimate)
 
 
-def test_worst_group_by_hand():
-  groups = [np.full((2, 5), 0.3), np.full((2, 4), 0.1), np.full((2, 3), 0.2)]
-  index, worst = statistics.worst_group(groups)
-  assert index == 1
-  np.testing.assert_allclose(worst, 0.1)
-  two = [np.stack([g, 1 - g]) for g in groups]  # [models, S, U]
-  index, worst = statistics.worst_group(two)
-  np.testing.assert_array_equal(index, [1, 0])
-  np.testing.assert_allclose(worst.estimate, [0.1, 0.7])
-
-
-def test_worst_group_interval_takes_the_smallest_of_each_draw():
-  rng = np.random.default_rng(8)
-  groups = [rng.normal(1, 1, (1, 50)), rng.normal(1.05, 1, (1, 80))]
-  draws = [
-    min(rng.choice(g[0], g.size).mean() for g in groups) for _ in range(4000)
-  ]
-  low, high = np.percentile(draws, [2.5, 97.5])
-  _, got = statistics.worst_group(groups, Bootstrap(num_resamples=4000))
-  np.testing.assert_allclose(
-    [got.low, got.high], [low, high], atol=0.08 * (high - low)
-  )
-
-
-def test_gap_and_worst_group_need_two_users():
+def test_the_gap_needs_two_users():
   assert np.isnan(statistics.gap(np.ones((1, 1)), np.ones((1, 9)))[1:]).all()
   empty = statistics.gap(np.ones((1, 0)), np.ones((1, 9)))
   assert np.isnan(empty).all()
-  index, worst = statistics.worst_group([np.ones((1, 9)), np.zeros((1, 1))])
-  assert (index, worst.estimate) == (1, 0)
-  assert np.isnan(worst[1:]).all()
 
 
 # Several tests at once.

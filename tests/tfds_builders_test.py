@@ -3,6 +3,7 @@ import gzip
 import http.server
 import io
 import json
+import socket
 import threading
 import zipfile
 
@@ -154,6 +155,7 @@ def no_network(monkeypatch, request):
 
   if "local_host" not in request.fixturenames:
     monkeypatch.setattr(tfds.download.DownloadManager, "download", download)
+    monkeypatch.setattr(pin_tfds, "_reach", lambda url: None)
 
 
 @pytest.fixture
@@ -372,6 +374,17 @@ def test_last_line_may_lack_a_newline(place):
 )
 def test_failed_download_says_what_to_do(place, name):
   place.refused(name, place.builder(name).builder_config.url)
+
+
+def test_where_nobody_answers_it_ends_at_once(place, monkeypatch):
+  """A server that accepts and never speaks; TFDS would ask ten times."""
+  monkeypatch.undo()
+  monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+  monkeypatch.setattr(pin_tfds, "_PATIENCE", 0.2)
+  with socket.create_server(("127.0.0.1", 0)) as silent:
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}/ml-100k.zip"
+    monkeypatch.setattr(releases.MOVIELENS[0], "url", url)
+    place.refused("movielens/100k", "cannot download", "TimeoutError")
 
 
 def test_downloads_what_the_manual_directory_lacks(place, local_host):

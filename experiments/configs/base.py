@@ -10,6 +10,32 @@ from ml_collections import ConfigDict, config_dict
 from experiments import schema
 from pin_jax.types import InputError
 
+_GROUPLENS = "https://files.grouplens.org/datasets/movielens"
+_S3REC = "https://github.com/aHuiWang/CIKM2020-S3Rec/blob/master/data"
+# Files of `data_path` -> where the data come from, and how they get there.
+_PUBLIC = {
+  "ml-100k.inter": (
+    f"{_GROUPLENS}/ml-100k.zip",
+    "--config=ml100k:path=ml-100k.zip",
+  ),
+  "ml-1m.parquet": (
+    f"{_GROUPLENS}/ml-1m.zip",
+    "--config=ml1m:path=ml-1m.zip",
+  ),
+  "amazon_beauty_s3rec.parquet": (
+    f"{_S3REC}/Beauty.txt",
+    "python -m third_party.s3rec Beauty.txt --output={path}",
+  ),
+  "amazon_toys_s3rec.parquet": (
+    f"{_S3REC}/Toys_and_Games.txt",
+    "python -m third_party.s3rec Toys_and_Games.txt --output={path}",
+  ),
+  "yelp_llmesr.parquet": (
+    "data/yelp/handled/inter.txt of https://github.com/liuqidong07/LLM-ESR",
+    "python -m third_party.llm_esr inter.txt --output={path}",
+  ),
+}
+
 
 def default() -> ConfigDict:
   """Every key that an experiment may set, with its default.
@@ -23,6 +49,17 @@ def data_path(name: str) -> str:
   """Path of a data file under $PIN_JAX_DATA (default ../shared/data)."""
   root = pathlib.Path(__file__).parents[3] / "shared" / "data"
   return str(pathlib.Path(os.environ.get("PIN_JAX_DATA", root)) / name)
+
+
+def check_public(path: str) -> None:
+  """Raises InputError, with its source, where a public data set is missing."""
+  name = pathlib.Path(path).name
+  if name in _PUBLIC and not os.path.exists(path):
+    url, command = _PUBLIC[name]
+    raise InputError(
+      f"{path} does not exist; download {url}, then give "
+      + command.format(path=path)
+    )
 
 
 def parse(argument: str | None, **defaults: str) -> dict[str, str]:

@@ -1,13 +1,13 @@
-"""Your own interactions: CSV, TSV, Parquet or a RecBole .inter file.
+"""Your own interactions: CSV or other text, JSON lines, Parquet.
 
   python -m experiments.main \
     --config=experiments/configs/files.py:path=my.csv --workdir=runs/mine
 
 Compares what is worth serving, and says what to serve to whom. Arguments
 besides path: recipe=published or recipe=gated, for other rows (`base.recipe`);
-user, item, time (column names, guessed where absent) and separator. Anything
-else as --config.data.k_core=5 and the like. Sizes follow from the data and are
-printed, see `experiments.sizes`; set any of them as
+user, item, time (columns by name or number, guessed where absent) and
+separator. Anything else as --config.data.k_core=5 and the like. Sizes follow
+from the data and are printed, see `experiments.sizes`; set any of them as
 --config.backbone.length=50.
 """
 

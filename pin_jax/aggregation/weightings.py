@@ -66,16 +66,6 @@ def joint(shares: Sequence[float]) -> Weighting:
   return backdoor(shares)
 
 
-def exact_backdoor(prior: Sequence[float]) -> Weighting:
-  """Backdoor weights for group losses whose examples carry P(x) / P(x|d). Ours.
-
-  w_g = P(d=g), as in `backdoor`; but with the examples of group d weighted by
-  P(x) / P(x|d) inside its loss, sum_g w_g L_g reaches P(y|do(x)) also where
-  P(x|d) depends on d. Simplex; linear.
-  """
-  return backdoor(prior)
-
-
 def annealed_backdoor(
   start: Sequence[float], end: Sequence[float], steps: int
 ) -> Weighting:
@@ -639,7 +629,7 @@ BY_TENSOR = ("consensus",)
 # A new rule is one function and its name here.
 WEIGHTINGS = {
   rule.__name__: rule for rule in (
-    backdoor, joint, exact_backdoor, annealed_backdoor, inverse_propensity,
+    backdoor, joint, annealed_backdoor, inverse_propensity,
     group_dro, streaming_dro, cvar, famo, normalized, consensus, pcgrad,
     gradvac, mgda, upgrad, cagrad, imtl_g, nash_mtl, aligned_mtl,
     gradient_alignment,

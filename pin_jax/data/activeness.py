@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from pin_jax.types import InputError
 
-GROUP_RULES = ("users", "interactions", "thresholds", "head_share")
+GROUP_RULES = ("users", "interactions", "thresholds")
 PRIORS = ("users", "uniform", "interactions", "custom")
 
 
@@ -26,7 +26,6 @@ def assign_groups(
   num_groups: int = 5,
   rule: str = "users",
   thresholds: Sequence[float] | None = None,
-  head_share: float = 0.2,
 ) -> np.ndarray:
   """Stratifies users into groups by activeness; 0 is the least active.
 
@@ -36,10 +35,8 @@ def assign_groups(
       default 0..U-1.
     num_groups: G.
     rule: 'users' (equal numbers of users), 'interactions' (equal numbers of
-      interactions), 'thresholds' (group = number of borders <= activeness),
-      'head_share' (the head segment against all others; G = 2).
+      interactions), 'thresholds' (group = number of borders <= activeness).
     thresholds: G-1 ascending borders, for that rule only.
-    head_share: Share of users in the head, for that rule only.
 
   Returns:
     [U] int32 in 0..G-1. Equal activeness may be separated by every rule but
@@ -75,8 +72,6 @@ def assign_groups(
         "repeats"
       )
     groups = np.searchsorted(borders, activeness, side="right")
-  elif rule == "head_share":
-    groups = assign_segments(activeness, ids, head_share=head_share)
   else:
     # A user is in the group that holds the middle of their own weight.
     order = _most_active_first(activeness, ids)[::-1]
@@ -192,7 +187,7 @@ def prior(
 def describe(
   activeness: np.ndarray, groups: np.ndarray, segments: np.ndarray
 ) -> dict[str, Any]:
-  """Summarises the activeness [U] of groups [U] and segments [U].
+  """Summarises the activeness [U] of users in groups [U] and segments [U].
 
   The Gini coefficient is sum_i (2 i - U - 1) a_i / (U sum_i a_i) over ascending
   a_1..a_U: 0 if all users are equally active.
@@ -200,7 +195,7 @@ def describe(
   Returns:
     users, interactions, min, median, mean, max, gini, head_users (share of
     users in the head), head_interactions (share of interactions there), and
-    `groups` and `segments`: for each its number, users, interactions, min, max.
+    `groups`: of each its number, users, interactions, min, max.
   """
   counts = pl.col("activeness")
   total = pl.DataFrame({"activeness": activeness, "head": segments == 1})
@@ -216,12 +211,10 @@ def describe(
     gini=(counts.sort() * (2 * pl.int_range(1, pl.len() + 1) - pl.len() - 1))
     .sum() / pl.max_horizontal(counts.sum() * pl.len(), 1),
   )
-  parts = {
-    f"{part}s": total.group_by(pl.Series(part, ids)).agg(**numbers)
-    .sort(part).to_dicts()
-    for part, ids in (("group", groups), ("segment", segments))
+  of_groups = total.group_by(pl.Series("group", groups)).agg(**numbers)
+  return {
+    **all_users.to_dicts()[0], "groups": of_groups.sort("group").to_dicts()
   }
-  return {**all_users.to_dicts()[0], **parts}
 
 
 def _check_activeness(activeness: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ and a fingerprint names the contents.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -17,6 +17,7 @@ from pin_jax.types import InputError, at_least
 Column = np.ndarray | pl.Series | Sequence
 DUPLICATES = ("keep", "exact", "first", "last")
 _CHUNK = 2**22  # elements at a time
+_MANY_REPEATS, _MANY_TIES = 0.01, 0.2  # shares that are worth a warning
 _UNITS = {"ms": 10**3, "us": 10**6, "ns": 10**9}  # in a second
 
 
@@ -28,7 +29,7 @@ class RowError(InputError):
     self.axis, self.row, self.fault = axis, row, fault
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Interactions:
   """Interactions of U users with V items, users contiguous, in time order.
 
@@ -41,7 +42,8 @@ class Interactions:
     user_ids: [U] original ids, ascending: int64, or object array of str.
     item_ids: [V] original id of item v is item_ids[v-1]; same types.
     notes: What reading and filtering did: rows_read, duplicates_dropped,
-      users_dropped, items_dropped, order, and tied_share where times exist.
+      users_dropped, items_dropped, order, tied_share where times exist, and
+      `warnings` of what makes results mean little, where there are any.
   """
 
   name: str
@@ -53,6 +55,15 @@ class Interactions:
   notes: Mapping[str, int | float | str] = dataclasses.field(
     default_factory=dict
   )
+
+  def __repr__(self) -> str:
+    """Sizes and notes, and warnings last."""
+    notes = [f"{key} {value}" for key, value in self.notes.items()]
+    return "\n  ".join((
+      f"{self.name}: {self.num_users:,} users, {self.num_items:,} items, "
+      f"{self.num_interactions:,} interactions",
+      *sorted(notes, key=lambda note: note.startswith("warnings")),
+    ))
 
   @property
   def num_users(self) -> int:
@@ -161,7 +172,7 @@ def from_columns(
   if max_history is not None:
     later = np.cumsum(np.bincount(columns[0]))[columns[0]] - np.arange(filtered)
     columns = [x[later <= min(max_history, filtered)] for x in columns]
-  (users, items, *rest), found = columns, (len(user_ids), len(item_ids))
+  (users, items, *rest), read = columns, (len(user_ids), len(item_ids))
   del columns
   users, user_ids = _compact(users, user_ids)
   items, item_ids = _compact(items, item_ids)
@@ -170,14 +181,16 @@ def from_columns(
   notes = {
     "rows_read": rows_read,
     "duplicates_dropped": rows_read - distinct,
-    "users_dropped": found[0] - len(user_ids),
-    "items_dropped": found[1] - len(item_ids),
+    "users_dropped": read[0] - len(user_ids),
+    "items_dropped": read[1] - len(item_ids),
     "order": "row order (the source has no times)" if times is None else
     "time, ties in row order",
     **_tied_share(offsets, times),
   }
   if max_history is not None:
     notes["history_cut"] = filtered - len(items)
+  if found := [*_doubts(users, items, times, offsets)]:
+    notes["warnings"] = "; ".join(found)
   if times is not None and not times.flags.writeable:
     times = times.copy()  # a view of the caller's memory
   items += 1
@@ -197,7 +210,7 @@ def _sorted(
 ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
   """Columns of codes, and times if any, by (user, time); ids of both codes."""
   given = {"users": users, "items": items, "times": times}
-  series = {x: _series(v, x) for x, v in given.items() if v is not None}
+  series = {x: as_series(v, x) for x, v in given.items() if v is not None}
   lengths = {axis: len(values) for axis, values in series.items()}
   if len(set(lengths.values())) > 1:
     raise InputError(f"columns differ in length: {lengths}; give equal ones")
@@ -235,7 +248,8 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
   return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def _series(values: Column, axis: str) -> pl.Series:
+def as_series(values: Column, axis: str) -> pl.Series:
+  """A column as polars has it; raises InputError for nulls and mixed types."""
   if not isinstance(values, pl.Series):
     if isinstance(values, np.ndarray) and values.ndim != 1:
       raise InputError(f"{axis} has shape {values.shape}; give a flat column")
@@ -273,7 +287,10 @@ def _ids(values: pl.Series) -> pl.Series:
     _refuse_merged(values, "ids", "give integers or strings")
   elif not kind.is_integer():
     raise InputError(f"{axis} are {kind}; give integers or strings")
-  return _as_int64(values, "give them as strings")
+  try:
+    return values if kind == pl.Int32 else values.cast(pl.Int64)
+  except pl.exceptions.PolarsError:  # such as hashes of 64 bits
+    return values.cast(pl.String)
 
 
 def _refuse_merged(values: pl.Series, what: str, remedy: str) -> None:
@@ -286,26 +303,18 @@ def _refuse_merged(values: pl.Series, what: str, remedy: str) -> None:
   )
 
 
-def _as_int64(values: pl.Series, remedy: str) -> pl.Series:
-  """Whole numbers as they are where they are Int32, else as Int64."""
-  if values.dtype == pl.Int32:
-    return values
-  try:
-    return values.cast(pl.Int64)
-  except pl.exceptions.PolarsError:
-    raise InputError(
-      f"{values.name} span {values.min()} to {values.max()}, beyond int64; "
-      f"{remedy}"
-    ) from None
-
-
 def _numbers(values: pl.Series) -> np.ndarray:
   """Times as int64 or float64; dates become Unix seconds."""
   if values.dtype.is_temporal():
     return _unix_seconds(values)
   if values.dtype.is_integer():
-    whole = _as_int64(values, "use a coarser unit")
-    return whole.cast(pl.Int64).to_numpy()
+    try:
+      return values.cast(pl.Int64).to_numpy()
+    except pl.exceptions.PolarsError:
+      raise InputError(
+        f"times span {values.min()} to {values.max()}, beyond int64; use a "
+        "coarser unit"
+      ) from None
   if not values.dtype.is_float():
     raise InputError(
       f"times are {values.dtype}; give numbers, or dates as datetimes"
@@ -367,6 +376,44 @@ def _tied_share(
   same[offsets[1:-1] - 1] = False  # of two users
   pairs = len(times) - len(offsets) + 1
   return {"tied_share": float(same.sum() / max(pairs, 1))}
+
+
+def _doubts(
+  users: np.ndarray, items: np.ndarray, times: np.ndarray | None,
+  offsets: np.ndarray,
+) -> Iterator[str]:
+  """Yields what makes the order, or a long tail, of interactions doubtful."""
+  if times is not None and len(times) > 1:
+    same = (times[1:] == times[:-1]) & (users[1:] == users[:-1])
+    tied = np.append(same, False) | np.append(False, same)
+    rows = pl.DataFrame([x[tied] for x in (users, items, times)])
+    repeats = len(rows) - rows.n_unique()
+    if repeats > _MANY_REPEATS * len(users):
+      yield (
+        f"{repeats:,} of {len(users):,} rows repeat another's user, item and "
+        "time: duplicates='exact' drops them"
+      )
+    share = (same.sum() - repeats) / max(len(times) - len(offsets) + 1, 1)
+    if share > _MANY_TIES:
+      yield (
+        f"{share:.0%} of a user's successive interactions have equal times, "
+        "so that the order of the rows decides which is the last: give finer "
+        "times, or split by time"
+      )
+  lengths = np.sort(np.diff(offsets))
+  usual = lengths[0]
+  if len(lengths) == 1:
+    return
+  if usual == lengths[-1]:
+    yield (
+      f"all users have {usual} interactions: none is more active than others, "
+      "so that who is head or tail is chance"
+    )
+  elif usual == lengths[len(lengths) * 4 // 5]:
+    yield (
+      f"{(lengths == usual).mean():.0%} of the users have {usual} "
+      "interactions, the fewest: for most it is chance who is head or tail"
+    )
 
 
 def _update_digest(

@@ -2,6 +2,9 @@
 
 import bisect
 import gzip
+import threading
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +25,7 @@ _BLOCK_BYTES = 1 << 25
 _EXPANSION = 100  # ratings in text shrink to a tenth at most
 _LEAST_BYTES = 1 << 26  # an archive may always expand to so much
 _RECORDS_AT_ONCE = 4096
+_PATIENCE = 8  # seconds
 _DAMAGE = (
   zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError,
   RuntimeError,  # zipfile: encrypted or of an unknown compression
@@ -127,8 +131,8 @@ def read_tfds(
 
   Raises:
     InputError: on an unknown name, a damaged archive or a failed download
-      (TFDS tries again for some minutes before it gives up). Of several
-      processes that read it first, one prepares it and the others wait.
+      (within seconds where nobody answers). Of several processes that read it
+      first, one prepares it and the others wait.
   """
   data_dir, manual_dir = (
     path if path is None else disk.place(key, path, here=True)
@@ -210,6 +214,7 @@ def _fetch(
   if archive.exists():
     return archive
   try:
+    _reach(config.url)
     return dl_manager.download(config.url)
   except Exception as error:
     raise InputError(
@@ -217,6 +222,28 @@ def _fetch(
       f"download it by hand and save it as {config.file_name} in manual_dir,"
       f" {manual_dir}"
     ) from error
+
+
+def _reach(url: str) -> None:
+  """Raises OSError where nobody answers: TFDS would try for minutes."""
+  failures = [TimeoutError(f"no answer in {_PATIENCE} seconds")]
+
+  def ask() -> None:
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+      urllib.request.urlopen(request, timeout=_PATIENCE).close()
+    except urllib.error.HTTPError:  # an answer, of which TFDS says more
+      pass
+    except OSError as error:
+      failures[0] = error
+      return
+    failures.clear()
+
+  asking = threading.Thread(target=ask, daemon=True)
+  asking.start()
+  asking.join(_PATIENCE)  # a name server is not bound by the timeout
+  if failures:
+    raise failures[0]
 
 
 def _read_ratings(archive: epath.Path, config: Release) -> pl.DataFrame:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 from numpy.typing import ArrayLike
 
 from pin_jax.types import InputError
@@ -261,27 +261,6 @@ def gap(
   return _resample([head, tail], difference, bootstrap)[0]
 
 
-def worst_group(
-  groups: Sequence[ArrayLike], bootstrap: Bootstrap = _DEFAULT
-) -> tuple[np.ndarray, Interval]:
-  """The smallest of the groups' means, min_g mean(values of g).
-
-  Every group's users are resampled apart, the seeds together, and each resample
-  picks its own smallest mean, so the interval leans downwards.
-
-  Args:
-    groups: G arrays [..., S, U_g], see `by_seed`.
-    bootstrap: how they are resampled.
-
-  Returns:
-    Index of the group, [...], and its mean with a percentile interval, each
-    [...]; the interval is NaN for a group of fewer than two users.
-  """
-  means = [_mean(np.asarray(group)) for group in groups]
-  smallest = lambda drawn: drawn.min(0)
-  return np.argmin(means, 0), _resample(groups, smallest, bootstrap)[0]
-
-
 def holm(p_values: ArrayLike) -> np.ndarray:
   """Holm's adjusted p-values: below alpha with family-wise error alpha.
 
@@ -365,7 +344,7 @@ def smallest_effect(error: float, *, power: float = 0.8) -> float:
   """
   if not 0 < power < 1:
     raise InputError(f"power is {power}; pass a share between 0 and 1, as .8")
-  return error * sum(scipy.stats.norm.ppf([0.975, power]))
+  return error * sum(scipy.special.ndtri([0.975, power]))
 
 
 def power_of(effect: float, error: float) -> float:
@@ -381,5 +360,5 @@ def power_of(effect: float, error: float) -> float:
   Returns:
     The probability.
   """
-  border = scipy.stats.norm.ppf(0.975)
-  return float(scipy.stats.norm.cdf(effect / error - border))
+  border = scipy.special.ndtri(0.975)
+  return float(scipy.special.ndtr(effect / error - border))

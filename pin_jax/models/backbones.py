@@ -137,8 +137,6 @@ def conditioned(backbone: Backbone) -> Backbone:
     The backbone; its `encode` takes Rows with activeness, which `given` makes,
     and raises ValueError for others.
   """
-  if backbone.reads_activeness:
-    return backbone
 
   def init(key: jax.Array) -> PyTree:
     params = backbone.init(key)
