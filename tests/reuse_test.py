@@ -31,9 +31,8 @@ ALL = {
 CHANGED = {
   **dict.fromkeys((
     "methods", "num_seeds", "refit", "dispatch", "mesh.data", "mesh.model",
-    "claims.non_inferiority_margin", "claims.power",
-    "loss.negatives", "loss.candidates", "loss.proposal", "loss.exponent",
-    "loss.calibration",
+    "claims.non_inferiority_margin", "loss.negatives", "loss.candidates",
+    "loss.proposal", "loss.exponent", "loss.calibration",
   ), set()),  # the softmax has no negatives
   **dict.fromkeys((
     "prior.kind", "prior.values", "prior.exponent", "pin.weighting",
