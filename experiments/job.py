@@ -41,7 +41,6 @@ from experiments.methods import (
   METHODS,
   SEGMENTS,
   Method,
-  Stage,
   choose,
   compared,
   information,
@@ -67,7 +66,7 @@ from pin_jax import disk
 from pin_jax.data import activeness, batches
 from pin_jax.evaluation import metrics, ranking
 from pin_jax.training import checkpoints
-from pin_jax.types import InputError, Interrupted, Requests
+from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
 _OF_DATA = "data", "split", "groups"  # keys that the fingerprint follows from
@@ -172,19 +171,6 @@ def _choice(
   }
 
 
-def _served(
-  method: Method, serve: tuple[str, str | None], problem: Problem,
-  users: np.ndarray, part: str,
-) -> tuple[Stage | None, Requests]:
-  """(plugin stage of a serve entry, requests routed to its plugins)."""
-  requests = requests_for(problem, part, users)
-  if serve[1] is None:
-    return None, requests
-  stage = method.stage(serve[1])
-  segments, _ = routed(problem, method, stage)
-  return stage, requests._replace(segments=segments[users].astype(np.int32))
-
-
 def _by_model(
   method: Method, seed: int, problem: Problem, trainer: Trainer,
   users: np.ndarray, part: str = "test",
@@ -194,7 +180,11 @@ def _by_model(
   for entry in dict.fromkeys(method.serve):
     here = [s for s, other in enumerate(method.serve) if other == entry]
     chosen = np.isin(of_user, here)
-    stage, requests = _served(method, entry, problem, users[chosen], part)
+    stage, segments, _ = routed(problem, method, entry)
+    requests = requests_for(problem, part, users[chosen])
+    requests = requests._replace(
+      segments=segments[requests.users].astype(np.int32)
+    )
     kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
     weights = trainer.weights(seed, entry[0], stage, part == "validation")
     yield chosen, kind, (weights, trainer.sequences, requests)

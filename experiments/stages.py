@@ -538,11 +538,17 @@ def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
 
 
 def routed(
-  problem: Problem, method: Method, stage: Stage
-) -> tuple[np.ndarray, int]:
-  """`assigned`, the other way round where the method swaps segments."""
+  problem: Problem, method: Method, serve: tuple[str, str | None]
+) -> tuple[Stage | None, np.ndarray, int]:
+  """(plugin stage of an entry of `method.serve`, then as `assigned`).
+
+  The other way round where the method swaps segments.
+  """
+  if serve[1] is None:
+    return None, np.zeros_like(problem.segments), 1
+  stage = method.stage(serve[1])
   segments, count = assigned(problem, stage)
-  return (count - 1 - segments if method.swapped else segments), count
+  return stage, count - 1 - segments if method.swapped else segments, count
 
 
 def _means(

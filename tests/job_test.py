@@ -250,15 +250,14 @@ def test_shared_stages_are_trained_once():
 def test_controls_route_users_as_they_say(finished):
   config, _, _ = finished
   data = problem.make_problem(config)
-  users = np.flatnonzero(data.split.test >= 0)
   for name, expected in (
     ("pin", data.segments), ("pin_swapped", 1 - data.segments),
     ("pin_shared", np.zeros_like(data.segments)),
   ):
     method = METHODS[name]
-    stage, requests = job._served(method, method.serve[0], data, users)
+    stage, segments, _ = stages.routed(data, method, method.serve[0])
     assert stage.name == method.serve[0][1]
-    np.testing.assert_array_equal(requests.segments, expected[users])
+    np.testing.assert_array_equal(segments, expected)
   segments, count = stages.assigned(data, METHODS["pin_random"].stages[-1])
   assert count == 2 and segments.sum() == data.segments.sum()
   assert (segments != data.segments).any()
