@@ -487,7 +487,9 @@ def _of_methods(config: ConfigDict) -> Rules:
   backbone, loss, memory = config.backbone, config.loss, config.memory
   mixes = config.plugin.name in MIXING
   windows = max(config.batch_size, config.joint.batch_size)
+  known = ("softmax", *losses.SAMPLED_LOSSES)
   yield from (
+    (loss.name not in known, "loss.name", f"use one of {[*known]}"),
     ("heads" in backbone_options(backbone)
      and backbone.width % backbone.heads > 0, "backbone.width",
      f"give a multiple of backbone.heads={backbone.heads}"),

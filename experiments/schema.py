@@ -274,9 +274,9 @@ KEYS = {
   },
   "loss": {
     "name": _text(
-      "softmax", "softmax over the whole catalogue, or a loss of sampled "
-      "negatives ('sampled_softmax' is logQ-corrected)", "softmax",
-      "sampled_softmax", "gbce", "bce", "bpr",
+      "softmax", "'softmax' over the whole catalogue, or a loss of sampled "
+      "negatives: 'sampled_softmax' (logQ-corrected), 'gbce', 'bce', 'bpr', or "
+      "one's own, a name of `losses.SAMPLED_LOSSES`",
     ),
     "negatives": _whole(256, "sampled a step or a position", most=2**20),
     "candidates": _text("shared", "negatives are shared by a batch's "

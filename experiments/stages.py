@@ -304,6 +304,7 @@ class Trainer:
       sharding.built(keys, self._layout)(),
       self.sequences, None if self.streams else run.pool, run.frozen(),
       self._evidence(stage) if stage.kind == "plugin" else None,
+      num_steps=np.int32(num_steps(self._config, stage)),
     )
 
   def _stream(self, stage: Stage, run: Run) -> streaming.Stream:
