@@ -20,7 +20,16 @@ import polars as pl
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import build, job, report, results, schema, serve, sizes
+from experiments import (
+  build,
+  commands,
+  job,
+  report,
+  results,
+  schema,
+  serve,
+  sizes,
+)
 from experiments.configs import files
 from experiments.workdir import write_rows
 from pin_jax import disk, serving
@@ -62,6 +71,7 @@ def compare(
     TrainingError: if a loss is not finite, or a checkpoint cannot be written.
     WriteError: if the disk is full or read-only.
   """
+  commands.keep_programs()
   workdir = disk.place("workdir", workdir)
   if isinstance(data, ConfigDict):
     if recipe is not None:
@@ -128,12 +138,23 @@ class Job:
 
   @functools.cached_property
   def _report(self) -> list[report.Section]:
-    return report.sections([self.analysis], report.NUM_RESAMPLES)
+    return report.sections([self.analysis], results.NUM_RESAMPLES)
 
   @property
   def rows(self) -> pl.DataFrame:
     """A row a user, method and seed: every number follows from them."""
     return self.analysis.results.rows
+
+  @property
+  def answer(self) -> str:
+    """What to serve to whom, as validation chose it; '' where it did not."""
+    sections = report.answer(
+      self.analysis, os.fspath(self.workdir), results.NUM_RESAMPLES
+    )
+    return "\n".join(
+      block.text for section in sections for block in section.blocks
+      if isinstance(block, report.Text) and not block.code
+    )
 
   @property
   def verdict(self) -> str:

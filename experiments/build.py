@@ -383,6 +383,30 @@ def make_optimizer(
   )
 
 
+def num_steps(config: ConfigDict, stage: Stage) -> int:
+  """Steps of a stage."""
+  first, second = config.backbone_steps, config.plugin_steps
+  return {
+    "backbone": first,
+    "plugin": second,
+    "both": first + second,
+    "none": 0,
+    "refit": config.refit,
+    "classifier": config.classifier_steps,
+  }[stage.phase]
+
+
+def sampling(config: ConfigDict, stage: Stage) -> tuple[str, str]:
+  """How a stage's windows are drawn, and what its means are over."""
+  return {
+    "joint": (config.joint.draw, config.joint.mean),
+    "groups": (config.pin.draw, config.pin.mean),
+    "uniform": ("users", "users"),
+    "plugin": (config.pin.plugin_draw, "interactions"),
+    "validation": ("validation", "interactions"),
+  }[stage.sampling]
+
+
 def windows_of_step(config: ConfigDict, *, grouped: bool) -> int:
   """Windows that a step of stage 1 reads: of a group, or of everybody."""
   rows = config.batch_size // config.groups.num_groups
@@ -463,7 +487,9 @@ def _of_methods(config: ConfigDict) -> Rules:
   backbone, loss, memory = config.backbone, config.loss, config.memory
   mixes = config.plugin.name in MIXING
   windows = max(config.batch_size, config.joint.batch_size)
+  known = ("softmax", *losses.SAMPLED_LOSSES)
   yield from (
+    (loss.name not in known, "loss.name", f"use one of {[*known]}"),
     ("heads" in backbone_options(backbone)
      and backbone.width % backbone.heads > 0, "backbone.width",
      f"give a multiple of backbone.heads={backbone.heads}"),

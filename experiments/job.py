@@ -11,7 +11,7 @@ processes (see `processes`) the first writes all but the checkpoints.
 import contextlib
 import functools
 import json
-import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,15 +29,16 @@ from experiments import (
   processes,
   report,
   results,
+  reuse,
   schema,
   sizes,
   truth,
   workdir,
 )
 from experiments.build import Networks, networks_of
-from experiments.configs.base import default
 from experiments.methods import (
   METHODS,
+  SEGMENTS,
   Method,
   Stage,
   choose,
@@ -48,7 +49,6 @@ from experiments.methods import (
   stages_of,
 )
 from experiments.problem import (
-  SEGMENTS,
   Problem,
   fingerprint,
   prepare,
@@ -61,7 +61,6 @@ from experiments.stages import (
   check,
   num_steps,
   routed,
-  same_job,
 )
 from pin_jax import disk
 from pin_jax.data import activeness, batches
@@ -70,6 +69,9 @@ from pin_jax.training import checkpoints
 from pin_jax.types import InputError, Interrupted, Requests
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
+_OF_DATA = "data", "split", "groups"  # keys that the fingerprint follows from
+_METRICS = "evaluation.metrics"
+_SHOWN = "data", "claims", "dispatch", _METRICS  # no row depends on them
 _TYPES = {  # of what a ranker returns
   "rank": np.float64,
   "candidates": np.int32,
@@ -214,20 +216,33 @@ def model_log_probabilities(
 
 
 def claim_workdir(
-  directory: epath.Path, config: ConfigDict, data_fingerprint: str
+  directory: epath.Path, config: ConfigDict, data_fingerprint: str,
+  stages: epath.Path | None = None,
+  adopt: Callable[[dict[str, Any]], None] = lambda config: None,
 ) -> None:
-  """Makes the workdir this job's, or checks that it is.
+  """Makes the workdir this job's, or checks that it is of the same data.
 
-  A key that the config of an older version lacks has its default there.
+  Results of another configuration are deleted, its stages stay.
+
+  Args:
+    directory: the workdir.
+    config: whose results it is to hold.
+    data_fingerprint: of the data.
+    stages: where trained stages are; None = in the workdir.
+    adopt: takes the configuration that was there.
 
   Raises:
-    InputError: if it belongs to another configuration or data set.
+    InputError: if it belongs to another data set.
     WriteError: if it cannot be written.
   """
   mine = {"config": of_results(config), "data": data_fingerprint}
-  path = directory / "config.json"
+  if paths := workdir.absolute(config.data):
+    mine["paths"] = paths
+  if stages is not None:
+    mine["stages"] = os.fspath(stages)
+  path, results_in = directory / "config.json", directory / "summary.json"
   if not path.exists():
-    if (directory / "summary.json").exists():
+    if results_in.exists():
       raise InputError(
         f"workdir {directory} holds results without the configuration of a "
         "job; use another --workdir"
@@ -240,13 +255,34 @@ def claim_workdir(
     disk.write({path: json.dumps(mine, indent=2) + "\n"})
     return
   theirs = workdir.read_json(path, config={}, data="")
-  theirs["config"] = of_results(ConfigDict(theirs["config"]))
-  defaults = {"config": of_results(default())}
-  for key, new, old in schema.differences(mine, theirs, defaults):
-    raise InputError(
-      f"workdir {directory} belongs to another job: {key} is {old!r} there and "
-      f"{new!r} here; use another --workdir or the same setting"
-    )
+  with disk.reading(path, "delete it or use another workdir"):
+    there = of_results(schema.completed(theirs["config"]))
+  changes = [*schema.differences(mine["config"], there, {})]
+  of_data = [*changes, ("data", data_fingerprint, theirs["data"])]
+  for key, new, old in of_data if theirs["data"] != data_fingerprint else ():
+    if key.startswith(_OF_DATA):
+      raise InputError(
+        f"workdir {directory} is of other data: {key} is {old!r} there and "
+        f"{new!r} here; use another --workdir or the same setting"
+      )
+  if theirs == mine:
+    return
+  if not processes.is_first():  # which has written what is there
+    for key, new, old in changes:
+      raise InputError(
+        f"{key} is {old!r} in process 0 and {new!r} here; give all processes "
+        "the same"
+      )
+    return
+  adopt(theirs["config"])
+  if any(
+    not key.startswith(_SHOWN) or key == _METRICS and new[:1] != old[:1]
+    for key, new, old in changes
+  ):
+    results_in.unlink(missing_ok=True)  # first, for it says that all is whole
+    for suffix in SUFFIXES.values():
+      (directory / f"rows{suffix}.parquet").unlink(missing_ok=True)
+  disk.write({path: json.dumps(mine, indent=2) + "\n"})
 
 
 def of_results(config: ConfigDict) -> dict[str, Any]:
@@ -262,6 +298,7 @@ class Options(NamedTuple):
 
   console: rich.console.Console
   command: str
+  root: epath.Path
   other_versions: bool
   interrupted: Callable[[], bool]
 
@@ -281,6 +318,7 @@ def run(
   console: rich.console.Console | None = None,
   *,
   command: str = "",
+  stages: epath.PathLike | None = None,
   other_versions: bool = False,
   interrupted: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -292,6 +330,8 @@ def run(
     directory: the job's workdir.
     console: where to print; standard output by default.
     command: how the job was launched, for its summary.
+    stages: directory of trained stages that several jobs share; by default
+      one of the job's own.
     other_versions: continue what other versions of libraries began.
     interrupted: whether to save and end; see `commands.noticed`.
 
@@ -305,9 +345,11 @@ def run(
   if not processes.is_first():
     console = rich.console.Console(quiet=True)
   asked = processes.any_of(interrupted)
-  options = Options(console, command, other_versions, asked)
   directory = disk.place("workdir", directory)
+  root = disk.place("stages", stages or directory / "checkpoints")
+  options = Options(console, command, root, other_versions, asked)
   checkpoints.check_directory(directory)
+  checkpoints.check_directory(root)
   processes.together(lambda: build.check(sizes.for_any_data(config)))
   ways = {"mesh": config.mesh.to_dict(), "stream": config.data.get("stream")}
   processes.agree("mesh or data.stream", json.dumps(ways))  # in no claim
@@ -316,7 +358,7 @@ def run(
     options.say(line)
   config = fitted
   with contextlib.ExitStack() as stack:
-    _claim(config, problem, directory, stack)
+    _claim(config, problem, directory, root if stages else None, stack)
     there = (directory / "summary.json").exists()  # as the first sees it
     if multihost_utils.broadcast_one_to_all(np.asarray(there)):
       options.say(f"{directory} is finished; reprinting its tables")
@@ -339,7 +381,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
 
 def _claim(
   config: ConfigDict, problem: Problem, directory: epath.Path,
-  stack: contextlib.ExitStack,
+  stages: epath.Path | None, stack: contextlib.ExitStack,
 ) -> None:
   """Makes the workdir this job's and no other's until the stack unwinds."""
   digest, first = fingerprint(problem), processes.is_first()
@@ -349,7 +391,10 @@ def _claim(
   )
   for turn in (True, False):  # the first makes what the others check
     processes.together(lambda turn=turn: first == turn and claim_workdir(
-      directory, config, digest
+      directory, config, digest, stages and epath.Path(os.path.abspath(stages)),
+      lambda there: reuse.adopt(
+        directory / "checkpoints", there, reuse.digests(problem)
+      ),
     ))
 
 
@@ -408,24 +453,21 @@ def _train_all(
     config.evaluation.metrics[0], options.console,
   )
   monitor = Monitor(log, progress, options.interrupted)
-  about = {
-    "config": of_results(config), "data": fingerprint(problem),
-    "versions": workdir.versions(),
-  }
   store = functools.partial(
-    checkpoints.Checkpoints, about=about, say=options.say,
-    check=same_job(about, ("versions",) if options.other_versions else ()),
+    reuse.open_checkpoints, versions=workdir.versions(), say=options.say,
+    other_versions=options.other_versions,
   )
+  if processes.is_first():
+    for line in reuse.told(options.root, reuse.identities(
+      config, reuse.digests(problem)
+    )):
+      options.say(line)
   rows, closeness, cost, seconds = [], [], {}, {}
   try:
-    for first in range(0, len(config.seeds), config.num_seeds):
-      seeds = tuple(config.seeds[first : first + config.num_seeds])
-      trainer = Trainer(config, problem, networks, directory, seeds, store)
+    for seeds in reuse.seed_groups(config):
+      trainer = Trainer(config, problem, networks, options.root, seeds, store)
       for stage in stages:
         trainer.train(stage, monitor)
-        if first == 0 and stage == next(iter(methods.values())).stages[-1]:
-          for line in _power(config, problem, trainer, seeds[0]):
-            options.say(line)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
       for seed in seeds:
@@ -497,38 +539,6 @@ def _distribution(problem: Problem) -> dict[str, Any]:
   return activeness.describe(
     problem.split.activeness, problem.groups, problem.segments
   )
-
-
-def _power(
-  config: ConfigDict, problem: Problem, trainer: Trainer, seed: int
-) -> list[str]:
-  """What the design can show, from the comparator's validation.
-
-  Nothing where the model under test stands on the comparator's backbone: their
-  results of a user are far closer then.
-  """
-  methods = selected(config)
-  base, other = (methods[name] for name in compared([*methods]))
-  roots = lambda method: {
-    method.stage(backbone).start or backbone for backbone, _ in method.serve
-  }
-  if len(config.seeds) < MIN_SEEDS or roots(base) & roots(other):
-    return []
-  validation = {}
-  for name in dict.fromkeys(plugin or stage for stage, plugin in base.serve):
-    chosen = base.stage(name)
-    if chosen.phase == "refit":  # validation has chosen what it starts from
-      chosen = base.stage(chosen.start)
-    validation[name] = trainer.prepare(chosen).evaluate(
-      seed, trainer.trained[chosen.name][seed].best
-    )
-  tested = problem.segments[problem.split.test >= 0]
-  users, levels = {}, {}
-  for index, segment in enumerate(SEGMENTS):
-    served = base.serve[index][1] or base.serve[index][0]
-    users[segment] = int((tested == index).sum())
-    levels[segment] = validation[served].get(segment, math.nan)
-  return results.power_lines(config.claims, users, levels, len(config.seeds))
 
 
 def about_data(problem: Problem) -> dict[str, Any]:

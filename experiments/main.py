@@ -35,6 +35,11 @@ CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the job; made where it is missing."
 )
+_STAGES = flags.DEFINE_string(
+  "stages", None,
+  "Directory of trained stages that several jobs share; the workdir's own "
+  "where it is not given.",
+)
 _OTHER_VERSIONS = flags.DEFINE_bool(
   "other_versions", False,
   "Continue what other versions of the libraries, or another kind of device, "
@@ -79,7 +84,7 @@ def main(_: list[str]) -> None:
 
     run = functools.partial(
       job.run, command=shlex.join(command), interrupted=interrupted,
-      other_versions=_OTHER_VERSIONS.value,
+      stages=_STAGES.value, other_versions=_OTHER_VERSIONS.value,
     )
     api.compare(CONFIG.value, _WORKDIR.value, run=run)
 

@@ -274,9 +274,9 @@ KEYS = {
   },
   "loss": {
     "name": _text(
-      "softmax", "softmax over the whole catalogue, or a loss of sampled "
-      "negatives ('sampled_softmax' is logQ-corrected)", "softmax",
-      "sampled_softmax", "gbce", "bce", "bpr",
+      "softmax", "'softmax' over the whole catalogue, or a loss of sampled "
+      "negatives: 'sampled_softmax' (logQ-corrected), 'gbce', 'bce', 'bpr', or "
+      "one's own, a name of `losses.SAMPLED_LOSSES`",
     ),
     "negatives": _whole(256, "sampled a step or a position", most=2**20),
     "candidates": _text("shared", "negatives are shared by a batch's "
@@ -463,6 +463,21 @@ def canonical(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
   return of(config, "")
+
+
+def completed(config: dict[str, Any]) -> ConfigDict:
+  """The whole of a configuration that a job of any version has written.
+
+  What it lacks has its default, and is not what a result depends on.
+  """
+  kept, whole = canonical(config), ConfigDict(defaults())
+  known = dict(flatten(whole.to_dict()))
+  with whole.ignore_type(), whole.unlocked():
+    whole.data = ConfigDict(kept.pop("data"))
+    whole.update_from_flattened_dict({
+      key: value for key, value in flatten(kept) if key in known
+    })
+  return whole
 
 
 def check_keys(config: ConfigDict) -> None:

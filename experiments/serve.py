@@ -9,7 +9,6 @@ Ids that the model does not know are named and left out. docs/serving.md says
 what the files hold.
 """
 
-import functools
 import io
 import itertools
 import json
@@ -28,9 +27,8 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import build, commands, schema
+from experiments import build, commands, reuse, schema
 from experiments.build import networks_of
-from experiments.configs.base import default
 from experiments.job import of_results
 from experiments.methods import (
   SEGMENTS,
@@ -40,7 +38,7 @@ from experiments.methods import (
   selected,
 )
 from experiments.problem import Problem, fingerprint, make_problem
-from experiments.stages import Trainer, routed, same_job
+from experiments.stages import Trainer, routed
 from experiments.workdir import read_json, versions
 from pin_jax import disk, serving
 from pin_jax.data import files
@@ -322,7 +320,7 @@ def recommender(
   """
   directory = disk.place("workdir", directory)
   checkpoints.check_directory(directory)
-  config, data = _config(directory)
+  config, data, root = _config(directory)
   methods = selected(config)
   choice = read_json(directory / "summary.json").get("choice")
   if method is None and choice:
@@ -345,14 +343,9 @@ def recommender(
       f"workdir {directory} is of data {data} and the config's data are now "
       f"{fingerprint(problem)}; put back what it was trained on"
     )
-  # All seeds that were trained at once with this one.
-  first = config.seeds.index(seed) // config.num_seeds * config.num_seeds
+  seeds = next(x for x in reuse.seed_groups(config) if seed in x)
   trainer = Trainer(
-    config, problem, networks_of(config, problem), directory,
-    tuple(config.seeds[first : first + config.num_seeds]),
-    functools.partial(checkpoints.Checkpoints, check=same_job({
-      "config": of_results(config), "data": data,
-    })),
+    config, problem, networks_of(config, problem), root, seeds
   )
   for stage in methods[name].stages:
     trainer.read(stage)
@@ -362,8 +355,8 @@ def recommender(
   })
 
 
-def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
-  """(config, for one device; fingerprint of the data) of a finished job."""
+def _config(directory: epath.Path) -> tuple[ConfigDict, str, epath.Path]:
+  """(config, for one device; fingerprint; stages) of a finished job."""
   path = directory / "config.json"
   if not path.exists() or not (directory / "summary.json").exists():
     raise InputError(
@@ -372,15 +365,11 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str]:
     )
   stored = read_json(path, config={}, data="")
   with disk.reading(path, "restore it from a copy, or run the job again"):
-    kept, config = schema.canonical(stored["config"]), default()
-    known = dict(schema.flatten(config.to_dict()))
-    with config.ignore_type(), config.unlocked():
-      config.data = ConfigDict(kept.pop("data"))
-      config.update_from_flattened_dict({
-        key: value for key, value in schema.flatten(kept) if key in known
-      })
+    config = schema.completed(stored["config"])
+    config.data.update(stored.get("paths", {}))
     build.check(config)
-  return config, stored["data"]
+    root = epath.Path(stored.get("stages", directory / "checkpoints"))
+  return config, stored["data"], root
 
 
 def _made(

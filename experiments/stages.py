@@ -2,9 +2,8 @@
 
 import contextlib
 import functools
-import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import rich.console
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import logs, schema
+from experiments import logs, processes, reuse, schema
 from experiments.build import (
   Networks,
   Ranker,
@@ -21,6 +20,8 @@ from experiments.build import (
   make_loss,
   make_optimizer,
   make_ranker,
+  num_steps,
+  sampling,
   stage_adjustment,
   windows_of_step,
 )
@@ -98,8 +99,8 @@ class Trainer:
 
   Each stage is trained once and resumes where it can. Several seeds share the
   steps' dispatches and the checkpoints; each has its own selection, its own
-  patience and its own logs, as if it were alone. `workdir` takes the
-  checkpoints, which `store` opens.
+  patience and its own logs, as if it were alone. The directories of stages are
+  in `root`, see `experiments.reuse`; `store` opens the checkpoints there.
 
   Attributes:
     trained: stage -> seed -> result.
@@ -114,14 +115,15 @@ class Trainer:
     config: ConfigDict,
     problem: Problem,
     networks: Networks,
-    workdir: epath.Path,
+    root: epath.Path,
     seeds: tuple[int, ...],
-    store: Callable[..., Checkpoints] = Checkpoints,
+    store: Callable[..., Checkpoints] = reuse.open_checkpoints,
   ) -> None:
     """Prepares what the stages share."""
     self._config, self._problem, self._networks = config, problem, networks
     self._layout, self._store = networks.layout, store
-    self._directory, self._seeds = workdir / "checkpoints", seeds
+    self._root, self._seeds = root, seeds
+    self._identities: dict[str, reuse.Identity] = {}
     self.streams = isinstance(problem.split.interactions, Stored)
     self.length = config.backbone.length
     self.trained: dict[str, dict[int, loop.Result]] = {}
@@ -191,18 +193,36 @@ class Trainer:
   def _best(self, stage: str, seed: int) -> PyTree:
     return self.trained[stage][seed].best
 
-  def _path(self, stage: Stage) -> epath.Path:
-    """Where the checkpoints of a stage are, one for all seeds at once."""
-    name = self.run_name(stage, self._seeds[0])
-    if len(self._seeds) > 1:
-      name = f"seeds{'-'.join(map(str, self._seeds))}/{stage.name}"
-    return self._directory / name.replace("/", "-")
+  @functools.cached_property
+  def _digests(self) -> dict[str, str]:
+    return reuse.digests(self._problem)
 
-  def _checkpoints(self, stage: Stage) -> Checkpoints:
+  def _identity(self, stage: Stage) -> reuse.Identity:
+    """What determines a stage, after those that it builds on."""
+    return self._identities.setdefault(stage.name, reuse.identify(
+      self._config, self._digests, stage, self._seeds, self._identities
+    ))
+
+  @contextlib.contextmanager
+  def _opened(self, stage: Stage) -> Iterator[Checkpoints]:
+    """A stage's directory, made where it is missing, for this process alone."""
+    identity, first = self._identity(stage), processes.is_first()
+    path = self._root / identity.directory
+    with contextlib.ExitStack() as stack:
+      processes.together(
+        lambda: first and stack.enter_context(reuse.held(path, identity))
+      )
+      yield stack.enter_context(
+        contextlib.closing(self._checkpoints(path, identity))
+      )
+
+  def _checkpoints(
+    self, path: epath.Path, identity: reuse.Identity
+  ) -> Checkpoints:
     """Tables may be padded for another mesh; several seeds are on no mesh."""
     several = len(self._seeds) > 1
     tables = () if several else self._networks.backbone.tables
-    return self._store(self._path(stage), tables=tables)
+    return self._store(path, identity.about, tables)
 
   def run_name(self, stage: Stage, seed: int) -> str:
     """The stage's name in logs; led by the seed where there are several."""
@@ -222,7 +242,7 @@ class Trainer:
       names=tuple(self.run_name(stage, seed) for seed in seeds),
     )
     self.trained[stage.name] = {}
-    with contextlib.closing(self._checkpoints(stage)) as checkpoints:
+    with self._opened(stage) as checkpoints:
       for event in loop.run(
         run.step, run.start(), self.operands(stage, run), plan,
         lambda k, params: run.evaluate(seeds[k], params),
@@ -250,13 +270,17 @@ class Trainer:
     """
     state = jax.eval_shape(self.prepare(stage).start)
     best = state.params if state.average is None else state.average
-    path, saved = self._path(stage), None
+    identity, saved = self._identity(stage), None
+    path = self._root / identity.directory
+    if not path.exists():
+      path = self._root / identity.former
     if path.exists():
-      with contextlib.closing(self._checkpoints(stage)) as checkpoints:
+      with contextlib.closing(self._checkpoints(path, identity)) as checkpoints:
         saved = checkpoints.restore((state, best), older=False)
     if not saved:
       raise InputError(
-        f"{path} is absent or empty; run the job again in another workdir"
+        f"{self._root / identity.directory} is absent or empty; run the job "
+        "again"
       )
     found = loop.results(saved[0][1], saved[1], path)
     self.trained[stage.name] = dict(zip(self._seeds, found, strict=True))
@@ -285,6 +309,7 @@ class Trainer:
       sharding.built(keys, self._layout)(),
       self.sequences, None if self.streams else run.pool, run.frozen(),
       self._evidence(stage) if stage.kind == "plugin" else None,
+      num_steps=np.int32(num_steps(self._config, stage)),
     )
 
   def _stream(self, stage: Stage, run: Run) -> streaming.Stream:
@@ -467,14 +492,9 @@ class Trainer:
     )
 
   def _draw(self, stage: Stage, batch_size: int) -> batches.Draw:
-    config = self._config
-    return batches.Draw(batch_size, self.length, *{
-      "joint": (config.joint.draw, config.joint.mean),
-      "groups": (config.pin.draw, config.pin.mean),
-      "uniform": ("users", "users"),
-      "plugin": (config.pin.plugin_draw, "interactions"),
-      "validation": ("validation", "interactions"),
-    }[stage.sampling])
+    return batches.Draw(
+      batch_size, self.length, *sampling(self._config, stage)
+    )
 
   def _pool(
     self, split: splits.Split, groups: np.ndarray, num_groups: int,
@@ -510,30 +530,6 @@ class Trainer:
     if half:
       chosen = chosen[~fitted_users(len(problem.segments))[chosen]]
     return requests_for(problem, "validation", chosen)
-
-
-def same_job(
-  about: dict[str, Any], accepted: tuple[str, ...] = ()
-) -> Callable[[dict[str, Any]], None]:
-  """A check that a checkpoint belongs to the job that `about` describes.
-
-  A name that only one of them knows is no difference: it is of a version that
-  had no such thing. What differs in the `accepted` sections is let pass.
-  """
-  mine = dict(schema.flatten(json.loads(json.dumps(about))))
-
-  def check(theirs: dict[str, Any]) -> None:
-    theirs = dict(schema.flatten(theirs))
-    for key in sorted(mine.keys() & theirs.keys()):
-      section = key.partition(".")[0]
-      if mine[key] != theirs[key] and section not in accepted:
-        or_so = ", or --other_versions" if section == "versions" else ""
-        raise InputError(
-          f"{key} is {theirs[key]!r} there and {mine[key]!r} here; use what it "
-          f"was made with{or_so}, or another workdir"
-        )
-
-  return check
 
 
 def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
@@ -588,16 +584,3 @@ def check(config: ConfigDict, problem: Problem, networks: Networks) -> None:
         data, requests_for(problem, part, users), count=options.negatives,
         seed=options.seed,
       )
-
-
-def num_steps(config: ConfigDict, stage: Stage) -> int:
-  """Steps of a stage."""
-  first, second = config.backbone_steps, config.plugin_steps
-  return {
-    "backbone": first,
-    "plugin": second,
-    "both": first + second,
-    "none": 0,
-    "refit": config.refit,
-    "classifier": config.classifier_steps,
-  }[stage.phase]

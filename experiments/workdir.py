@@ -7,7 +7,7 @@ import os
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -89,6 +89,17 @@ def held(workdir: epath.Path) -> Iterator[None]:
     with disk.writing(workdir):
       disk.clear(workdir)
     yield
+
+
+def absolute(data: Mapping[str, Any]) -> dict[str, str]:
+  """The paths of a `data` section, such as find the data from any folder."""
+  keys = "path", "data_dir", "manual_dir"
+  return {
+    key: data[key] if "://" in data[key] else os.path.abspath(
+      os.path.expanduser(data[key])
+    )
+    for key in keys if data.get(key)
+  }
 
 
 def read_json(path: epath.Path, **needed: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from experiments import (
   report,
   serve,
 )
-from experiments.stages import same_job
+from experiments.reuse import same_job
 from pin_jax import serving
 from pin_jax.data import (
   activeness,
@@ -658,8 +658,8 @@ def _claimed(change):
 
 
 _in_workdir(
-  "of another config", _claimed(lambda c: c.update(batch_size=30)),
-  "config.batch_size is 30 there and 24 here", "another --workdir",
+  "of another simulation", _claimed(lambda c: c.data.update(num_users=90)),
+  "data.num_users is 90 there and 80 here", "another --workdir",
 )
 _in_workdir(
   "of other data", _claimed(lambda c: None), "data is '0000", "--workdir",

@@ -152,10 +152,12 @@ def test_a_workdir_of_before_a_key_is_still_the_jobs(tmp_path):
     .replace('"non_finite": "stop",', "")
   )
   assert "non_finite" not in (folder / "config.json").read_text()
+  (folder / "summary.json").write_text("{}")
   job.claim_workdir(folder, config, "data")
+  assert (folder / "summary.json").exists()
   config.non_finite = "skip"
-  with pytest.raises(InputError, match="non_finite is 'stop' there"):
-    job.claim_workdir(folder, config, "data")
+  job.claim_workdir(folder, config, "data")
+  assert not (folder / "summary.json").exists()
 
 
 @pytest.mark.parametrize("program", [

@@ -86,9 +86,9 @@ class Launch:
 
 def wait_for(launch, workdir, step):
   """Until a checkpoint of that step is written."""
-  path = workdir / "checkpoints" / "pin-backbone" / str(step)
+  pattern = f"checkpoints/pin-backbone-*/{step}"
   limit = time.monotonic() + END
-  while not path.exists():
+  while not list(workdir.glob(pattern)):
     alive = all(p.poll() is None for p in launch.processes)
     assert alive and time.monotonic() < limit, launch.end()
     time.sleep(0.01)

@@ -16,7 +16,7 @@ from pin_jax import aggregation
 from pin_jax.data import activeness, batches, interactions, simulator
 from pin_jax.models import memory
 from pin_jax.models.precision import COMPUTE
-from pin_jax.training import losses, objectives
+from pin_jax.training import objectives
 from pin_jax.types import InputError
 from tests import tiny
 
@@ -38,7 +38,6 @@ KEYS = {
   ("pin.mean", objectives.MEANS),
   ("pin.plugin_draw", (*batches.DRAWS, "validation")),
   ("pin.path", ("auto", *aggregation.PATHS)),
-  ("loss.name", ("softmax", *losses.SAMPLED_LOSSES)),
   ("data.duplicates", interactions.DUPLICATES),
   ("data.source", schema.SOURCES),
 ])  # fmt: skip

@@ -116,7 +116,7 @@ def steps_of(row_sparse, optimizer, shared, proposal, rule, num_steps):
     optimizer = sparse.row_sparse(optimizer, backbone.tables)
   weighting = RULES[rule]([0.3, 0.7])
   optimizer = Optimizer(
-    optimizer, lambda t: 0.0, tables=backbone.tables if row_sparse else ()
+    optimizer, lambda *_: 0.0, tables=backbone.tables if row_sparse else ()
   )
   adjustment = Adjustment(weighting, diagnose_every=2)
   step = backbone_step(

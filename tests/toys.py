@@ -1,5 +1,9 @@
 """A model small enough to check by hand, and how to compare trees."""
 
+import pathlib
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +31,23 @@ RULES = {
   "famo": lambda p: weightings.famo(len(p)),
   "gradvac": lambda p: weightings.gradvac(len(p), 0.5),
 }
+
+PAGE = pathlib.Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+def of_page(**modules):
+  """What the examples of CONTRIBUTING.md define; its job is not run."""
+  nowhere = types.SimpleNamespace(
+    METRICS={}, SAMPLED_LOSSES={}, WEIGHTINGS={}, compare=lambda *_, **__: None
+  )
+  names = "metrics", "losses", "weightings", "pin_jax"
+  there = {
+    "np": np, "jnp": jnp, "jax": jax, "aggregation": aggregation,
+    **dict.fromkeys(names, nowhere), **modules,
+  }
+  for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+    exec(code, there)
+  return there
 
 
 def bigram(num_items, *, init=jax.random.normal, dropout=0.0):

@@ -114,6 +114,35 @@ def test_learning_rate_warms_up_and_decays_as_a_cosine():
     np.testing.assert_allclose(schedule(t), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("num_steps", "warmup"), [
+  (1, 50), (2, 50), (7, 50), (200, 50), (200, 0),
+])
+def test_one_optimizer_serves_runs_of_any_length(num_steps, warmup):
+  """As optax's own AdamW with that run's schedule."""
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, 0.3, min(warmup, num_steps // 2), max(num_steps, 2), 0.3 * 0.01
+  )
+  theirs = optax.chain(
+    optax.clip_by_global_norm(5.0),
+    optax.adamw(schedule, b2=0.98, weight_decay=0.1),
+  )
+  mine = make_optimizer(
+    1000, learning_rate=0.3, warmup=warmup, weight_decay=0.1
+  )
+  states = [x.init(jnp.ones(2)) for x in (theirs, mine.transformation)]
+  assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+  jitted, steps = jax.jit(mine.update), np.int32(num_steps)
+  update = lambda *args: jitted(*args, num_steps=steps)
+  params = [jnp.ones(2)] * 2
+  for t in range(min(num_steps, 20)):
+    for k, step in enumerate((theirs.update, update)):
+      updates, states[k] = step(jnp.array([0.1, -t]), states[k], params[k])
+      params[k] = optax.apply_updates(params[k], updates)
+    np.testing.assert_allclose(*params, rtol=1e-5)
+    rate = mine.schedule(t, steps)
+    np.testing.assert_allclose(rate, schedule(t), rtol=1e-5, atol=1e-9)
+
+
 # One step by hand. A group of one user whose targets fit in one window always
 # yields that window, whatever the draw.
 

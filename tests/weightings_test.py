@@ -13,11 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
 from scipy import optimize
-from toys import RULES
 
 from pin_jax import aggregation
 from pin_jax.aggregation import weightings
+
+_OF_PAGE = toys.of_page()
+RULES = {  # CONTRIBUTING.md's example passes what all others do
+  **toys.RULES, "inverse_norms": lambda prior: _OF_PAGE["inverse_norms"](),
+}
 
 quick_jit = functools.partial(
   jax.jit, compiler_options={"xla_backend_optimization_level": 0}
@@ -103,6 +108,7 @@ GOLDEN = {
   "aligned_mtl": [0.370486253, 0.208690684, 0.355406069],
   # By hand: norms sqrt(18), sqrt(38), sqrt(5).
   "normalized": np.sqrt([18, 38, 5]).mean() / 3 / np.sqrt([18, 38, 5]),
+  "inverse_norms": 1 / np.sqrt([18, 38, 5]) / sum(1 / np.sqrt([18, 38, 5])),
   # By hand: G 1 = (-10, 20, 3), so 1 and 2 are kept; both row sums are
   # 1 + cos(1, 2).
   "consensus": [0, 0.5, 0.5],

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.stats
+import scipy.special
 from numpy.typing import ArrayLike
 
 from pin_jax.types import InputError
@@ -344,7 +344,7 @@ def smallest_effect(error: float, *, power: float = 0.8) -> float:
   """
   if not 0 < power < 1:
     raise InputError(f"power is {power}; pass a share between 0 and 1, as .8")
-  return error * sum(scipy.stats.norm.ppf([0.975, power]))
+  return error * sum(scipy.special.ndtri([0.975, power]))
 
 
 def power_of(effect: float, error: float) -> float:
@@ -360,5 +360,5 @@ def power_of(effect: float, error: float) -> float:
   Returns:
     The probability.
   """
-  border = scipy.stats.norm.ppf(0.975)
-  return float(scipy.stats.norm.cdf(effect / error - border))
+  border = scipy.special.ndtri(0.975)
+  return float(scipy.special.ndtr(effect / error - border))

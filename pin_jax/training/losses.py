@@ -5,7 +5,7 @@ over the whole catalogue, or a loss of the target against drawn negatives, which
 are then all that the model scores.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -234,8 +234,8 @@ def _without_counts(
   )
 
 
-# name -> (sampling rate C / (V - 1), calibration t) -> loss
-SAMPLED_LOSSES: Mapping[str, Callable[[float, float], SampledLoss]] = {
+# name -> (rate C / (V - 1), calibration t) -> loss; one's own goes here.
+SAMPLED_LOSSES: dict[str, Callable[[float, float], SampledLoss]] = {
   "sampled_softmax": lambda rate, t: sampled_softmax,
   "gbce": lambda rate, t: _without_counts(
     binary_cross_entropy, power=gbce_power(rate, t)

@@ -1,18 +1,23 @@
 """The optimizer of both stages: AdamW with warm-up, decay and clipping."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from pin_jax.types import InputError, at_least
+from pin_jax.types import InputError, PyTree, at_least
 
 
 class Optimizer(NamedTuple):
   """How gradients move the params of a stage.
 
   Attributes:
-    transformation: of optax.
-    schedule: its learning rate by step, for the log.
+    transformation: of optax. Its `update` takes `num_steps=` besides, that of
+      the run where it is not the one that it was made for: so one program
+      serves runs of any length.
+    schedule: (step, num_steps) -> its learning rate, for the log.
     average: decay of an exponential moving average of the params, which is then
       what is validated and kept; 0 = none.
     tables: the params that it updates by the rows that a step reads, where the
@@ -20,9 +25,16 @@ class Optimizer(NamedTuple):
   """
 
   transformation: optax.GradientTransformation
-  schedule: optax.Schedule
+  schedule: Callable[..., jax.Array]
   average: float = 0.0
   tables: tuple[str, ...] = ()
+
+  def update(
+    self, gradient: PyTree, state: PyTree, params: PyTree, **extra: Any
+  ) -> tuple[PyTree, PyTree]:
+    """(updates, state); `extra` is what the transformation takes besides."""
+    whole = optax.with_extra_args_support(self.transformation)
+    return whole.update(gradient, state, params, **extra)
 
 
 def make_optimizer(
@@ -54,12 +66,30 @@ def make_optimizer(
   at_least(1, num_steps=num_steps)
   if not learning_rate > 0:
     raise InputError(f"learning_rate={learning_rate!r}; give a positive number")
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, min(warmup, num_steps // 2), max(num_steps, 2),
-    final * learning_rate,
-  )
+
+  def schedule(t: jax.Array, steps: jax.Array | None = None) -> jax.Array:
+    steps = num_steps if steps is None else steps
+    warm = jnp.minimum(warmup, steps // 2)
+    share = (t - warm) / jnp.maximum(jnp.maximum(steps, 2) - warm, 1)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(share, 1)))
+    return learning_rate * jnp.where(
+      t < warm, t / jnp.maximum(warm, 1), (1 - final) * cosine + final
+    )
+
+  def scale(
+    updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree = None,
+    *, num_steps: jax.Array | None = None, **_: Any,
+  ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+    rate = -schedule(state.count, num_steps)
+    scaled = jax.tree.map(lambda x: rate.astype(x.dtype) * x, updates)
+    return scaled, state._replace(count=optax.safe_increment(state.count))
+
+  counted = optax.scale_by_schedule(lambda t: 0.0)  # state as of any schedule
   transformation = optax.chain(
     optax.clip_by_global_norm(clip),
-    optax.adamw(schedule, b2=b2, weight_decay=weight_decay),
+    optax.chain(
+      optax.scale_by_adam(b2=b2), optax.add_decayed_weights(weight_decay),
+      optax.GradientTransformationExtraArgs(counted.init, scale),
+    ),
   )
   return Optimizer(transformation, schedule, average)

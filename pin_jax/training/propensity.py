@@ -88,11 +88,12 @@ def classifier_step(
         operands.frozen["groups"], draw.mean,
       )
     )(state.params)
-    updates, opt_state = optimizer.transformation.update(
-      grads, state.optimizer, state.params
+    updates, opt_state = optimizer.update(
+      grads, state.optimizer, state.params, num_steps=operands.num_steps
     )
     params = optax.apply_updates(state.params, updates)
-    log = {"loss": loss[None], "learning_rate": optimizer.schedule(t)}
+    rate = optimizer.schedule(t, operands.num_steps)
+    log = {"loss": loss[None], "learning_rate": rate}
     return state._replace(params=params, optimizer=opt_state), log
 
   return step

@@ -8,6 +8,7 @@ once (`many`).
 On one device (`layout=LOCAL`) the calls of `sharding` change nothing.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ class Operands(NamedTuple):
     evidence: what the plugins read besides, the same for all runs, or None.
     streamed: the batches of a dispatch, where they come from disk; sequences
       and pool are then None.
+    num_steps: of the run; None = those that the optimizer was made for.
   """
 
   key: jax.Array
@@ -75,6 +77,7 @@ class Operands(NamedTuple):
   frozen: PyTree
   evidence: PyTree = None
   streamed: streaming.Streamed | None = None
+  num_steps: jax.Array | None = None
 
 
 class Adjustment(NamedTuple):
@@ -143,8 +146,9 @@ def backbone_step(
       )
       params, groups, rows = view.params, view.groups, {"rows": view.rows}
     out = aggregate(t, params, groups, keys, state.weighting)
-    updates, opt_state = optimizer.transformation.update(
-      out.gradient, state.optimizer, params, **rows
+    updates, opt_state = optimizer.update(
+      out.gradient, state.optimizer, params, num_steps=operands.num_steps,
+      **rows,
     )
     if rows:
       params = sparse.add_rows(
@@ -152,7 +156,8 @@ def backbone_step(
       )
     else:
       params = optax.apply_updates(params, updates)
-    log = gradient_log(out) | {"learning_rate": optimizer.schedule(t)}
+    rate = optimizer.schedule(t, operands.num_steps)
+    log = gradient_log(out) | {"learning_rate": rate}
     if importances is not None:
       log["effective_share"] = effective_share(importances, batch.targets > 0)
     average = state.average
@@ -294,12 +299,11 @@ def plugin_step(
       lambda x: jax.value_and_grad(segment_loss)(x[0], operands, *x[1:]),
       (state.params, batch, keys),
     )
-    updates, opt_state = jax.vmap(optimizer.transformation.update)(
-      grads, state.optimizer, state.params
-    )
+    update = functools.partial(optimizer.update, num_steps=operands.num_steps)
+    updates, opt_state = jax.vmap(update)(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     norms = jax.vmap(optax.tree.norm)(grads)
-    rate = optimizer.schedule(t)
+    rate = optimizer.schedule(t, operands.num_steps)
     log = {"loss": losses, "norms": norms, "learning_rate": rate}
     return state._replace(params=params, optimizer=opt_state), log
 
@@ -371,7 +375,7 @@ def many(step: Step) -> Step:
     the leaves of `operands.frozen` lead with [N] (see `join_runs`);
     `operands.sequences` and `operands.pool` are shared.
   """
-  return jax.vmap(step, (0, Operands(0, None, None, 0, None, None), None))
+  return jax.vmap(step, (0, Operands(0, None, None, 0), None))
 
 
 def join_runs(trees: Sequence[PyTree]) -> PyTree:
