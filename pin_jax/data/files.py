@@ -101,10 +101,10 @@ def read(
   Args:
     source: a DataFrame of polars or pandas, a dictionary of arrays, or a path:
       delimited text (CSV, TSV, MovieLens' .dat and .data, RecBole's .inter), a
-      user a line with all items (S3-Rec's .txt),
-      JSON lines or an array of objects, Parquet, a directory of which the
-      .parquet files are read one after another by name, an archive of
-      MovieLens; text may be compressed (gzip, zstd).
+      user a line with all items (S3-Rec's .txt), JSON lines or an array of
+      objects, Parquet, a directory of which the .parquet files are read one
+      after another by name, an archive of MovieLens; text may be compressed
+      (gzip, zstd).
     user: Name of the user column (without RecBole's type), or its number from
       1; None takes the first of USER_COLUMNS that occurs, whatever its case,
       or by position where there is no header.
@@ -152,8 +152,7 @@ def read(
       series["times"] = as_series(series["times"], "times")
     if "times" in series and series["times"].dtype == pl.String:
       series["times"], form = times_lib.parse(series["times"])
-      if form:
-        assumed.append(f"dates are {form}")
+      assumed += [f"dates are {form}"] * bool(form)
       if "though" in form:
         warnings.append(f"dates are read as {form}: write them as 2024-01-31")
     data = from_columns(**series, **{"name": name, **options})
