@@ -367,6 +367,9 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str, epath.Path]:
   with disk.reading(path, "restore it from a copy, or run the job again"):
     config = schema.completed(stored["config"])
     config.data.update(stored.get("paths", {}))
+    if kept := config.data.get("path"):  # a workdir may have moved with them
+      path = directory.joinpath("data", *epath.Path(kept).parts[-2:])
+      config.data.path = os.fspath(path) if path.exists() else kept
     build.check(config)
     root = epath.Path(stored.get("stages", directory / "checkpoints"))
   return config, stored["data"], root
