@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -367,6 +367,9 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str, epath.Path]:
   with disk.reading(path, "restore it from a copy, or run the job again"):
     config = schema.completed(stored["config"])
     config.data.update(stored.get("paths", {}))
+    if kept := config.data.get("path"):  # a workdir may have moved with them
+      path = directory.joinpath("data", *epath.Path(kept).parts[-2:])
+      config.data.path = os.fspath(path) if path.exists() else kept
     build.check(config)
     root = epath.Path(stored.get("stages", directory / "checkpoints"))
   return config, stored["data"], root
@@ -381,11 +384,7 @@ def _made(
   of_users = np.zeros(len(problem.segments), np.int32)
   first, models = {}, {}
   for segment, entry in enumerate(method.serve):
-    stage = entry[1] and method.stage(entry[1])
-    if stage is None:
-      plugin_of, count = np.zeros_like(of_users), 1
-    else:
-      plugin_of, count = routed(problem, method, stage)
+    stage, plugin_of, count = routed(problem, method, entry)
     kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
     if entry not in first:
       first[entry] = len(slots)
@@ -406,6 +405,18 @@ def _made(
   )
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines a flag for each of the options."""
+  hints = get_type_hints(Options, include_extras=True)
+  for option, hint in hints.items():
+    kind, *_ = get_args(hint.__origin__) or [hint.__origin__]  # `int | None`
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer}.get(
+      kind, flags.DEFINE_string
+    )
+    default = Options._field_defaults[option]
+    define(option, default, hint.__metadata__[0], flag_values=values)
+
+
 def _main(_: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   values = (flags.FLAGS[name].value for name in Options._fields)
@@ -413,9 +424,5 @@ def _main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  for option, hint in get_type_hints(Options, include_extras=True).items():
-    default_value = Options._field_defaults[option]
-    kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer}
-    define = kinds.get(type(default_value), flags.DEFINE_string)
-    define(option, default_value, hint.__metadata__[0])
+  define_flags()
   commands.launch(_main)
