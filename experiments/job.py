@@ -470,6 +470,10 @@ def _train_all(
         trainer.train(stage, monitor)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
+      options.say(
+        f"ranking for {(problem.split.test >= 0).sum():,} test users: "
+        f"{', '.join(methods)}"
+      )
       for seed in seeds:
         for key, method in methods.items():
           options.check()

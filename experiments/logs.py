@@ -253,9 +253,10 @@ class Progress:
     seconds = self._now - before - (self._compiling - compiling)
     match event:
       case loop.Started(run, step):
-        self._since[name], self._found[name] = self._now, ""
         self._left[kind] -= max(step, 0)
         self._to_compile -= 1
+        if step < steps:
+          self._since[name], self._found[name] = self._now, ""
         if run == 0 and step < steps:
           self._compiled += 1
           begun = f"continued from step {step:,} of" * (step > 0)
@@ -277,7 +278,7 @@ class Progress:
         named = [f"{key} {value:.4f}" for key, value in values.items()]
         metric = [self._metric] * (kind != "classifier")
         self._found[name] = f", {' '.join(metric + named)}"
-      case loop.Result(_, of_best, values, last):
+      case loop.Result(_, of_best, values, last) if name in self._since:
         self._left[kind] -= steps - last
         best = " and ".join(
           f"{value:.4f} at step {step:,}"

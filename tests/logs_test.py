@@ -90,3 +90,12 @@ def test_on_a_terminal_the_line_moves(clock):
   ]
   assert len(lines) == 32 and max(map(len, lines)) < 80
   assert last.startswith("base: 300 steps in 53 s") and last.endswith("\n")
+
+
+def test_a_stage_trained_before_has_no_line(clock):
+  console = _console()
+  progress = logs.Progress([("backbone", 200)], 100, "MRR", console)
+  progress.take("base", "backbone", 200, loop.Started(0, 200))
+  result = loop.Result({}, [100], [0.25], 200, 1.0)
+  progress.take("base", "backbone", 200, result)
+  assert not console.file.getvalue()
