@@ -20,7 +20,16 @@ import polars as pl
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments import build, job, report, results, schema, serve, sizes
+from experiments import (
+  build,
+  commands,
+  job,
+  report,
+  results,
+  schema,
+  serve,
+  sizes,
+)
 from experiments.configs import files
 from experiments.workdir import write_rows
 from pin_jax import disk, serving
@@ -62,6 +71,7 @@ def compare(
     TrainingError: if a loss is not finite, or a checkpoint cannot be written.
     WriteError: if the disk is full or read-only.
   """
+  commands.keep_programs()
   workdir = disk.place("workdir", workdir)
   if isinstance(data, ConfigDict):
     if recipe is not None:

@@ -312,7 +312,7 @@ class Progress:
 
   def _say(self, line: str) -> None:
     self.close()
-    self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+    self._console.print(line)
 
   def _pass(self, line: str) -> None:
     """Shows a line in place, or every ten seconds one that stays."""
@@ -320,12 +320,11 @@ class Progress:
     if self._now - self._shown < (0.5 if moves else 10):
       return
     self._shown = self._now
-    if not moves:
+    if moves:
+      self.close()
+      self._console.print(line[: self._console.width - 1], end="")
+    else:
       self._say(line)
-      return
-    self.close()
-    line = line[: self._console.width - 1]
-    self._console.print(line, markup=False, highlight=False, end="")
 
 
 def _span(seconds: float) -> str:

@@ -6,9 +6,8 @@ import types
 
 import numpy as np
 import pytest
-import rich.console
 
-from experiments import logs
+from experiments import commands, logs
 from pin_jax.training import loop
 
 
@@ -29,7 +28,7 @@ def clock(monkeypatch):
 
 
 def _console(**options):
-  return rich.console.Console(file=io.StringIO(), width=80, **options)
+  return commands.Console(file=io.StringIO(), width=80, **options)
 
 
 def _train(progress, passes, name, kind, steps, start=-1):
