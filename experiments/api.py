@@ -138,12 +138,23 @@ class Job:
 
   @functools.cached_property
   def _report(self) -> list[report.Section]:
-    return report.sections([self.analysis], report.NUM_RESAMPLES)
+    return report.sections([self.analysis], results.NUM_RESAMPLES)
 
   @property
   def rows(self) -> pl.DataFrame:
     """A row a user, method and seed: every number follows from them."""
     return self.analysis.results.rows
+
+  @property
+  def answer(self) -> str:
+    """What to serve to whom, as validation chose it; '' where it did not."""
+    sections = report.answer(
+      self.analysis, os.fspath(self.workdir), results.NUM_RESAMPLES
+    )
+    return "\n".join(
+      block.text for section in sections for block in section.blocks
+      if isinstance(block, report.Text) and not block.code
+    )
 
   @property
   def verdict(self) -> str:

@@ -125,7 +125,7 @@ def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
   return out
 
 
-def _answer(
+def answer(
   job: Analysis, workdir: str, num_resamples: int
 ) -> list[Section]:
   """The question, what the job answers, and how to serve it, if it chose."""
@@ -686,8 +686,8 @@ def write_report(
     jobs = [results.analyse(own, base, num_resamples) for own in read]
     report, last = sections(jobs, num_resamples), []
     if len(jobs) == 1:
-      report[:0] = _answer(jobs[0], f"runs/{read[0].name}", num_resamples)
-      last = _answer(jobs[0], os.fspath(workdirs[0]), num_resamples)
+      report[:0] = answer(jobs[0], f"runs/{read[0].name}", num_resamples)
+      last = answer(jobs[0], os.fspath(workdirs[0]), num_resamples)
     place = workdirs[0] if output is None else output
     stem = disk.place("output", place) / "report"
     path, link, files = stem.with_suffix(".md"), None, {}

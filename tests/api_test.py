@@ -12,7 +12,6 @@ import pytest
 import pin_jax
 from experiments import commands, job, serve
 from experiments.configs import quickstart
-from pin_jax import serving
 from pin_jax.data import files, interactions
 from pin_jax.types import InputError
 from tests import tiny
@@ -118,11 +117,14 @@ def test_verdict_and_plots_are_the_reports(finished):
     mine.plot("gruops")
 
 
-def test_the_recommender_is_that_of_the_command(finished):
+def test_the_recommender_is_that_of_the_command(finished, tmp_path):
   mine, folder = finished
-  want = serving.recommend(
-    made := serve.recommender(folder), serving.of_users(made, ["c03"]), k=4
+  path = str(tmp_path / "x.parquet")
+  serve.serve(
+    serve.Options(str(folder), users="c03", k=4, output=path),
+    commands.Console(quiet=True),
   )
+  want = pl.read_parquet(path)
   assert mine.recommender().recommend(["c03"], k=4).equals(want)
   new = mine.recommender().recommend(histories=[[10, 30], []], k=3)
   assert new["source"].unique().sort().to_list() == ["model", "popularity"]

@@ -74,7 +74,7 @@ def test_examples_of_the_data_page():
 @pytest.mark.usefixtures("compile_quickly")
 @pytest.mark.parametrize("page", ["README.md", "docs/README.md"])
 def test_plain_examples(page):
-  [block] = _blocks(ROOT / page)
+  [block] = [x for x in _blocks(ROOT / page) if "group_loss" in x]
   names = {}
   exec(block, names)  # noqa: S102
   grads = jax.vmap(jax.grad(names["group_loss"]), (None, 0, 0))(
@@ -86,6 +86,27 @@ def test_plain_examples(page):
     want = 0.8 * grad[0] + 0.2 * grad[1]
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("compile_quickly")
+def test_the_ten_lines_of_python(tmp_path, monkeypatch, capsys):
+  """With fewer methods and steps."""
+  monkeypatch.chdir(tmp_path)
+  rows = (
+    f"{u},{(u * i) % 31},{i}" for u in range(40) for i in range(4 + u % 9)
+  )
+  (tmp_path / "sales.csv").write_text("\n".join(["user,item,time", *rows]))
+  [text] = [x for x in _blocks(ROOT / "README.md") if "import pin_jax" in x]
+  assert len(text.splitlines()) <= 10
+  place = 'workdir="runs/sales"'
+  exec(text.replace(place, (  # noqa: S102
+    f"{place}, methods=('base', 'memory_alone'), backbone_steps=10, refit=0, "
+    "plugin_steps=10, validation={'every': 10}"
+  )), {})
+  assert (tmp_path / "groups.svg").stat().st_size > 1000
+  said = capsys.readouterr().out
+  assert "Are users with few behaviours (tail) served better" in said
+  assert "memory_alone" in said and "shape: (20, 7)" in said
 
 
 def test_the_tutorial_runs_from_csv_to_comparison(tmp_path):
