@@ -152,11 +152,6 @@ def test_other_json_is_refused_in_one_line(tmp_path, text):
   assert "\n" not in str(error.value)
 
 
-def test_numpy_integers_are_ids():
-  found = serving.of_users(_knowing([5, 6]), np.array([6], np.int32))
-  assert found.users.tolist() == [1]
-
-
 def test_an_export_is_a_model_and_says_what_it_holds(tmp_path, monkeypatch):
   monkeypatch.setattr(
     serve, "recommender", lambda *_, **__: bad_inputs._recommender()
