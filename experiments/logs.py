@@ -275,16 +275,16 @@ class Progress:
         )
       case loop.Validation(_, _, values):
         self._validating = max(seconds, 0.0)
-        named = [f"{key} {value:.4f}" for key, value in values.items()]
-        metric = [self._metric] * (kind != "classifier")
-        self._found[name] = f", {' '.join(metric + named)}"
+        named = [f"{key} {_short(value)}" for key, value in values.items()]
+        self._found[name] = f", {' '.join(named)}"
       case loop.Result(_, of_best, values, last) if name in self._since:
         self._left[kind] -= steps - last
         best = " and ".join(
-          f"{value:.4f} at step {step:,}"
+          f"{_short(value)} at step {step:,}"
           for value, step in zip(values, of_best, strict=True)
         )
-        validated = f", best validation {best}" * bool(self._found[name])
+        metric = "validation" if kind == "classifier" else self._metric
+        validated = f", best {metric} {best}" * bool(self._found[name])
         self._say(
           f"{name}: {last:,} steps in {_span(self._now - self._since[name])}"
           f"{validated}{self._time_left()}"
@@ -325,6 +325,11 @@ class Progress:
       self._console.print(line[: self._console.width - 1], end="")
     else:
       self._say(line)
+
+
+def _short(value: float) -> str:
+  """'.1234'."""
+  return f"{value:.4f}".removeprefix("0")
 
 
 def _span(seconds: float) -> str:

@@ -58,15 +58,15 @@ def test_lines_tell_of_losses_segments_and_the_time_left(clock):
   assert len(lines) == 10  # one every ten seconds
   for line in lines[1:]:
     found = re.fullmatch(
-      r"base (\d+)/1,000, (\d+) (s|min) left, loss 2, NDCG@10 tail 0.2500 "
-      r"head 0.5000 all 0.3000", line
+      r"base (\d+)/1,000, (\d+) (s|min) left, loss 2, tail .2500 head "
+      r".5000 all .3000", line
     )
     # A step takes 0.11 s, validation included; a plugin's 0.05 at a guess.
     left = (2000 - int(found[1])) * 0.11 + 500 * 0.05 + 2 * 20
     unit = {"s": 1, "min": 60}[found[3]]
     assert int(found[2]) == pytest.approx(left / unit, abs=0.6), line
   assert last == (
-    "base: 1,000 steps in 2 min, best validation 0.2500 at step 100, 3 min left"
+    "base: 1,000 steps in 2 min, best NDCG@10 .2500 at step 100, 3 min left"
   )
 
 
