@@ -339,8 +339,6 @@ KEYS = {
       0.02, "declared before training: the relative loss of the first metric "
       "that head users may have"
     ),
-    "power": Key(0.8, float, "probability with which the printed effects are "
-                 "found", 0.01, 1, below=True),
   },
   "non_finite": _text("stop", "at a value that is not finite: stop, or skip "
                       "the step and count it", "stop", "skip"),
@@ -392,6 +390,7 @@ ANY = ...
 # Keys of older versions -> the only value that means the job of today; ANY
 # where no result depends on it.
 RETIRED = {
+  "claims.power": ANY,
   "claims.assumed_ndcg": ANY,
   "claims.assumed_correlation": ANY,
   "claims.assumed_seed_spread": ANY,

@@ -16,7 +16,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import jax
 import numpy as np
@@ -406,6 +406,18 @@ def _made(
   )
 
 
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines a flag for each of the options."""
+  hints = get_type_hints(Options, include_extras=True)
+  for option, hint in hints.items():
+    kind, *_ = get_args(hint.__origin__) or [hint.__origin__]  # `int | None`
+    define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer}.get(
+      kind, flags.DEFINE_string
+    )
+    default = Options._field_defaults[option]
+    define(option, default, hint.__metadata__[0], flag_values=values)
+
+
 def _main(_: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   values = (flags.FLAGS[name].value for name in Options._fields)
@@ -413,9 +425,5 @@ def _main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  for option, hint in get_type_hints(Options, include_extras=True).items():
-    default_value = Options._field_defaults[option]
-    kinds = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer}
-    define = kinds.get(type(default_value), flags.DEFINE_string)
-    define(option, default_value, hint.__metadata__[0])
+  define_flags()
   commands.launch(_main)

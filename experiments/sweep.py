@@ -205,7 +205,7 @@ def make_jobs(
     place = next(iter(root.glob(f"*{name}")), root / called)
     jobs[name] = Job(place, chosen, [
       sys.executable, "-m", "experiments.main", f"--config={config}",
-      f"--workdir={place}",
+      f"--workdir={place}", f"--stages={root / '.stages'}",
       *(f"--config.{key}={value_text(value)}" for key, value in chosen.items()),
     ], _data_files(whole.data))  # fmt: skip
   return [*jobs.values()]

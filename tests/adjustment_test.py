@@ -54,9 +54,10 @@ def one_item_windows():
 def closed_forms(world):
   """{name: [V, V] limit after each last item}."""
   x = one_item_windows()
+  shifted = world.prior[:, None] * world.initial  # P(d) P(x|d)
   forms = (
     simulator.observational(world, x, event="training"),
-    simulator.prior_shifted(world, x, world.prior, event="training"),
+    np.einsum("gx,gxy->xy", shifted / shifted.sum(0), world.transition),
     simulator.interventional(world, x),
   )
   return dict(zip(FORMS, (np.asarray(f, np.float64) for f in forms),

@@ -283,32 +283,3 @@ def test_dropout_of_gru4rec_acts_behind_the_last_layer():
   params = noisy(backbone.init)
   states = jax.jit(backbone.encode)(params, HISTORY, jax.random.key(1))
   assert 0.2 < np.mean(np.asarray(states[1]) == 0) < 0.8
-
-
-@pytest.mark.parametrize("form", ["shared", "own", "one", "all"])
-@pytest.mark.parametrize("per_candidate", [False, True])
-def test_tied_score_equals_a_loop(form, per_candidate):
-  rng = np.random.default_rng(0)
-  params = {
-    "items": rng.normal(size=(ITEMS + 1, WIDTH)).astype(np.float32),
-    "bias": rng.normal(size=ITEMS + 1).astype(np.float32),
-  }
-  rows = 3
-  candidates = {
-    "shared": np.asarray([4, 0, 12, 4, 7]),
-    "own": rng.integers(0, ITEMS + 1, (rows, 5)),
-    "one": rng.integers(0, ITEMS + 1, (rows, 1)),
-    "all": None,
-  }[form]
-  index = np.arange(ITEMS + 1) if form == "all" else candidates
-  index = np.broadcast_to(index, (rows, index.shape[-1]))
-  k = index.shape[1] if per_candidate else 1
-  states = rng.normal(size=(rows, k, WIDTH)).astype(np.float32)
-  got = jax.jit(tied_score)(params, states, candidates)
-  want = np.zeros(index.shape)
-  for m in range(rows):
-    for c, v in enumerate(index[m]):
-      state = states[m, c if per_candidate else 0].astype(np.float64)
-      want[m, c] = state @ params["items"][v] + params["bias"][v]
-  assert got.shape == index.shape and got.dtype == jnp.float32
-  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

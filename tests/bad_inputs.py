@@ -419,7 +419,6 @@ for _row in (
       ("hard", "one of"), ("uniform:x", "positive share"),
       ("uniform,uniform", "each once"), ("uniform:0,in_batch", "positive"),
     )),
-  ("claims.power", 0.0, "claims.power=0.0", "number from"),
   ("evaluation.protocol", "quick", "evaluation.protocol='quick'", "one of"),
   ("evaluation.metrics", ("ndgc@10",), "evaluation.metrics: metric 'ndgc@10'",
    "give one of"),

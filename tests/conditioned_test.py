@@ -142,12 +142,8 @@ def split():
   return splits.leave_one_out(from_columns(users, items))
 
 
-def test_batches_tell_the_training_interactions_alone(split, tmp_path):
+def test_batches_tell_the_training_interactions_alone(split):
   counted = split.interactions.lengths - 2  # all but validation and test
-  stored.write(split.interactions, tmp_path / "data")
-  on_disk = batches.host_sequences(
-    splits.leave_one_out(stored.read(tmp_path / "data"))
-  )
   sequences, key = batches.make_sequences(split), jax.random.key(0)
   sizes = {"batch_size": 30, "length": LENGTH}
   pool = batches.make_pool(
@@ -157,13 +153,9 @@ def test_batches_tell_the_training_interactions_alone(split, tmp_path):
   held_out = batches.make_held_out(
     split.validation, np.zeros(USERS, int), num_groups=1
   )
-  windows = batches.Draw(**sizes, draw="validation").windows(key, held_out)
   for batch in (
     batches.Draw(**sizes, draw="users").batch(key, sequences, pool),
     batches.Draw(**sizes, draw="validation").batch(key, sequences, held_out),
-    batches.cut_windows(
-      on_disk, jax.tree.map(np.asarray, windows), length=LENGTH
-    ),
   ):
     users = np.asarray(batch.users)
     assert len(np.unique(users)) > 10

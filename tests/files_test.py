@@ -33,6 +33,7 @@ ROWS = [("u2", "i7", 1700000005), ("u1", "i8", 1700000006),
 RATED = [(user, item, 5.0, time) for user, item, time in ROWS]
 HEADER = ("user_id", "item_id", "timestamp")
 FRAME = pl.DataFrame(ROWS, schema=HEADER, orient="row")
+SEQUENCES = [2, 1, 2], [7, 8, 9], [1, 0, 0]  # times are positions
 DAY = datetime.datetime(2024, 3, 31, 13, 5, 9, tzinfo=datetime.UTC)
 
 
@@ -111,6 +112,7 @@ SHAPES = {  # file: (contents, what of it must be said)
   "cp1252.csv": (
     text([(*r, "caf\xe9") for r in ROWS], (*HEADER, "note")).decode()
     .encode("cp1252"), "encoding is cp1252"),
+  "sequences.txt": (b"2 9 7\n1 8\n\n", "a line is a user and all items"),
   "columnar.parquet": (saved("write_parquet"), None),
   "Parquet without a suffix": (saved("write_parquet"), None),
 }
@@ -130,7 +132,8 @@ class TestFormats:
     """Every shape of the same three rows, none lost and none made."""
     content, said = SHAPES[name]
     data = files.read(str(write(name, content)))
-    assert data.fingerprint == from_columns(*FRAME).fingerprint
+    rows = SEQUENCES if name == "sequences.txt" else FRAME
+    assert data.fingerprint == from_columns(*rows).fingerprint
     assert (said or "") in data.notes.get("assumed", "")
     assert (said is None) == ("assumed" not in data.notes)
     assert "warnings" not in data.notes
@@ -566,6 +569,17 @@ class TestPaths:
 
 @pytest.mark.shared_data
 class TestRealData:
+
+  def test_a_whole_data_set_a_user_a_line(self, write, shared_data):
+    want = files.read(shared_data / "amazon_beauty_s3rec.parquet")
+    lines = [
+      " ".join(map(str, [user, *want.item_ids[want.items[a:b] - 1]]))
+      for user, a, b in zip(
+        want.user_ids, want.offsets[:-1], want.offsets[1:], strict=True
+      )
+    ]
+    data = files.read(write("Beauty.txt", "\n".join(lines) + "\n"))
+    assert data.fingerprint == want.fingerprint
 
   # users, items, interactions, lengths min/median/mean/max, head's share (%)
   @pytest.mark.parametrize("name, counts, lengths, head", [

@@ -1,11 +1,10 @@
-"""Properties of readers, splits, samplers, metrics and statistics."""
+"""Properties of readers, splits and statistics."""
 
 import collections
 import csv
 import decimal
 import io
 import itertools
-import math
 import tempfile
 
 import hypothesis
@@ -13,14 +12,11 @@ import hypothesis.strategies as st
 import numpy as np
 import polars as pl
 import pytest
-import scipy.special
-import scipy.stats
 
 from pin_jax import serving
 from pin_jax.data import files, splits, stored
 from pin_jax.data.interactions import from_columns
 from pin_jax.evaluation import statistics
-from pin_jax.training import negatives
 from pin_jax.types import InputError
 
 hypothesis.settings.register_profile(
@@ -223,28 +219,6 @@ def test_a_temporal_split_never_looks_ahead(rows, validation, gap):
     assert split.train_end[index] == train
     assert split.validation[index] == first(history, validation, test)
     assert split.test[index] == first(history, test, 99)
-
-
-# Samplers.
-
-
-MASS = st.one_of(st.just(0.0), st.floats(0, 1e300), st.integers(0, 10**15))
-
-
-@hypothesis.given(
-  st.lists(MASS, min_size=1, max_size=12).filter(any),
-  st.sampled_from([0.0, 0.25, 1.0, 3.0]),
-)
-def test_shares_of_items_are_those_of_their_counts(counts, exponent):
-  widths = negatives.unit_widths([0, *counts], exponent)
-  assert widths.sum() == 2**32
-  logs = [
-    exponent * math.log(c) if c else (-math.inf if exponent else 0.0)
-    for c in counts
-  ]
-  share = scipy.special.softmax(logs)
-  assert np.abs(widths - share * 2**32).max() <= 2 + len(counts)
-  assert ((widths > 0) == ((np.array(counts) > 0) | (exponent == 0))).all()
 
 
 # Statistics.

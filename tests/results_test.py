@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import statistics
 
 import numpy as np
 import polars as pl
@@ -14,7 +13,6 @@ import sklearn.metrics
 from toy_rows import job_of, make_log, make_rows, make_workdir
 
 from experiments import report, results
-from experiments.configs import base
 from pin_jax.types import InputError
 
 FAST = {"num_resamples": 400}
@@ -417,41 +415,6 @@ def test_rows_without_head_users_have_no_verdict_on_them():
   job = job_of(rows)
   assert math.isnan(job.claim().head.estimate)
   assert job.claim().outcome == "open"
-
-
-def test_power_by_hand():
-  section = base.default().claims
-  means = {"tail": 0.04, "head": 0.1}
-  assumed, tail, head = results.power_lines(
-    section, {"tail": 8000, "head": 2000}, means, 4
-  )
-  assert "NDCG@10 (tail 0.0400, head 0.1000)" in assumed
-  gains = [1 / math.log2(1 + rank) for rank in range(1, 11)]
-  z = scipy.stats.norm.ppf(0.975)
-  for line, part, users in ((tail, "tail", 8000), (head, "head", 2000)):
-    # P(hit) sum(gains) / 10 is the mean, and the hits' rank is uniform.
-    hit = means[part] / statistics.mean(gains)
-    second = hit * statistics.mean(g**2 for g in gains)
-    variance = (second - means[part] ** 2) / means[part] ** 2
-    error = math.sqrt(2 * 0.15 * variance / users + 2 * 0.02**2 / 4)
-    needed = 100 * (z + scipy.stats.norm.ppf(0.8)) * error
-    assert f"{needed:.1f} %" in line
-    assert f"{users:,} users, 4 seeds" in line
-  chance = 100 * scipy.stats.norm.sf(z - 0.02 / error)
-  assert f"with a probability of {chance:.0f} %" in head
-
-
-@pytest.mark.parametrize(("users", "levels", "seeds"), [
-  ({"tail": 8000, "head": 0}, {"tail": 0.05, "head": 0.0}, 2),  # no verdict
-  ({"tail": 0, "head": 0}, {"tail": 0.05}, 3),
-  ({"tail": 8000}, {}, 3),  # not known
-  ({"tail": 8000}, {"tail": 0.0}, 3),
-  ({"tail": 8000}, {"tail": 0.5}, 3),  # above the mean gain: not evenly spread
-  ({"tail": 100}, {"tail": 0.05}, 3),  # eleven hits
-])  # fmt: skip
-def test_power_is_left_out_where_it_would_be_wrong(users, levels, seeds):
-  section = base.default().claims
-  assert results.power_lines(section, users, levels, seeds) == []
 
 
 # Jobs and their summaries.

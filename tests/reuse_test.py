@@ -31,7 +31,7 @@ ALL = {
 CHANGED = {
   **dict.fromkeys((
     "methods", "num_seeds", "refit", "dispatch", "mesh.data", "mesh.model",
-    "claims.non_inferiority_margin", "claims.power",
+    "claims.non_inferiority_margin",
     "loss.negatives", "loss.candidates", "loss.proposal", "loss.exponent",
     "loss.calibration",
   ), set()),  # the softmax has no negatives

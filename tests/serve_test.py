@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import rich.console
+from absl import flags
 
 from experiments import serve
 from pin_jax import serving
@@ -150,6 +151,17 @@ def test_other_json_is_refused_in_one_line(tmp_path, text):
   with pytest.raises(InputError, match="--history=.*`items`") as error:
     serve.read_histories(path, {})
   assert "\n" not in str(error.value)
+
+
+def test_flags_are_read_as_their_options_types():
+  values = flags.FlagValues()
+  serve.define_flags(values)
+  defaults = serve.Options()._asdict()
+  values(["serve"])
+  assert {name: values[name].value for name in defaults} == defaults
+  values(["serve", "--seed=1", "--k=3", "--strict", "--users=7"])
+  assert (values.seed, values.k, values.strict) == (1, 3, True)
+  assert values.users == "7"
 
 
 def test_an_export_is_a_model_and_says_what_it_holds(tmp_path, monkeypatch):

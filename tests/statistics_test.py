@@ -1,6 +1,5 @@
 """Bootstrap intervals against plain numpy, and their coverage."""
 
-import itertools
 import math
 import warnings
 
@@ -310,78 +309,3 @@ def test_holm_by_hand():
   got = statistics.holm([0.5, math.nan, 0.001])
   np.testing.assert_allclose(got, [1, math.nan, 0.003])
   assert statistics.holm([]).size == 0
-
-
-def test_holm_is_the_closed_test_of_bonferroni():
-  # p~_i = max over all sets of hypotheses I that hold i of min(1, |I| min p_I).
-  rng = np.random.default_rng(0)
-  for _ in range(20):
-    p = rng.uniform(0, 0.4, 5)
-    sets = [s for k in range(1, 6) for s in itertools.combinations(range(5), k)]
-    want = [
-      max(min(1, len(s) * p[list(s)].min()) for s in sets if i in s)
-      for i in range(5)
-    ]
-    np.testing.assert_allclose(statistics.holm(p), want)
-
-
-# Power.
-
-
-def test_relative_error_by_hand():
-  error = statistics.relative_error(
-    num_users=400, num_seeds=2, spread=3, correlation=0.5, seed_spread=0.1
-  )
-  assert error == pytest.approx(math.sqrt(9 / 400 + 0.01))
-
-
-def test_relative_error_is_that_of_simulated_changes():
-  rng = np.random.default_rng(2)
-  changes = []
-  for _ in range(1500):
-    common = rng.normal(size=(1, 200))
-    means = []
-    for _ in range(2):
-      own = rng.normal(size=(1, 200))
-      noise = math.sqrt(0.6) * common + math.sqrt(0.4) * own
-      seeds = 1 + 0.05 * rng.normal(size=(3, 1))
-      means.append((seeds + 0.8 * noise).mean())
-    changes.append(means[1] / means[0] - 1)
-  want = statistics.relative_error(
-    num_users=200, num_seeds=3, spread=0.8, correlation=0.6, seed_spread=0.05
-  )
-  assert np.std(changes) == pytest.approx(want, rel=0.08)
-
-
-def test_power_equals_scipys_simulated_power():
-  # A paired t test of 100 differences with standard deviation 1.
-  for effect in (0.1, 0.28):
-    rng = np.random.default_rng(3)
-    want = scipy.stats.power(
-      lambda x, axis: scipy.stats.ttest_1samp(
-        x, 0, axis=axis, alternative="greater"
-      ),
-      lambda size, e=effect, rng=rng: rng.normal(e, 1, size),
-      100, significance=0.025, n_resamples=6000, vectorized=True,
-    ).power
-    assert statistics.power_of(effect, 0.1) == pytest.approx(want, abs=0.025)
-
-
-def test_smallest_effect_is_found_with_the_stated_power():
-  # 1.959964 + 0.841621 = 2.801585
-  assert statistics.smallest_effect(0.01) == pytest.approx(0.02801585)
-  for power in (0.5, 0.8, 0.95):
-    effect = statistics.smallest_effect(2.0, power=power)
-    assert statistics.power_of(effect, 2.0) == pytest.approx(power)
-
-
-def test_bad_input_of_the_tests_names_the_remedy():
-  with pytest.raises(InputError, match="power is 80; pass a share"):
-    statistics.smallest_effect(0.1, power=80)
-  options = {"spread": 1, "correlation": 0.5, "seed_spread": 0}
-  with pytest.raises(InputError, match="num_users is 0"):
-    statistics.relative_error(num_users=0, num_seeds=1, **options)
-  with pytest.raises(InputError, match="correlation is 2"):
-    statistics.relative_error(
-      num_users=1, num_seeds=1, spread=1, correlation=2, seed_spread=0
-    )

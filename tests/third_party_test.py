@@ -15,9 +15,8 @@ import tiny
 from experiments import job, report, results, serve
 from experiments.configs import base
 from experiments.problem import make_problem
-from pin_jax.data import files
 from pin_jax.types import InputError
-from third_party import driver, llm_esr, recbole, rectools, s3rec, sequences
+from third_party import driver, recbole, rectools
 
 # Scores by popularity in training; items without it cannot be scored. The sign
 # of the scores is its one parameter: it is right after every second epoch.
@@ -447,108 +446,6 @@ def test_errors_of_a_command_are_one_line(tmp_path, flags, text):
   lines = done.stderr.splitlines()
   assert len(lines) == 1 and lines[0].startswith("error: ")
   assert text in lines[0]
-
-
-class TestS3Rec:
-
-  def test_keeps_ids_and_order(self, tmp_path):
-    path = tmp_path / "Beauty.txt"
-    path.write_text("1 5 7 5 9\n3 9 5\n2 12 7 9 \n")
-    data = s3rec.read(path)
-    assert data.name == "Beauty"
-    assert data.user_ids.tolist() == [1, 2, 3]
-    assert data.item_ids.tolist() == [5, 7, 9, 12]
-    assert data.item_ids[data.items - 1].tolist() == [
-      5, 7, 5, 9, 12, 7, 9, 9, 5
-    ]
-    assert data.times.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
-    assert s3rec.read(path, min_length=4).user_ids.tolist() == [1]
-
-  @pytest.mark.parametrize(("text", "message"), [
-    ("1 5 7\n\n2 5 x9\n", "line 3: 'x9' is no id"),
-    ("1 5 0\n", "line 1: '0' is no id"),
-    ("1 5 -2\n", "line 1: '-2' is no id"),
-    ("1 5 2.0\n", "line 1: '2.0' is no id"),
-    ("1 5\n2\n", "line 2: user 2 has no items"),
-    ("1 5\n2 5\n1 6\n", "line 3: user 1 has line 1 already"),
-    (" \n", "is empty"),
-  ])
-  def test_bad_lines(self, tmp_path, text, message):
-    path = tmp_path / "a.txt"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
-      s3rec.read(path)
-    assert message in str(caught.value) and str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-  def test_bad_files(self, tmp_path):
-    with pytest.raises(InputError, match="is no file"):
-      s3rec.read(tmp_path / "a.txt")
-    (tmp_path / "a.txt").write_bytes(b"1 \xff\n")
-    with pytest.raises(InputError, match="is no text .* at byte 2"):
-      s3rec.read(tmp_path / "a.txt")
-    for name in ("Beauty_sample.txt", "LastFM_neg.txt"):
-      with pytest.raises(InputError, match="sampled negatives"):
-        s3rec.read(tmp_path / name)
-
-
-class TestLlmEsr:
-
-  def test_keeps_ids_and_order(self, tmp_path):
-    folder = tmp_path / "yelp" / "handled"
-    folder.mkdir(parents=True)
-    (folder / "inter.txt").write_text("2 9\n2 4\n1 4\n2 9\n1 8\n")
-    data = llm_esr.read(folder / "inter.txt")
-    assert data.name == "yelp"
-    assert data.user_ids.tolist() == [1, 2]
-    assert data.item_ids[data.items - 1].tolist() == [4, 8, 9, 4, 9]
-    assert data.times.tolist() == [0, 1, 0, 1, 2]
-
-  def test_is_the_sequences_line_by_line(self, tmp_path):
-    (tmp_path / "inter_seq.txt").write_text("1 4 8\n2 9 4 9\n")
-    (tmp_path / "inter.txt").write_text("1 4\n1 8\n2 9\n2 4\n2 9\n")
-    both = s3rec.read(tmp_path / "inter_seq.txt"), llm_esr.read(
-      tmp_path / "inter.txt"
-    )
-    assert both[0].fingerprint == both[1].fingerprint
-
-  def test_bad_lines(self, tmp_path):
-    path = tmp_path / "inter.txt"
-    path.write_text("1 4\n1 8 3\n")
-    with pytest.raises(InputError, match="line 2: 3 numbers, not 'user item'"):
-      llm_esr.read(path)
-
-
-def test_a_converted_file_is_the_same_data(tmp_path):
-  (tmp_path / "a.txt").write_text("10 3 2 1 3\n9 1 2\n")
-  done = subprocess.run(
-    [
-      sys.executable, "-m", "third_party.s3rec", str(tmp_path / "a.txt"),
-      f"--output={tmp_path}/a.parquet",
-    ],
-    capture_output=True, text=True, check=True,
-  )
-  assert "2 users, 3 items, 6 interactions" in done.stdout
-  read = files.read(tmp_path / "a.parquet")
-  data = s3rec.read(tmp_path / "a.txt")
-  assert read.fingerprint == data.fingerprint
-  assert read.notes["time_column"] == "time"
-  for name in ("a.csv", "no/a.parquet"):
-    with pytest.raises(InputError, match="no .parquet file in a directory"):
-      sequences.write(data, tmp_path / name)
-
-
-@pytest.mark.shared_data
-def test_a_whole_data_set_in_that_layout(tmp_path, shared_data):
-  want = files.read(shared_data / "amazon_beauty_s3rec.parquet")
-  lines = [
-    " ".join(map(str, [user, *want.item_ids[want.items[a:b] - 1]]))
-    for user, a, b in zip(
-      want.user_ids, want.offsets[:-1], want.offsets[1:], strict=True
-    )
-  ]
-  (tmp_path / "Beauty.txt").write_text("\n".join(lines) + "\n")
-  assert s3rec.read(tmp_path / "Beauty.txt").fingerprint == want.fingerprint
 
 
 # Under the library's interpreter: what the worker feeds and reads, against what

@@ -12,7 +12,7 @@ from pin_jax.types import InputError
 
 _GROUPLENS = "https://files.grouplens.org/datasets/movielens"
 _S3REC = "https://github.com/aHuiWang/CIKM2020-S3Rec/blob/master/data"
-# Files of `data_path` -> where the data come from, and how they get there.
+# Files of `data_path` -> where the data come from, and what reads them there.
 _PUBLIC = {
   "ml-100k.inter": (
     f"{_GROUPLENS}/ml-100k.zip",
@@ -24,15 +24,15 @@ _PUBLIC = {
   ),
   "amazon_beauty_s3rec.parquet": (
     f"{_S3REC}/Beauty.txt",
-    "python -m third_party.s3rec Beauty.txt --output={path}",
+    "--config=beauty:path=Beauty.txt",
   ),
   "amazon_toys_s3rec.parquet": (
     f"{_S3REC}/Toys_and_Games.txt",
-    "python -m third_party.s3rec Toys_and_Games.txt --output={path}",
+    "--config=toys:path=Toys_and_Games.txt",
   ),
   "yelp_llmesr.parquet": (
     "data/yelp/handled/inter.txt of https://github.com/liuqidong07/LLM-ESR",
-    "python -m third_party.llm_esr inter.txt --output={path}",
+    "--config=yelp:path=inter.txt",
   ),
 }
 
@@ -57,8 +57,7 @@ def check_public(path: str) -> None:
   if name in _PUBLIC and not os.path.exists(path):
     url, command = _PUBLIC[name]
     raise InputError(
-      f"{path} does not exist; download {url}, then give "
-      + command.format(path=path)
+      f"{path} does not exist; download {url}, then give {command}"
     )
 
 

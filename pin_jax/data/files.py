@@ -100,10 +100,11 @@ def read(
 
   Args:
     source: a DataFrame of polars or pandas, a dictionary of arrays, or a path:
-      delimited text (CSV, TSV, MovieLens' .dat and .data, RecBole's .inter),
-      JSON lines or an array of objects, Parquet, a directory of which the
-      .parquet files are read one after another by name, an archive of
-      MovieLens; text may be compressed (gzip, zstd).
+      delimited text (CSV, TSV, MovieLens' .dat and .data, RecBole's .inter), a
+      user a line with all items (S3-Rec's .txt), JSON lines or an array of
+      objects, Parquet, a directory of which the .parquet files are read one
+      after another by name, an archive of MovieLens; text may be compressed
+      (gzip, zstd).
     user: Name of the user column (without RecBole's type), or its number from
       1; None takes the first of USER_COLUMNS that occurs, whatever its case,
       or by position where there is no header.
@@ -151,8 +152,7 @@ def read(
       series["times"] = as_series(series["times"], "times")
     if "times" in series and series["times"].dtype == pl.String:
       series["times"], form = times_lib.parse(series["times"])
-      if form:
-        assumed.append(f"dates are {form}")
+      assumed += [f"dates are {form}"] * bool(form)
       if "though" in form:
         warnings.append(f"dates are read as {form}: write them as 2024-01-31")
     data = from_columns(**series, **{"name": name, **options})
@@ -247,6 +247,8 @@ def _scan_text(
 ) -> _Table:
   """Delimited text, every column of which is text; `lines` are the first."""
   assumed = []
+  if separator is None and _are_sequences(lines):
+    return _scan_sequences(source)
   if separator is None:
     usual = ".csv" if _stem(path).suffix.lower() == ".csv" else ".tsv"
     usual = {".csv": ",", ".tsv": "\t"}[usual]
@@ -278,6 +280,33 @@ def _scan_text(
   columns = {x.rpartition(":")[0] if atomic else x: x for x in names}
   table = _Table(frame, columns, ("line", 1 + header), None, tuple(assumed))
   return table if header else _by_position(table)
+
+
+def _are_sequences(lines: Sequence[str]) -> bool:
+  """Whether they are `user item item …`, of users with unlike many items."""
+  words = [line.strip().split(" ") for line in lines]  # no tabs
+  lengths = {*map(len, words)}
+  return min(lengths) > 1 < len(lengths) and all(
+    word.isdecimal() for line in words for word in line
+  )
+
+
+def _scan_sequences(source: str | bytes) -> _Table:
+  """A user a line, and all items in order of time, as S3-Rec and others have.
+
+  Times are positions within the user.
+  """
+  words = pl.col("line").str.extract_all(r"\S+").cast(pl.List(pl.Int64))
+  frame = (
+    pl.scan_lines(source, glob=False).select(words)
+    .filter(pl.col("line").list.len() > 0)
+    .select(user=pl.col("line").list.first(), item=pl.col("line").list.slice(1))
+    .explode("item")
+    .with_columns(time=pl.int_range(pl.len()).over("user"))
+  )
+  said = "a line is a user and all items, in order of time"
+  columns = {x: x for x in ("user", "item", "time")}
+  return _Table(frame, columns, assumed=(said,))
 
 
 def _fields(lines: Sequence[str], separator: str) -> int:

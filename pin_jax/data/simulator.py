@@ -235,38 +235,6 @@ def observational(
   return _mix(posterior, conditional(world, history))
 
 
-def prior_shifted(
-  world: World,
-  history: jax.Array,
-  weights: np.ndarray,
-  *,
-  event: Event,
-) -> jax.Array:
-  """What group weights w(d) on mean group losses converge to [B, V].
-
-      Q(d|x) ∝ w(d) P(x|d),  q(y|x) = sum_d Q(d|x) P(y|x, d)
-
-  where P(x|d) is the distribution of windows over the events of stratum d, all
-  equally likely. With w(d) the stratum's share of events this is the
-  observational distribution; with w(d) = P(d) it is not P(y|do(x)), unless x
-  tells nothing of d.
-
-  Args:
-    world: the exact distributions.
-    history: [B, L] windows.
-    weights: [G] nonnegative numbers, known when tracing.
-    event: "training" or "test".
-
-  Returns:
-    [B, V]; a row of zeros where no event has that window.
-  """
-  expected = _expected_events(world, event)
-  total = expected.sum(axis=1, keepdims=True)
-  share = expected / np.where(total > 0, total, 1.0)
-  posterior = _posterior(world, history, weights[:, None] * share)
-  return _mix(posterior, conditional(world, history))
-
-
 def kl_divergence(p: jax.Array, log_q: jax.Array) -> jax.Array:
   """KL(p||q) = sum_y p(y) (log p(y) - log q(y)) in nats; 0 log 0 = 0.
 

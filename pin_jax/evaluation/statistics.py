@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import scipy.special
 from numpy.typing import ArrayLike
 
 from pin_jax.types import InputError
@@ -282,83 +281,3 @@ def holm(p_values: ArrayLike) -> np.ndarray:
   adjusted = np.empty_like(p_values)
   adjusted[order] = np.minimum(1, np.maximum.accumulate(scaled))
   return adjusted
-
-
-def relative_error(
-  *,
-  num_users: int,
-  num_seeds: int,
-  spread: float,
-  correlation: float,
-  seed_spread: float,
-) -> float:
-  """Expected standard error of a paired relative change.
-
-  se^2 = 2 (1 - correlation) spread^2 / U + 2 seed_spread^2 / S
-
-  Args:
-    num_users: U.
-    num_seeds: S.
-    spread: standard deviation over users of one model's metric, in units of its
-      mean; a user's result averaged over the seeds.
-    correlation: between two models' results of a user.
-    seed_spread: standard deviation over seeds of one model's mean, in units of
-      that mean. Two models' seeds are taken to be independent.
-
-  Returns:
-    The standard error, a fraction.
-
-  Raises:
-    InputError: for a number out of range.
-  """
-  if min(num_users, num_seeds) < 1:
-    raise InputError(
-      f"num_users is {num_users} and num_seeds {num_seeds}; pass at least 1"
-    )
-  if not -1 <= correlation <= 1 or min(spread, seed_spread) < 0:
-    raise InputError(
-      f"correlation is {correlation}, spread {spread}, seed_spread "
-      f"{seed_spread}; pass -1 to 1 and numbers of at least 0"
-    )
-  of_users = 2 * (1 - correlation) * spread**2 / num_users
-  return math.sqrt(of_users + 2 * seed_spread**2 / num_seeds)
-
-
-def smallest_effect(error: float, *, power: float = 0.8) -> float:
-  """Smallest effect that a test finds with the given probability.
-
-  delta = (z_.975 + z_{power}) se, by the lower end of a 95 % interval
-
-  The same number is the smallest margin at which a method that changes nothing
-  is found non-inferior with this probability.
-
-  Args:
-    error: se, the standard error of the effect.
-    power: probability of finding it.
-
-  Returns:
-    The effect, in the units of the error.
-
-  Raises:
-    InputError: if the power is out of range.
-  """
-  if not 0 < power < 1:
-    raise InputError(f"power is {power}; pass a share between 0 and 1, as .8")
-  return error * sum(scipy.special.ndtri([0.975, power]))
-
-
-def power_of(effect: float, error: float) -> float:
-  """Probability that the 95 % interval of an effect lies above zero.
-
-  power = Phi(effect / se - z_.975)
-
-  Args:
-    effect: the true effect; for non-inferiority of an unchanged method the
-      margin.
-    error: se, the standard error of the effect.
-
-  Returns:
-    The probability.
-  """
-  border = scipy.special.ndtri(0.975)
-  return float(scipy.special.ndtr(effect / error - border))

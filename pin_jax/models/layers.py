@@ -249,11 +249,9 @@ class GRU(nn.Module):
     return jnp.swapaxes(states, 0, 1)
 
 
-def _orthogonal(
-  key: jax.Array, shape: tuple[int, int], dtype: Any = jnp.float32
-) -> jax.Array:
+def _orthogonal(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
   """One orthogonal matrix a gate, side by side; (H, gates) -> [H, gates H]."""
   width, gates = shape
   draw = nn.initializers.orthogonal()
   keys = jax.random.split(key, gates)
-  return jnp.concatenate([draw(k, (width, width), dtype) for k in keys], 1)
+  return jnp.concatenate([draw(k, (width, width)) for k in keys], 1)
