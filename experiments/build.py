@@ -233,18 +233,22 @@ def make_weighting(
 
 
 def make_adjustment(
-  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray
+  pin: ConfigDict, prior: np.ndarray, shares: np.ndarray,
+  rule: str | None = None,
 ) -> Adjustment:
   """Builds what the section `pin` says; prior and shares as `make_weighting`.
+
+  A stage's own `rule` stands in for `weighting` and `blocks`.
 
   Raises:
     InputError: for an unknown or contradictory setting.
   """
-  weighting = make_weighting("pin.weighting", pin.weighting, prior, shares)
+  spec = rule or pin.weighting
+  weighting = make_weighting("pin.weighting", spec, prior, shares)
   given = {"path": pin.path, "diagnose_every": pin.diagnose_every}
-  if not pin.blocks:
+  if rule or not pin.blocks:
     by_tensor = pin.granularity == "tensor" or (
-      pin.granularity == "rule" and pin.weighting.split(":")[0] in BY_TENSOR
+      pin.granularity == "rule" and spec.split(":")[0] in BY_TENSOR
     )
     return Adjustment(weighting, str if by_tensor else None, **given)
   bad = functools.partial(schema.bad, "pin.blocks", tuple(pin.blocks))
@@ -272,17 +276,6 @@ def make_adjustment(
     rules[pattern] = make_weighting("pin.blocks", spec, prior, shares)
   block_of = lambda leaf: next((p for p in rules if re.search(p, leaf)), OTHERS)
   return Adjustment({**rules, OTHERS: weighting}, block_of, **given)
-
-
-def stage_adjustment(
-  config: ConfigDict, rule: str | None, prior: np.ndarray, shares: np.ndarray
-) -> Adjustment:
-  """How a stage aggregates: as `pin` says, or by the rule that it names."""
-  if rule is None:
-    return make_adjustment(config.pin, prior, shares)
-  pin = config.pin.copy_and_resolve_references()
-  pin.weighting, pin.blocks = rule, ()
-  return make_adjustment(pin, prior, shares)
 
 
 def check_adjustments(

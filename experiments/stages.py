@@ -17,12 +17,12 @@ from experiments.build import (
   Networks,
   Ranker,
   check_adjustments,
+  make_adjustment,
   make_loss,
   make_optimizer,
   make_ranker,
   num_steps,
   sampling,
-  stage_adjustment,
   windows_of_step,
 )
 from experiments.methods import Method, Stage, selected, stages_of
@@ -327,8 +327,8 @@ class Trainer:
     if stage.grouped:
       groups, count = problem.groups, config.groups.num_groups
       shares = np.bincount(groups, batches.training_targets(split), count)
-      adjustment = stage_adjustment(
-        config, stage.rule, problem.prior, shares / shares.sum()
+      adjustment = make_adjustment(
+        config.pin, problem.prior, shares / shares.sum(), stage.rule
       )
     else:
       groups, count = np.where(in_segment(problem, stage.users), 0, -1), 1

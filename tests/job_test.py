@@ -229,8 +229,8 @@ def test_equal_budgets():
 
 def test_a_rule_has_its_own_weighting():
   """The mean of the worst half of two groups: all weight on the worse."""
-  adjust = lambda rule: build.stage_adjustment(
-    _config(), rule, np.full(2, 0.5), np.full(2, 0.5)
+  adjust = lambda rule: build.make_adjustment(
+    _config().pin, np.full(2, 0.5), np.full(2, 0.5), rule
   ).rules
   losses = jnp.asarray([1.0, 3.0])
   assert METHODS["cvar"].stages[0].rule == "cvar:alpha=0.4"

@@ -16,7 +16,6 @@ from experiments.methods import (
   chosen,
   compared,
   information,
-  learns,
   selected,
 )
 from experiments.problem import make_problem
@@ -240,15 +239,6 @@ def test_refitted_rows_are_what_is_served(refitted):
     own, found = positions(refitted, method, mask_history=False)
     assert len(found) == len(own) == 80
     assert found["position"].to_list() == found["rank_unmasked"].to_list()
-
-
-def test_learning_is_the_most_of_any_stage():
-  config = _config(refit=0)
-  found = {name: learns(x, config) for name, x in selected(config).items()}
-  assert found == {
-    "base_validation": "half", "base": "none", "memory_alone": "none",
-    "joint_plugins": "half",
-  }
 
 
 def test_the_choice_is_the_best_on_validation_of_each_segment():
