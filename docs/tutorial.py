@@ -3,7 +3,7 @@
   python docs/tutorial.py
 
 Plain Python; editors that know the percent format (VS Code, Spyder, PyCharm,
-jupytext) open it as a notebook. It needs the installed package and about half a
+jupytext) open it as a notebook. It needs the installed package and about a
 minute of one CPU core. The models are tiny and trained for a few hundred steps,
 the data are simulated: this shows how the library is used, not how well the
 method does.
@@ -24,6 +24,7 @@ import jax
 import numpy as np
 import polars as pl
 
+import pin_jax
 from pin_jax import aggregation
 from pin_jax.data import activeness, batches, files, simulator, splits
 from pin_jax.evaluation import metrics, ranking, statistics
@@ -265,9 +266,21 @@ for number, name in enumerate(("tail", "head")):
 print("one seed: nothing proven")
 
 # %% [markdown]
-# `python -m experiments.main --config=files:path=my.csv
-# --workdir=runs/mine` does the same with checkpoints, logs, tables and plots;
+# # 7. The same in one call
+#
+# `pin_jax.compare` does all this with checkpoints, logs, tables and plots, as
+# `python -m experiments.main --config=files:path=my.csv --workdir=runs/mine`
+# does. Here it trains for a few steps, to show what it leaves.
 # docs/protocols.md says what such a comparison shows and what it does not.
+
+# %%
+job = pin_jax.compare(
+  data, pathlib.Path(folder.name) / "job", methods=("base", "pin"),
+  backbone_steps=50, plugin_steps=50, refit=0, validation={"every": 50},
+  backbone={"length": LENGTH, "width": WIDTH}, batch_size=BATCH,
+)
+print(job.table())
+print(job.recommender().recommend(data.user_ids[:2].tolist(), k=3))
 
 # %%
 folder.cleanup()

@@ -367,6 +367,9 @@ def _config(directory: epath.Path) -> tuple[ConfigDict, str, epath.Path]:
   with disk.reading(path, "restore it from a copy, or run the job again"):
     config = schema.completed(stored["config"])
     config.data.update(stored.get("paths", {}))
+    if kept := config.data.get("path"):  # a workdir may have moved with them
+      path = directory.joinpath("data", *epath.Path(kept).parts[-2:])
+      config.data.path = os.fspath(path) if path.exists() else kept
     build.check(config)
     root = epath.Path(stored.get("stages", directory / "checkpoints"))
   return config, stored["data"], root
@@ -381,11 +384,7 @@ def _made(
   of_users = np.zeros(len(problem.segments), np.int32)
   first, models = {}, {}
   for segment, entry in enumerate(method.serve):
-    stage = entry[1] and method.stage(entry[1])
-    if stage is None:
-      plugin_of, count = np.zeros_like(of_users), 1
-    else:
-      plugin_of, count = routed(problem, method, stage)
+    stage, plugin_of, count = routed(problem, method, entry)
     kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
     if entry not in first:
       first[entry] = len(slots)

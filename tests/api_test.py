@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -64,14 +65,23 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
 
 
 def test_data_in_memory_are_kept_and_found_from_anywhere(
-  finished, tmp_path, monkeypatch
+  finished, tmp_path, monkeypatch, capsys
 ):
   _, folder = finished
   [kept] = folder.glob("data/*/my_sales.parquet")
   assert files.read(kept).fingerprint == given().fingerprint
   monkeypatch.chdir(tmp_path)
-  again = pin_jax.Job(folder).recommender()
-  assert again.recommend(["c07"], k=2).height == 2
+  pin_jax.compare(given(), folder, **SIZES)
+  assert "is finished; reprinting its tables" in capsys.readouterr().out
+  with pytest.raises(InputError, match="is of other data"):
+    pin_jax.compare(given(seed=1), folder, **SIZES)
+  shutil.copytree(folder, tmp_path / "moved")
+  kept.rename(tmp_path / "elsewhere.parquet")
+  try:
+    moved = pin_jax.Job("moved").recommender()
+    assert moved.recommend(["c07"], k=2).height == 2
+  finally:
+    (tmp_path / "elsewhere.parquet").rename(kept)
 
 
 def test_rows_are_those_of_the_command(finished, tmp_path):

@@ -175,13 +175,9 @@ class Flags:
 @pytest.mark.parametrize(("given", "says"), [
   ({"output": "W", "stray": "x"}, "unexpected arguments: ['x']"),
   ({"output": "s3://b/x"}, "s3://b/x is not on this machine"),
-  ({"output": ""}, "directory='' is no path"),
   ({"output": "/proc/x"}, "/proc/x cannot be written"),
   ({"output": "W", "users": None}, "--input is missing; give a file to read"),
-  ({"input": "s3://b/a.csv", "output": "W"}, "not on this machine"),
-  ({"input": "", "output": "W"}, "source='' is no path"),
   ({"input": "A", "output": "A"}, "exists; delete it"),
-  ({"input": "A", "output": "/proc/x"}, "/proc/x cannot be written"),
 ])
 def test_the_command_ends_in_one_line(
   tmp_path, monkeypatch, capsys, given, says
