@@ -413,7 +413,7 @@ def _compute(
     options.say(learnt)
   if len(config.seeds) < MIN_SEEDS:
     options.say(
-      f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
+      f"{few_seeds(len(config.seeds))}; --config.seeds=0,1,2 or more "
       "give a verdict"
     )
   rows, choice, closeness, cost = _train_all(

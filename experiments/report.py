@@ -382,7 +382,7 @@ def _more_seeds(own: Results) -> str:
   more = others[: max(MIN_SEEDS - len(seeds), 0)]
   if own.trials:
     return f"--more_seeds={','.join(map(str, more))} of experiments.sweep"
-  return f'--config.seeds="{(*seeds, *more)}" in another workdir'
+  return f'--config.seeds="{(*seeds, *more)}" in the same workdir'
 
 
 def cell_text(cell: Cell, kind: str) -> str:
