@@ -1,7 +1,8 @@
 """The main job: data -> stages -> full ranking -> report.
 
-A workdir belongs to one configuration and one data set, and to one process at
-a time. It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
+A workdir belongs to one data set, and to one process at a time; another
+configuration of the job reuses the stages that it shares with the last (see
+`reuse`). It holds config.json, log.jsonl, events/, checkpoints/, rows.parquet
 (rows_sampled.parquet for sampled candidates), summary.json and report.md, all
 of which are the same however often the job was killed, cpu_seconds.json, which
 is not, and report.html and report.tex, which tell of it. With several
@@ -40,7 +41,6 @@ from experiments.methods import (
   METHODS,
   SEGMENTS,
   Method,
-  Stage,
   choose,
   compared,
   information,
@@ -66,7 +66,7 @@ from pin_jax import disk
 from pin_jax.data import activeness, batches
 from pin_jax.evaluation import metrics, ranking
 from pin_jax.training import checkpoints
-from pin_jax.types import InputError, Interrupted, Requests
+from pin_jax.types import InputError, Interrupted
 
 TRUTH_USERS = 2000  # events at which the simulator's distributions are taken
 _OF_DATA = "data", "split", "groups"  # keys that the fingerprint follows from
@@ -171,19 +171,6 @@ def _choice(
   }
 
 
-def _served(
-  method: Method, serve: tuple[str, str | None], problem: Problem,
-  users: np.ndarray, part: str,
-) -> tuple[Stage | None, Requests]:
-  """(plugin stage of a serve entry, requests routed to its plugins)."""
-  requests = requests_for(problem, part, users)
-  if serve[1] is None:
-    return None, requests
-  stage = method.stage(serve[1])
-  segments, _ = routed(problem, method, stage)
-  return stage, requests._replace(segments=segments[users].astype(np.int32))
-
-
 def _by_model(
   method: Method, seed: int, problem: Problem, trainer: Trainer,
   users: np.ndarray, part: str = "test",
@@ -193,7 +180,11 @@ def _by_model(
   for entry in dict.fromkeys(method.serve):
     here = [s for s, other in enumerate(method.serve) if other == entry]
     chosen = np.isin(of_user, here)
-    stage, requests = _served(method, entry, problem, users[chosen], part)
+    stage, segments, _ = routed(problem, method, entry)
+    requests = requests_for(problem, part, users[chosen])
+    requests = requests._replace(
+      segments=segments[requests.users].astype(np.int32)
+    )
     kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
     weights = trainer.weights(seed, entry[0], stage, part == "validation")
     yield chosen, kind, (weights, trainer.sequences, requests)
@@ -218,7 +209,7 @@ def model_log_probabilities(
 def claim_workdir(
   directory: epath.Path, config: ConfigDict, data_fingerprint: str,
   stages: epath.Path | None = None,
-  adopt: Callable[[dict[str, Any]], None] = lambda config: None,
+  adopt: Callable[[dict[str, Any], bool], None] = lambda config, changed: None,
 ) -> None:
   """Makes the workdir this job's, or checks that it is of the same data.
 
@@ -229,7 +220,7 @@ def claim_workdir(
     config: whose results it is to hold.
     data_fingerprint: of the data.
     stages: where trained stages are; None = in the workdir.
-    adopt: takes the configuration that was there.
+    adopt: takes the configuration that was there, and whether rows change.
 
   Raises:
     InputError: if it belongs to another data set.
@@ -238,8 +229,10 @@ def claim_workdir(
   mine = {"config": of_results(config), "data": data_fingerprint}
   if paths := workdir.absolute(config.data):
     mine["paths"] = paths
-  if stages is not None:
-    mine["stages"] = os.fspath(stages)
+  if stages not in (None, directory / "checkpoints"):
+    mine["stages"] = os.fspath(
+      stages if "://" in os.fspath(stages) else stages.absolute()
+    )
   path, results_in = directory / "config.json", directory / "summary.json"
   if not path.exists():
     if results_in.exists():
@@ -265,8 +258,6 @@ def claim_workdir(
         f"workdir {directory} is of other data: {key} is {old!r} there and "
         f"{new!r} here; use another --workdir or the same setting"
       )
-  if theirs == mine:
-    return
   if not processes.is_first():  # which has written what is there
     for key, new, old in changes:
       raise InputError(
@@ -274,15 +265,17 @@ def claim_workdir(
         "the same"
       )
     return
-  adopt(theirs["config"])
-  if any(
+  changed = any(
     not key.startswith(_SHOWN) or key == _METRICS and new[:1] != old[:1]
     for key, new, old in changes
-  ):
+  )
+  adopt(theirs["config"], changed)
+  if changed:
     results_in.unlink(missing_ok=True)  # first, for it says that all is whole
     for suffix in SUFFIXES.values():
       (directory / f"rows{suffix}.parquet").unlink(missing_ok=True)
-  disk.write({path: json.dumps(mine, indent=2) + "\n"})
+  if theirs != mine:
+    disk.write({path: json.dumps(mine, indent=2) + "\n"})
 
 
 def of_results(config: ConfigDict) -> dict[str, Any]:
@@ -358,7 +351,7 @@ def run(
     options.say(line)
   config = fitted
   with contextlib.ExitStack() as stack:
-    _claim(config, problem, directory, root if stages else None, stack)
+    _claim(config, problem, directory, root, stack)
     there = (directory / "summary.json").exists()  # as the first sees it
     if multihost_utils.broadcast_one_to_all(np.asarray(there)):
       options.say(f"{directory} is finished; reprinting its tables")
@@ -381,7 +374,7 @@ def _prepare(config: ConfigDict) -> tuple[ConfigDict, Problem, Networks]:
 
 def _claim(
   config: ConfigDict, problem: Problem, directory: epath.Path,
-  stages: epath.Path | None, stack: contextlib.ExitStack,
+  root: epath.Path, stack: contextlib.ExitStack,
 ) -> None:
   """Makes the workdir this job's and no other's until the stack unwinds."""
   digest, first = fingerprint(problem), processes.is_first()
@@ -391,9 +384,8 @@ def _claim(
   )
   for turn in (True, False):  # the first makes what the others check
     processes.together(lambda turn=turn: first == turn and claim_workdir(
-      directory, config, digest, stages and epath.Path(os.path.abspath(stages)),
-      lambda there: reuse.adopt(
-        directory / "checkpoints", there, reuse.digests(problem)
+      directory, config, digest, root, lambda there, changed: reuse.adopt(
+        directory, root, there, reuse.digests(problem), changed
       ),
     ))
 
@@ -446,6 +438,11 @@ def _train_all(
   asked = {"pin": {**config.pin}}
   half = any(learns(METHODS[key], asked) == "half" for key in methods)
   stages = stages_of(methods)
+  data = reuse.digests(problem)
+  if processes.is_first():
+    for line in reuse.told(options.root, reuse.identities(config, data)):
+      options.say(line)
+    reuse.take_logs_back(directory, options.root, config, data)
   log = logs.RunLog(directory) if processes.is_first() else logs.NoLog()
   to_come = [(stage.kind, num_steps(config, stage)) for stage in stages]
   progress = logs.Progress(
@@ -457,11 +454,6 @@ def _train_all(
     reuse.open_checkpoints, versions=workdir.versions(), say=options.say,
     other_versions=options.other_versions,
   )
-  if processes.is_first():
-    for line in reuse.told(options.root, reuse.identities(
-      config, reuse.digests(problem)
-    )):
-      options.say(line)
   rows, closeness, cost, seconds = [], [], {}, {}
   try:
     for seeds in reuse.seed_groups(config):

@@ -191,24 +191,103 @@ def identities(
 
 
 def adopt(
-  root: epath.Path, config: dict[str, Any], data: Mapping[str, str]
+  directory: epath.Path, root: epath.Path, config: dict[str, Any],
+  data: Mapping[str, str], changed: bool,
 ) -> None:
   """Gives directories that a former version left their names of today.
 
   Args:
-    root: where they are.
-    config: of the job that trained them, as it was written.
+    directory: the workdir.
+    root: where stages are now.
+    config: of the job that is there, as it was written.
     data: of that job, as of `digests`.
+    changed: whether another configuration follows; the logs are put by.
   """
   whole = schema.completed(config)
   if _flat(config).keys() - _flat(whole.to_dict()).keys():
     return  # it knew what is no more
+  own = directory / "checkpoints"
   for known in identities(whole, data):
     for identity in known.values():
-      path, former = root / identity.directory, root / identity.former
+      path, former = own / identity.directory, own / identity.former
       if former.is_dir() and not path.exists():
         _write(former, identity)
         former.rename(path)
+  if changed:
+    _put_logs_by(directory, root, whole, data)
+
+
+def run_name(config: ConfigDict, stage: str, seed: int) -> str:
+  """A stage's name in logs; led by the seed where there are several."""
+  return f"seed{seed}/{stage}" if len(config.seeds) > 1 else stage
+
+
+def _runs(
+  root: epath.Path, config: ConfigDict, data: Mapping[str, str]
+) -> Iterator[tuple[str, epath.Path]]:
+  """(run's name, what leads the paths of its logs while they are put by)."""
+  groups = zip(seed_groups(config), identities(config, data), strict=True)
+  for seeds, known in groups:
+    for name, identity in known.items():
+      for seed in seeds:
+        path = root / identity.directory / f"log-{seed}"
+        yield run_name(config, name, seed), path
+
+
+def _put_logs_by(
+  directory: epath.Path, root: epath.Path, config: ConfigDict,
+  data: Mapping[str, str],
+) -> None:
+  """Moves what a job has logged of its stages into their directories."""
+  lines = _lines(directory)
+  for run, path in _runs(root, config, data):
+    if run in lines and path.parent.is_dir():
+      disk.write({path.with_suffix(".jsonl"): "".join(lines[run])})
+      _move(directory / "events" / run, path)
+  disk.write({directory / "log.jsonl": ""})
+
+
+def take_logs_back(
+  directory: epath.Path, root: epath.Path, config: ConfigDict,
+  data: Mapping[str, str],
+) -> None:
+  """Moves back what was put by; a kill at any moment does no harm.
+
+  Args:
+    directory: the workdir.
+    root: where the stages are.
+    config: of the job that is to log.
+    data: its, as of `digests`.
+  """
+  lines, there = _lines(directory), []
+  for run, path in _runs(root, config, data):
+    text = path.with_suffix(".jsonl")
+    if text.exists():
+      records = map(json.loads, text.read_text().splitlines())
+      lines[run] = [json.dumps({**x, "run": run}) + "\n" for x in records]
+      _move(path, directory / "events" / run)
+      there.append(text)
+  if there:
+    disk.write({directory / "log.jsonl": "".join(sum(lines.values(), []))})
+  for text in there:
+    text.unlink()
+
+
+def _lines(directory: epath.Path) -> dict[str, list[str]]:
+  """Run -> its lines of log.jsonl, whole ones."""
+  path, lines = directory / "log.jsonl", {}
+  if path.exists():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
+      with contextlib.suppress(ValueError, KeyError, TypeError):
+        lines.setdefault(json.loads(line)["run"], []).append(line + "\n")
+  return lines
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+  """Moves the event files of a directory into another."""
+  for file in source.glob("events.out.*"):
+    target.mkdir(parents=True, exist_ok=True)
+    file.rename(target / file.name)
 
 
 def _write(path: epath.Path, identity: Identity) -> None:

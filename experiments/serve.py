@@ -384,11 +384,7 @@ def _made(
   of_users = np.zeros(len(problem.segments), np.int32)
   first, models = {}, {}
   for segment, entry in enumerate(method.serve):
-    stage = entry[1] and method.stage(entry[1])
-    if stage is None:
-      plugin_of, count = np.zeros_like(of_users), 1
-    else:
-      plugin_of, count = routed(problem, method, stage)
+    stage, plugin_of, count = routed(problem, method, entry)
     kind = stage and stage.plugin, method.stage(entry[0]).reads_activeness
     if entry not in first:
       first[entry] = len(slots)

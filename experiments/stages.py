@@ -224,11 +224,6 @@ class Trainer:
     tables = () if several else self._networks.backbone.tables
     return self._store(path, identity.about, tables)
 
-  def run_name(self, stage: Stage, seed: int) -> str:
-    """The stage's name in logs; led by the seed where there are several."""
-    several = len(self._config.seeds) > 1
-    return f"seed{seed}/{stage.name}" if several else stage.name
-
   def train(self, stage: Stage, monitor: Monitor | None = None) -> None:
     """Trains a stage, or reads its finished checkpoint."""
     quiet = rich.console.Console(quiet=True)
@@ -239,7 +234,7 @@ class Trainer:
       dispatch=config.dispatch, patience=config.validation.patience,
       stacked=stage.kind == "plugin",
       evaluate_first=bool(run.select and stage.start),
-      names=tuple(self.run_name(stage, seed) for seed in seeds),
+      names=tuple(reuse.run_name(config, stage.name, seed) for seed in seeds),
     )
     self.trained[stage.name] = {}
     with self._opened(stage) as checkpoints:
@@ -544,11 +539,17 @@ def assigned(problem: Problem, stage: Stage) -> tuple[np.ndarray, int]:
 
 
 def routed(
-  problem: Problem, method: Method, stage: Stage
-) -> tuple[np.ndarray, int]:
-  """`assigned`, the other way round where the method swaps segments."""
+  problem: Problem, method: Method, serve: tuple[str, str | None]
+) -> tuple[Stage | None, np.ndarray, int]:
+  """(plugin stage of an entry of `method.serve`, then as `assigned`).
+
+  The other way round where the method swaps segments.
+  """
+  if serve[1] is None:
+    return None, np.zeros_like(problem.segments), 1
+  stage = method.stage(serve[1])
   segments, count = assigned(problem, stage)
-  return (count - 1 - segments if method.swapped else segments), count
+  return stage, count - 1 - segments if method.swapped else segments, count
 
 
 def _means(

@@ -1,6 +1,7 @@
 """What determines a stage; workdirs that grow; stages that jobs share."""
 
 import io
+import json
 import shutil
 from unittest import mock
 
@@ -11,7 +12,7 @@ import rich.console
 
 from experiments import job, report, reuse, schema, serve
 from experiments.problem import make_problem
-from tests import tiny
+from tests import events, tiny
 
 pytestmark = pytest.mark.usefixtures("compile_quickly")
 
@@ -31,9 +32,8 @@ ALL = {
 CHANGED = {
   **dict.fromkeys((
     "methods", "num_seeds", "refit", "dispatch", "mesh.data", "mesh.model",
-    "claims.non_inferiority_margin",
-    "loss.negatives", "loss.candidates", "loss.proposal", "loss.exponent",
-    "loss.calibration",
+    "claims.non_inferiority_margin", "loss.negatives", "loss.candidates",
+    "loss.proposal", "loss.exponent", "loss.calibration",
   ), set()),  # the softmax has no negatives
   **dict.fromkeys((
     "prior.kind", "prior.values", "prior.exponent", "pin.weighting",
@@ -167,6 +167,28 @@ def test_a_changed_stage_is_trained_anew_and_the_reason_said(grown, tmp_path):
   assert _trained(said) == ["base", "pin/plugins"]
   said = _run(_config(**{"pin.weighting": "joint"}), copy)
   assert "trained anew: pin-plugins-seed0 (from another pin/backbone)" in said
+
+
+def test_a_stage_that_comes_back_brings_its_logs(grown, tmp_path):
+  copy = tmp_path / "w"
+  shutil.copytree(grown[0], copy)
+  tags = lambda: sorted(
+    (e.step, v.tag, v.simple_value)
+    for e in events.read(copy / "events" / "seed0" / "pin" / "backbone")
+    for v in e.summary.value
+  )
+  text, seen = (copy / "log.jsonl").read_text(), tags()
+  assert seen and '"seed1/joint"' in text
+  _run(_config(**{"pin.weighting": "joint"}), copy)
+  other = (copy / "log.jsonl").read_text()
+  assert {json.loads(x)["run"] for x in other.splitlines()} == {
+    "base", "pin/backbone", "pin/plugins"
+  }
+  assert not set(other.splitlines()) & set(text.splitlines())
+  _run(_config(**grown[-1]), copy)
+  again = (copy / "log.jsonl").read_text().splitlines()
+  assert sorted(again) == sorted(text.splitlines())
+  assert tags() == seen
 
 
 def test_what_no_row_depends_on_prints_the_tables_anew(grown, monkeypatch):

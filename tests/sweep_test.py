@@ -51,7 +51,9 @@ def test_jobs_carry_their_settings(tmp_path):
   first, second = sweep.make_jobs(f"{config}:50", tmp_path / "runs")
   assert first.command[1:] == [
     "-m", "experiments.main", f"--config={config}:50",
-    f"--workdir={first.workdir}", "--config.backbone.length=5",
+    f"--workdir={first.workdir}",
+    f"--stages={first.workdir.parent / '.stages'}",
+    "--config.backbone.length=5",
     "--config.seeds=(0, 1)",
   ]
   assert second.command[-1] == "--config.methods=('base', 'pin')"
@@ -89,7 +91,7 @@ def test_settings_come_from_a_file(tmp_path, text):
   listed = sweep.read_settings(tmp_path / "s.json")
   jobs = sweep.make_jobs("tests/tiny.py", tmp_path, listed, {"dispatch": 10})
   assert [job.settings["backbone.width"] for job in jobs] == [8, 16]
-  assert jobs[1].command[5:] == [
+  assert jobs[1].command[6:] == [
     "--config.dispatch=10", "--config.backbone.width=16",
     "--config.seeds=(0, 1)",
   ]

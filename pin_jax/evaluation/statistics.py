@@ -1,4 +1,4 @@
-"""What may be claimed of users and seeds: intervals, tests and power.
+"""What may be claimed of users and seeds: intervals and tests.
 
 Users and training seeds are resampled, each as a whole (crossed): the
 behaviours of one user are not independent, nor are the results of one trained
