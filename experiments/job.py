@@ -405,7 +405,7 @@ def _compute(
     options.say(learnt)
   if len(config.seeds) < MIN_SEEDS:
     options.say(
-      f"{few_seeds(len(config.seeds))}; --config.seeds=\"(0, 1, 2)\" or more "
+      f"{few_seeds(len(config.seeds))}; --config.seeds=0,1,2 or more "
       "give a verdict"
     )
   rows, choice, closeness, cost = _train_all(
@@ -462,6 +462,10 @@ def _train_all(
         trainer.train(stage, monitor)
       cost |= trainer.cost
       seconds |= trainer.cpu_seconds
+      options.say(
+        f"ranking for {(problem.split.test >= 0).sum():,} test users: "
+        f"{', '.join(methods)}"
+      )
       for seed in seeds:
         for key, method in methods.items():
           options.check()

@@ -253,9 +253,10 @@ class Progress:
     seconds = self._now - before - (self._compiling - compiling)
     match event:
       case loop.Started(run, step):
-        self._since[name], self._found[name] = self._now, ""
         self._left[kind] -= max(step, 0)
         self._to_compile -= 1
+        if step < steps:
+          self._since[name], self._found[name] = self._now, ""
         if run == 0 and step < steps:
           self._compiled += 1
           begun = f"continued from step {step:,} of" * (step > 0)
@@ -274,16 +275,16 @@ class Progress:
         )
       case loop.Validation(_, _, values):
         self._validating = max(seconds, 0.0)
-        named = [f"{key} {value:.4f}" for key, value in values.items()]
-        metric = [self._metric] * (kind != "classifier")
-        self._found[name] = f", {' '.join(metric + named)}"
-      case loop.Result(_, of_best, values, last):
+        named = [f"{key} {_short(value)}" for key, value in values.items()]
+        self._found[name] = f", {' '.join(named)}"
+      case loop.Result(_, of_best, values, last) if name in self._since:
         self._left[kind] -= steps - last
         best = " and ".join(
-          f"{value:.4f} at step {step:,}"
+          f"{_short(value)} at step {step:,}"
           for value, step in zip(values, of_best, strict=True)
         )
-        validated = f", best validation {best}" * bool(self._found[name])
+        metric = "validation" if kind == "classifier" else self._metric
+        validated = f", best {metric} {best}" * bool(self._found[name])
         self._say(
           f"{name}: {last:,} steps in {_span(self._now - self._since[name])}"
           f"{validated}{self._time_left()}"
@@ -311,7 +312,7 @@ class Progress:
 
   def _say(self, line: str) -> None:
     self.close()
-    self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+    self._console.print(line)
 
   def _pass(self, line: str) -> None:
     """Shows a line in place, or every ten seconds one that stays."""
@@ -319,12 +320,16 @@ class Progress:
     if self._now - self._shown < (0.5 if moves else 10):
       return
     self._shown = self._now
-    if not moves:
+    if moves:
+      self.close()
+      self._console.print(line[: self._console.width - 1], end="")
+    else:
       self._say(line)
-      return
-    self.close()
-    line = line[: self._console.width - 1]
-    self._console.print(line, markup=False, highlight=False, end="")
+
+
+def _short(value: float) -> str:
+  """'.1234'."""
+  return f"{value:.4f}".removeprefix("0")
 
 
 def _span(seconds: float) -> str:

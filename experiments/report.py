@@ -382,7 +382,8 @@ def _more_seeds(own: Results) -> str:
   more = others[: max(MIN_SEEDS - len(seeds), 0)]
   if own.trials:
     return f"--more_seeds={','.join(map(str, more))} of experiments.sweep"
-  return f'--config.seeds="{(*seeds, *more)}" in the same workdir'
+  all_seeds = ",".join(map(str, (*seeds, *more)))
+  return f"--config.seeds={all_seeds} in the same workdir"
 
 
 def cell_text(cell: Cell, kind: str) -> str:

@@ -6,9 +6,8 @@ import types
 
 import numpy as np
 import pytest
-import rich.console
 
-from experiments import logs
+from experiments import commands, logs
 from pin_jax.training import loop
 
 
@@ -29,7 +28,7 @@ def clock(monkeypatch):
 
 
 def _console(**options):
-  return rich.console.Console(file=io.StringIO(), width=80, **options)
+  return commands.Console(file=io.StringIO(), width=80, **options)
 
 
 def _train(progress, passes, name, kind, steps, start=-1):
@@ -59,15 +58,15 @@ def test_lines_tell_of_losses_segments_and_the_time_left(clock):
   assert len(lines) == 10  # one every ten seconds
   for line in lines[1:]:
     found = re.fullmatch(
-      r"base (\d+)/1,000, (\d+) (s|min) left, loss 2, NDCG@10 tail 0.2500 "
-      r"head 0.5000 all 0.3000", line
+      r"base (\d+)/1,000, (\d+) (s|min) left, loss 2, tail .2500 head "
+      r".5000 all .3000", line
     )
     # A step takes 0.11 s, validation included; a plugin's 0.05 at a guess.
     left = (2000 - int(found[1])) * 0.11 + 500 * 0.05 + 2 * 20
     unit = {"s": 1, "min": 60}[found[3]]
     assert int(found[2]) == pytest.approx(left / unit, abs=0.6), line
   assert last == (
-    "base: 1,000 steps in 2 min, best validation 0.2500 at step 100, 3 min left"
+    "base: 1,000 steps in 2 min, best NDCG@10 .2500 at step 100, 3 min left"
   )
 
 
@@ -90,3 +89,12 @@ def test_on_a_terminal_the_line_moves(clock):
   ]
   assert len(lines) == 32 and max(map(len, lines)) < 80
   assert last.startswith("base: 300 steps in 53 s") and last.endswith("\n")
+
+
+def test_a_stage_trained_before_has_no_line(clock):
+  console = _console()
+  progress = logs.Progress([("backbone", 200)], 100, "MRR", console)
+  progress.take("base", "backbone", 200, loop.Started(0, 200))
+  result = loop.Result({}, [100], [0.25], 200, 1.0)
+  progress.take("base", "backbone", 200, result)
+  assert not console.file.getvalue()

@@ -317,8 +317,8 @@ def test_outcome_and_words(tail, head, margin, outcome, words):
 
 
 @pytest.mark.parametrize(("seeds", "words", "more"), [
-  ((3,), "one seed shows tail users at +40.0 [", "(3, 0, 1)"),
-  ((3, 5), "two seeds show tail users at +40.0 [", "(3, 5, 0)"),
+  ((3,), "one seed shows tail users at +40.0 [", "3,0,1"),
+  ((3, 5), "two seeds show tail users at +40.0 [", "3,5,0"),
 ])  # fmt: skip
 def test_no_verdict_below_three_seeds(seeds, words, more):
   for tail in (0.7, 0.1):
@@ -328,7 +328,7 @@ def test_no_verdict_below_three_seeds(seeds, words, more):
     assert all(map(math.isnan, claim.p.values()))
     for word in ("holds", "refuted", "served", "shown"):
       assert word not in text
-    assert f'--config.seeds="{more}"' in text
+    assert f"--config.seeds={more}" in text
     assert words in text or tail == 0.1
 
 

@@ -532,6 +532,7 @@ def directions(name, gradients):
     "nash_mtl": lambda: _nash(unit),
     "aligned_mtl": lambda: _aligned_mtl(gradients),
     "gradient_alignment": lambda: aligned(gradients),
+    "inverse_norms": lambda: unit.sum(0) / sum(1 / norms),
   }[name]()]
 
 

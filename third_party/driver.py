@@ -1,7 +1,7 @@
 """Runs a model of another library on our split, into a workdir of ours.
 
   python -m third_party.recbole --python=B/bin/python \
-    --config=experiments/configs/beauty.py --config.seeds="(0,1,2)" \
+    --config=experiments/configs/beauty.py --config.seeds=0,1,2 \
     --model=SASRec --cpu_seconds=500 --workdir=runs/recbole --beside=runs/beauty
 
 The configuration says what the data are, how they are split, the seeds and the
