@@ -223,9 +223,14 @@ def claim_workdir(
     adopt: takes the configuration that was there, and whether rows change.
 
   Raises:
-    InputError: if it belongs to another data set.
+    InputError: if it belongs to other data, or to another library's model.
     WriteError: if it cannot be written.
   """
+  if (directory / "peer.json").exists():
+    raise InputError(
+      f"workdir {directory} holds the results of another library's model; use "
+      "another --workdir"
+    )
   mine = {"config": of_results(config), "data": data_fingerprint}
   if paths := workdir.absolute(config.data):
     mine["paths"] = paths

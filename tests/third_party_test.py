@@ -216,7 +216,7 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
     assert "Fake Popular" in page.read_text()
   # A job does not take these workdirs for its own.
   console = rich.console.Console(quiet=True)
-  with pytest.raises(InputError, match="peer is 'numpy' there and None here"):
+  with pytest.raises(InputError, match="holds the results of another library"):
     job.run(_ours(), path, console)
   with pytest.raises(InputError):
     serve.recommender(path)
@@ -232,7 +232,7 @@ def test_stands_beside_our_models(tmp_path, fake, plan, quiet, finished):
     "Fake Popular"
   ]
   assert results.read(path).config == {}
-  with pytest.raises(InputError, match="without the configuration of a job"):
+  with pytest.raises(InputError, match="holds the results of another library"):
     job.run(_ours(), path, console)
   with pytest.raises(InputError, match="holds no finished job"):
     serve.recommender(path)
