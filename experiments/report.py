@@ -126,14 +126,21 @@ def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
 
 
 def answer(
-  job: Analysis, workdir: str, num_resamples: int
+  job: Analysis, workdir: str, num_resamples: int, folded: bool = False
 ) -> list[Section]:
-  """The question, what the job answers, and how to serve it, if it chose."""
+  """The question, what the job answers, and how to serve it, if it chose.
+
+  Processor time is no result: `folded` away, report.md does not hold it.
+  """
   found = results.answer(job, num_resamples)
   if found is None:
     return []
   base, models = job.base, dict.fromkeys(found.choice.values())
   cost, of_base = reversed(found.cost)
+  costs = [Text(
+    f"It costs {cost:,.0f} CPU-seconds of training a seed, {base} alone "
+    f"{of_base:,.0f}; {len(models)} model{'s' * (len(models) > 1)} to serve."
+  )] if cost == cost else []  # fmt: skip
   users = shlex.quote(",".join(map(str, found.examples)))
   return [Section("answer", "What to serve", [
     Text(
@@ -141,10 +148,7 @@ def answer(
       f"(head) no worse, than by {base}?"
     ),
     Text(_answered(job, found)), results.answer_table(job, found),
-    *([Text(
-      f"It costs {cost:,.0f} CPU-seconds of training a seed, {base} alone "
-      f"{of_base:,.0f}; {len(models)} model{'s' * (len(models) > 1)} to serve."
-    )] if cost == cost else []),
+    *([Fold("What it costs", costs)] if folded and costs else costs),
     Text(
       f"python -m experiments.serve --workdir={shlex.quote(workdir)} "
       f"--users={users}", code=True
@@ -687,7 +691,9 @@ def write_report(
     jobs = [results.analyse(own, base, num_resamples) for own in read]
     report, last = sections(jobs, num_resamples), []
     if len(jobs) == 1:
-      report[:0] = answer(jobs[0], f"runs/{read[0].name}", num_resamples)
+      report[:0] = answer(
+        jobs[0], f"runs/{read[0].name}", num_resamples, folded=True
+      )
       last = answer(jobs[0], os.fspath(workdirs[0]), num_resamples)
     place = workdirs[0] if output is None else output
     stem = disk.place("output", place) / "report"
