@@ -33,7 +33,7 @@ from experiments import (
   serve,
   workdir,
 )
-from pin_jax import serving
+from pin_jax import disk
 from pin_jax.training import loop, steps
 from pin_jax.training.checkpoints import Checkpoints
 from tests import events, tiny
@@ -218,10 +218,13 @@ OUTPUTS = {  # what is written: function of (job's folder, folder to write to)
   "recommendations": lambda job, to: serve.writer(
     to / "recs.parquet"
   )(_JOB_ROWS),
-  "exported model": lambda job, to: serving._write(
-    to / "m.pin", {}, {"x": bytes(9000)}
-  ),
+  "exported model": lambda job, to: _export(to / "m.pin"),
 }
+
+
+def _export(path):
+  with disk.replacing(path) as file:  # as `serving.save` does
+    file.write(bytes(9000))
 
 
 def _everything(folder):
