@@ -580,7 +580,9 @@ def page() -> str:
     "`--config.` on the command line, as in `--config.backbone.width=128`; "
     "`experiments/schema.py` is where they are defined. Those of one "
     "`data.source` alone name it. Sizes that a config leaves at None are "
-    "fitted to the data (`experiments/sizes.py`).\n\n"
+    "fitted to the data (`experiments/sizes.py`). A config sets values of its "
+    "own; those of a job are in its config.json. Tuples are written "
+    "`0,1,2`.\n\n"
   ) + "".join(
     "| " + " | ".join(x.replace("|", "\\|") for x in row) + " |\n"
     for row in rows

@@ -485,7 +485,7 @@ _flags(f"{TINY}/w --config.batch_size=many", "batch_size", "many")
 _flags("--config=nowhere.py --workdir=FOLDER/w", "nowhere.py")
 _flags(
   "--config=experiments/configs/files.py --workdir=FOLDER/w",
-  "files.py needs a path",
+  "files needs a path",
 )
 _flags(
   "--config=experiments/configs/files.py:path=FOLDER/x.csv,k=3 "

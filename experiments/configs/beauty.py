@@ -1,6 +1,6 @@
 """Amazon Beauty 2014, 5-core: 22,363 users, 12,101 items, 198,502 reviews.
 
-  python -m experiments.main --config=experiments/configs/beauty.py \
+  python -m experiments.main --config=beauty \
     --workdir=runs/beauty
 
 Some 13 minutes on one CPU core (base 210 CPU-seconds);
@@ -12,7 +12,7 @@ on validation, this one .0688 (seed 0 and three seeds).
 
 PIN with other groups, priors, blocks and borders of the segments, at width 64
 and with the transition memory alone:
-  python -m experiments.sweep --config=experiments/configs/beauty.py \
+  python -m experiments.sweep --config=beauty \
     --workdir=runs/axes
 Of these `pin.weighting=annealed_backdoor:steps=1250` has the best backbone on
 validation, and is the default here.

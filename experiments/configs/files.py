@@ -1,7 +1,6 @@
 """Your own interactions: CSV or other text, JSON lines, Parquet.
 
-  python -m experiments.main \
-    --config=experiments/configs/files.py:path=my.csv --workdir=runs/mine
+  python -m experiments.main --config=files:path=my.csv --workdir=runs/mine
 
 Compares what is worth serving, and says what to serve to whom. Arguments
 besides path: recipe=published or recipe=gated, for other rows (`base.recipe`);
@@ -25,8 +24,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
   )
   if not values["path"]:
     raise InputError(
-      "files.py needs a path; give --config=experiments/configs/files.py:"
-      "path=my.csv"
+      "files needs a path; give --config=files:path=my.csv"
     )
   config = base.default()
   config.data = base.data_section("files", **values)

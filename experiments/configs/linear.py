@@ -1,6 +1,6 @@
 """Item-to-item models alone, untrained: which of them, and how strong a ridge.
 
-  python -m experiments.sweep --config=experiments/configs/linear.py \
+  python -m experiments.sweep --config=linear \
     --workdir=runs/linear
 
 On Toys. Each is the row 'memory alone': the transition memory and, by the

@@ -1,6 +1,6 @@
 """MovieLens-100k: 943 users, 1,682 items, 100,000 ratings.
 
-  python -m experiments.main --config=experiments/configs/ml100k.py \
+  python -m experiments.main --config=ml100k \
     --workdir=runs/ml100k
 
 About three minutes on one CPU core. Expect, history masked, a base of NDCG@10

@@ -1,6 +1,6 @@
 """MovieLens-1M: 6,040 users, 3,706 items, 1,000,209 ratings.
 
-  python -m experiments.main --config=experiments/configs/ml1m.py \
+  python -m experiments.main --config=ml1m \
     --workdir=runs/ml1m
 
 Some 13 minutes on one CPU core (base 225 CPU-seconds);
@@ -12,7 +12,7 @@ on validation for .1534 (one gate on PIN's backbone, seed 0; not run over three
 seeds). A window of 200 makes a stronger base (.173; see docs/findings.md).
 
 With windows of 5, 10, 20 and 50, which hide activeness more or less:
-  python -m experiments.sweep --config=experiments/configs/ml1m.py \
+  python -m experiments.sweep --config=ml1m \
     --workdir=runs/windows
   python -m experiments.report runs/windows/* --output=runs/windows-report
 """

@@ -1,6 +1,6 @@
 """The protocol of older papers: pointwise training, sampled candidates.
 
-  python -m experiments.main --config=experiments/configs/paper_era.py \
+  python -m experiments.main --config=paper_era \
     --workdir=runs/paper_era
 
 Binary cross-entropy with four uniform negatives a position, windows of ten

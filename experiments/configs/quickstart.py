@@ -1,6 +1,6 @@
 """The embedded default: simulated users whose activeness confounds choice.
 
-  python -m experiments.main --config=experiments/configs/quickstart.py \
+  python -m experiments.main --config=quickstart \
     --workdir=runs/quickstart
 
 About two minutes on two CPU cores. The model reads the last three behaviours,

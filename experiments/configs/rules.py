@@ -1,6 +1,6 @@
 """Every rule and reweighting on Amazon Beauty, tuned in as many trials each.
 
-  python -m experiments.sweep --config=experiments/configs/rules.py \
+  python -m experiments.sweep --config=rules \
     --workdir=runs/rules --parallel=2
 
 A small SASRec (width 64), so that all of them can be tried: each at two

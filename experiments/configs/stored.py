@@ -1,6 +1,6 @@
 """Interactions stored by `experiments.store`.
 
-  python -m experiments.main --config=experiments/configs/stored.py:path=DIR \
+  python -m experiments.main --config=stored:path=DIR \
     --workdir=runs/stored
 
 They stay on disk and batches are read ahead of the steps, the same batches as

@@ -1,6 +1,6 @@
 """Amazon Toys and Games 2014, 5-core: 19,412 users, 11,924 items.
 
-  python -m experiments.main --config=experiments/configs/toys.py \
+  python -m experiments.main --config=toys \
     --workdir=runs/toys
 
 Some 15 minutes on one CPU core (base 335 CPU-seconds);

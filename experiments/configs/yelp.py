@@ -1,6 +1,6 @@
 """Yelp (the version of LLM-ESR): 15,720 users, 11,383 items.
 
-  python -m experiments.main --config=experiments/configs/yelp.py \
+  python -m experiments.main --config=yelp \
     --workdir=runs/yelp
 
 Some 12 minutes on one CPU core (base 200 CPU-seconds);
