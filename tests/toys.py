@@ -46,7 +46,8 @@ def of_page(**modules):
     **dict.fromkeys(names, nowhere), **modules,
   }
   for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-    exec(code, there)
+    if not code.startswith("import "):  # `there` has the modules
+      exec(code, there)
   return there
 
 
