@@ -26,16 +26,8 @@ the first batch (compilation) come before, apart. Lines of JSON:
               known up to that factor: `below` is the last mark that fell short.
               Validation is timed apart; training ends at --cap_seconds.
 
-On Beauty, on a busy machine, `--rounds=3 --peer_seconds=10`, ours over the
-peer's, median [lowest, highest]:
+The figures are in docs/performance.md.
 
-    peer            train                  evaluate
-    torch eager     1.24 [0.96, 1.33]      0.79 [0.75, 0.88]
-    torch compiled  1.21 [1.20, 1.25]      0.81 [0.76, 0.83]
-    recbole         14.2 [13.7, 14.8]      4.5 [4.0, 4.6]
-    rectools        16.6 [16.3, 19.6]      3.2 [3.1, 3.5]
-
-with some 8,300 targets and 10,000 users per CPU-second of ours.
 torch.compile keeps programs on disk, so its first batches count only the first
 time.
 """
