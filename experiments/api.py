@@ -148,9 +148,8 @@ class Job:
   @property
   def answer(self) -> str:
     """What to serve to whom, as validation chose it; '' where it did not."""
-    sections = report.answer(
-      self.analysis, os.fspath(self.workdir), results.NUM_RESAMPLES
-    )
+    found = results.answer(self.analysis, results.NUM_RESAMPLES)
+    sections = report.answer(self.analysis, found, os.fspath(self.workdir))
     return "\n".join(
       block.text for section in sections for block in section.blocks
       if isinstance(block, report.Text) and not block.code

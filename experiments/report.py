@@ -126,13 +126,13 @@ def sections(jobs: Sequence[Analysis], num_resamples: int) -> list[Section]:
 
 
 def answer(
-  job: Analysis, workdir: str, num_resamples: int, folded: bool = False
+  job: Analysis, found: results.Answer | None, workdir: str,
+  folded: bool = False,
 ) -> list[Section]:
   """The question, what the job answers, and how to serve it, if it chose.
 
   Processor time is no result: `folded` away, report.md does not hold it.
   """
-  found = results.answer(job, num_resamples)
   if found is None:
     return []
   base, models = job.base, dict.fromkeys(found.choice.values())
@@ -691,10 +691,9 @@ def write_report(
     jobs = [results.analyse(own, base, num_resamples) for own in read]
     report, last = sections(jobs, num_resamples), []
     if len(jobs) == 1:
-      report[:0] = answer(
-        jobs[0], f"runs/{read[0].name}", num_resamples, folded=True
-      )
-      last = answer(jobs[0], os.fspath(workdirs[0]), num_resamples)
+      found = results.answer(jobs[0], num_resamples)
+      report[:0] = answer(jobs[0], found, f"runs/{read[0].name}", folded=True)
+      last = answer(jobs[0], found, os.fspath(workdirs[0]))
     place = workdirs[0] if output is None else output
     stem = disk.place("output", place) / "report"
     path, link, files = stem.with_suffix(".md"), None, {}

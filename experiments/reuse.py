@@ -194,7 +194,7 @@ def adopt(
   directory: epath.Path, root: epath.Path, config: dict[str, Any],
   data: Mapping[str, str], changed: bool,
 ) -> None:
-  """Gives directories that a former version left their names of today.
+  """Renames the directories of a former version to today's names.
 
   Args:
     directory: the workdir.
@@ -300,7 +300,7 @@ def _write(path: epath.Path, identity: Identity) -> None:
 def told(
   root: epath.Path, groups: Sequence[Mapping[str, Identity]]
 ) -> Iterator[str]:
-  """Says which stages are there, and of the others why they are not.
+  """Says which stages are there, and why the others are not.
 
   A stage that is there may be trained in part.
   """
